@@ -1,0 +1,110 @@
+"""Checkpoints of a run: named pytrees saved together, restored into shapes with shardings. A thin layer over Orbax."""
+
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from diffit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints in one directory, each a step number with several named pytrees ("items").
+
+    A checkpoint is written in the background and appears under its name when it is complete, with all its items.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int | None = None):
+        """Opens `directory`; `keep` is how many of the newest checkpoints stay (None: all)."""
+        self.directory = epath.Path(directory)
+        # Orbax would create a directory that is only read from.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
+        self._manager = ocp.CheckpointManager(self.directory, options=options) if keep or self.directory.exists() else None
+
+    def steps(self) -> list[int]:
+        """Step numbers of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps()) if self._manager else []
+
+    def save(self, step: int, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Starts writing pytrees of arrays under a step number; returns when the arrays have been copied.
+
+        Args:
+          step: number of the checkpoint; the oldest beyond `keep` are deleted once it is complete.
+          items: name → pytree of `jax.Array`.
+          facts: JSON values kept beside the items.
+        """
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts))))
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract_items: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """Restores items of the newest checkpoint that can be used, and says which ones could not.
+
+        Args:
+          abstract_items: name → pytree of `ShapeDtypeStruct` with shardings; items of the checkpoint that are not named are not read.
+
+        Returns:
+          (step, items), or None if there is no checkpoint.
+
+        Raises:
+          UserError: there are checkpoints but none can be used.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                items = self._restore_step(step, abstract_items)
+            except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
+                reasons.append(f"checkpoint {step}: {_first_line(error)}")
+                log.warning("checkpoint %d in %s cannot be used (%s)", step, self.directory, _first_line(error))
+                continue
+            if reasons:
+                log.warning("checkpoint %d is used instead", step)
+            return step, items
+        if reasons:
+            raise UserError(f"no checkpoint in {self.directory} can be used ({reasons[0]}): move it away to start anew")
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves checkpoints newer than `step`, which could not be used, to `<directory>_damaged`, where nothing overwrites them."""
+        damaged = self.directory.parent / f"{self.directory.name}_damaged"
+        for newer in [other for other in self.steps() if other > step]:
+            damaged.mkdir(parents=True, exist_ok=True)
+            target = damaged / str(newer)
+            if target.exists():
+                target.rmtree()
+            (self.directory / str(newer)).rename(target)
+            log.warning("checkpoint %d was moved to %s", newer, target)
+        self._manager.reload()
+
+    def _restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
+        with _quiet_cleanup():
+            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonRestore()))
+        if restored["facts"]["step"] != step:
+            raise ValueError(f"it is of step {restored['facts']['step']}")
+        return {name: restored[name] for name in abstract_items}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+@contextlib.contextmanager
+def _quiet_cleanup() -> Iterator[None]:
+    """Keeps Python from printing a page for each of the half-done reads that a failed restore leaves behind."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook

@@ -1,0 +1,48 @@
+"""Between uint8 pixels and the model's [-1, 1], and pictures of several images."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from diffit_jax.files import write_bytes
+
+
+def to_model(pixels: jax.Array) -> jax.Array:
+    """uint8 in [0, 255] → float32 in [-1, 1], x = p / 127.5 - 1."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
+
+
+def to_pixels(x: jax.Array) -> jax.Array:
+    """float32 in [-1, 1] → uint8 by EDM's rule: clip(127.5 x + 128, 0, 255), truncated."""
+    return jnp.clip(127.5 * x + 128, 0, 255).astype(jnp.uint8)
+
+
+def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:
+    """Lays images out in rows, one pixel apart, small ones enlarged to about `min_side` pixels without smoothing.
+
+    Args:
+      images: (n, H, W, C) uint8, C 1 or 3.
+      columns: images per row.
+      min_side: smallest side of an image in the grid, in pixels.
+
+    Returns:
+      (height, width, C) uint8; missing images of the last row are black.
+    """
+    count, height, width, channels = images.shape
+    zoom = -(-min_side // height)
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height * zoom + 1, width * zoom + 1, channels), np.uint8)
+    cells[:count, :-1, :-1] = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    cells = cells.reshape(rows, columns, *cells.shape[1:]).transpose(0, 2, 1, 3, 4)
+    return cells.reshape(cells.shape[0] * cells.shape[1], -1, channels)[:-1, :-1]
+
+
+def write_png(path: epath.PathLike, image: np.ndarray) -> None:
+    """Writes (H, W, 1 or 3) uint8 as a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "png")
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,116 @@
+"""Named data sets as random-access sources: `len(source)` examples, `source[i]` a dict of numpy arrays."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from diffit_jax.errors import UserError
+
+
+class Source(Protocol):
+    """A finite data set.
+
+    Attributes:
+      image_shape: (H, W, C) of every image.
+      num_classes: number of labels.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """`image`: (H, W, C) uint8 in [0, 255]; `label`: int32 scalar in [0, num_classes)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """A data set that lies in memory.
+
+    Attributes:
+      images: (n, H, W, C) uint8.
+      labels: (n,) int32.
+      num_classes: number of labels.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """Random images of any shape, for benchmarks and smoke tests. Example i is a function of i alone; nothing is stored."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_examples: int = 1 << 20
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.Generator(np.random.Philox(key=index))
+        image = rng.integers(0, 256, self.image_shape, dtype=np.uint8)
+        return {"image": image, "label": np.int32(index % max(self.num_classes, 1))}
+
+
+def open_dataset(name: str, split: str, data_dir: str, image_shape: tuple[int, int, int], num_classes: int) -> Source:
+    """Opens a data set by name, preparing it on first use.
+
+    Args:
+      name: `digits` or `synthetic`.
+      split: `train` or `test`.
+      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
+      image_shape: (H, W, C) that the model expects.
+      num_classes: number of labels that the model expects; 0 if it uses none.
+
+    Raises:
+      UserError: unknown name or split, images or labels that the model does not expect, a data_dir that cannot be written.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"data split {split!r} is unknown: use train or test")
+    if name == "synthetic":
+        return SyntheticSource(image_shape, num_classes)
+    if name != "digits":
+        raise UserError(f"data set {name!r} is unknown: use digits or synthetic")
+    source = _open_digits(split, data_dir)
+    if source.image_shape != image_shape:
+        raise UserError(
+            f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: "
+            "change model.image_size and model.image_channels, or data.name"
+        )
+    if num_classes not in (0, source.num_classes):
+        raise UserError(f"data set {name} has {source.num_classes} classes, the model {num_classes}: change model.num_classes")
+    return source
+
+
+def _open_digits(split: str, data_dir: str) -> ArraySource:
+    import tensorflow_datasets as tfds  # takes a second to import
+
+    from diffit_jax.data.digits import Digits
+
+    tfds.disable_progress_bar()
+
+    try:
+        builder = Digits(data_dir=data_dir or None, file_format="array_record")
+        builder.download_and_prepare()
+    except OSError as error:
+        raise UserError(f"data_dir {data_dir or '~/tensorflow_datasets'} cannot be written ({error}): set data.data_dir") from error
+    # Small enough to keep in memory; decoding each example anew would take longer than a training step.
+    examples = list(builder.as_data_source(split))
+    images = np.stack([example["image"] for example in examples])
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return ArraySource(images, labels, builder.info.features["label"].num_classes)

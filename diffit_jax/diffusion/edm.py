@@ -1,0 +1,106 @@
+"""EDM: preconditioning and training loss of Karras et al. 2022, "Elucidating the design space of diffusion-based generative models".
+
+A `network(x_BHWC, noise_level_B, conditioning) -> y_BHWC` is turned into a denoiser D(x; sigma), which estimates the clean image in a
+noisy one with noise of standard deviation sigma.
+
+Shape suffixes: B batch, H, W, C height, width and channels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffit_jax.errors import UserError
+
+Conditioning = Mapping[str, jax.Array]
+Network = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
+Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM:
+    """The process between a network and the images it denoises.
+
+    Attributes:
+      sigma_data: standard deviation of the data, in the units of the image (here [-1, 1]).
+      log_sigma_mean, log_sigma_std: training noise levels, ln sigma ~ N(mean, std²) (EDM's P_mean and P_std).
+      sigma_min, sigma_max, rho: the sampling grid, see `sigmas`.
+    """
+
+    sigma_data: float = 0.5
+    log_sigma_mean: float = -1.2
+    log_sigma_std: float = 1.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UserError(f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}: change either")
+        if self.sigma_data <= 0:
+            raise UserError(f"sigma_data {self.sigma_data} must be above 0: set it to the standard deviation of the data")
+
+    def preconditioning(self, sigma: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
+        total = jnp.sqrt(sigma**2 + self.sigma_data**2)
+        return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total, jnp.log(sigma) / 4
+
+    def loss_weight(self, sigma: jax.Array) -> jax.Array:
+        """lambda(sigma) = (sigma² + sigma_data²) / (sigma sigma_data)², so that c_out² lambda = 1."""
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+    def denoise(self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning) -> jax.Array:
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the network computes in.
+
+        Args:
+          network: F, called once.
+          x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation sigma.
+          sigma_B: (B,) float32 > 0.
+          conditioning: passed on to the network.
+
+        Returns:
+          (B, H, W, C) float32 estimate of the clean images.
+        """
+        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
+        per_image = lambda c_B: c_B[:, None, None, None]  # noqa: E731
+        f_BHWC = network(per_image(c_in) * x_BHWC, c_noise, conditioning).astype(jnp.float32)
+        return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
+
+    def loss(
+        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """lambda(sigma) ‖D(x + n; sigma) - x‖² with ln sigma ~ N(log_sigma_mean, log_sigma_std²), n ~ N(0, sigma²), EDM Eq. 8.
+
+        Args:
+          network: F.
+          x_BHWC: (B, H, W, C) float32 clean images in [-1, 1].
+          conditioning: passed on to the network.
+          key_B: (B,) one key per example, so that an example's noise does not depend on how the batch is split.
+
+        Returns:
+          (B,) float32 loss, the weighted squared error *averaged* over H, W and C. (EDM's code sums over them and averages over the
+          batch; Adam does not see the constant factor.) And a dict of further (B,) values to report, empty here.
+        """
+        sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+        normal_B = jax.vmap(jax.random.normal)(sigma_key_B)
+        sigma_B = jnp.exp(self.log_sigma_mean + self.log_sigma_std * normal_B)
+        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
+        denoised = self.denoise(network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning)
+        return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3)), {}
+
+    def sigmas(self, num_steps: int) -> np.ndarray:
+        """The sampling grid of EDM Eq. 5, descending.
+
+        Args:
+          num_steps: N, at least 2.
+
+        Returns:
+          (N + 1,) float64: t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N, then 0.
+        """
+        if num_steps < 2:
+            raise UserError(f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps")
+        ends = np.array([self.sigma_max, self.sigma_min]) ** (1 / self.rho)
+        return np.append(np.linspace(*ends, num_steps) ** self.rho, 0.0)

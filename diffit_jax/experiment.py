@@ -1,0 +1,264 @@
+"""An experiment: what a config describes, as checked and typed values.
+
+Every section of a config becomes one frozen object below. `build` makes them all, so that a mistake in a config is reported before
+anything is allocated, compiled or written.
+"""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffit_jax import files
+from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.samplers import Churn
+from diffit_jax.errors import UserError
+from diffit_jax.models import MODELS
+
+PROCESSES = {"edm": EDM}
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Section `data`.
+
+    Attributes:
+      name: of the data set, see `data.open_dataset`.
+      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
+    """
+
+    name: str
+    data_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Section `optimizer`: Adam with a linear ramp-up of the learning rate.
+
+    Attributes:
+      learning_rate: after the ramp-up.
+      warmup_steps: updates over which it rises from 0.
+      beta1, beta2, epsilon: Adam's.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self):
+        _require("optimizer", self, "learning_rate", above=0)
+        _require("optimizer", self, "warmup_steps", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """Section `ema`: EDM's moving average of the parameters, stated in images so that the batch size does not change its length.
+
+    Attributes:
+      halflife_images: after so many images a parameter's weight in the average has halved.
+      rampup_ratio: the half-life is at most this share of the images seen so far, so that the average forgets the start of training.
+    """
+
+    halflife_images: float
+    rampup_ratio: float = 0.05
+
+    def __post_init__(self):
+        _require("ema", self, "halflife_images", above=0)
+        _require("ema", self, "rampup_ratio", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Section `training`.
+
+    Attributes:
+      batch_size: images per update, over all devices.
+      label_dropout: share of the labels replaced by "no label", which classifier-free guidance needs. In [0, 1].
+      total_steps: updates of the whole run.
+      log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and checkpoints.
+      keep_checkpoints: how many of the newest checkpoints stay.
+      grid_images: images in a sample grid.
+    """
+
+    batch_size: int
+    label_dropout: float
+    total_steps: int
+    log_steps: int
+    grid_steps: int
+    checkpoint_steps: int
+    keep_checkpoints: int = 3
+    grid_images: int = 100
+
+    def __post_init__(self):
+        for name in ("batch_size", "total_steps", "log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images"):
+            _require("training", self, name, least=1)
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"config key training.label_dropout is {self.label_dropout}: set it to a share between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Section `sampling`: how samples are drawn unless the command line says otherwise.
+
+    Attributes:
+      num_steps: steps N of the Heun sampler, 2N - 1 evaluations of the denoiser.
+      guidance_scale: of classifier-free guidance; 1 is none.
+      batch_size: images per call of the sampler, over all devices.
+      churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: see `samplers.Churn`.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    batch_size: int
+    churn_amount: float = 0.0
+    churn_sigma_low: float = 0.0
+    churn_sigma_high: float = float("inf")
+    churn_noise: float = 1.0
+
+    def __post_init__(self):
+        _require("sampling", self, "num_steps", least=2)
+        _require("sampling", self, "guidance_scale", least=0)
+        _require("sampling", self, "batch_size", least=1)
+        _require("sampling", self, "churn_amount", least=0)
+
+    @property
+    def churn(self) -> Churn:
+        return Churn(self.churn_amount, self.churn_sigma_low, self.churn_sigma_high, self.churn_noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole config.
+
+    Attributes:
+      seed: of parameters, data order, noise and dropout in training (samples have seeds of their own).
+      model: the network.
+      process: the diffusion process around it.
+      data, optimizer, ema, training, sampling: the sections of those names.
+    """
+
+    seed: int
+    model: nn.Module
+    process: EDM
+    data: Data
+    optimizer: Optimizer
+    ema: EMA
+    training: Training
+    sampling: Sampling
+
+
+# What may differ between a config and the run that it continues, because the numbers do not depend on it.
+_FREE_KEYS = ("data.data_dir", "model.scan_unroll", "sampling", "training.total_steps", "training.log_steps")
+_FREE_KEYS += ("training.grid_steps", "training.grid_images", "training.checkpoint_steps", "training.keep_checkpoints")
+
+
+def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
+    """Checks a config and makes the objects that it describes; allocates nothing.
+
+    Args:
+      config: nested mapping, one entry for each attribute of `Experiment`; `model` and `process` choose their class by `name`.
+
+    Raises:
+      UserError: an unknown or missing key, or a value that cannot be; the message names it.
+    """
+    config = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
+    kinds = {field.name: field.type for field in dataclasses.fields(Experiment)}
+    _check_keys("", config, kinds, required=kinds)
+    for section, choices in (("model", MODELS), ("process", PROCESSES)):
+        name = config[section].pop("name", None)
+        if name not in choices:
+            raise UserError(f"config key {section}.name is {name!r}: use {' or '.join(choices)}")
+        kinds[section] = choices[name]
+
+    values = {"seed": config.pop("seed")}
+    for section, arguments in config.items():
+        parameters = dict(inspect.signature(kinds[section]).parameters)
+        parameters.pop("parent", None)  # Flax's own
+        required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+        _check_keys(f"{section}.", arguments, parameters, required)
+        # A config read back from JSON has lists where Flax wants hashable tuples.
+        arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        values[section] = kinds[section](**arguments)
+    experiment = Experiment(**values)
+    experiment.model.check()
+    if experiment.sampling.guidance_scale != 1 and not experiment.model.num_classes:
+        raise UserError("config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set guidance_scale to 1")
+    return experiment
+
+
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
+    """Creates a work directory for a run of `config`, or makes sure that it holds one already.
+
+    Args:
+      workdir: local or `gs://`.
+      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`, sampling) may differ from the run's.
+
+    Returns:
+      The directory; it contains the config as `config.json`.
+
+    Raises:
+      UserError: it cannot be written, or holds a run of another config.
+    """
+    path = files.make_directory(workdir, "workdir") / CONFIG_FILE
+    text = config.to_json(indent=2)
+    if path.exists():
+        ours, theirs = _flatten(json.loads(text)), _flatten(read_config(workdir))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if not key.startswith(_FREE_KEYS) and ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config has {ours.get(key)}: "
+                    "choose another workdir or the config of that run"
+                )
+    files.write_bytes(path, text.encode())
+    return path.parent
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config of the run in a work directory, as nested dicts.
+
+    Raises:
+      UserError: there is no run, or its config cannot be read.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"workdir {workdir} holds no run (no {CONFIG_FILE}): train first, or name the directory of a run") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a config ({error}): restore it or choose another workdir") from error
+
+
+def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str]) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
+            raise UserError(f"config key {prefix}{key} is unknown: {hint}")
+    for key in required:
+        if key not in given:
+            raise UserError(f"config key {prefix}{key} is missing: add it to the config")
+
+
+def _require(section: str, settings: Any, name: str, above: float | None = None, least: float | None = None) -> None:
+    value = getattr(settings, name)
+    if above is not None and not value > above:
+        raise UserError(f"config key {section}.{name} is {value}: it must be above {above}")
+    if least is not None and not value >= least:
+        raise UserError(f"config key {section}.{name} is {value}: it must be at least {least}")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves

@@ -1,0 +1,105 @@
+"""The DiffiT transformer block (Eq. 7-8) and its image-space ResBlock (Eq. 9-10).
+
+Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of the time token; H, W height and width of an image.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
+
+XAVIER = nn.initializers.xavier_uniform()
+
+
+class DiffiTBlock(nn.Module):
+    """Eq. 7-8: `x̂ = TMSA(LN(x), x_t) + x`, then `MLP(LN(x̂)) + x̂`, on tokens in windows.
+
+    Attributes:
+      num_heads, window, dtype: as in `TMSA`.
+      mlp_ratio: width of the MLP's hidden layer, in multiples of C.
+    """
+
+    num_heads: int
+    window: int
+    mlp_ratio: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
+        """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
+        channels = x_BNLC.shape[-1]
+        normed = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm_attention")(x_BNLC)
+        x_BNLC = x_BNLC + TMSA(self.num_heads, self.window, self.dtype, name="attention")(normed, time_BT)
+        normed = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm_mlp")(x_BNLC)
+        hidden = nn.Dense(self.mlp_ratio * channels, kernel_init=XAVIER, dtype=self.dtype, name="mlp_in")(normed)
+        return x_BNLC + nn.Dense(channels, kernel_init=XAVIER, dtype=self.dtype, name="mlp_out")(nn.gelu(hidden))
+
+
+class DiffiTResBlock(nn.Module):
+    """Eq. 9-10: `x̂ = Conv3×3(Swish(GN(x)))`, then `DiffiTBlock(x̂, x_t) + x`, on an image.
+
+    Attributes:
+      num_heads, window, mlp_ratio, dtype: as in `DiffiTBlock`.
+    """
+
+    num_heads: int
+    window: int
+    mlp_ratio: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, time_BT: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C), H and W multiples of `window`, and the time token (B, T) to (B, H, W, C)."""
+        _, height, width, channels = x_BHWC.shape
+        hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
+        hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
+        block = DiffiTBlock(self.num_heads, self.window, self.mlp_ratio, self.dtype, name="transformer")
+        hidden = block(partition_windows(hidden, self.window), time_BT)
+        return x_BHWC + merge_windows(hidden, height, width)
+
+
+def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
+    """Group normalisation with groups of at least four channels, at most 32 groups (as EDM's networks have)."""
+    return nn.GroupNorm(num_groups=min(32, channels // 4), epsilon=1e-6, dtype=dtype, name=name)
+
+
+def conv3x3(channels: int, dtype: jnp.dtype, name: str, stride: int = 1, kernel_init=XAVIER) -> nn.Conv:
+    """3×3 convolution to `channels`, padded by one pixel on each side."""
+    return nn.Conv(channels, (3, 3), stride, padding=1, kernel_init=kernel_init, dtype=dtype, name=name)
+
+
+class upsample(nn.Module):
+    channels: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        x = nn.Dense(4 * self.channels, kernel_init=XAVIER, dtype=self.dtype)(x).reshape(b, h, w, 2, 2, self.channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, self.channels)
+
+
+def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks: int, unroll: int) -> jax.Array:
+    """Runs `num_blocks` copies of a block one after the other, as one scanned layer.
+
+    Args:
+      block: module that maps (x, time_BT) to an array like x. Its parameters get a leading axis of `num_blocks`.
+      x: input of the first copy.
+      time_BT: (B, T) time token, the same for every copy.
+      num_blocks: how many copies.
+      unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks` shows the compiler all of them at once,
+        which is faster for a small network on a CPU.
+
+    Returns:
+      The output of the last copy, shaped like x.
+    """
+    scan = nn.scan(
+        lambda block, x, time_BT: (block(x, time_BT), None),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=num_blocks,
+        unroll=unroll,
+    )
+    return scan(block, x, time_BT)[0]

@@ -1,0 +1,58 @@
+"""The time token: a noise level, and a label if there is one, as one vector (DiffiT §3.2).
+
+Shape suffixes: B batch, T width of the time token.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def sinusoidal_embedding(noise_level_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoidal ("positional") embedding of a scalar, the better of the two in the paper's Table 8.
+
+    Args:
+      noise_level_B: (B,) any real dtype; a timestep or EDM's `c_noise`. It is used as it is, without scaling.
+      width: even number of output channels.
+      max_period: the slowest frequency is about 1 / max_period.
+
+    Returns:
+      (B, width) float32, `[cos(t w_k), sin(t w_k)]` with `w_k = max_period^(-k / (width / 2))` for `k < width / 2`.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = noise_level_B.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeToken(nn.Module):
+    """Noise level (and label) → the token `x_t` that every TMSA layer receives.
+
+    A sinusoidal embedding goes through a two-layer MLP with swish; class-conditional models add a row of a learned label table whose
+    last row, index `num_classes`, stands for "no label".
+
+    Attributes:
+      width: width T of the token.
+      num_classes: number of labels; 0 makes the model unconditional.
+      frequency_width: width of the sinusoidal embedding.
+      dtype: dtype of the matrix products; parameters are float32.
+    """
+
+    width: int
+    num_classes: int = 0
+    frequency_width: int = 256
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, noise_level_B: jax.Array, label_B: jax.Array | None = None) -> jax.Array:
+        """Maps (B,) noise levels and (B,) int labels in [0, num_classes] (None: no label) to the (B, T) token."""
+        init = nn.initializers.normal(0.02)
+        token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
+        token_BT = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(token_BT)
+        token_BT = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(token_BT))
+        if self.num_classes:
+            if label_B is None:
+                label_B = jnp.full(noise_level_B.shape, self.num_classes, jnp.int32)
+            table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, dtype=self.dtype, name="label")
+            token_BT = token_BT + table(label_B)
+        return token_BT

@@ -1,0 +1,116 @@
+"""ImageDiffiT: the U-shaped network for images (DiffiT §3.2, appendices H.1 and I.1).
+
+    Tokenizer (conv) → stage 0 → down → stage 1 → … → stage S-1        encoder
+    Head (GN, swish, conv) ← stage 0 ← up ← … ← stage S-2 ← up ←       decoder, with a skip connection at every resolution
+
+Each stage is a stack of DiffiTResBlocks at one resolution with one number of channels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffit_jax.errors import UserError
+from diffit_jax.models.blocks import XAVIER, DiffiTResBlock, conv3x3, group_norm, repeat_block, upsample
+from diffit_jax.models.embeddings import TimeToken
+
+
+class ImageDiffiT(nn.Module):
+    """The image-space DiffiT, unconditional or class-conditional.
+
+    Attributes:
+      image_size: side of the square image in pixels; every stage after the first halves it.
+      image_channels: channels of the image and of the output.
+      channels: channels of each stage; the paper has 128 in the first and 256 in all others.
+      num_blocks: blocks of each stage, the same in encoder and decoder.
+      window: side of the attention window in pixels; a stage smaller than that attends as a whole.
+      time_width: width of the time token (paper Table 3: 512).
+      head_width: channels per attention head (not stated in the paper).
+      num_classes: number of labels; 0 makes the model unconditional.
+      mlp_ratio: width of the blocks' MLP in multiples of their channels.
+      scan_unroll: blocks per iteration of a stage's scan, see `repeat_block`.
+      dtype: dtype of the matrix products; parameters are float32.
+    """
+
+    image_size: int
+    image_channels: int = 3
+    channels: Sequence[int] = (128, 256, 256)
+    num_blocks: Sequence[int] = (2, 2, 2)
+    window: int = 4
+    time_width: int = 512
+    head_width: int = 64
+    num_classes: int = 0
+    mlp_ratio: int = 4
+    scan_unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image."""
+        return self.image_size, self.image_size, self.image_channels
+
+    def check(self) -> None:
+        """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
+        stages = len(self.channels)
+        if len(self.num_blocks) != stages:
+            raise UserError(
+                f"channels {tuple(self.channels)} describe {stages} stages but num_blocks {tuple(self.num_blocks)} describe "
+                f"{len(self.num_blocks)}: give one entry for each stage in both"
+            )
+        factor = 2 ** (stages - 1)
+        if self.image_size % factor:
+            raise UserError(
+                f"image_size {self.image_size} is not divisible by {factor}, which {stages} stages need: "
+                "change image_size or the number of stages"
+            )
+        for stage, channels in enumerate(self.channels):
+            size = self.image_size >> stage
+            if size % min(self.window, size):
+                raise UserError(
+                    f"stage {stage} is {size} pixels wide, which window {self.window} does not divide: "
+                    f"change window or image_size {self.image_size}"
+                )
+            if channels % self.head_width or channels % 4:
+                raise UserError(
+                    f"stage {stage} has {channels} channels, which is not a multiple of head_width {self.head_width} and of 4: "
+                    "change channels or head_width"
+                )
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]) -> jax.Array:
+        """One evaluation of the network.
+
+        Args:
+          x_BHWC: (B, image_size, image_size, image_channels) noisy images, scaled by the diffusion process.
+          noise_level_B: (B,) EDM's `c_noise`, or a timestep.
+          conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as does an absent key.
+
+        Returns:
+          Array like x_BHWC, float32.
+        """
+        self.check()
+        label_B = conditioning.get("label") if self.num_classes else None
+        time_BT = nn.silu(TimeToken(self.time_width, self.num_classes, dtype=self.dtype, name="time")(noise_level_B, label_B))
+
+        def run_stage(name: str, x: jax.Array, stage: int) -> jax.Array:
+            heads = self.channels[stage] // self.head_width
+            window = min(self.window, self.image_size >> stage)
+            block = DiffiTResBlock(heads, window, self.mlp_ratio, self.dtype, name=f"{name}_{stage}")
+            return repeat_block(block, x, time_BT, self.num_blocks[stage], self.scan_unroll)
+
+        x = conv3x3(self.channels[0], self.dtype, name="tokenizer")(x_BHWC.astype(self.dtype))
+        skips = []
+        for stage in range(len(self.channels)):
+            if stage:
+                skips.append(x)
+                x = conv3x3(self.channels[stage], self.dtype, name=f"down_{stage}", stride=2)(x)
+            x = run_stage("encoder", x, stage)
+        for stage in reversed(range(len(skips))):
+            x = upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
+            x = jnp.concatenate([x, skips[stage]], axis=-1)
+            x = nn.Dense(self.channels[stage], kernel_init=XAVIER, dtype=self.dtype, name=f"merge_{stage}")(x)
+            x = run_stage("decoder", x, stage)
+        x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(jnp.float32)
+        return conv3x3(self.image_channels, jnp.float32, name="head", kernel_init=nn.initializers.zeros_init())(x)

@@ -1,0 +1,36 @@
+"""The device mesh and how arrays lie on it: the only place that names mesh axes."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffit_jax.errors import UserError
+
+DATA_AXIS = "data"
+
+
+def make_mesh() -> Mesh:
+    """A one-dimensional mesh of all devices; batches are split over it, parameters are copied to each."""
+    return Mesh(np.array(jax.devices()), (DATA_AXIS,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose leading axis is the global batch."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array of which every device holds a copy."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
+    """Raises `UserError` if the devices of the mesh do not divide a batch; `key` is the config key that set its size."""
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UserError(f"{key} {batch_size} does not divide over {mesh.size} devices: change {key} to a multiple of {mesh.size}")
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Host arrays with this process's share of a global batch → global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,135 @@
+"""A training run from its config to its last checkpoint."""
+
+import dataclasses
+import logging
+import time
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from diffit_jax import parallel
+from diffit_jax.checkpoint import Checkpoints
+from diffit_jax.console import Progress
+from diffit_jax.data import pixels
+from diffit_jax.data.pipeline import batches
+from diffit_jax.data.sources import open_dataset
+from diffit_jax.experiment import Experiment, build, claim_workdir
+from diffit_jax.sampling import CHECKPOINTS, Sampler, default_labels
+from diffit_jax.training.optimizer import make_optimizer
+from diffit_jax.training.state import TrainState, abstract_state, create_state
+from diffit_jax.training.step import StepMetrics, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Trains a config in a work directory, from its newest checkpoint if there is one, up to `training.total_steps`.
+
+    The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/` and checkpoints in `checkpoints/`.
+    A run that was killed and started again ends with the same parameters as one that never stopped.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: a config that cannot be, or a directory that holds another config's run or cannot be written.
+    """
+    # --- Check everything before the first thing is written.
+    experiment = build(config)
+    settings, model = experiment.training, experiment.model
+    mesh = parallel.make_mesh()
+    parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size")
+    grid_sampler = _grid_sampler(experiment, mesh)
+    workdir = claim_workdir(workdir, config)
+    source = open_dataset(experiment.data.name, "train", experiment.data.data_dir, model.image_shape, model.num_classes)
+
+    # --- State: fresh, or that of the newest usable checkpoint.
+    optimizer, sharding = make_optimizer(experiment.optimizer), parallel.replicated(mesh)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=settings.keep_checkpoints)
+    state = restore_state(checkpoints, abstract_state(model, optimizer, sharding))
+    if state is None:
+        state = create_state(model, optimizer, experiment.seed, sharding)
+    first_step = int(state.step)
+    log.info("model %s: %s parameters", type(model).__name__, f"{parameter_overview.count_parameters(state.params):,}")
+    log.info("%s step %d of %d in %s", "resuming at" if first_step else "starting at", first_step, settings.total_steps, workdir)
+    if first_step >= settings.total_steps:
+        return state
+
+    # --- The update, compiled before the clock starts.
+    data = batches(source, settings.batch_size, experiment.seed, first_step)
+    train_step = jax.jit(make_train_step(experiment), donate_argnums=(0, 1), out_shardings=sharding)
+    collected = jax.device_put(StepMetrics.empty(), sharding)
+    batch = parallel.put_batch(mesh, next(data))
+    started = time.monotonic()
+    train_step = train_step.lower(state, collected, batch).compile()
+    log.info("compiled the training step in %.1f s for %d %s", time.monotonic() - started, mesh.size, mesh.devices.flat[0].platform)
+
+    # --- The loop.
+    events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
+    interval_start, interval_step = time.monotonic(), first_step
+    with Progress("train", settings.total_steps, done=first_step) as progress:
+        for step in range(first_step + 1, settings.total_steps + 1):
+            state, collected = train_step(state, collected, batch)
+            last = step == settings.total_steps
+            if not last:
+                batch = parallel.put_batch(mesh, next(data))  # while the devices are at work
+            progress.advance()
+
+            if step % settings.log_steps == 0 or last:
+                values = {name: float(value) for name, value in collected.compute().items()}  # waits for the devices
+                rate = (step - interval_step) / (time.monotonic() - interval_start)
+                values |= {"steps_per_s": rate, "images_per_s": rate * settings.batch_size}
+                for name, value in values.items():
+                    events.add_scalar(name, value, step)
+                progress.say(_line(values))
+                collected = jax.device_put(StepMetrics.empty(), sharding)
+            if step % settings.checkpoint_steps == 0 or last:
+                save_state(checkpoints, state, settings.batch_size)
+            if step % settings.grid_steps == 0 or last:
+                _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state.ema, settings.grid_images, model.num_classes)
+            if step % settings.log_steps == 0:
+                interval_start, interval_step = time.monotonic(), step
+    events.close()
+    checkpoints.wait()
+    return state
+
+
+def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:
+    """Starts writing a checkpoint of the state, the average in an item of its own for those who only sample."""
+    step = int(state.step)
+    items = {"state": dataclasses.replace(state, ema=None), "ema": state.ema}
+    checkpoints.save(step, items, {"step": step, "images_seen": step * batch_size})
+
+
+def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
+    """The state of the newest usable checkpoint, laid out as `abstract` says; None if there is no checkpoint."""
+    restored = checkpoints.restore({"state": dataclasses.replace(abstract, ema=None), "ema": abstract.ema})
+    if restored is None:
+        return None
+    step, items = restored
+    checkpoints.set_aside_after(step)
+    return dataclasses.replace(items["state"], ema=items["ema"])
+
+
+def _grid_sampler(experiment: Experiment, mesh: jax.sharding.Mesh) -> Sampler:
+    size = -(-experiment.training.grid_images // mesh.size) * mesh.size
+    return Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size))
+
+
+def _write_grid(path: epath.Path, sampler: Sampler, params, count: int, num_classes: int) -> None:
+    """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps can be compared."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seeds = np.arange(count)
+    images = sampler.draw(params, seeds, default_labels(seeds, num_classes))
+    pixels.write_png(path, pixels.image_grid(images, columns=10))
+
+
+def _line(values: dict[str, float]) -> str:
+    return (
+        f"loss {values['loss']:.4f} | gradient {values['gradient_norm']:.3f} | rate {values['learning_rate']:.2e} | "
+        f"{values['steps_per_s']:.2f} steps/s | {values['images_per_s']:.0f} images/s"
+    )

@@ -1,0 +1,46 @@
+"""The state of a training run: one pytree."""
+
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from diffit_jax import models
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update changes. All float32 but the counter.
+
+    Attributes:
+      step: int32 scalar, updates made so far; the data position and all random numbers follow from it.
+      params: parameters of the network.
+      opt_state: state of the optax optimizer.
+      ema: moving average of `params`.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, sharding: NamedSharding) -> TrainState:
+    """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
+    shapes = jax.eval_shape(lambda: _init(model, optimizer, seed=0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def create_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, sharding: NamedSharding) -> TrainState:
+    """A fresh state, made by one jitted function straight into its sharding."""
+    return jax.jit(lambda: _init(model, optimizer, seed), out_shardings=sharding)()
+
+
+def _init(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    params = models.init_params(model, jax.random.key(seed, impl="threefry2x32"))
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
