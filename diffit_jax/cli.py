@@ -1,6 +1,7 @@
 """What all commands in `launch/` share: flags, logging, and one-line errors."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,17 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def parse_numbers(flag: str, text: str) -> list[int]:
+    """`7`, `0-63` or `0-9,20-29` → the whole numbers it names, ends included; `flag` is named in the error."""
+    numbers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise UserError(f"{flag} {text!r} is not a list of whole numbers: write 7, 0-63 or 0-9,20-29")
+        numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return numbers
 
 
 def _parse(argv: list[str]) -> list[str]:

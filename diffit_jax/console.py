@@ -13,7 +13,7 @@ class Progress:
     if nothing is said by `say` (which prints a line in both cases).
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, unit: str = "step", every_s: float = 10.0):
+    def __init__(self, what: str, total: int, done: int = 0, unit: str = "step", every_s: float = 30.0):
         self._bar = tqdm(desc=what, total=total, initial=done, unit=unit, dynamic_ncols=True, disable=None)
         self._what, self._total, self._done, self._unit, self._every_s = what, total, done, unit, every_s
         self._start, self._first, self._last_line = time.monotonic(), done, time.monotonic()

@@ -1,5 +1,7 @@
 """The device mesh and how arrays lie on it: the only place that names mesh axes."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -9,9 +11,9 @@ from diffit_jax.errors import UserError
 DATA_AXIS = "data"
 
 
-def make_mesh() -> Mesh:
-    """A one-dimensional mesh of all devices; batches are split over it, parameters are copied to each."""
-    return Mesh(np.array(jax.devices()), (DATA_AXIS,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh of the devices (None: all); batches are split over it, parameters are copied to each."""
+    return Mesh(np.array(devices or jax.devices()), (DATA_AXIS,))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

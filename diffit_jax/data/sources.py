@@ -1,6 +1,7 @@
-"""Named data sets as random-access sources: `len(source)` examples, `source[i]` a dict of numpy arrays."""
+"""Named data sets as random-access sources: `len(source)` examples, any of which `source.read` returns."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """`image`: (H, W, C) uint8 in [0, 255]; `label`: int32 scalar in [0, num_classes)."""
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """(n,) ints in [0, len) → `image`: (n, H, W, C) uint8 in [0, 255]; `label`: (n,) int32 in [0, num_classes)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,8 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": self.images[index], "label": self.labels[index]}
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": self.images[indices], "label": self.labels[indices]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,11 @@ class SyntheticSource:
     def __len__(self) -> int:
         return self.num_examples
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        rng = np.random.Generator(np.random.Philox(key=index))
-        image = rng.integers(0, 256, self.image_shape, dtype=np.uint8)
-        return {"image": image, "label": np.int32(index % max(self.num_classes, 1))}
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        size = math.prod(self.image_shape)
+        noise = [np.frombuffer(np.random.Philox(key=int(index)).random_raw(-(-size // 8)).tobytes(), np.uint8)[:size] for index in indices]
+        labels = (np.asarray(indices) % max(self.num_classes, 1)).astype(np.int32)
+        return {"image": np.stack(noise).reshape(-1, *self.image_shape), "label": labels}
 
 
 def open_dataset(name: str, split: str, data_dir: str, image_shape: tuple[int, int, int], num_classes: int) -> Source:

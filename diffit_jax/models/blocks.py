@@ -69,15 +69,24 @@ def conv3x3(channels: int, dtype: jnp.dtype, name: str, stride: int = 1, kernel_
     return nn.Conv(channels, (3, 3), stride, padding=1, kernel_init=kernel_init, dtype=dtype, name=name)
 
 
-class upsample(nn.Module):
+class Upsample(nn.Module):
+    """Transposed 2×2 convolution of stride 2, as one matrix product: each pixel becomes a 2×2 square.
+
+    Attributes:
+      channels: of the output.
+      dtype: dtype of the matrix product.
+    """
+
     channels: int
-    dtype: jnp.dtype
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        b, h, w, c = x.shape
-        x = nn.Dense(4 * self.channels, kernel_init=XAVIER, dtype=self.dtype)(x).reshape(b, h, w, 2, 2, self.channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, self.channels)
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, 2H, 2W, channels)."""
+        batch, height, width, _ = x_BHWC.shape
+        squares = nn.Dense(4 * self.channels, kernel_init=XAVIER, dtype=self.dtype, name="project")(x_BHWC)
+        squares = squares.reshape(batch, height, width, 2, 2, self.channels).transpose(0, 1, 3, 2, 4, 5)
+        return squares.reshape(batch, 2 * height, 2 * width, self.channels)
 
 
 def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks: int, unroll: int) -> jax.Array:

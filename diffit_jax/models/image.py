@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.blocks import XAVIER, DiffiTResBlock, conv3x3, group_norm, repeat_block, upsample
+from diffit_jax.models.blocks import XAVIER, DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
 
 
@@ -108,7 +108,7 @@ class ImageDiffiT(nn.Module):
                 x = conv3x3(self.channels[stage], self.dtype, name=f"down_{stage}", stride=2)(x)
             x = run_stage("encoder", x, stage)
         for stage in reversed(range(len(skips))):
-            x = upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
+            x = Upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
             x = jnp.concatenate([x, skips[stage]], axis=-1)
             x = nn.Dense(self.channels[stage], kernel_init=XAVIER, dtype=self.dtype, name=f"merge_{stage}")(x)
             x = run_stage("decoder", x, stage)

@@ -1,0 +1,65 @@
+"""Two virtual devices, so that everything runs sharded, and small experiments that compile in seconds."""
+
+import os
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+jax.config.update("jax_num_cpu_devices", 2)
+# With several virtual devices on few cores, programs in flight can starve each other's collectives of threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def small_config(**overrides) -> ConfigDict:
+    """A conditional 8×8 experiment that trains in seconds; `overrides` are dotted keys."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "data": {"name": "synthetic"},
+            "model": {
+                "name": "image_diffit",
+                "image_size": 8,
+                "image_channels": 1,
+                "channels": (8, 16),
+                "num_blocks": (1, 2),
+                "window": 4,
+                "time_width": 16,
+                "head_width": 8,
+                "num_classes": 10,
+                "scan_unroll": 1,
+            },
+            "process": {"name": "edm"},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
+            "ema": {"halflife_images": 64},
+            "training": {
+                "batch_size": 8,
+                "label_dropout": 0.1,
+                "total_steps": 6,
+                "log_steps": 2,
+                "grid_steps": 6,
+                "checkpoint_steps": 2,
+                "keep_checkpoints": 3,
+                "grid_images": 4,
+            },
+            "sampling": {"num_steps": 3, "guidance_scale": 1.5, "batch_size": 4},
+        }
+    )
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+    return config
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """(workdir, final state) of a finished small run; tests only read it."""
+    from diffit_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(small_config(), workdir)
