@@ -14,11 +14,11 @@ def get_config() -> ConfigDict:
             name="image_diffit",
             image_size=8,
             image_channels=1,
-            channels=(32, 64),
+            channels=(16, 64),
             num_blocks=(1, 2),
             window=4,
             time_width=128,
-            head_width=32,
+            head_width=16,
             num_classes=10,
             mlp_ratio=4,
             scan_unroll=2,  # the depth of a stage: on a CPU, a loop of small layers costs more than compiling them one by one
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
         dict(
             batch_size=64,
             label_dropout=0.1,
-            total_steps=2_000,
+            total_steps=1_800,
             log_steps=100,
             grid_steps=500,
             checkpoint_steps=500,

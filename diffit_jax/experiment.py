@@ -180,7 +180,13 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
             raise UserError(f"config key {section}.name is {name!r}: use {' or '.join(choices)}")
         kinds[section] = choices[name]
 
-    values = {"seed": config.pop("seed")}
+    seed = config.pop("seed")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"config key seed is {seed!r}: it must be a whole number in [0, 2^32)")
+    dtype = config["model"].get("dtype", "float32")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"config key model.dtype is {dtype!r}: use float32 or bfloat16")
+    values = {"seed": seed}
     for section, arguments in config.items():
         parameters = dict(inspect.signature(kinds[section]).parameters)
         parameters.pop("parent", None)  # Flax's own

@@ -51,7 +51,7 @@ class Sampler:
             self._process.sigmas(settings.num_steps),
             settings.churn,
         )
-        return pixels.to_pixels(x_BHWC)
+        return x_BHWC
 
     def batches(self, params: Any, seeds: Sequence[int], labels: Sequence[int]) -> Iterator[np.ndarray]:
         """Draws one image per seed, batch by batch.
@@ -62,7 +62,7 @@ class Sampler:
           labels: n labels in [0, num_classes); ignored by an unconditional model.
 
         Yields:
-          (at most batch_size, H, W, C) uint8 images, in the order of the seeds.
+          (at most batch_size, H, W, C) float32 images in the units of the training images, not clipped, in the order of the seeds.
         """
         size = self._settings.batch_size
         for start in range(0, len(seeds), size):
@@ -75,7 +75,7 @@ class Sampler:
             yield np.asarray(self._draw(params, parallel.put_batch(self._mesh, padded)))[:count]
 
     def draw(self, params: Any, seeds: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-        """All of `batches` as one (n, H, W, C) uint8 array."""
+        """All of `batches` as one (n, H, W, C) float32 array."""
         return np.concatenate(list(self.batches(params, seeds, labels)))
 
 
@@ -131,7 +131,7 @@ def sample(
     images = []
     with Progress("sample", len(seeds), unit="image") as progress:
         for batch in sampler.batches(params, seeds, labels):
-            images.append(batch)
+            images.append(np.asarray(pixels.to_pixels(batch)))
             progress.advance(len(batch))
     images = np.concatenate(images)
     buffer = io.BytesIO()

@@ -1,6 +1,15 @@
 """Two virtual devices, so that everything runs sharded, and small experiments that compile in seconds."""
 
 import os
+import tempfile
+
+# Most of the suite's time is compiling; unoptimised machine code does for small models. Commands that tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What one test compiled, the next and its commands reuse; a new folder for every run of the suite.
+_CACHE = tempfile.TemporaryDirectory(prefix="diffit_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("DIFFIT_JAX_TEST_CACHE", _CACHE.name)
+os.environ["DIFFIT_JAX_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import pytest
@@ -9,8 +18,6 @@ from ml_collections import ConfigDict
 jax.config.update("jax_num_cpu_devices", 2)
 # With several virtual devices on few cores, programs in flight can starve each other's collectives of threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def small_config(**overrides) -> ConfigDict:

@@ -66,7 +66,7 @@ def test_denoise_is_equation_7():
 
 
 def test_loss_of_a_known_network():
-    """A network that always answers 0 has D = c_skip x, whose weighted error has a known expectation: 1 for data of variance sigma_data²."""
+    """A network that answers 0 has D = c_skip (x + n), whose weighted squared error is 1 on average for data of variance sigma_data²."""
     process, batch = EDM(sigma_data=0.5), 4096
     x = 0.5 * jax.random.normal(jax.random.key(0), (batch, 4, 4, 1))
     keys = jax.random.split(jax.random.key(1), batch)
@@ -95,9 +95,7 @@ def test_loss_of_an_example_does_not_depend_on_the_batch():
 
 def ideal_denoiser(sigma_data, mean=0.3):
     """D for data N(mean, sigma_data²): the posterior mean."""
-    return lambda x, sigma, _: (
-        mean + (x - mean) * sigma_data**2 / (sigma_data**2 + sigma[:, None, None, None] ** 2)  # noqa: E501
-    )
+    return lambda x, sigma, _: mean + (x - mean) * sigma_data**2 / (sigma_data**2 + sigma[:, None, None, None] ** 2)
 
 
 def exact_solution(noise, process, sigma_data, mean=0.3):

@@ -165,8 +165,9 @@ def test_paper_sizes():
         shapes = jax.eval_shape(lambda model=model: models.init_params(model, jax.random.key(0)))
         assert shapes["encoder_0"]["transformer"]["attention"]["relative_position_bias"].shape == (blocks[0], (2 * window - 1) ** 2, 2)
         assert shapes["decoder_1"]["transformer"]["attention"]["qkv_kernel"].shape == (blocks[1], 256, 3, 4, 64)
-        out = jax.eval_shape(lambda p, model=model: models.as_network(model, p)(jnp.zeros((2, size, size, 3)), jnp.zeros(2), {}), shapes)
-        assert out.shape == (2, size, size, 3)
+        x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+        out = jax.eval_shape(lambda p, x, model=model: models.as_network(model, p)(x, jnp.zeros(2), {}), shapes, x)
+        assert out.shape == x.shape
 
 
 @pytest.mark.parametrize(

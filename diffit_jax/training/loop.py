@@ -125,7 +125,7 @@ def _write_grid(path: epath.Path, sampler: Sampler, params, count: int, num_clas
     path.parent.mkdir(parents=True, exist_ok=True)
     seeds = np.arange(count)
     images = sampler.draw(params, seeds, default_labels(seeds, num_classes))
-    pixels.write_png(path, pixels.image_grid(images, columns=10))
+    pixels.write_png(path, pixels.image_grid(np.asarray(pixels.to_pixels(images)), columns=10))
 
 
 def _line(values: dict[str, float]) -> str:

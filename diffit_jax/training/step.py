@@ -62,7 +62,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, StepMetrics
         params = optax.apply_updates(state.params, update)
         ema = ema_update(state.ema, params, ema_rate(experiment.ema, state.step, batch_size))
         measured = StepMetrics.single_from_model_output(
-            loss=loss, gradient_norm=optax.global_norm(gradient), learning_rate=learning_rate(experiment.optimizer, state.step)
+            loss=loss, gradient_norm=optax.tree.norm(gradient), learning_rate=learning_rate(experiment.optimizer, state.step)
         )
         return TrainState(state.step + 1, params, opt_state, ema), collected.merge(measured)
 

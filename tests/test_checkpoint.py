@@ -1,0 +1,119 @@
+"""Checkpoints that are damaged, foreign or not there."""
+
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+
+from diffit_jax.checkpoint import Checkpoints
+from diffit_jax.errors import UserError
+from diffit_jax.sampling import sample
+from diffit_jax.training.loop import train
+
+TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}
+
+
+def abstract(tree=TREE):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Three checkpoints of which each step's array is different."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, {"tree": jax.tree.map(lambda leaf, step=step: jnp.asarray(leaf) + step, TREE)}, {"step": step})
+    checkpoints.wait()
+    return tmp_path / "checkpoints"
+
+
+def data_files(step_directory):
+    """All files with array data, the largest first."""
+    files = [path for path in step_directory.rglob("*") if path.is_file() and path.parent.name == "d"]
+    return sorted(files, key=lambda path: -path.stat().st_size)
+
+
+def test_newest_is_restored_and_old_ones_are_deleted(saved):
+    checkpoints = Checkpoints(saved, keep=3)
+    assert checkpoints.steps() == [2, 3, 4]
+    step, items = checkpoints.restore({"tree": abstract()})
+    assert step == 4
+    np.testing.assert_array_equal(items["tree"]["a"], TREE["a"] + 4)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda directory: truncate(data_files(directory)[0]),
+        lambda directory: data_files(directory)[0].unlink(),
+        lambda directory: truncate(directory / "tree" / "manifest.ocdbt"),
+        lambda directory: (directory / "tree" / "_METADATA").write_text("{"),
+        lambda directory: shutil.rmtree(directory / "tree"),
+        lambda directory: shutil.rmtree(directory / "facts"),
+        lambda directory: [path.unlink() for path in directory.rglob("*") if path.is_file()],
+    ],
+    ids=["data truncated", "data removed", "manifest truncated", "metadata broken", "item removed", "facts removed", "all removed"],
+)
+def test_last_good_one_is_used_instead_of_a_damaged_one(saved, damage, caplog):
+    damage(saved / "4")
+    checkpoints = Checkpoints(saved, keep=3)
+    with caplog.at_level("WARNING", logger="diffit_jax"):
+        step, items = checkpoints.restore({"tree": abstract()})
+    assert step == 3
+    np.testing.assert_array_equal(items["tree"]["a"], TREE["a"] + 3)
+    assert "checkpoint 4" in caplog.text and "cannot be used" in caplog.text and "checkpoint 3 is used instead" in caplog.text
+    # The damaged one makes room, and is kept.
+    checkpoints.set_aside_after(3)
+    assert checkpoints.steps() == [2, 3] and (saved.parent / "checkpoints_damaged" / "4").exists()
+    checkpoints.save(4, {"tree": jax.tree.map(jnp.asarray, TREE)}, {"step": 4})
+    checkpoints.wait()
+    np.testing.assert_array_equal(checkpoints.restore({"tree": abstract()})[1]["tree"]["a"], TREE["a"])
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        TREE | {"a": np.zeros(4000, np.float32)},
+        TREE | {"z": np.zeros(3, np.float32)},
+        {"a": TREE["a"]},
+    ],
+    ids=["another shape", "a missing array", "an unknown array"],
+)
+def test_foreign_checkpoints_are_refused(saved, foreign):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used") as error:
+        Checkpoints(saved, keep=3).restore({"tree": abstract(foreign)})
+    assert "\n" not in str(error.value)
+
+
+def test_renamed_checkpoint_is_refused(saved):
+    (saved / "4").rename(saved / "9")
+    assert Checkpoints(saved, keep=3).restore({"tree": abstract()})[0] == 3
+
+
+def test_no_checkpoint(tmp_path):
+    assert Checkpoints(tmp_path / "nothing").restore({"tree": abstract()}) is None
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_training_and_sampling_go_on_from_the_last_good_checkpoint(run, tmp_path, caplog):
+    source, state = run
+    workdir = tmp_path / "run"
+    shutil.copytree(source, workdir)
+    truncate(data_files(workdir / "checkpoints" / "6" / "ema")[0])
+    with caplog.at_level("WARNING", logger="diffit_jax"):
+        sample(workdir, seeds=[0])
+    assert "checkpoint 4 is used instead" in caplog.text
+    assert (workdir / "checkpoints" / "6").exists()  # sampling touches nothing
+    again = train(small_config(), workdir)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (workdir / "checkpoints_damaged" / "6").exists() and (workdir / "checkpoints" / "6").exists()

@@ -1,0 +1,115 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+
+from diffit_jax import parallel
+from diffit_jax.data import pixels
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import build
+from diffit_jax.sampling import Sampler, sample
+from diffit_jax.training.optimizer import make_optimizer
+from diffit_jax.training.state import create_state
+
+
+@pytest.fixture(scope="module")
+def lively():
+    """An experiment and parameters that make images of more than noise: fresh ones have a head of zeros."""
+    experiment = build(small_config(sampling__num_steps=6))
+    params = create_state(experiment.model, make_optimizer(experiment.optimizer), 0, parallel.replicated(parallel.make_mesh())).params
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
+    rng = np.random.default_rng(0)
+    return experiment, jax.tree.unflatten(tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) * 0.05 for leaf in leaves])
+
+
+def draw(lively, seeds, labels, devices, batch_size):
+    experiment, params = lively
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    sampler = Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=batch_size))
+    return sampler.draw(jax.device_put(params, parallel.replicated(mesh)), seeds, labels)
+
+
+def test_samples_do_not_depend_on_batches_or_devices(lively):
+    seeds, labels = np.arange(11), np.arange(11) % 10
+    reference = draw(lively, seeds, labels, devices=1, batch_size=11)
+    assert reference.std(axis=0).mean() > 0.05
+    order = np.array([7, 3, 10, 0, 1])
+    for devices, batch_size in ((1, 4), (2, 4), (2, 12)):
+        np.testing.assert_allclose(draw(lively, seeds, labels, devices, batch_size), reference, rtol=0, atol=2e-4)  # 1e-4 of [-1, 1]
+    np.testing.assert_allclose(draw(lively, seeds[order], labels[order], 2, 2), reference[order], rtol=0, atol=2e-4)
+
+
+def test_uint8_samples_agree(lively):
+    experiment, params = lively
+    seeds, images = np.arange(40), []
+    for devices, batch_size in ((1, 40), (2, 8)):
+        mesh = parallel.make_mesh(jax.devices()[:devices])
+        settings = build(small_config(sampling__num_steps=6, sampling__batch_size=batch_size)).sampling
+        sampler = Sampler(experiment, mesh, settings)
+        drawn = sampler.draw(jax.device_put(params, parallel.replicated(mesh)), seeds, seeds % 10)
+        images.append(np.asarray(pixels.to_pixels(drawn)).astype(int))
+    difference = np.abs(images[0] - images[1])
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_label_and_seed_matter(lively):
+    images = draw(lively, [5, 5, 6], [1, 2, 1], devices=1, batch_size=3)
+    assert np.abs(images[0] - images[1]).max() > 1e-2 and np.abs(images[0] - images[2]).max() > 1e-2
+
+
+def test_sample_writes_npz_and_grid(run, tmp_path):
+    workdir, _ = run
+    path = sample(workdir, seeds=range(5), labels=[3, 4], output=tmp_path / "out" / "s.npz", batch_size=2)
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].shape == (5, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [3, 4, 3, 4, 3]
+        images = arrays["arr_0"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["s.npz", "s.png"]
+    with np.load(sample(workdir, seeds=[4, 0], labels=[3], output=tmp_path / "t.npz")) as arrays:
+        assert np.abs(arrays["arr_0"].astype(int) - images[[4, 0]]).max() <= 1
+
+
+def test_sample_defaults(run):
+    workdir, _ = run
+    path = sample(workdir, seeds=[7, 12, 31], guidance_scale=1.0, num_steps=2)
+    assert path.name == "samples_3x8x8x1.npz" and path.parent == workdir
+    with np.load(path) as arrays:
+        assert arrays["arr_1"].tolist() == [7, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(seeds=[0], labels=[3, 10]), "label 10 is outside the classes 0-9"),
+        (dict(seeds=[-1]), "seeds must be at least one whole number"),
+        (dict(seeds=[]), "seeds must be at least one whole number"),
+        (dict(seeds=[0], guidance_scale=-1.0), "sampling.guidance_scale is -1.0"),
+        (dict(seeds=[0], num_steps=1), "sampling.num_steps is 1"),
+        (dict(seeds=[0], batch_size=3), "sampling.batch_size 3 does not divide over 2 devices"),
+        (dict(seeds=[0], output="/dev/null/x/s.npz"), "output directory /dev/null/x cannot be written"),
+    ],
+)
+def test_bad_requests(run, arguments, message):
+    workdir, _ = run
+    with pytest.raises(UserError, match=message):
+        sample(workdir, **arguments)
+
+
+def test_nothing_to_sample_from(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        sample(tmp_path, seeds=[0])
+    (tmp_path / "config.json").write_text(small_config().to_json())
+    with pytest.raises(UserError, match="holds no checkpoint: train first"):
+        sample(tmp_path, seeds=[0])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_unconditional_model_takes_no_labels(tmp_path):
+    config = small_config(model__num_classes=0, sampling__guidance_scale=1.0)
+    (tmp_path / "config.json").write_text(config.to_json())
+    with pytest.raises(UserError, match="unconditional: leave out --labels"):
+        sample(tmp_path, seeds=[0], labels=[0])
+    with pytest.raises(UserError, match="unconditional: leave out --guidance_scale"):
+        sample(tmp_path, seeds=[0], guidance_scale=2.0)
