@@ -1,9 +1,40 @@
+"""Packaging. Ranges say what the code works with; constraints.txt pins what is tested."""
+
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="diffit_jax",
     version="0.1.0",
+    description="DiffiT (Diffusion Vision Transformers for Image Generation) in JAX and Flax, for TPUs, GPUs and laptops",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
     packages=find_packages(include=["diffit_jax", "diffit_jax.*"]),
     python_requires=">=3.11",
-    install_requires=["jax"],
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "clu>=0.0.12",
+        "etils[epath]>=1.12",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.12,<0.3",
+        "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10,<0.13",
+        "ml_collections>=1.0",
+        "numpy>=2.1",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11",
+        "scikit-learn>=1.5",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "test": ["ipykernel>=6.29", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12", "scipy>=1.14"],
+    },
 )

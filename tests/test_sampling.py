@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -71,8 +72,9 @@ def test_sample_writes_npz_and_grid(run, tmp_path):
         assert np.abs(arrays["arr_0"].astype(int) - images[[4, 0]]).max() <= 1
 
 
-def test_sample_defaults(run):
-    workdir, _ = run
+def test_sample_defaults(run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run[0], workdir)  # other tests expect the run without samples
     path = sample(workdir, seeds=[7, 12, 31], guidance_scale=1.0, num_steps=2)
     assert path.name == "samples_3x8x8x1.npz" and path.parent == workdir
     with np.load(path) as arrays:

@@ -21,7 +21,7 @@ from diffit_jax.experiment import Experiment, build, claim_workdir
 from diffit_jax.sampling import CHECKPOINTS, Sampler, default_labels
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, create_state
-from diffit_jax.training.step import StepMetrics, make_train_step
+from diffit_jax.training.step import Batch, StepMetrics, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     # --- The update, compiled before the clock starts.
     data = batches(source, settings.batch_size, experiment.seed, first_step)
-    train_step = jax.jit(make_train_step(experiment), donate_argnums=(0, 1), out_shardings=sharding)
-    collected = jax.device_put(StepMetrics.empty(), sharding)
     batch = parallel.put_batch(mesh, next(data))
-    started = time.monotonic()
-    train_step = train_step.lower(state, collected, batch).compile()
-    log.info("compiled the training step in %.1f s for %d %s", time.monotonic() - started, mesh.size, mesh.devices.flat[0].platform)
+    train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
+    log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, mesh.devices.flat[0].device_kind)
 
     # --- The loop.
     events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
@@ -96,6 +93,17 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     events.close()
     checkpoints.wait()
     return state
+
+
+def compile_train_step(
+    experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
+) -> tuple[jax.stages.Compiled, StepMetrics, float]:
+    """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took). The step donates its state and metrics."""
+    sharding = parallel.replicated(mesh)
+    collected = jax.device_put(StepMetrics.empty(), sharding)
+    started = time.monotonic()
+    jitted = jax.jit(make_train_step(experiment), donate_argnums=(0, 1), out_shardings=sharding)
+    return jitted.lower(state, collected, batch).compile(), collected, time.monotonic() - started
 
 
 def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:

@@ -1,0 +1,76 @@
+"""How fast a config trains on the devices at hand."""
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from diffit_jax import parallel
+from diffit_jax.console import Progress
+from diffit_jax.data.pipeline import batches
+from diffit_jax.data.sources import open_dataset
+from diffit_jax.experiment import build
+from diffit_jax.training.loop import compile_train_step
+from diffit_jax.training.optimizer import make_optimizer
+from diffit_jax.training.state import create_state
+
+
+def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
+    """Compiles the training step of a config and times updates on its own data, the loader included.
+
+    Args:
+      config: as for training; nothing is written.
+      steps: updates to time, after three that are not.
+
+    Returns:
+      `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step; `step_ms_median`, `step_ms_min`:
+      milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median; `data_wait_share`: share of the time spent
+      waiting for a batch; `peak_memory_gb`: of the process on a CPU, else of the first device.
+    """
+    experiment = build(config)
+    settings, mesh = experiment.training, parallel.make_mesh()
+    model = experiment.model
+    source = open_dataset(experiment.data.name, "train", experiment.data.data_dir, model.image_shape, model.num_classes)
+    data = batches(source, settings.batch_size, experiment.seed)
+    state = create_state(model, make_optimizer(experiment.optimizer), experiment.seed, parallel.replicated(mesh))
+    batch = parallel.put_batch(mesh, next(data))
+    train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
+
+    times, waits = [], []
+    with Progress("benchmark", steps + 3) as progress:
+        for _ in range(steps + 3):
+            start = time.perf_counter()
+            state, collected = train_step(state, collected, batch)
+            asked = time.perf_counter()
+            host_batch = next(data)
+            waits.append(time.perf_counter() - asked)
+            batch = parallel.put_batch(mesh, host_batch)
+            jax.block_until_ready(state)
+            times.append(time.perf_counter() - start)
+            progress.advance()
+    median = statistics.median(times[3:])
+    return {
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "compile_s": compile_s,
+        "step_ms_median": median * 1e3,
+        "step_ms_min": min(times[3:]) * 1e3,
+        "steps_per_s": 1 / median,
+        "images_per_s": settings.batch_size / median,
+        "data_wait_share": sum(waits[3:]) / sum(times[3:]),
+        "peak_memory_gb": _peak_memory(mesh.devices.flat[0]) / 1e9,
+    }
+
+
+def _peak_memory(device: jax.Device) -> int:
+    """Bytes: of the device where it counts them, else the largest resident size of this process."""
+    counted = device.memory_stats() or {}
+    if "peak_bytes_in_use" in counted:
+        return counted["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

@@ -1,0 +1,26 @@
+"""Measures the training step of a config: python launch/benchmark.py --config configs/digits.py [--steps 50] [--json FILE]"""
+
+import json
+
+from absl import flags
+
+from diffit_jax import cli
+
+CONFIG = cli.define_config()
+STEPS = flags.DEFINE_integer("steps", 50, "Updates to time.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    from diffit_jax import benchmark, files
+
+    figures = benchmark.measure(CONFIG.value, STEPS.value)
+    for name, value in figures.items():
+        print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value}")
+    if JSON.value:
+        files.write_bytes(JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# From a fresh clone to digits that a DiffiT drew: sets itself up, prepares the data, trains, samples 100 digits and scores 1,000.
+#   bash launch/quickstart.sh [workdir]      default: runs/digits; run it again to continue an interrupted run
+set -euo pipefail
+workdir="$(realpath -m "${1:-"$(dirname "${BASH_SOURCE[0]}")/../runs/digits"}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup_env.sh
+python=.venv/bin/python
+$python launch/train.py --config configs/digits.py --workdir "$workdir"
+$python launch/sample.py --workdir "$workdir" --seeds 0-99
+$python launch/sample.py --workdir "$workdir" --seeds 0-999
+$python launch/evaluate.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits
+
+echo
+echo "100 digits, a column for each class: $workdir/samples_100x8x8x1.png"
+echo "the same seeds during training:      $workdir/grids/"
+echo "scores:                              $workdir/metrics.json"

@@ -1,0 +1,102 @@
+"""The commands as a user types them: what they write, and one line of error for what cannot be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_config
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(name, *arguments, config=None, tmp_path=None):
+    if config is not None:
+        path = tmp_path / "config.py"
+        path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()!r}).lock()\n")
+        arguments = ("--config", str(path), *arguments)
+    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+
+def assert_one_line_error(result, message):
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ") and message in lines[0], lines[0]
+
+
+def test_train_then_sample(tmp_path):
+    workdir = tmp_path / "run"
+    result = launch("train", "--workdir", workdir, "--config.training.total_steps=2", config=small_config(), tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "starting at step 0 of 2" in result.stderr and "train 2/2 steps | loss" in result.stderr and "images/s" in result.stderr
+    result = launch("sample", "--workdir", workdir, "--seeds", "0-2,7", "--labels", "3,5", "--guidance_scale", "2", tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with np.load(workdir / "samples_4x8x8x1.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [3, 5, 3, 5]
+    with Image.open(workdir / "samples_4x8x8x1.png") as picture:
+        assert picture.size == (10 * 33 - 1, 32)
+
+
+def test_benchmark(tmp_path):
+    result = launch("benchmark", "--steps", 3, "--json", tmp_path / "b.json", config=small_config(), tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["images_per_s"] == pytest.approx(8 * figures["steps_per_s"]) and figures["compile_s"] > 0
+    assert 0 < figures["step_ms_min"] <= figures["step_ms_median"] and 0 <= figures["data_wait_share"] < 1
+    assert 0.05 < figures["peak_memory_gb"] < 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config.model.widow=3",), "config key widow is unknown"),
+        (("--config.model.window=three",), "config.model.window=three"),
+        (("--colour=red",), "Unknown command line flag 'colour'"),
+        (("stray",), "argument 'stray' is not a flag"),
+        (("--config.model.image_size=10",), "stage 0 is 10 pixels wide, which window 4 does not divide"),
+        (("--config.model.num_classes=7",), "data set digits has 10 classes, the model 7"),
+    ],
+)
+def test_bad_flags_and_configs(arguments, message, tmp_path):
+    workdir = tmp_path / "run"
+    config = ROOT / "configs" / "digits.py"
+    result = launch("train", "--config", config, "--workdir", workdir, *arguments, tmp_path=tmp_path)
+    assert_one_line_error(result, message)
+    assert not workdir.exists()
+
+
+def test_missing_and_broken_config_files(tmp_path):
+    assert_one_line_error(launch("train", "--workdir", tmp_path / "run", tmp_path=tmp_path), "--config")
+    missing = launch("train", "--config", tmp_path / "none.py", "--workdir", tmp_path / "run", tmp_path=tmp_path)
+    assert_one_line_error(missing, "--config cannot be loaded")
+
+
+def test_unwritable_workdir(tmp_path):
+    """Under a regular file nothing can be created, not even by root."""
+    (tmp_path / "file").write_text("")
+    result = launch("train", "--workdir", tmp_path / "file" / "run", config=small_config(), tmp_path=tmp_path)
+    assert_one_line_error(result, "workdir")
+    assert "cannot be written" in result.stderr
+
+
+def test_workdir_of_another_config(run, tmp_path):
+    workdir, _ = run
+    before = (workdir / "config.json").read_text()
+    result = launch("train", "--workdir", workdir, config=small_config(model__window=2), tmp_path=tmp_path)
+    assert_one_line_error(result, "holds a run with model.window = 4, this config has 2")
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_bad_requests_for_samples(run, tmp_path):
+    workdir, _ = run
+    assert_one_line_error(launch("sample", "--workdir", tmp_path / "none", tmp_path=tmp_path), "holds no run")
+    assert_one_line_error(
+    result = launch("sample", "--workdir", workdir, "--labels", "12", tmp_path=tmp_path)
+    assert_one_line_error(result, "label 12 is outside the classes 0-9")
+    )
+    assert_one_line_error(launch("sample", "--workdir", workdir, "--seeds", "5-x", tmp_path=tmp_path), "--seeds '5-x' is not a list")
+    assert not list(workdir.glob("*.npz"))
