@@ -57,7 +57,7 @@ def test_benchmark(tmp_path):
         (("--config.model.window=three",), "config.model.window=three"),
         (("--colour=red",), "Unknown command line flag 'colour'"),
         (("stray",), "argument 'stray' is not a flag"),
-        (("--config.model.image_size=10",), "stage 0 is 10 pixels wide, which window 4 does not divide"),
+        (("--config.model.image_size=9",), "image_size 9 is not divisible by 2"),
         (("--config.model.num_classes=7",), "data set digits has 10 classes, the model 7"),
     ],
 )
@@ -91,12 +91,15 @@ def test_workdir_of_another_config(run, tmp_path):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_bad_requests_for_samples(run, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--labels", "12"), "label 12 is outside the classes 0-9"),
+        (("--seeds", "5-x"), "--seeds '5-x' is not a list of whole numbers"),
+        (("--workdir", "none"), "workdir none holds no run"),
+    ],
+)
+def test_bad_requests_for_samples(run, arguments, message, tmp_path):
     workdir, _ = run
-    assert_one_line_error(launch("sample", "--workdir", tmp_path / "none", tmp_path=tmp_path), "holds no run")
-    assert_one_line_error(
-    result = launch("sample", "--workdir", workdir, "--labels", "12", tmp_path=tmp_path)
-    assert_one_line_error(result, "label 12 is outside the classes 0-9")
-    )
-    assert_one_line_error(launch("sample", "--workdir", workdir, "--seeds", "5-x", tmp_path=tmp_path), "--seeds '5-x' is not a list")
-    assert not list(workdir.glob("*.npz"))
+    assert_one_line_error(launch("sample", "--workdir", workdir, *arguments, tmp_path=tmp_path), message)
+    assert not list(workdir.glob("*.npz")) and not (tmp_path / "none").exists()
