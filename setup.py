@@ -35,6 +35,15 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["ipykernel>=6.29", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.12", "scipy>=1.14"],
+        "test": [
+            "ipykernel>=6.29",
+            "matplotlib>=3.9",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "scipy>=1.14",
+        ],
     },
 )

@@ -57,7 +57,10 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         _fail(str(error).splitlines()[0] + " (--help lists the flags)")
     except (AttributeError, KeyError) as error:
-        _fail(f"config key {str(error).strip(chr(34) + chr(39))} is unknown: see the file given by --config")
+        # ConfigDict names the key and perhaps a similar one, in quotes and on two lines.
+        unknown, *similar = re.findall(r"""['"](\w+)\\*['"]""", str(error)) or [str(error)]
+        hint = f"did you mean {similar[0]}?" if similar else "see the file given by --config"
+        _fail(f"config key {unknown} is unknown: {hint}")
     except (OSError, ImportError, SyntaxError, TypeError) as error:
         _fail(f"--config cannot be loaded ({error}): name a file with get_config()")
     if len(rest) > 1:

@@ -53,7 +53,7 @@ def test_benchmark(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config.model.widow=3",), "config key widow is unknown"),
+        (("--config.model.widow=3",), "config key widow is unknown: did you mean window?"),
         (("--config.model.window=three",), "config.model.window=three"),
         (("--colour=red",), "Unknown command line flag 'colour'"),
         (("stray",), "argument 'stray' is not a flag"),

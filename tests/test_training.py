@@ -160,7 +160,7 @@ TRAIN = """
 import sys; sys.path.insert(0, {tests!r})
 from conftest import small_config
 from diffit_jax.training.loop import train
-train(small_config(training__total_steps=120, training__checkpoint_steps=10, training__grid_steps=1000), {workdir!r})
+train(small_config(training__total_steps=60, training__checkpoint_steps=5, training__grid_steps=1000), {workdir!r})
 """
 
 
@@ -184,10 +184,10 @@ def test_sigkill_loses_nothing(tmp_path):
     process = start_training(tmp_path / "whole")
     assert process.wait(timeout=300) == 0, process.stderr.read()
     whole = final_checkpoint(tmp_path / "whole")
-    assert int(whole.step) == 120
+    assert int(whole.step) == 60
 
     workdir, killed_at = tmp_path / "killed", []
-    for checkpoint, delay in ((20, 0.0), (60, 0.03)):
+    for checkpoint, delay in ((10, 0.0), (30, 0.03)):
         process = start_training(workdir)
         deadline = time.monotonic() + 300
         while not (workdir / "checkpoints" / str(checkpoint)).exists():
@@ -197,7 +197,7 @@ def test_sigkill_loses_nothing(tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == -signal.SIGKILL  # it was still running
         killed_at.append(max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()))
-    assert killed_at[0] < killed_at[1] < 120
+    assert killed_at[0] < killed_at[1] < 60
     process = start_training(workdir)
     assert process.wait(timeout=300) == 0, process.stderr.read()
     assert_equal_trees(final_checkpoint(workdir), whole)

@@ -44,8 +44,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = parallel.make_mesh()
     parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size")
     grid_sampler = _grid_sampler(experiment, mesh)
-    workdir = claim_workdir(workdir, config)
     source = open_dataset(experiment.data.name, "train", experiment.data.data_dir, model.image_shape, model.num_classes)
+    workdir = claim_workdir(workdir, config)
 
     # --- State: fresh, or that of the newest usable checkpoint.
     optimizer, sharding = make_optimizer(experiment.optimizer), parallel.replicated(mesh)
