@@ -9,7 +9,7 @@ import pytest
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import TMSA
-from diffit_jax.models.blocks import DiffiTBlock, DiffiTResBlock, Upsample
+from diffit_jax.models.blocks import DiffiTBlock, DiffiTResBlock, Upsample, gelu
 from diffit_jax.models.embeddings import TimeToken, sinusoidal_embedding
 from diffit_jax.models.image import ImageDiffiT
 
@@ -56,6 +56,15 @@ def test_time_token_absent_label_is_the_null_row():
     null = module.apply(variables, levels, jnp.array([4, 4]))
     np.testing.assert_array_equal(module.apply(variables, levels), null)
     assert np.abs(module.apply(variables, levels, jnp.array([0, 3])) - null).max() > 1e-3
+
+
+def test_gelu_and_its_gradient():
+    """Value and derivative in float64, from the formula."""
+    x = np.linspace(-6, 6, 241)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, gelu_tanh(x), atol=2e-6)
+    np.testing.assert_allclose(slope, (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5, atol=2e-6)
+    assert gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_transformer_block_equals_equations_7_and_8():

@@ -87,7 +87,7 @@ class TMSA(nn.Module):
         bias_table = self.param("relative_position_bias", nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, heads))
 
         x_BNLC, qkv_kernel = x_BNLC.astype(self.dtype), qkv_kernel.astype(self.dtype)
-        q_BNHLD, k_BNHLD, v_BNHLD = (jnp.einsum("bnlc,chd->bnhld", x_BNLC, qkv_kernel[:, i]) for i in range(3))
+        q_BNHLD, k_BNHLD, v_BNHLD = jnp.einsum("bnlc,cihd->ibnhld", x_BNLC, qkv_kernel)
         q_time_BHD, v_time_BHD = (
             jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i].astype(self.dtype))
             + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
