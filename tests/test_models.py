@@ -62,8 +62,9 @@ def test_gelu_and_its_gradient():
     """Value and derivative in float64, from the formula."""
     x = np.linspace(-6, 6, 241)
     value, slope = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(value, gelu_tanh(x), atol=2e-6)
-    np.testing.assert_allclose(slope, (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5, atol=2e-6)
+    # XLA's float32 tanh is 1.5e-6 away from ±1 where it saturates, which x = 6 magnifies.
+    np.testing.assert_allclose(value, gelu_tanh(x), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(slope, (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5, rtol=0, atol=1e-5)
     assert gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
