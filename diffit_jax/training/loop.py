@@ -98,11 +98,16 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 def compile_train_step(
     experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
 ) -> tuple[jax.stages.Compiled, StepMetrics, float]:
-    """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took). The step donates its state and metrics."""
+    """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took).
+
+    The step takes over the memory of its state and metrics ("donation"), except on CPUs, where memory is not scarce and XLA's in-place
+    updates make a small network's step 1.3 times as long.
+    """
     sharding = parallel.replicated(mesh)
     collected = jax.device_put(StepMetrics.empty(), sharding)
     started = time.monotonic()
-    jitted = jax.jit(make_train_step(experiment), donate_argnums=(0, 1), out_shardings=sharding)
+    donated = () if mesh.devices.flat[0].platform == "cpu" else (0, 1)
+    jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=sharding)
     return jitted.lower(state, collected, batch).compile(), collected, time.monotonic() - started
 
 
