@@ -25,7 +25,7 @@ class Checkpoints:
         """Opens `directory`; `keep` is how many of the newest checkpoints stay (None: all)."""
         self.directory = epath.Path(directory)
         # Orbax would create a directory that is only read from.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, cleanup_tmp_directories=keep is not None)
         self._manager = ocp.CheckpointManager(self.directory, options=options) if keep or self.directory.exists() else None
 
     def steps(self) -> list[int]:

@@ -201,6 +201,7 @@ def test_sigkill_loses_nothing(tmp_path):
     process = start_training(workdir)
     assert process.wait(timeout=300) == 0, process.stderr.read()
     assert_equal_trees(final_checkpoint(workdir), whole)
+    assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())  # half-written ones are cleaned away
 
 
 @pytest.mark.parametrize(
