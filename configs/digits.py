@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
         dict(
             batch_size=64,
             label_dropout=0.1,
-            total_steps=1_800,
+            total_steps=1_500,
             log_steps=100,
             grid_steps=500,
             checkpoint_steps=500,
