@@ -141,17 +141,14 @@ def sample(
     return output
 
 
-def restore_ema(workdir: epath.PathLike, loaded: Experiment, sharding: jax.sharding.Sharding) -> Any:
+def restore_ema(workdir: epath.PathLike, loaded: Experiment, sharding: jax.sharding.NamedSharding) -> Any:
     """The averaged parameters of the newest usable checkpoint in a work directory, laid out by `sharding`.
 
     Raises:
       UserError: there is none.
     """
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: models.init_params(loaded.model, jax.random.key(0))),
-    )
-    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore({"ema": abstract})
+    shapes = jax.eval_shape(lambda: models.init_params(loaded.model, jax.random.key(0)))
+    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore({"ema": parallel.abstract(shapes, sharding)})
     if restored is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     return restored[1]["ema"]

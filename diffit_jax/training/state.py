@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from diffit_jax import models
+from diffit_jax import models, parallel
 
 
 @flax.struct.dataclass
@@ -31,8 +31,7 @@ class TrainState:
 
 def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, sharding: NamedSharding) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
-    shapes = jax.eval_shape(lambda: _init(model, optimizer, seed=0))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    return parallel.abstract(jax.eval_shape(lambda: _init(model, optimizer, seed=0)), sharding)
 
 
 def create_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, sharding: NamedSharding) -> TrainState:
