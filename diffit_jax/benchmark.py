@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from diffit_jax import parallel
 from diffit_jax.console import Progress
 from diffit_jax.data.pipeline import batches
-from diffit_jax.data.sources import open_dataset
 from diffit_jax.experiment import build
-from diffit_jax.training.loop import compile_train_step
+from diffit_jax.training.loop import compile_train_step, open_training_data
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import create_state
 
@@ -33,10 +32,8 @@ def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
     """
     experiment = build(config)
     settings, mesh = experiment.training, parallel.make_mesh()
-    model = experiment.model
-    source = open_dataset(experiment.data.name, "train", experiment.data.data_dir, model.image_shape, model.num_classes)
-    data = batches(source, settings.batch_size, experiment.seed)
-    state = create_state(model, make_optimizer(experiment.optimizer), experiment.seed, parallel.replicated(mesh))
+    data = batches(open_training_data(experiment), settings.batch_size, experiment.seed)
+    state = create_state(experiment.model, make_optimizer(experiment.optimizer), experiment.seed, parallel.replicated(mesh))
     batch = parallel.put_batch(mesh, next(data))
     train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
 

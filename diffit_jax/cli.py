@@ -2,8 +2,11 @@
 
 import logging
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -12,9 +15,34 @@ from ml_collections import ConfigDict, config_flags
 from diffit_jax.errors import UserError
 
 
-def define_config() -> flags.FlagHolder[ConfigDict]:
+def define_config(help_text: str = "File with get_config(); override keys by --config.section.key=value.") -> flags.FlagHolder[ConfigDict]:
     """The flag `--config FILE`, whose keys can be overridden by `--config.section.key=value`."""
-    return config_flags.DEFINE_config_file("config", None, "File with get_config(); override keys by --config.section.key=value.")
+    return config_flags.DEFINE_config_file("config", None, help_text)
+
+
+def config_for_weights(config: ConfigDict | None, weights: str, input_size: int | None = None) -> dict[str, Any]:
+    """The config that released weights are used with: the one given, or that of their size in `configs/`.
+
+    Args:
+      config: value of the flag `--config`.
+      weights: file of weights.
+      input_size: side of the latents, if not that of the file.
+    """
+    if config is not None:
+        return config.to_dict()
+    from diffit_jax.interop.official import read_input_size
+
+    name = "imagenet256_latent" if (input_size or read_input_size(weights)) <= 32 else "imagenet512_latent"
+    path = Path(__file__).parents[1] / "configs" / f"{name}.py"
+    if not path.exists():
+        raise UserError(f"there is no {path} in this installation: name a config by --config")
+    return runpy.run_path(str(path))["get_config"]().to_dict()
+
+
+def require_one(**flag_values: str | None) -> None:
+    """Ends the command unless exactly one of the flags is given."""
+    if sum(value is not None for value in flag_values.values()) != 1:
+        fail(f"exactly one of {', '.join(f'--{name}' for name in flag_values)} is needed (--help lists the flags)")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -30,23 +58,12 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            _fail(str(error))
+            fail(str(error))
         except KeyboardInterrupt:
             print("interrupted: run the same command again to go on", file=sys.stderr)
             sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
-
-
-def parse_numbers(flag: str, text: str) -> list[int]:
-    """`7`, `0-63` or `0-9,20-29` → the whole numbers it names, ends included; `flag` is named in the error."""
-    numbers = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise UserError(f"{flag} {text!r} is not a list of whole numbers: write 7, 0-63 or 0-9,20-29")
-        numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return numbers
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -55,20 +72,23 @@ def _parse(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.items()  # a config file that could not be loaded only says so when it is used
     except flags.Error as error:
-        _fail(str(error).splitlines()[0] + " (--help lists the flags)")
+        fail(str(error).splitlines()[0] + " (--help lists the flags)")
     except (AttributeError, KeyError) as error:
         # ConfigDict names the key and perhaps a similar one, in quotes and on two lines.
         unknown, *similar = re.findall(r"""['"](\w+)\\*['"]""", str(error)) or [str(error)]
         hint = f"did you mean {similar[0]}?" if similar else "see the file given by --config"
-        _fail(f"config key {unknown} is unknown: {hint}")
+        fail(f"config key {unknown} is unknown: {hint}")
+    except UserError as error:
+        fail(str(error))
     except (OSError, ImportError, SyntaxError, TypeError) as error:
-        _fail(f"--config cannot be loaded ({error}): name a file with get_config()")
+        fail(f"--config cannot be loaded ({error}): name a file with get_config()")
     if len(rest) > 1:
-        _fail(f"argument {rest[1]!r} is not a flag: write --name=value")
+        fail(f"argument {rest[1]!r} is not a flag: write --name=value")
     return rest
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
+    """Ends the command with one line on stderr and exit status 1."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
 

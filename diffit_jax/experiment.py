@@ -17,13 +17,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffit_jax import files
+from diffit_jax.data import pixels
+from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.diffusion.samplers import Churn
 from diffit_jax.errors import UserError
 from diffit_jax.models import MODELS
 
-PROCESSES = {"edm": EDM}
+Process = EDM | DDPM
+PROCESSES = {"edm": EDM, "ddpm": DDPM}
+# The first two belong to the process ddpm; the others serve both.
+SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_solver")
+# What a work directory holds.
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +41,12 @@ class Data:
     Attributes:
       name: of the data set, see `data.open_dataset`.
       data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
+      autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and so are samples.
     """
 
     name: str
     data_dir: str = ""
+    autoencoder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +121,66 @@ class Sampling:
     """Section `sampling`: how samples are drawn unless the command line says otherwise.
 
     Attributes:
-      num_steps: steps N of the Heun sampler, 2N - 1 evaluations of the denoiser.
-      guidance_scale: of classifier-free guidance; 1 is none.
-      batch_size: images per call of the sampler, over all devices.
-      churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: see `samplers.Churn`.
+      num_steps: steps N of the sampler. Evaluations of the network: 2N - 1 with heun, else N.
+      guidance_scale: 1 is no guidance.
+      batch_size: samples per call of the sampler, over all devices.
+      sampler: "ddpm" (ancestral) or "ddim", of the process ddpm; "euler", "heun" or "dpm_solver" (2M), of any process.
+      respacing: of ddpm and ddim, in place of `num_steps`: "250", "10,10,5" or "ddim50", see `respaced_timesteps`.
+      eta: randomness of ddim, 0 none.
+      clip_denoised: whether ddpm and ddim clip their estimate of the clean sample to [-1, 1]: for images, not for latents.
+      guidance, guidance_power, guidance_sigma_low, guidance_sigma_high, guide_channels, skip_tolerance: see `guidance.Guidance`.
+      guide_workdir: for autoguidance, the work directory of the weaker network.
+      pixel_rounding: from [-1, 1] to uint8: "edm" or "adm", see `pixels.to_pixels`.
+      churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: of heun, see `samplers.Churn`.
     """
 
     num_steps: int
     guidance_scale: float
     batch_size: int
+    sampler: str = "heun"
+    respacing: str = ""
+    eta: float = 0.0
+    clip_denoised: bool = False
+    guidance: str = "constant"
+    guidance_power: float = 4.0
+    guidance_sigma_low: float = 0.0
+    guidance_sigma_high: float = float("inf")
+    guide_channels: int = 0
+    skip_tolerance: float = 1e-3
+    guide_workdir: str = ""
+    pixel_rounding: str = "edm"
     churn_amount: float = 0.0
     churn_sigma_low: float = 0.0
     churn_sigma_high: float = float("inf")
     churn_noise: float = 1.0
 
     def __post_init__(self):
-        _require("sampling", self, "num_steps", least=2)
-        _require("sampling", self, "guidance_scale", least=0)
+        _require_choice("sampling", self, "sampler", SAMPLERS)
+        _require_choice("sampling", self, "pixel_rounding", pixels.ROUNDINGS)
+        _require("sampling", self, "num_steps", least=1 if self.discrete else 2)
+        for name in ("guidance_scale", "churn_amount", "eta"):
+            _require("sampling", self, name, least=0)
         _require("sampling", self, "batch_size", least=1)
-        _require("sampling", self, "churn_amount", least=0)
+        if self.respacing and not self.discrete:
+            raise UserError(f"config key sampling.respacing is for the samplers ddpm and ddim, not {self.sampler}: set sampling.num_steps")
+        _ = self.guide, self.churn  # these check the rest
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the sampler walks down a discrete schedule."""
+        return self.sampler in ("ddpm", "ddim")
+
+    @property
+    def guide(self) -> Guidance:
+        return Guidance(
+            self.guidance,
+            self.guidance_scale,
+            self.guidance_power,
+            self.guidance_sigma_low,
+            self.guidance_sigma_high,
+            self.guide_channels,
+            self.skip_tolerance,
+        )
 
     @property
     def churn(self) -> Churn:
@@ -149,7 +200,7 @@ class Experiment:
 
     seed: int
     model: nn.Module
-    process: EDM
+    process: Process
     data: Data
     optimizer: Optimizer
     ema: EMA
@@ -158,7 +209,7 @@ class Experiment:
 
 
 # What may differ between a config and the run that it continues, because the numbers do not depend on it.
-_FREE_KEYS = ("data.data_dir", "model.scan_unroll", "sampling", "training.total_steps", "training.log_steps")
+_FREE_KEYS = ("data.data_dir", "model.scan_unroll", "model.remat", "sampling", "training.total_steps", "training.log_steps")
 _FREE_KEYS += ("training.grid_steps", "training.grid_images", "training.checkpoint_steps", "training.keep_checkpoints")
 
 
@@ -197,9 +248,36 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         values[section] = kinds[section](**arguments)
     experiment = Experiment(**values)
     experiment.model.check()
-    if experiment.sampling.guidance_scale != 1 and not experiment.model.num_classes:
-        raise UserError("config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set guidance_scale to 1")
+    _check_output(experiment)
+    check_sampling(experiment, experiment.sampling)
     return experiment
+
+
+def check_sampling(experiment: Experiment, settings: Sampling) -> None:
+    """Raises `UserError` if an experiment cannot be sampled with these settings (its own, or overridden ones)."""
+    model, process = experiment.model, experiment.process
+    if settings.discrete and not isinstance(process, DDPM):
+        raise UserError(f"config key sampling.sampler is {settings.sampler}, which needs the process ddpm: use euler, heun or dpm_solver")
+    if settings.discrete:
+        process.steps(settings.respacing or str(settings.num_steps))
+    else:
+        process.sigmas(settings.num_steps)
+    if settings.guide_channels > model.sample_shape[-1]:
+        raise UserError(
+            f"config key sampling.guide_channels is {settings.guide_channels}, the model has {model.sample_shape[-1]}: use at most these"
+        )
+    if settings.guide.active and settings.guidance != "autoguidance" and not model.num_classes:
+        raise UserError("config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set guidance_scale to 1")
+
+
+def _check_output(experiment: Experiment) -> None:
+    model, process = experiment.model, experiment.process
+    needed = process.output_channels(model.sample_shape[-1])
+    if model.output_channels != needed:
+        raise UserError(
+            f"the process wants a network with {needed} output channels, the model has {model.output_channels}: "
+            "change model.learn_sigma (latent_diffit) or process.variance and process.loss_type (ddpm)"
+        )
 
 
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
@@ -261,6 +339,11 @@ def _require(section: str, settings: Any, name: str, above: float | None = None,
         raise UserError(f"config key {section}.{name} is {value}: it must be above {above}")
     if least is not None and not value >= least:
         raise UserError(f"config key {section}.{name} is {value}: it must be at least {least}")
+
+
+def _require_choice(section: str, settings: Any, name: str, choices: Iterable[str]) -> None:
+    if getattr(settings, name) not in choices:
+        raise UserError(f"config key {section}.{name} is {getattr(settings, name)!r}: use {', '.join(choices)}")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

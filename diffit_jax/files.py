@@ -1,12 +1,17 @@
 """Files that appear whole or not at all, on local disks and `gs://` alike."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
 from etils import epath
 
 from diffit_jax.errors import UserError
 
 
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file under a temporary name first and renames it when it is complete.
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write to: it has a temporary name until the block ends, and goes away if the block fails.
 
     Raises:
       UserError: the place cannot be written.
@@ -14,10 +19,21 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.partial"
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            yield file
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
+        raise
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file whole or not at all, see `writing`."""
+    with writing(path) as file:
+        file.write(content)
 
 
 def make_directory(path: epath.PathLike, flag: str) -> epath.Path:

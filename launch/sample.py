@@ -1,30 +1,55 @@
-"""Draws samples from a run: python launch/sample.py --workdir runs/digits --seeds 0-63 [--labels 3,5] [--guidance_scale 1.5]"""
+"""Draws samples from a run or from released weights:
+
+  python launch/sample.py --workdir runs/digits --seeds 0-63 [--labels 3,5] [--guidance_scale 1.5]
+  python launch/sample.py --weights diffit_256.safetensors --seeds 0-49999 --labels random --output samples.npz
+  python launch/sample.py --weights diffit_256.safetensors --seeds 0-7 --labels "golden retriever,88" --sampler dpm_solver --num_steps 30
+
+Interrupted, the same command goes on where it was.
+"""
 
 from absl import flags
 
 from diffit_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.")
-SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one image each: 7, 0-63 or 0-9,20-29.")
-LABELS = flags.DEFINE_string("labels", None, "Labels given out in turn: 3, 0-9 or 3,5; default: seed modulo the number of classes.")
-OUTPUT = flags.DEFINE_string("output", None, "npz file to write; default: samples_NxHxWxC.npz in the work directory.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Overrides the config: 1 is no guidance, more follows the label more closely.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Overrides the config: steps of the sampler.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Overrides the config: images per call of the sampler, over all devices.")
-flags.mark_flag_as_required("workdir")
+WEIGHTS = flags.DEFINE_string("weights", None, "Released weights (safetensors, on a local or mounted disk) instead of a run.")
+CONFIG = cli.define_config("Config whose process and sampling the weights are used with; default: configs/imagenet{256,512}_latent.py.")
+SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one sample each: 7, 0-63 or 0-9,20-29.")
+LABELS = flags.DEFINE_string(
+    "labels", None, "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo the number of classes."
+)
+OUTPUT = flags.DEFINE_string("output", None, "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights.")
+
+# These override the config's section `sampling`, where each is explained (diffit_jax/experiment.py).
+OVERRIDES = [
+    flags.DEFINE_string("sampler", None, "ddpm, ddim, euler, heun or dpm_solver."),
+    flags.DEFINE_integer("num_steps", None, "Steps of the sampler."),
+    flags.DEFINE_string("respacing", None, "Steps of ddpm and ddim: 250, 10,10,5 or ddim50."),
+    flags.DEFINE_float("eta", None, "Randomness of ddim."),
+    flags.DEFINE_bool("clip_denoised", None, "Clip the estimate of the clean sample to [-1, 1] (ddpm, ddim; not for latents)."),
+    flags.DEFINE_string("guidance", None, "none, constant, power_cosine, interval or autoguidance."),
+    flags.DEFINE_float("guidance_scale", None, "1 is no guidance, more follows the label more closely."),
+    flags.DEFINE_float("guidance_power", None, "Exponent of power_cosine."),
+    flags.DEFINE_float("guidance_sigma_low", None, "Lower end of interval, in noise levels."),
+    flags.DEFINE_float("guidance_sigma_high", None, "Upper end of interval."),
+    flags.DEFINE_integer("guide_channels", None, "So many first channels are guided; 0: all."),
+    flags.DEFINE_float("skip_tolerance", None, "No second evaluation where the scale is within this of 1."),
+    flags.DEFINE_string("guide_workdir", None, "Directory of the weaker network's run, for autoguidance."),
+    flags.DEFINE_string("pixel_rounding", None, "To uint8: edm or adm."),
+    flags.DEFINE_integer("batch_size", None, "Samples per call of the sampler, over all devices."),
+]
 
 
 def main() -> None:
-    from diffit_jax.sampling import sample
+    from diffit_jax.generate import Run, Weights, sample
+    from diffit_jax.ranges import parse_numbers
 
-    overrides = {"guidance_scale": GUIDANCE_SCALE.value, "num_steps": NUM_STEPS.value, "batch_size": BATCH_SIZE.value}
-    path = sample(
-        WORKDIR.value,
-        cli.parse_numbers("--seeds", SEEDS.value),
-        None if LABELS.value is None else cli.parse_numbers("--labels", LABELS.value),
-        OUTPUT.value,
-        **{name: value for name, value in overrides.items() if value is not None},
-    )
+    cli.require_one(workdir=WORKDIR.value, weights=WEIGHTS.value)
+    if WORKDIR.value and CONFIG.value:
+        cli.fail("--config goes with --weights: a work directory has a config of its own")
+    source = Run(WORKDIR.value) if WORKDIR.value else Weights(WEIGHTS.value, cli.config_for_weights(CONFIG.value, WEIGHTS.value))
+    overrides = {flag.name: flag.value for flag in OVERRIDES if flag.value is not None}
+    path = sample(source, parse_numbers("--seeds", SEEDS.value), LABELS.value, OUTPUT.value, **overrides)
     print(f"wrote {path} and {path.with_suffix('.png')}")
 
 

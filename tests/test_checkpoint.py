@@ -11,7 +11,7 @@ from conftest import small_config
 
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
-from diffit_jax.sampling import sample
+from diffit_jax.generate import sample
 from diffit_jax.training.loop import train
 
 TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}

@@ -1,49 +1,188 @@
+"""Guidance against its formulas, its invariances, and the number of network evaluations."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion.guidance import classifier_free, drop_labels
+from diffit_jax.diffusion import ddpm, samplers
+from diffit_jax.diffusion.ddpm import DDPM
+from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.guidance import Guidance, drop_labels, guide, unguided
 from diffit_jax.errors import UserError
 
 NULL = 10
 
 
-def denoise(x, sigma, conditioning):
-    """A denoiser in which every argument matters."""
-    return jnp.sin(x) * sigma[:, None, None, None] + conditioning["label"][:, None, None, None] ** 2
+def evaluate(x, level, conditioning):
+    """An evaluation with twice the sample's channels, in which every argument matters."""
+    y = jnp.sin(x) * jnp.cos(level)[:, None, None, None] + 0.1 * conditioning["label"][:, None, None, None] ** 2
+    return jnp.concatenate([y, y + 1], axis=-1)
+
+
+def weaker(x, level, conditioning):
+    return evaluate(x, level, conditioning) * 0.9 - 0.1
 
 
 @pytest.fixture
 def arguments():
-    x = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+    x = jax.random.normal(jax.random.key(0), (4, 2, 2, 4))
     return x, jnp.array([0.1, 1.0, 2.0, 3.0]), {"label": jnp.array([1, 2, 3, 9])}
 
 
+@pytest.mark.parametrize("channels", [0, 1, 3])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.5, 4.0])
-def test_classifier_free_is_the_formula(arguments, scale):
-    x, sigma, conditioning = arguments
-    conditional, unconditional = denoise(x, sigma, conditioning), denoise(x, sigma, {"label": jnp.full(4, NULL)})
-    expected = unconditional + scale * (conditional - unconditional)
-    np.testing.assert_allclose(classifier_free(denoise, scale, NULL)(x, sigma, conditioning), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", ["constant", "autoguidance"])
+def test_mixture_is_the_formula(arguments, kind, scale, channels):
+    """Guided in the first channels of the sample, the main evaluation in the others and in what lies beyond the sample's channels."""
+    x, level, conditioning = arguments
+    main = evaluate(x, level, conditioning)
+    lesser = weaker(x, level, conditioning) if kind == "autoguidance" else evaluate(x, level, {"label": jnp.full(4, NULL)})
+    guided = guide(Guidance(kind, scale, channels=channels), evaluate, np.zeros_like, NULL, weaker)
+    y = guided.mixed(x, level, conditioning, scale)
+    count = channels or 4
+    np.testing.assert_allclose(y[..., :count], (lesser + scale * (main - lesser))[..., :count], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(y[..., count:], main[..., count:])
 
 
-def test_scale_one_is_the_conditional_denoiser_itself():
-    assert classifier_free(denoise, 1.0, NULL) is denoise
+def test_power_cosine_golden():
+    """1 + (s - 1) (1 - cos(π (1 - t / 1000)^4)) / 2, computed in float64 for scales 3.8 (MDT) and 4.4 (DiffiT); six decimals."""
+    timesteps = np.array([999, 900, 750, 500, 250, 100, 0])
+    for scale, golden in (
+        (3.8, [1, 1, 1.000105, 1.026901, 1.636545, 3.059374, 3.8]),
+        (4.4, [1, 1, 1.000128, 1.032665, 1.772948, 3.500668, 4.4]),
+    ):
+        scales = Guidance("power_cosine", scale, skip_tolerance=0).scales(timesteps / 1000, None)
+        np.testing.assert_allclose(scales, golden, rtol=0, atol=6e-7)
 
 
-def test_negative_scale():
-    with pytest.raises(UserError, match="guidance_scale -1 is negative"):
-        classifier_free(denoise, -1, NULL)
+@pytest.mark.parametrize(("tolerance", "percent"), [(0, 9), (1e-3, 32), (0.03, 49)])
+def test_power_cosine_scale_is_one_in_high_noise(tolerance, percent):
+    scales = Guidance("power_cosine", 4.4, skip_tolerance=tolerance).scales(np.arange(1000) / 1000, None)
+    assert int(100 * np.mean(scales == 1)) == percent
+
+
+def test_interval_is_open_below_and_closed_above():
+    scales = Guidance("interval", 2.0, sigma_low=0.5, sigma_high=2.0).scales(np.zeros(4), np.array([0.5, 0.51, 2.0, 2.01]))
+    assert scales.tolist() == [1, 2, 2, 1]
+
+
+def counting(calls, evaluation=evaluate):
+    """An evaluation that notes how many examples each call has, when the program runs."""
+
+    def counted(x, level, conditioning):
+        jax.debug.callback(lambda _: calls.append(len(x)), x[0, 0, 0, 0])
+        return evaluation(x, level, conditioning)
+
+    return counted
+
+
+PROCESS = DDPM()
+BATCH = 2
+
+
+def first_half(evaluation):
+    """A denoiser from an evaluation of twice the channels."""
+    return lambda x, level, conditioning: evaluation(x, level, conditioning)[..., : x.shape[-1]]
+
+
+def run(sampler, guidance, calls=None, weak_calls=None):
+    """Samples of one sampler with `evaluate` guided somehow."""
+    calls, weak_calls = [] if calls is None else calls, [] if weak_calls is None else weak_calls
+    wrap = (lambda e: e) if sampler in ("ddpm", "ddim") else first_half
+    noise = samplers.seeded_noise(jnp.arange(BATCH, dtype=jnp.uint32), (2, 2, 4))
+    conditioning = {"label": jnp.array([1, 2])}
+
+    @jax.jit
+    def draw():
+        guided = guide(guidance, wrap(counting(calls)), PROCESS.time_of, NULL, wrap(counting(weak_calls, weaker)))
+        if sampler in ("ddpm", "ddim"):
+            return getattr(ddpm, "ancestral" if sampler == "ddpm" else "ddim")(PROCESS, guided, noise, conditioning, PROCESS.steps("10"))
+        return getattr(samplers, sampler)(guided, noise, conditioning, EDM().sigmas(10))
+
+    out = np.asarray(draw())
+    jax.effects_barrier()
+    return out
+
+
+SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_solver")
+EVALUATIONS = {name: 19 if name == "heun" else 10 for name in SAMPLERS}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_equivalences_and_evaluations_over_every_sampler(sampler):
+    count = EVALUATIONS[sampler]
+    calls = []
+    plain = run(sampler, Guidance(), calls)
+    assert calls == [BATCH] * count  # no guidance: the network alone
+
+    calls, weak_calls = [], []
+    np.testing.assert_array_equal(run(sampler, Guidance("autoguidance", 1.0), calls, weak_calls), plain)
+    assert calls == [BATCH] * count and not weak_calls  # weight 1: the main network alone
+
+    calls, weak_calls = [], []
+    assert np.abs(run(sampler, Guidance("autoguidance", 2.0), calls, weak_calls) - plain).max() > 1e-3
+    assert calls == weak_calls == [BATCH] * count
+
+    calls = []
+    constant = run(sampler, Guidance("constant", 2.0), calls)
+    assert calls == [2 * BATCH] * count and np.abs(constant - plain).max() > 1e-3
+    calls = []
+    np.testing.assert_array_equal(run(sampler, Guidance("interval", 2.0), calls), constant)  # the full interval
+    assert calls == [2 * BATCH] * count
+
+    calls = []
+    run(sampler, Guidance("interval", 2.0, sigma_low=0.3, sigma_high=3.0), calls)
+    levels = PROCESS.steps("10").sqrt_recipm1_alphas_cumprod[::-1] if sampler in ("ddpm", "ddim") else EDM().sigmas(10)[:-1]
+    if sampler == "heun":
+        levels = np.repeat(levels, 2)[:-1]
+    assert calls == [2 * BATCH if 0.3 < level <= 3 else BATCH for level in levels]
+    assert 0 < calls.count(2 * BATCH) < count
+
+    calls = []
+    run(sampler, Guidance("power_cosine", 4.4), calls)
+    assert calls == sorted(calls) and 0 < calls.count(BATCH) < count  # the noisiest steps are not guided
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "heun"])
+def test_skipping_changes_no_more_than_the_skipped_guidance(sampler):
+    exact = run(sampler, Guidance("power_cosine", 4.4, skip_tolerance=0))
+    skipped = run(sampler, Guidance("power_cosine", 4.4, skip_tolerance=1e-3))
+    assert np.abs(exact - skipped).max() < 1e-3 * np.abs(exact).max()
+
+
+def test_guidance_of_no_use_is_no_guidance():
+    for guidance in (Guidance("constant", 1.0), Guidance("none", 3.0), Guidance("constant", 1.0005)):
+        assert guide(guidance, evaluate, np.zeros_like).main is evaluate and not guidance.active
+    assert unguided(evaluate).scales(np.ones(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(kind="strong"), "guidance 'strong' is unknown: use none, constant"),
+        (dict(kind="constant", scale=-1), "guidance_scale -1 is negative"),
+        (dict(kind="interval", scale=2, sigma_low=3, sigma_high=2), "guidance_sigma_low 3 must lie between 0 and"),
+        (dict(kind="constant", channels=-1), "guide_channels -1"),
+    ],
+)
+def test_impossible_settings(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Guidance(**arguments)
+
+
+def test_what_guidance_needs():
+    with pytest.raises(UserError, match="autoguidance needs a second, weaker network"):
+        guide(Guidance("autoguidance", 2.0), evaluate, np.zeros_like, NULL)
+    with pytest.raises(UserError, match="guides by labels, which the model does not have"):
+        guide(Guidance("constant", 2.0), evaluate, np.zeros_like)
 
 
 def test_drop_labels_rate_and_independence_of_the_batch():
-    labels = jnp.arange(20_000) % 10
-    keys = jax.random.split(jax.random.key(0), 20_000)
+    labels, keys = jnp.arange(20_000) % 10, jax.random.split(jax.random.key(0), 20_000)
     dropped = drop_labels({"label": labels}, keys, 0.1, NULL)["label"]
-    kept = dropped != NULL
-    np.testing.assert_array_equal(dropped[kept], labels[kept])
-    assert abs(1 - kept.mean() - 0.1) < 0.009  # four standard errors
+    changed = np.asarray(dropped != labels)
+    assert (dropped[changed] == NULL).all() and abs(changed.mean() - 0.1) < 0.01  # 4.7 standard errors
     np.testing.assert_array_equal(drop_labels({"label": labels[5:9]}, keys[5:9], 0.1, NULL)["label"], dropped[5:9])
 
 

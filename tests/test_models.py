@@ -24,12 +24,12 @@ def randomise(params, seed=0, scale=0.3):
 
 
 def init(model, seed=0):
-    return jax.jit(lambda: models.init_params(model, jax.random.key(seed)))()
+    return jax.jit(lambda: models.init_variables(model, jax.random.key(seed))["params"])()
 
 
 def jitted(model, params):
     """The network, compiled: op by op it would compile a hundred small programs."""
-    call = jax.jit(lambda params, *inputs: models.as_network(model, params)(*inputs))
+    call = jax.jit(lambda params, *inputs: models.as_network(model, {"params": params})(*inputs))
     return lambda *inputs: call(params, *inputs)
 
 
@@ -130,7 +130,7 @@ def test_image_network_shapes_dtypes_gradients(num_classes):
         np.testing.assert_array_equal(network(x, level, {}), network(x, level, {"label": jnp.array([5, 5])}))
         assert np.abs(out - network(x, level, {})).max() > 1e-4
 
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(models.as_network(model, p)(x, level, conditioning) ** 2)))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(models.as_network(model, {"params": p})(x, level, conditioning) ** 2)))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
@@ -172,11 +172,11 @@ def test_paper_sizes():
     """CIFAR-10 and FFHQ-64 of appendix I.1: stages, windows and channels fit together, and the head count follows from them."""
     for size, channels, blocks, window in ((32, (128, 256, 256), (2, 2, 2), 4), (64, (128, 256, 256, 256), (1, 2, 2, 2), 8)):
         model = ImageDiffiT(size, 3, channels, blocks, window)
-        shapes = jax.eval_shape(lambda model=model: models.init_params(model, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda model=model: models.init_variables(model, jax.random.key(0))["params"])
         assert shapes["encoder_0"]["transformer"]["attention"]["relative_position_bias"].shape == (blocks[0], (2 * window - 1) ** 2, 2)
         assert shapes["decoder_1"]["transformer"]["attention"]["qkv_kernel"].shape == (blocks[1], 256, 3, 4, 64)
         x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-        out = jax.eval_shape(lambda p, x, model=model: models.as_network(model, p)(x, jnp.zeros(2), {}), shapes, x)
+        out = jax.eval_shape(lambda p, x, model=model: models.as_network(model, {"params": p})(x, jnp.zeros(2), {}), shapes, x)
         assert out.shape == x.shape
 
 

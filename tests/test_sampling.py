@@ -10,26 +10,30 @@ from diffit_jax import parallel
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.sampling import Sampler, sample
+from diffit_jax.generate import sample
+from diffit_jax.sampling import Sampler
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import create_state
 
 
 @pytest.fixture(scope="module")
 def lively():
-    """An experiment and parameters that make images of more than noise: fresh ones have a head of zeros."""
+    """An experiment and variables that make images of more than noise: fresh ones have a head of zeros."""
     experiment = build(small_config(sampling__num_steps=6))
     params = create_state(experiment.model, make_optimizer(experiment.optimizer), 0, parallel.replicated(parallel.make_mesh())).params
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
-    return experiment, jax.tree.unflatten(tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) * 0.05 for leaf in leaves])
+    return experiment, {
+        "params": jax.tree.unflatten(tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) * 0.05 for leaf in leaves]),
+        "constants": {},
+    }
 
 
 def draw(lively, seeds, labels, devices, batch_size):
-    experiment, params = lively
+    experiment, variables = lively
     mesh = parallel.make_mesh(jax.devices()[:devices])
     sampler = Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=batch_size))
-    return sampler.draw(jax.device_put(params, parallel.replicated(mesh)), seeds, labels)
+    return sampler.draw(jax.device_put(variables, parallel.replicated(mesh)), seeds, labels)
 
 
 def test_samples_do_not_depend_on_batches_or_devices(lively):
@@ -43,13 +47,13 @@ def test_samples_do_not_depend_on_batches_or_devices(lively):
 
 
 def test_uint8_samples_agree(lively):
-    experiment, params = lively
+    experiment, variables = lively
     seeds, images = np.arange(40), []
     for devices, batch_size in ((1, 40), (2, 8)):
         mesh = parallel.make_mesh(jax.devices()[:devices])
         settings = build(small_config(sampling__num_steps=6, sampling__batch_size=batch_size)).sampling
         sampler = Sampler(experiment, mesh, settings)
-        drawn = sampler.draw(jax.device_put(params, parallel.replicated(mesh)), seeds, seeds % 10)
+        drawn = sampler.draw(jax.device_put(variables, parallel.replicated(mesh)), seeds, seeds % 10)
         images.append(np.asarray(pixels.to_pixels(drawn)).astype(int))
     difference = np.abs(images[0] - images[1])
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3

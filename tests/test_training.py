@@ -23,7 +23,7 @@ from diffit_jax.training.ema import ema_rate, ema_update
 from diffit_jax.training.loop import train
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.state import abstract_state, create_state
-from diffit_jax.training.step import StepMetrics, make_train_step
+from diffit_jax.training.step import make_train_step, step_metrics
 
 
 def assert_equal_trees(one, other):
@@ -91,11 +91,11 @@ def test_update_does_not_depend_on_the_number_of_devices():
         mesh = parallel.make_mesh(jax.devices()[:count])
         sharding = parallel.replicated(mesh)
         state = create_state(experiment.model, make_optimizer(experiment.optimizer), 0, sharding)
-        start, metrics = jax.device_get(state.params), jax.device_put(StepMetrics.empty(), sharding)
+        start, empty = jax.device_get(state.params), jax.device_put(step_metrics(experiment.process).empty(), sharding)
         step, data = jax.jit(make_train_step(experiment), out_shardings=sharding), batches(images, 8, seed=0)
         losses = []
         for _ in range(3):
-            state, metrics = step(state, jax.device_put(StepMetrics.empty(), sharding), parallel.put_batch(mesh, next(data)))
+            state, metrics = step(state, empty, parallel.put_batch(mesh, next(data)))
             losses.append(float(metrics.compute()["loss"]))
         results.append((losses, jax.device_get(state.params)))
     # The same random numbers, bit for bit; the sums over the batch are only taken in another order.
@@ -135,7 +135,7 @@ def test_loss_falls():
     batch = parallel.put_batch(mesh, {"image": np.full((8, 8, 8, 1), 200, np.uint8), "label": np.zeros(8, np.int32)})
     losses = []
     for _ in range(40):
-        state, metrics = step(state, jax.device_put(StepMetrics.empty(), sharding), batch)
+        state, metrics = step(state, jax.device_put(step_metrics(experiment.process).empty(), sharding), batch)
         losses.append(float(metrics.compute()["loss"]))
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])  # measured 0.55; noise in a mean of 80 losses is about 0.1
 

@@ -16,9 +16,23 @@ def to_model(pixels: jax.Array) -> jax.Array:
     return pixels.astype(jnp.float32) / 127.5 - 1
 
 
-def to_pixels(x: jax.Array) -> jax.Array:
-    """float32 in [-1, 1] → uint8 by EDM's rule: clip(127.5 x + 128, 0, 255), truncated."""
-    return jnp.clip(127.5 * x + 128, 0, 255).astype(jnp.uint8)
+ROUNDINGS = ("edm", "adm")
+
+
+def to_pixels(x: jax.Array, rounding: str = "edm") -> jax.Array:
+    """float32 in [-1, 1] → uint8, by one of the two published rules, which differ by half a level.
+
+    Args:
+      x: any shape.
+      rounding: "edm": clip(127.5 x + 128, 0, 255), truncated (EDM, DiT); "adm": clip(127.5 (x + 1), 0, 255), truncated (ADM, MDT, DiffiT).
+    """
+    return jnp.clip(127.5 * x + (128 if rounding == "edm" else 127.5), 0, 255).astype(jnp.uint8)
+
+
+def latent_preview(x: jax.Array) -> jax.Array:
+    """(n, H, W, C) float32 latents of about unit variance → (n, H, W, 3 or 1) uint8: the first channels, [-3, 3] from dark to bright."""
+    channels = 3 if x.shape[-1] >= 3 else 1
+    return to_pixels(x[..., :channels] / 3)
 
 
 def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:

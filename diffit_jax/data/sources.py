@@ -5,6 +5,7 @@ import math
 from typing import Protocol
 
 import numpy as np
+from etils import epath
 
 from diffit_jax.errors import UserError
 
@@ -13,7 +14,7 @@ class Source(Protocol):
     """A finite data set.
 
     Attributes:
-      image_shape: (H, W, C) of every image.
+      image_shape: (H, W, C) of every image or latent.
       num_classes: number of labels.
     """
 
@@ -23,7 +24,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """(n,) ints in [0, len) → `image`: (n, H, W, C) uint8 in [0, 255]; `label`: (n,) int32 in [0, num_classes)."""
+        """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), and one of two.
+
+        `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model takes it.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +57,42 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSource:
-    """Random images of any shape, for benchmarks and smoke tests. Example i is a function of i alone; nothing is stored."""
+    """Random examples of any shape, for benchmarks and smoke tests. Example i is a function of i alone; nothing is stored.
+
+    Attributes:
+      latents: whether examples are normally distributed latents instead of uniform images.
+    """
 
     image_shape: tuple[int, int, int]
     num_classes: int
+    latents: bool = False
     num_examples: int = 1 << 20
 
     def __len__(self) -> int:
         return self.num_examples
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        labels = (np.asarray(indices) % max(self.num_classes, 1)).astype(np.int32)
+        if self.latents:
+            streams = (np.random.Generator(np.random.Philox(key=int(index))) for index in indices)
+            return {"latent": np.stack([stream.standard_normal(self.image_shape, np.float32) for stream in streams]), "label": labels}
         size = math.prod(self.image_shape)
         noise = [np.frombuffer(np.random.Philox(key=int(index)).random_raw(-(-size // 8)).tobytes(), np.uint8)[:size] for index in indices]
-        labels = (np.asarray(indices) % max(self.num_classes, 1)).astype(np.int32)
         return {"image": np.stack(noise).reshape(-1, *self.image_shape), "label": labels}
 
 
-def open_dataset(name: str, split: str, data_dir: str, image_shape: tuple[int, int, int], num_classes: int) -> Source:
+def open_dataset(
+    name: str, split: str, data_dir: str, image_shape: tuple[int, int, int], num_classes: int, latents: bool = False
+) -> Source:
     """Opens a data set by name, preparing it on first use.
 
     Args:
-      name: `digits` or `synthetic`.
+      name: `digits`, `synthetic` or `imagenet_latents`.
       split: `train` or `test`.
       data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
       image_shape: (H, W, C) that the model expects.
       num_classes: number of labels that the model expects; 0 if it uses none.
+      latents: whether the model expects an autoencoder's latents; `synthetic` then makes such.
 
     Raises:
       UserError: unknown name or split, images or labels that the model does not expect, a data_dir that cannot be written.
@@ -85,9 +100,15 @@ def open_dataset(name: str, split: str, data_dir: str, image_shape: tuple[int, i
     if split not in ("train", "test"):
         raise UserError(f"data split {split!r} is unknown: use train or test")
     if name == "synthetic":
-        return SyntheticSource(image_shape, num_classes)
+        return SyntheticSource(image_shape, num_classes, latents)
+    if name == "imagenet_latents":
+        folder = epath.Path(data_dir or "~/tensorflow_datasets").expanduser() / f"imagenet_latents_{'x'.join(map(str, image_shape))}"
+        raise UserError(
+            f"data set imagenet_latents misses {folder}/manifest.json and {folder}/{split}-*.array_record, which cannot be encoded yet: "
+            "use --config.data.name=synthetic meanwhile"
+        )
     if name != "digits":
-        raise UserError(f"data set {name!r} is unknown: use digits or synthetic")
+        raise UserError(f"data set {name!r} is unknown: use digits, synthetic or imagenet_latents")
     source = _open_digits(split, data_dir)
     if source.image_shape != image_shape:
         raise UserError(

@@ -7,17 +7,15 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.diffusion.guidance import Conditioning, Evaluation
+from diffit_jax.diffusion.samplers import sampling_grid
+from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.errors import UserError
-
-Conditioning = Mapping[str, jax.Array]
-Network = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
-Denoiser = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class EDM:
         """lambda(sigma) = (sigma² + sigma_data²) / (sigma sigma_data)², so that c_out² lambda = 1."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
-    def denoise(self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning) -> jax.Array:
+    def denoise(self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning) -> jax.Array:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the network computes in.
 
         Args:
@@ -70,7 +68,7 @@ class EDM:
         return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
 
     def loss(
-        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
+        self, network: Evaluation, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """lambda(sigma) ‖D(x + n; sigma) - x‖² with ln sigma ~ N(log_sigma_mean, log_sigma_std²), n ~ N(0, sigma²), EDM Eq. 8.
 
@@ -91,16 +89,19 @@ class EDM:
         denoised = self.denoise(network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning)
         return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3)), {}
 
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """Names of what `loss` reports beside the loss."""
+        return ()
+
+    def output_channels(self, channels: int) -> int:
+        """How many channels a network must return for data with `channels`."""
+        return channels
+
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """The sampling grid of EDM Eq. 5, descending.
+        """(N + 1,) float64, the sampling grid of EDM Eq. 5 from sigma_max to sigma_min, then 0: `sampling_grid`."""
+        return sampling_grid(self.sigma_min, self.sigma_max, self.rho, num_steps)
 
-        Args:
-          num_steps: N, at least 2.
-
-        Returns:
-          (N + 1,) float64: t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N, then 0.
-        """
-        if num_steps < 2:
-            raise UserError(f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps")
-        ends = np.array([self.sigma_max, self.sigma_min]) ** (1 / self.rho)
-        return np.append(np.linspace(*ends, num_steps) ** self.rho, 0.0)
+    def time_of(self, sigma: np.ndarray) -> np.ndarray:
+        """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level sigma: for guidance that asks for it."""
+        return Schedule.make("linear", 1000).timestep_of(sigma) / 1000

@@ -1,4 +1,6 @@
-"""Samplers: from noise to images with a denoiser, as one loop that jit compiles once.
+"""Samplers in EDM's noise levels: from noise to a sample with a denoiser D(x; sigma), as loops that jit compiles once.
+
+They serve every process that has `denoise` and `sigmas`; those that belong to discrete-time diffusion are in `ddpm`.
 
 A sample's randomness is a function of its seed number alone: one key per sample (`sample_keys`), from which its initial noise
 and the noise of each step are derived by number. It does not depend on the batch, its order or the devices.
@@ -8,13 +10,17 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.diffusion.edm import Conditioning, Denoiser
+from diffit_jax.diffusion.guidance import Conditioning, Evaluation, Guided
 from diffit_jax.errors import UserError
+
+# (number) → (B, H, W, C) float32 standard normal noise. Number 0 is the initial noise, i + 1 that of step i.
+Noise = Callable[[jax.Array | int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +55,40 @@ def sample_keys(seed_B: jax.Array) -> jax.Array:
 
 
 def step_noise(key_B: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise number `index` of each sample: (B, *shape) float32. Number 0 is the initial noise, i + 1 that of step i."""
+    """Standard normal noise number `index` of each sample: (B, *shape) float32."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(key_B)
 
 
-def heun(
-    denoise: Denoiser,
-    key_B: jax.Array,
-    image_shape: tuple[int, int, int],
-    conditioning: Conditioning,
-    sigmas: np.ndarray,
-    churn: Churn = Churn(),
-) -> jax.Array:
+def seeded_noise(seed_B: jax.Array, shape: tuple[int, ...]) -> Noise:
+    """The noise of samples with seed numbers seed_B, (B,) uint32, and of a shape (H, W, C)."""
+    key_B = sample_keys(seed_B)
+    return lambda index: step_noise(key_B, index, shape)
+
+
+def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
+    """EDM Eq. 5: (N + 1,) float64, t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N, then 0.
+
+    Raises:
+      UserError: `num_steps` N is below 2.
+    """
+    if num_steps < 2:
+        raise UserError(f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps")
+    ends = np.array([sigma_max, sigma_min]) ** (1 / rho)
+    return np.append(np.linspace(*ends, num_steps) ** rho, 0.0)
+
+
+def heun(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray, churn: Churn = Churn()) -> jax.Array:
     """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at the end. 2N - 1 evaluations.
 
     Args:
       denoise: D(x, sigma, conditioning), guided or not.
-      key_B: (B,) keys from `sample_keys`.
-      image_shape: (H, W, C) of the images.
+      noise: of the B samples.
       conditioning: of the B samples.
-      sigmas: (N + 1,) descending noise levels that end in 0, from `EDM.sigmas`.
+      sigmas: (N + 1,) descending noise levels that end in 0.
       churn: stochasticity; none by default.
 
     Returns:
-      (B, H, W, C) float32 samples, in the units of the training images and not clipped.
+      (B, H, W, C) float32 samples, in the units of the training data and not clipped.
     """
     here, there = sigmas[:-1], sigmas[1:]
     raised = churn.raised(here)
@@ -80,19 +96,58 @@ def heun(
     added = churn.noise * np.sqrt(raised**2 - here**2)
     grid = jnp.asarray(np.stack([raised, there, added], axis=1), jnp.float32)
 
-    def evaluate(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def body(index: jax.Array, carry: tuple[jax.Array, ...], evaluate: Evaluation) -> tuple[jax.Array, ...]:
         # Both slopes of a step come through this one call of the network, so that it is compiled once, not three times.
         x_BHWC, start_BHWC, first_slope = carry
         step, is_second = index // 2, index % 2 == 1
-        level, target, noise = grid[step]
+        level, target, fresh = grid[step]
         if churn.amount:
-            fresh = noise * step_noise(key_B, step + 1, image_shape)
-            x_BHWC = x_BHWC + jnp.where(is_second, 0.0, fresh)
+            x_BHWC = x_BHWC + jnp.where(is_second, 0.0, fresh * noise(step + 1))
         start_BHWC = jnp.where(is_second, start_BHWC, x_BHWC)
         at = jnp.where(is_second, target, level)
-        slope = (x_BHWC - denoise(x_BHWC, jnp.full(key_B.shape, at), conditioning)) / at
+        slope = (x_BHWC - evaluate(x_BHWC, jnp.full(len(x_BHWC), at), conditioning)) / at
         combined = jnp.where(is_second, (first_slope + slope) / 2, slope)
         return start_BHWC + (target - level) * combined, start_BHWC, slope
 
-    x_BHWC = jnp.float32(sigmas[0]) * step_noise(key_B, 0, image_shape)
-    return jax.lax.fori_loop(0, 2 * len(here) - 1, evaluate, (x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)))[0]
+    x_BHWC = jnp.float32(sigmas[0]) * noise(0)
+    levels = np.stack([raised, there], axis=1).ravel()[:-1]
+    return denoise.run(body, (x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)), levels, np.repeat(here, 2)[:-1])[0]
+
+
+def dpm_solver(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray, order: int = 2) -> jax.Array:
+    """DPM-Solver++(2M) of Lu et al. 2022, one evaluation per step: exact for a D that is linear in ln sigma between the levels.
+
+    With h = ln(sigma_i / sigma_{i+1}) and r = h_{i-1} / h,
+
+        x_{i+1} = e^-h x_i + (1 - e^-h) (D_i + (D_i - D_{i-1}) / (2 r))
+
+    The first step has no D_{i-1}, and the last goes to sigma = 0, where x = D: both are of first order.
+
+    Args:
+      denoise, noise, conditioning, sigmas: as in `heun`.
+      order: 2, or 1 without the term of D_{i-1}: that is Euler's method in sigma, and DDIM.
+
+    Returns:
+      As `heun`.
+    """
+    here, there = sigmas[:-1], sigmas[1:]
+    shrink = there / here
+    extrapolation = np.zeros(len(here))
+    if order == 2:
+        h = np.log(here[:-1] / there[:-1])
+        extrapolation[1:-1] = h[1:] / (2 * h[:-1])
+    grid = jnp.asarray(np.stack([here, shrink, 1 - shrink, extrapolation], axis=1), jnp.float32)
+
+    def body(step: jax.Array, carry: tuple[jax.Array, jax.Array], evaluate: Evaluation) -> tuple[jax.Array, jax.Array]:
+        x_BHWC, previous = carry
+        level, keep, gain, extrapolate = grid[step]
+        denoised = evaluate(x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
+        return keep * x_BHWC + gain * (denoised + extrapolate * (denoised - previous)), denoised
+
+    x_BHWC = jnp.float32(sigmas[0]) * noise(0)
+    return denoise.run(body, (x_BHWC, jnp.zeros_like(x_BHWC)), here)[0]
+
+
+def euler(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray) -> jax.Array:
+    """Euler's method down the noise levels, one evaluation per step; arguments and result as in `heun`."""
+    return dpm_solver(denoise, noise, conditioning, sigmas, order=1)

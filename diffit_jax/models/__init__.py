@@ -1,6 +1,6 @@
 """The networks, as pure Flax modules: shapes in, shapes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,19 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.models.image import ImageDiffiT
+from diffit_jax.models.latent import LatentDiffiT
 
-MODELS = {"image_diffit": ImageDiffiT}
-
-
-def init_params(model: nn.Module, key: jax.Array) -> Any:
-    """Fresh float32 parameters of a network (use it under `jit` or `eval_shape`)."""
-    x_BHWC = jnp.zeros((1, *model.image_shape), jnp.float32)
-    return model.init(key, x_BHWC, jnp.zeros((1,), jnp.float32), {})["params"]
+MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
 
 
-def as_network(model: nn.Module, params: Any) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Fresh float32 variables of a network (use it under `jit` or `eval_shape`).
+
+    Returns:
+      `params`: what training changes; `constants`: fixed arrays that belong to the model (`pos_embed`), empty for some models.
+    """
+    x_BHWC = jnp.zeros((1, *model.sample_shape), jnp.float32)
+    variables = model.init(key, x_BHWC, jnp.zeros((1,), jnp.float32), {})
+    return {"params": variables["params"], "constants": variables.get("constants", {})}
+
+
+def as_network(model: nn.Module, variables: Mapping[str, Any]) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
     """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion processes know.
 
-    Call it inside jit with `params` an argument of the jitted function: captured from outside, they would become constants.
+    Call it inside jit with `variables` (`params` and `constants`) an argument of the jitted function: captured from outside, they would
+    become constants of the program.
     """
-    return lambda x_BHWC, noise_level_B, conditioning: model.apply({"params": params}, x_BHWC, noise_level_B, conditioning)
+    return lambda x_BHWC, noise_level_B, conditioning: model.apply(variables, x_BHWC, noise_level_B, conditioning)

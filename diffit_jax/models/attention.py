@@ -53,21 +53,30 @@ def merge_windows(x_BNLC: jax.Array, height: int, width: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
 
 
+def _xavier_to_heads(scale: float = 1.0):
+    """Xavier-uniform for kernels (C, shares, heads, head width), with `scale` times its variance."""
+    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3))
+
+
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
     The parameters are those of the released model, (q, k, v) × heads × head width with a bias for the spatial and the time projection,
-    although the key's share of `time_qkv` and both key biases have no effect (see the top of this file).
+    although the key's share of `time_qkv` and both key biases have no effect (see the top of this file). The slim parametrisation
+    leaves these out, and computes the same functions.
 
     Attributes:
       num_heads: number of heads; must divide C.
       window: side of the square window, L = window².
       dtype: dtype of the matrix products; parameters, logits and softmax are float32.
+      slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take the place of `time_qkv_kernel`,
+        `time_qkv_bias` and `qkv_bias`.
     """
 
     num_heads: int
     window: int
     dtype: jnp.dtype = jnp.float32
+    slim: bool = False
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
@@ -77,13 +86,16 @@ class TMSA(nn.Module):
             raise UserError(f"{channels} channels do not divide into {heads} heads: change channels or the head width")
         head_width = channels // heads
 
-        xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3))
+        # Without the key's share, the bounds of a fresh time projection stay those of the released shape.
+        letters, shares = ("qv", 2) if self.slim else ("qkv", 3)
+        query, value = 0, shares - 1
+        time_width = time_BT.shape[-1]
+        slim_scale = (time_width + shares * channels) / (time_width + 3 * channels)
         zeros = nn.initializers.zeros_init()
-        qkv_shape = (3, heads, head_width)
-        qkv_kernel = self.param("qkv_kernel", xavier, (channels, *qkv_shape))
-        qkv_bias = self.param("qkv_bias", zeros, qkv_shape)
-        time_kernel = self.param("time_qkv_kernel", xavier, (time_BT.shape[-1], *qkv_shape))
-        time_bias = self.param("time_qkv_bias", zeros, qkv_shape)
+        qkv_kernel = self.param("qkv_kernel", _xavier_to_heads(), (channels, 3, heads, head_width))
+        qkv_bias = self.param(f"{letters}_bias", zeros, (shares, heads, head_width))
+        time_kernel = self.param(f"time_{letters}_kernel", _xavier_to_heads(slim_scale), (time_width, shares, heads, head_width))
+        time_bias = self.param(f"time_{letters}_bias", zeros, (shares, heads, head_width))
         bias_table = self.param("relative_position_bias", nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, heads))
 
         x_BNLC, qkv_kernel = x_BNLC.astype(self.dtype), qkv_kernel.astype(self.dtype)
@@ -91,7 +103,7 @@ class TMSA(nn.Module):
         q_time_BHD, v_time_BHD = (
             jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i].astype(self.dtype))
             + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
-            for i in (0, 2)
+            for i in (query, value)
         )
 
         q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5

@@ -46,20 +46,24 @@ class DiffiTBlock(nn.Module):
     Attributes:
       num_heads, window, dtype: as in `TMSA`.
       mlp_ratio: width of the MLP's hidden layer, in multiples of C.
+      slim_tmsa: `slim` of `TMSA`.
+      affine_norm: whether the layer normalisations have a learned scale and shift.
     """
 
     num_heads: int
     window: int
     mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
+    slim_tmsa: bool = False
+    affine_norm: bool = True
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
         """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
         channels = x_BNLC.shape[-1]
-        normed = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm_attention")(x_BNLC)
-        x_BNLC = x_BNLC + TMSA(self.num_heads, self.window, self.dtype, name="attention")(normed, time_BT)
-        normed = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm_mlp")(x_BNLC)
+        normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
+        x_BNLC = x_BNLC + TMSA(self.num_heads, self.window, self.dtype, self.slim_tmsa, name="attention")(normed, time_BT)
+        normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
         hidden = nn.Dense(self.mlp_ratio * channels, kernel_init=XAVIER, dtype=self.dtype, name="mlp_in")(normed)
         return x_BNLC + nn.Dense(channels, kernel_init=XAVIER, dtype=self.dtype, name="mlp_out")(gelu(hidden))
 
@@ -85,6 +89,11 @@ class DiffiTResBlock(nn.Module):
         block = DiffiTBlock(self.num_heads, self.window, self.mlp_ratio, self.dtype, name="transformer")
         hidden = block(partition_windows(hidden, self.window), time_BT)
         return x_BHWC + merge_windows(hidden, height, width)
+
+
+def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> nn.LayerNorm:
+    """Layer normalisation over the channels, statistics in float32; `affine` gives it a learned scale and shift."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name)
 
 
 def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
@@ -117,7 +126,15 @@ class Upsample(nn.Module):
         return squares.reshape(batch, 2 * height, 2 * width, self.channels)
 
 
-def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks: int, unroll: int) -> jax.Array:
+# What a block keeps for the backward pass; everything else is computed again.
+REMAT_POLICIES = {
+    "none": None,  # everything is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products with weights are kept
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input is kept
+}
+
+
+def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks: int, unroll: int, remat: str = "none") -> jax.Array:
     """Runs `num_blocks` copies of a block one after the other, as one scanned layer.
 
     Args:
@@ -127,12 +144,20 @@ def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks:
       num_blocks: how many copies.
       unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks` shows the compiler all of them at once,
         which is faster for a small network on a CPU.
+      remat: a name in `REMAT_POLICIES`.
 
     Returns:
       The output of the last copy, shaped like x.
     """
+
+    def run(block: nn.Module, x: jax.Array, time_BT: jax.Array) -> jax.Array:
+        return block(x, time_BT)
+
+    if remat != "none":
+        # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled they could.
+        run = nn.remat(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
     scan = nn.scan(
-        lambda block, x, time_BT: (block(x, time_BT), None),
+        lambda block, x, time_BT: (run(block, x, time_BT), None),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,

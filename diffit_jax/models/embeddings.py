@@ -1,11 +1,12 @@
-"""The time token: a noise level, and a label if there is one, as one vector (DiffiT §3.2).
+"""The time token: a noise level, and a label if there is one, as one vector (DiffiT §3.2); and the fixed embedding of positions.
 
-Shape suffixes: B batch, T width of the time token.
+Shape suffixes: B batch, T width of the time token, L tokens, C channels.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def sinusoidal_embedding(noise_level_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
@@ -23,6 +24,24 @@ def sinusoidal_embedding(noise_level_B: jax.Array, width: int, max_period: float
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = noise_level_B.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_embedding(grid: int, width: int) -> np.ndarray:
+    """Fixed two-dimensional sine-cosine embedding of the tokens of a square grid, as the released latent model has it.
+
+    Args:
+      grid: side of the grid; its L = grid² tokens are in row-major order.
+      width: number of channels C, a multiple of 4.
+
+    Returns:
+      (L, C) float32, computed in float64. The first half of the channels encodes the column p, the second half the row, each as
+      `[sin(p w_k), cos(p w_k)]` with `w_k = 10000^(-k / (C / 4))` for `k < C / 4`.
+    """
+    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    angles = np.arange(grid)[:, None] * frequencies
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    return np.concatenate([line[column], line[row]], axis=1).astype(np.float32)
 
 
 class TimeToken(nn.Module):

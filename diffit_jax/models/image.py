@@ -47,9 +47,14 @@ class ImageDiffiT(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def sample_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of one image."""
         return self.image_size, self.image_size, self.image_channels
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of what the network returns."""
+        return self.image_channels
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""

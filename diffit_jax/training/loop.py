@@ -3,10 +3,11 @@
 import dataclasses
 import logging
 import time
+from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
+from clu import metrics, parameter_overview
 from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
@@ -16,12 +17,12 @@ from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
-from diffit_jax.data.sources import open_dataset
-from diffit_jax.experiment import Experiment, build, claim_workdir
-from diffit_jax.sampling import CHECKPOINTS, Sampler, default_labels
+from diffit_jax.data.sources import Source, open_dataset
+from diffit_jax.experiment import CHECKPOINTS, Experiment, build, claim_workdir
+from diffit_jax.sampling import Sampler, default_labels
 from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, create_state
-from diffit_jax.training.step import Batch, StepMetrics, make_train_step
+from diffit_jax.training.step import Batch, make_train_step, step_metrics
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = parallel.make_mesh()
     parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size")
     grid_sampler = _grid_sampler(experiment, mesh)
-    source = open_dataset(experiment.data.name, "train", experiment.data.data_dir, model.image_shape, model.num_classes)
+    source = open_training_data(experiment)
     workdir = claim_workdir(workdir, config)
 
     # --- State: fresh, or that of the newest usable checkpoint.
@@ -83,11 +84,11 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
                 for name, value in values.items():
                     events.add_scalar(name, value, step)
                 progress.say(_line(values))
-                collected = jax.device_put(StepMetrics.empty(), sharding)
+                collected = jax.device_put(type(collected).empty(), sharding)
             if step % settings.checkpoint_steps == 0 or last:
                 save_state(checkpoints, state, settings.batch_size)
             if step % settings.grid_steps == 0 or last:
-                _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state.ema, settings.grid_images, model.num_classes)
+                _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state, experiment)
             if step % settings.log_steps == 0:
                 interval_start, interval_step = time.monotonic(), step
     events.close()
@@ -95,16 +96,22 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     return state
 
 
+def open_training_data(experiment: Experiment) -> Source:
+    """The data set that an experiment trains on."""
+    data, model = experiment.data, experiment.model
+    return open_dataset(data.name, "train", data.data_dir, model.sample_shape, model.num_classes, latents=bool(data.autoencoder))
+
+
 def compile_train_step(
     experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
-) -> tuple[jax.stages.Compiled, StepMetrics, float]:
+) -> tuple[jax.stages.Compiled, metrics.Collection, float]:
     """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took).
 
     The step takes over the memory of its state and metrics ("donation"), except on CPUs, where memory is not scarce and XLA's in-place
     updates make a small network's step 1.3 times as long.
     """
     sharding = parallel.replicated(mesh)
-    collected = jax.device_put(StepMetrics.empty(), sharding)
+    collected = jax.device_put(step_metrics(experiment.process).empty(), sharding)
     started = time.monotonic()
     donated = () if mesh.devices.flat[0].platform == "cpu" else (0, 1)
     jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=sharding)
@@ -112,33 +119,40 @@ def compile_train_step(
 
 
 def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:
-    """Starts writing a checkpoint of the state, the average in an item of its own for those who only sample."""
+    """Starts writing a checkpoint of the state; what samples are drawn with is in items of its own, for those who only sample."""
     step = int(state.step)
-    items = {"state": dataclasses.replace(state, ema=None), "ema": state.ema}
-    checkpoints.save(step, items, {"step": step, "images_seen": step * batch_size})
+    checkpoints.save(step, _items(state), {"step": step, "images_seen": step * batch_size})
 
 
 def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
     """The state of the newest usable checkpoint, laid out as `abstract` says; None if there is no checkpoint."""
-    restored = checkpoints.restore({"state": dataclasses.replace(abstract, ema=None), "ema": abstract.ema})
+    restored = checkpoints.restore(_items(abstract))
     if restored is None:
         return None
     step, items = restored
     checkpoints.set_aside_after(step)
-    return dataclasses.replace(items["state"], ema=items["ema"])
+    return dataclasses.replace(items["state"], ema=items["ema"], constants=items.get("constants", abstract.constants))
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {"state": dataclasses.replace(state, ema=None, constants=None), "ema": state.ema}
+    return items | ({"constants": state.constants} if state.constants else {})
 
 
 def _grid_sampler(experiment: Experiment, mesh: jax.sharding.Mesh) -> Sampler:
+    """Training knows no weaker network, so grids are drawn without autoguidance."""
     size = -(-experiment.training.grid_images // mesh.size) * mesh.size
-    return Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size))
+    guidance = "none" if experiment.sampling.guidance == "autoguidance" else experiment.sampling.guidance
+    return Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size, guidance=guidance))
 
 
-def _write_grid(path: epath.Path, sampler: Sampler, params, count: int, num_classes: int) -> None:
+def _write_grid(path: epath.Path, sampler: Sampler, state: TrainState, experiment: Experiment) -> None:
     """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps can be compared."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    seeds = np.arange(count)
-    images = sampler.draw(params, seeds, default_labels(seeds, num_classes))
-    pixels.write_png(path, pixels.image_grid(np.asarray(pixels.to_pixels(images)), columns=10))
+    seeds = np.arange(experiment.training.grid_images)
+    samples = sampler.draw(state.ema_variables, seeds, default_labels(seeds, experiment.model.num_classes))
+    show = pixels.latent_preview if experiment.data.autoencoder else pixels.to_pixels
+    pixels.write_png(path, pixels.image_grid(np.asarray(show(samples)), columns=10))
 
 
 def _line(values: dict[str, float]) -> str:

@@ -1,0 +1,173 @@
+"""The verb `sample`: from a run or a file of released weights to files of samples."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from diffit_jax import checkpoint, experiment, files, models, parallel
+from diffit_jax.console import Progress
+from diffit_jax.data import pixels
+from diffit_jax.data.classes import give_out, parse_labels
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import CHECKPOINTS, Experiment
+from diffit_jax.interop import official
+from diffit_jax.sample_files import SampleParts
+from diffit_jax.sampling import Sampler, Variables, default_labels
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """A network in a work directory: the averaged parameters of its newest usable checkpoint."""
+
+    def __init__(self, workdir: epath.PathLike):
+        self.name = f"workdir {workdir}"
+        self.directory = epath.Path(workdir)
+        self.config = experiment.read_config(workdir)
+
+    def load(self, loaded: Experiment, sharding: jax.sharding.Sharding) -> tuple[Variables, dict[str, Any]]:
+        """(variables, what identifies them). Raises `UserError` if there is no usable checkpoint."""
+        step, variables = restore_variables(self.directory, loaded, sharding)
+        return variables, {"workdir": str(self.directory), "checkpoint": step}
+
+
+class Weights:
+    """A network in a file of released weights, sampled as a config says whose `model` gives way to the file's sizes."""
+
+    def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
+        self.name = f"weights {path}"
+        self.directory = epath.Path(path).parent
+        self._path = epath.Path(path)
+        self.config = official.fit_config(config, path)
+
+    def load(self, loaded: Experiment, sharding: jax.sharding.Sharding) -> tuple[Variables, dict[str, Any]]:
+        """(variables, what identifies them)."""
+        _, variables = official.load(self._path, sharding=sharding)
+        stat = self._path.stat()
+        return variables, {"weights": str(self._path), "bytes": stat.length, "modified": stat.mtime}
+
+
+def sample(
+    source: epath.PathLike | Run | Weights,
+    seeds: Sequence[int],
+    labels: Sequence[int] | str | None = None,
+    output: epath.PathLike | None = None,
+    **overrides: Any,
+) -> epath.Path:
+    """Draws samples and writes them as an npz file and a PNG grid. Interrupted, the same call goes on where it was.
+
+    Args:
+      source: a work directory, or `Run` or `Weights`.
+      seeds: one seed number per sample.
+      labels: given out to the samples in turn, or text as in `parse_labels`; None: `default_labels`.
+      output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or beside the weights (`latents_…` for latents). The grid
+        of the first 100 has the same name with `.png`.
+      **overrides: values that replace those of the config's section `sampling`.
+
+    Returns:
+      Path of the npz, laid out as ADM's evaluator reads it: `arr_0` (N, H, W, C) uint8 images (or float32 latents, scaled as the model
+      takes them), `arr_1` (N,) int64 labels.
+
+    Raises:
+      UserError: no run or checkpoint there, weights that cannot be read, a label or seed out of range, settings that do not fit, an output
+        that cannot be written or whose unfinished parts belong to another request.
+    """
+    # --- Check everything before the first thing is written.
+    source = source if isinstance(source, Run | Weights) else Run(source)
+    loaded = experiment.build(source.config)
+    num_classes, is_latent = loaded.model.num_classes, bool(loaded.data.autoencoder)
+    if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
+        raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
+    if not num_classes and labels is not None:
+        raise UserError(f"the model in {source.name} is unconditional: leave out --labels")
+    if not num_classes and overrides.get("guidance_scale", 1) != 1 and overrides.get("guidance") != "autoguidance":
+        raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
+    if labels is None:
+        labels = default_labels(seeds, num_classes)
+    elif isinstance(labels, str):
+        labels = parse_labels(labels, seeds, num_classes)
+    else:
+        labels = give_out(labels, len(seeds), num_classes)
+    settings = dataclasses.replace(loaded.sampling, **overrides)
+    mesh = parallel.make_mesh()
+    weaker_run = weaker_loaded = None
+    if settings.guide.active and settings.guidance == "autoguidance":
+        weaker_run, weaker_loaded = _open_weaker(loaded, settings.guide_workdir)
+    sampler = Sampler(loaded, mesh, settings, weaker_loaded and weaker_loaded.model)
+    height, width, channels = loaded.model.sample_shape
+    kind = "latents" if is_latent else "samples"
+    output = epath.Path(output or source.directory / f"{kind}_{len(seeds)}x{height}x{width}x{channels}.npz")
+    files.make_directory(output.parent, "output directory")
+    if is_latent:
+        log.info("writing latents of %s: decoding them to images needs the autoencoder, which is not there yet", loaded.data.autoencoder)
+
+    # --- Networks.
+    sharding = parallel.replicated(mesh)
+    variables, identity = source.load(loaded, sharding)
+    weaker, weaker_identity = weaker_run.load(weaker_loaded, sharding) if weaker_run else (None, None)
+
+    # --- Draw, part by part.
+    request = {
+        "network": identity,
+        "weaker network": weaker_identity,
+        "sampling": dataclasses.asdict(settings),
+        "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
+        "seeds": _digest(seeds),
+        "labels": _digest(labels),
+    }
+    parts = SampleParts(output, request)
+    starts = range(0, len(seeds), settings.batch_size)
+    done = sum(min(settings.batch_size, len(seeds) - start) for index, start in enumerate(starts) if parts.done(index))
+    with Progress("sample", len(seeds), done=done, unit="sample") as progress:
+        for index, start in enumerate(starts):
+            if parts.done(index):
+                continue
+            batch = slice(start, start + settings.batch_size)
+            drawn = sampler.draw_batch(variables, seeds[batch], labels[batch], weaker)
+            parts.write(index, drawn if is_latent else np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding)))
+            progress.advance(len(drawn))
+    first = np.concatenate([parts.read(index) for index in range(-(-min(100, len(seeds)) // settings.batch_size))])[:100]
+    parts.finish(len(starts), labels)
+    preview = np.asarray(pixels.latent_preview(first)) if is_latent else first
+    pixels.write_png(output.with_suffix(".png"), pixels.image_grid(preview, columns=10))
+    return output
+
+
+def restore_variables(workdir: epath.PathLike, loaded: Experiment, sharding: jax.sharding.Sharding) -> tuple[int, Variables]:
+    """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work directory, laid out by `sharding`.
+
+    Raises:
+      UserError: there is none.
+    """
+    shapes = jax.eval_shape(lambda: models.init_variables(loaded.model, jax.random.key(0)))
+    items = {"ema": shapes["params"]} | ({"constants": shapes["constants"]} if shapes["constants"] else {})
+    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore(parallel.abstract(items, sharding))
+    if restored is None:
+        raise UserError(f"workdir {workdir} holds no checkpoint: train first")
+    step, items = restored
+    return step, {"params": items["ema"], "constants": items.get("constants", {})}
+
+
+def _open_weaker(loaded: Experiment, workdir: str) -> tuple[Run, Experiment]:
+    """The run of the weaker network of autoguidance, which must take and give what the main one does."""
+    if not workdir:
+        raise UserError("autoguidance needs a second, weaker network: name its run by --guide_workdir, or choose another guidance")
+    run = Run(workdir)
+    weaker = experiment.build(run.config)
+    ours, theirs = ((e.process, e.model.sample_shape, e.model.num_classes) for e in (loaded, weaker))
+    if ours != theirs:
+        raise UserError(
+            f"guide_workdir {workdir} holds a network for another process, shape or number of classes: name one like the main network"
+        )
+    return run, weaker
+
+
+def _digest(numbers: Sequence[int]) -> str:
+    return f"{len(numbers)} numbers, {hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()[:16]}"

@@ -1,0 +1,334 @@
+"""Released DiffiT weights (`diffit_256.safetensors`, `diffit_512.safetensors`) in and out of `LatentDiffiT`, number for number.
+
+Their tensors are named as in the authors' PyTorch modules, one for each layer; ours are stacked over the layers. Every tensor is a
+transpose and a reshape of ours. The transposes are in `_TENSORS`; shapes follow from the module.
+"""
+
+import collections
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from diffit_jax import files, models
+from diffit_jax.console import Progress
+from diffit_jax.errors import UserError
+from diffit_jax.interop.parametrisation import to_released
+from diffit_jax.interop.resolution import resize_bias_table, resize_position_embedding
+from diffit_jax.models.attention import relative_position_index
+from diffit_jax.models.latent import LatentDiffiT
+
+_LINEAR = (1, 0)  # PyTorch's (out, in) → (in, out)
+_SAME = None
+
+# Name in the file, `{}` standing for the layer: (collection and path of ours, axes of theirs in the order of ours).
+_TENSORS = {
+    "pos_embed": ("constants/pos_embed", _SAME),
+    "x_embedder.proj.weight": ("params/patch_embed/kernel", (2, 3, 1, 0)),
+    "x_embedder.proj.bias": ("params/patch_embed/bias", _SAME),
+    "t_embedder.mlp.0.weight": ("params/time/in/kernel", _LINEAR),
+    "t_embedder.mlp.0.bias": ("params/time/in/bias", _SAME),
+    "t_embedder.mlp.2.weight": ("params/time/out/kernel", _LINEAR),
+    "t_embedder.mlp.2.bias": ("params/time/out/bias", _SAME),
+    "y_embedder.embedding_table.weight": ("params/time/label/embedding", _SAME),
+    "blocks.{}.attn.relative_position_bias_table": ("params/blocks/attention/relative_position_bias", _SAME),
+    "blocks.{}.attn.qkv_temb.weight": ("params/blocks/attention/time_qkv_kernel", _LINEAR),
+    "blocks.{}.attn.qkv_temb.bias": ("params/blocks/attention/time_qkv_bias", _SAME),
+    "blocks.{}.attn.qkv.weight": ("params/blocks/attention/qkv_kernel", _LINEAR),
+    "blocks.{}.attn.qkv.bias": ("params/blocks/attention/qkv_bias", _SAME),
+    "blocks.{}.attn.proj.weight": ("params/blocks/attention/out_kernel", _LINEAR),
+    "blocks.{}.attn.proj.bias": ("params/blocks/attention/out_bias", _SAME),
+    "blocks.{}.mlp.fc1.weight": ("params/blocks/mlp_in/kernel", _LINEAR),
+    "blocks.{}.mlp.fc1.bias": ("params/blocks/mlp_in/bias", _SAME),
+    "blocks.{}.mlp.fc2.weight": ("params/blocks/mlp_out/kernel", _LINEAR),
+    "blocks.{}.mlp.fc2.bias": ("params/blocks/mlp_out/bias", _SAME),
+    "final_layer.linear.weight": ("params/final/kernel", _LINEAR),
+    "final_layer.linear.bias": ("params/final/bias", _SAME),
+}
+_INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
+_TUNING = ("dtype", "scan_unroll", "remat")  # attributes that a file says nothing about
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+class _Leaf(NamedTuple):
+    """One array of ours and the tensors that it is made of."""
+
+    path: str
+    shape: tuple[int, ...]  # of ours
+    names: list[str]  # one for each layer, or a single one
+    stacked: bool
+    official_shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """One tensor of the file as one layer of ours."""
+        return tensor.transpose(self.axes).reshape(self.shape[1:] if self.stacked else self.shape)
+
+    def to_official(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`, contiguous."""
+        transposed = [self.official_shape[axis] for axis in self.axes]
+        return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
+
+
+def load(
+    path: epath.PathLike,
+    input_size: int | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    **attributes: Any,
+) -> tuple[LatentDiffiT, dict[str, Any]]:
+    """Reads a released weight file.
+
+    Every size is inferred from the tensors. One array of ours is read at a time, so that host memory stays below the parameters plus two
+    of the stacked arrays. In float32 the network then equals the released one to rounding; on TPUs and GPUs that takes
+    `jax.default_matmul_precision("highest")`.
+
+    Args:
+      path: a local or mounted safetensors file in float32, float16 or bfloat16.
+      input_size: side of the latents that the model shall take; None: that of the file. Another size interpolates the position embedding
+        and the position bias, see `resolution`.
+      sharding: where the arrays go; None: the default device.
+      **attributes: further attributes of `LatentDiffiT` that do not change the parameters: `dtype`, `scan_unroll`, `remat`.
+
+    Returns:
+      The module, in the released parametrisation, and its variables: `params` and `constants`, float32 `jax.Array`s.
+
+    Raises:
+      UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen tensors (each named, at most ten).
+    """
+    path = epath.Path(path)
+    with _open(path) as file:
+        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+        found = _infer_module(path, shapes)
+        leaves = _leaves(found)
+        _check_tensors(path, leaves, shapes, {name: tensor.get_dtype() for name, tensor in stored.items()})
+        module = found.clone(input_size=input_size or found.input_size, **attributes)
+        module.check()
+
+        flat = {}
+        with Progress(f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor") as progress:
+            for leaf in leaves:
+                array = np.empty(leaf.shape, np.float32)
+                for layer, name in enumerate(leaf.names):
+                    array[layer if leaf.stacked else ...] = leaf.to_ours(file.get_tensor(name))
+                    progress.advance()
+                if module.grid != found.grid:
+                    array = _resized(leaf.path, array, found.grid, module.grid)
+                flat[leaf.path] = jax.block_until_ready(jax.device_put(array, sharding))
+    return module, _nest(flat)
+
+
+def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) -> dict[str, Any]:
+    """A config for the network in a weight file: `config` with the sizes of the file in its section `model`.
+
+    Args:
+      config: of a latent experiment; its `dtype`, `scan_unroll` and `remat` stay.
+      path: as in `load`; only names and shapes are read.
+      **model: attributes that take the place of the file's.
+
+    Raises:
+      UserError: as `load`.
+    """
+    module = _read_module(path)
+    config = copy.deepcopy(dict(config))
+    kept = {name: value for name, value in config["model"].items() if name in _TUNING}
+    sizes = {
+        field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.name not in ("parent", "name", *_TUNING)
+    }
+    config["model"] = {"name": "latent_diffit", **sizes, **kept, **model}
+    return config
+
+
+def read_input_size(path: epath.PathLike) -> int:
+    """Side of the latents of the network in a weight file; only names and shapes are read. Raises as `load`."""
+    return _read_module(path).input_size
+
+
+def save(path: epath.PathLike, module: LatentDiffiT, variables: Mapping[str, Any], index_buffers: bool = False) -> None:
+    """Writes variables as a file that the released code can load: float32, with its names and shapes.
+
+    Args:
+      path: file to write, local or `gs://`; it appears when it is complete.
+      module: the network; a slim one is written with zeros for what it leaves out.
+      variables: `params` and `constants` of the network.
+      index_buffers: also write the int64 buffer `relative_position_index` of every block, which the released code derives itself but asks
+        for when it loads strictly.
+
+    Raises:
+      UserError: an unconditional module, for which the released code has no place, or a file that cannot be written.
+    """
+    if not module.num_classes:
+        raise UserError("the released code has no unconditional model: weights of a model without classes cannot be written for it")
+    if module.slim_tmsa:
+        module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
+    leaves = _leaves(module)
+    index = relative_position_index(module.grid).astype(np.int64)
+    buffers = [_INDEX.format(layer) for layer in range(module.depth)] if index_buffers else []
+
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    entries = [(name, "I64", index.shape, index.nbytes) for name in buffers]  # first, where 8 bytes are aligned
+    entries += [(name, "F32", leaf.official_shape, 4 * math.prod(leaf.official_shape)) for leaf in leaves for name in leaf.names]
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    # The library's writer wants all tensors in memory at once.
+    with files.writing(path) as file, Progress(f"save {epath.Path(path).name}", len(entries), unit="tensor") as progress:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _ in buffers:
+            file.write(index.tobytes())
+            progress.advance()
+        for leaf in leaves:
+            array = np.asarray(_at(variables, leaf.path), np.float32)
+            for layer in array if leaf.stacked else array[None]:
+                file.write(leaf.to_official(layer).data)
+                progress.advance()
+
+
+def _open(path: epath.Path) -> Any:
+    """Opens a safetensors file; everything else is refused unread."""
+    if str(path).startswith("gs://"):
+        raise UserError(f"weights {path} must lie on a local or mounted disk, since they are read through a memory map: copy them first")
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise UserError(f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file") from error
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise UserError(
+            f"weights {path} are a pickle, which could run code and is never read: convert them to safetensors where they come from"
+        )
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise UserError(f"weights {path} are truncated or no safetensors file ({error}): fetch them again") from error
+
+
+def _read_module(path: epath.PathLike) -> LatentDiffiT:
+    path = epath.Path(path)
+    with _open(path) as file:
+        return _infer_module(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+
+
+def _leaves(module: LatentDiffiT) -> list[_Leaf]:
+    """Every array of a module in the released parametrisation, with its tensors' names and shapes."""
+    shapes = jax.eval_shape(lambda: models.init_variables(module, jax.random.key(0)))
+    width, hidden, patch = module.hidden_size, module.mlp_ratio * module.hidden_size, module.patch_size
+    official_shapes = {
+        "pos_embed": (1, module.grid**2, width),
+        "x_embedder.proj.weight": (width, module.input_channels, patch, patch),
+        "blocks.{}.attn.qkv_temb.weight": (3 * width, width),
+        "blocks.{}.attn.qkv_temb.bias": (3 * width,),
+        "blocks.{}.attn.qkv.weight": (3 * width, width),
+        "blocks.{}.attn.qkv.bias": (3 * width,),
+        "blocks.{}.attn.proj.weight": (width, width),
+        "blocks.{}.mlp.fc1.weight": (hidden, width),
+    }
+    leaves = []
+    for name, (path, axes) in _TENSORS.items():
+        ours = _at(shapes, path).shape
+        stacked = "{}" in name
+        layer_shape = ours[1:] if stacked else ours
+        theirs = official_shapes.get(name) or (layer_shape if axes is _SAME else layer_shape[::-1])
+        names = [name.format(layer) for layer in range(module.depth)] if stacked else [name]
+        leaves.append(_Leaf(path, ours, names, stacked, theirs, axes or tuple(range(len(theirs)))))
+    return leaves
+
+
+def _infer_module(path: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> LatentDiffiT:
+    """The module whose tensors these are. Where tensors disagree about a size, the majority decides, so that the others are reported."""
+    layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
+    depth = max(layers, default=0) + 1
+    known = set(_names(depth))
+    missing, extra = known - shapes.keys(), shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)}
+    if missing or extra:
+        _refuse(path, [f"missing {name}" for name in _in_order(missing)] + [f"extra {name}" for name in _in_order(extra)])
+
+    def majority(pattern: str, rank: int, axis: int) -> int:
+        sizes = [shapes[name][axis] for name in _expand(pattern, depth) if len(shapes[name]) == rank]
+        if not sizes:
+            _refuse(path, [f"misshapen {pattern.format(0)} {shapes[pattern.format(0)]}, which must have {rank} axes"])
+        return collections.Counter(sizes).most_common(1)[0][0]
+
+    width = majority("blocks.{}.attn.proj.bias", 1, 0)
+    rows = majority("blocks.{}.attn.relative_position_bias_table", 2, 0)
+    grid = (math.isqrt(rows) + 1) // 2
+    patch = majority("x_embedder.proj.weight", 4, 3)
+    channels = majority("x_embedder.proj.weight", 4, 1)
+    return LatentDiffiT(
+        input_size=grid * patch,
+        input_channels=channels,
+        patch_size=patch,
+        hidden_size=width,
+        depth=depth,
+        num_heads=majority("blocks.{}.attn.relative_position_bias_table", 2, 1),
+        mlp_ratio=max(majority("blocks.{}.mlp.fc1.bias", 1, 0) // width, 1),
+        num_classes=max(majority("y_embedder.embedding_table.weight", 2, 0) - 1, 1),
+        learn_sigma=majority("final_layer.linear.bias", 1, 0) != patch * patch * channels,
+    )
+
+
+def _check_tensors(path: epath.Path, leaves: list[_Leaf], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
+    problems = []
+    for leaf in leaves:
+        for name in leaf.names:
+            if shapes[name] != leaf.official_shape:
+                problems.append(f"misshapen {name} {shapes[name]} instead of {leaf.official_shape}")
+            elif dtypes[name] not in _DTYPES:
+                problems.append(f"{name} of type {dtypes[name]} instead of {', '.join(_DTYPES)}")
+    if problems:
+        _refuse(path, problems)
+
+
+def _refuse(path: epath.Path, problems: list[str]) -> None:
+    shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+    raise UserError(f"weights {path} are not those of a latent DiffiT ({shown}): name a file of the released layout")
+
+
+def _expand(pattern: str, depth: int) -> list[str]:
+    return [pattern.format(layer) for layer in range(depth)] if "{}" in pattern else [pattern]
+
+
+def _names(depth: int) -> Iterator[str]:
+    return (name for pattern in _TENSORS for name in _expand(pattern, depth))
+
+
+def _in_order(names: set[str]) -> list[str]:
+    """Sorted, numbers by value."""
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _resized(path: str, array: np.ndarray, old: int, new: int) -> np.ndarray:
+    if path.endswith("pos_embed"):
+        return resize_position_embedding(array, old, new)
+    if path.endswith("relative_position_bias"):
+        return np.stack([resize_bias_table(layer, old, new) for layer in array])
+    return array
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,48 @@
+"""Converts weights and work directories:
+
+released file → work directory, to sample from or to train on:
+    python launch/convert.py --weights diffit_256.safetensors --to_workdir runs/imagenet256 [--input_size 64] [--parametrisation slim]
+work directory → a file that the released code loads (the averaged parameters of the newest checkpoint):
+    python launch/convert.py --workdir runs/imagenet256 --to_weights diffit.safetensors [--index_buffers]
+work directory → one with the other parametrisation of TMSA, optimizer state and all:
+    python launch/convert.py --workdir runs/imagenet256 --to_workdir runs/slim --parametrisation slim
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+
+WEIGHTS = flags.DEFINE_string("weights", None, "Released weights to convert (safetensors, on a local or mounted disk).")
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory to convert.")
+TO_WORKDIR = flags.DEFINE_string("to_workdir", None, "Work directory to write; it must not hold a run.")
+TO_WEIGHTS = flags.DEFINE_string("to_weights", None, "File of weights to write.")
+CONFIG = cli.define_config(
+    "With --weights: config of the new run; its model takes the file's sizes. Default: configs/imagenet{256,512}_latent.py."
+)
+INPUT_SIZE = flags.DEFINE_integer("input_size", None, "With --weights: side of the latents of the new run, if not that of the file.")
+PARAMETRISATION = flags.DEFINE_enum("parametrisation", None, ["released", "slim"], "Of the new work directory; default: as it was.")
+INDEX_BUFFERS = flags.DEFINE_bool("index_buffers", False, "With --to_weights: write the released code's index buffers too.")
+
+
+def main() -> None:
+    from diffit_jax import convert
+
+    cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
+    cli.require_one(to_workdir=TO_WORKDIR.value, to_weights=TO_WEIGHTS.value)
+    slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
+    if TO_WEIGHTS.value and WEIGHTS.value:
+        cli.fail("--weights to --to_weights would copy a file: name --to_workdir, or convert a --workdir")
+    if (INPUT_SIZE.value or CONFIG.value) and not WEIGHTS.value:
+        cli.fail("--input_size and --config go with --weights: a work directory keeps its own")
+    if TO_WEIGHTS.value:
+        convert.workdir_to_weights(WORKDIR.value, TO_WEIGHTS.value, INDEX_BUFFERS.value)
+    elif WEIGHTS.value:
+        config = cli.config_for_weights(CONFIG.value, WEIGHTS.value, INPUT_SIZE.value)
+        convert.weights_to_workdir(WEIGHTS.value, TO_WORKDIR.value, config, INPUT_SIZE.value, bool(slim))
+    else:
+        convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim)
+    print(f"wrote {TO_WORKDIR.value or TO_WEIGHTS.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
