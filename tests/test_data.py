@@ -113,7 +113,7 @@ def test_image_grid_places_images_row_by_row():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist", "train", "", (8, 8, 1), 10), "data set 'mnist' is unknown: use digits or synthetic"),
+        (("mnist", "train", "", (8, 8, 1), 10), "data set 'mnist' is unknown: use digits, synthetic or imagenet_latents"),
         (("digits", "validation", "", (8, 8, 1), 10), "data split 'validation' is unknown"),
         (("digits", "train", "", (16, 16, 1), 10), "images of .8, 8, 1., the model expects .16, 16, 1."),
         (("digits", "train", "", (8, 8, 1), 5), "has 10 classes, the model 5"),

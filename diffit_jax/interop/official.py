@@ -9,8 +9,9 @@ import copy
 import dataclasses
 import json
 import math
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -255,27 +256,31 @@ def _infer_module(path: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> La
     if missing or extra:
         _refuse(path, [f"missing {name}" for name in _in_order(missing)] + [f"extra {name}" for name in _in_order(extra)])
 
-    def majority(pattern: str, rank: int, axis: int) -> int:
-        sizes = [shapes[name][axis] for name in _expand(pattern, depth) if len(shapes[name]) == rank]
+    def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
+        """What most tensors say: (pattern, rank, their shape → the size)."""
+        sizes = [size(shapes[name]) for pattern, rank, size in witnesses for name in _expand(pattern, depth) if len(shapes[name]) == rank]
         if not sizes:
-            _refuse(path, [f"misshapen {pattern.format(0)} {shapes[pattern.format(0)]}, which must have {rank} axes"])
+            name, rank = witnesses[0][0].format(0), witnesses[0][1]
+            _refuse(path, [f"misshapen {name} {shapes[name]}, which must have {rank} axes"])
         return collections.Counter(sizes).most_common(1)[0][0]
 
-    width = majority("blocks.{}.attn.proj.bias", 1, 0)
-    rows = majority("blocks.{}.attn.relative_position_bias_table", 2, 0)
-    grid = (math.isqrt(rows) + 1) // 2
-    patch = majority("x_embedder.proj.weight", 4, 3)
-    channels = majority("x_embedder.proj.weight", 4, 1)
+    axis = operator.itemgetter
+    biases = ("x_embedder.proj.bias", "t_embedder.mlp.2.bias", "blocks.{}.attn.proj.bias", "blocks.{}.mlp.fc2.bias")
+    width = vote(*((name, 1, axis(0)) for name in biases))
+    table = "blocks.{}.attn.relative_position_bias_table"
+    grid = vote((table, 2, lambda shape: (math.isqrt(shape[0]) + 1) // 2), ("pos_embed", 3, lambda shape: math.isqrt(shape[1])))
+    patch = vote(("x_embedder.proj.weight", 4, axis(3)))
+    channels = vote(("x_embedder.proj.weight", 4, axis(1)))
     return LatentDiffiT(
         input_size=grid * patch,
         input_channels=channels,
         patch_size=patch,
         hidden_size=width,
         depth=depth,
-        num_heads=majority("blocks.{}.attn.relative_position_bias_table", 2, 1),
-        mlp_ratio=max(majority("blocks.{}.mlp.fc1.bias", 1, 0) // width, 1),
-        num_classes=max(majority("y_embedder.embedding_table.weight", 2, 0) - 1, 1),
-        learn_sigma=majority("final_layer.linear.bias", 1, 0) != patch * patch * channels,
+        num_heads=vote((table, 2, axis(1))),
+        mlp_ratio=max(vote(("blocks.{}.mlp.fc1.bias", 1, axis(0)), ("blocks.{}.mlp.fc1.weight", 2, axis(0))) // width, 1),
+        num_classes=max(vote(("y_embedder.embedding_table.weight", 2, axis(0))) - 1, 1),
+        learn_sigma=vote(("final_layer.linear.bias", 1, axis(0))) != patch * patch * channels,
     )
 
 

@@ -1,0 +1,331 @@
+"""Discrete diffusion against golden tables, losses and trajectories of the released code's diffusion, and scalar cases by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_data import WEIGHTS, evaluate, golden
+
+from diffit_jax import models
+from diffit_jax.diffusion import ddpm
+from diffit_jax.diffusion.ddpm import DDPM
+from diffit_jax.diffusion.guidance import Guidance, guide, unguided
+from diffit_jax.diffusion.schedule import Schedule, respaced_timesteps
+from diffit_jax.errors import UserError
+from diffit_jax.interop import official
+
+PROCESS = DDPM()
+
+
+@pytest.fixture(scope="module")
+def network_a():
+    return official.load(WEIGHTS["a"])
+
+
+# --- Tables
+
+
+def test_schedule_golden():
+    """Float64 tables; two ways to compute them differ by 4e-13 at most."""
+    tables = golden("schedule_linear1000.npz")
+    compared = 0
+    for key, expected in tables.items():
+        name, _, respacing = key.removesuffix("]").partition("[")
+        if name == "log_one_minus_alphas_cumprod":  # not needed here
+            continue
+        steps = PROCESS.steps(respacing)
+        if name == "betas_squaredcos":
+            name, steps = "betas", DDPM(schedule="cosine").steps()
+        ours = getattr(steps, {"timestep_map": "timesteps"}.get(name, name))
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12, err_msg=key)
+        compared += 1
+    assert compared == 42
+
+
+def test_respacing_of_250():
+    """246 gaps of 4 and three of 5, after 164, 497 and 830."""
+    timesteps = respaced_timesteps(1000, "250")
+    gaps = np.diff(timesteps)
+    assert (gaps == 4).sum() == 246 and timesteps[:-1][gaps == 5].tolist() == [164, 497, 830] and timesteps[-1] == 999
+    assert respaced_timesteps(1000, "1").tolist() == [0] and len(respaced_timesteps(1000, "")) == 1000
+
+
+@pytest.mark.parametrize(
+    ("respacing", "message"),
+    [
+        ("1001", "has more steps than the schedule's 1000"),
+        ("600,600", "has more steps than the schedule's 1000"),
+        ("600,10", "wants 600 steps of a section of 500"),
+        ("ddim3000", "has more steps than the schedule's 1000"),
+        ("ddim999", "no whole stride gives 999"),
+        ("many", "'many' is none"),
+        ("0", "'0' is none"),
+        ("ddim10,10", "is none"),
+    ],
+)
+def test_impossible_respacings(respacing, message):
+    with pytest.raises(UserError, match=message):
+        PROCESS.steps(respacing)
+
+
+def test_schedule_scales_with_its_length():
+    """Linear betas of other lengths keep the noise at the end: alpha_bar is 4e-5 at 1,000 steps; cosine betas never pass 0.999."""
+    for count in (250, 4000):
+        assert 3e-5 < Schedule.make("linear", count).alphas_cumprod[-1] < 6e-5
+    assert Schedule.make("cosine", 1000).betas.max() == 0.999
+
+
+def test_timestep_of_inverts_the_levels():
+    levels = PROCESS.steps().sqrt_recipm1_alphas_cumprod
+    np.testing.assert_array_equal(PROCESS.steps().timestep_of(levels), np.arange(1000))
+    assert PROCESS.steps().timestep_of(np.array([1e-9, 1e9])).tolist() == [0, 999]
+    between = PROCESS.steps().timestep_of(np.sqrt(levels[10:11] * levels[11:12]))
+    np.testing.assert_allclose(between, 10.5)
+
+
+# --- One step and losses
+
+
+def test_scalar_golden():
+    """x_0 = 0.3, epsilon = 0.5, predicted 0.4, v = 0.2, computed in float64 from the formulas."""
+    constant = jnp.array([0.4, 0.2]) * jnp.ones((3, 1, 1, 2))
+    x0, noise, k = jnp.full((3, 1, 1, 1), 0.3), jnp.full((3, 1, 1, 1), 0.5), jnp.array([500, 1, 0])
+    steps = PROCESS.steps()
+    noisy = PROCESS.diffuse(x0, k, noise, steps)
+    p = PROCESS.predict(constant, noisy, k, steps)
+    flat = lambda x: np.ravel(x)  # noqa: E731
+    np.testing.assert_allclose(flat(noisy)[[0, 2]], [0.5638332515, 0.3049849996], rtol=1e-6)
+    np.testing.assert_allclose(flat(p.x0)[0], 0.6442967113, rtol=1e-5)
+    np.testing.assert_allclose(flat(PROCESS.posterior(x0, noisy, k, steps)[0])[0], 0.5614265056, rtol=1e-6)
+    np.testing.assert_allclose(flat(p.mean)[0], 0.5624793846, rtol=1e-6)
+    np.testing.assert_allclose(flat(p.log_variance), [-4.5995351527, -9.3439018773, -9.4528942773], rtol=1e-6)
+    _, parts = PROCESS.loss_at(lambda *_: constant, x0, {}, k, noise)
+    # The first is a difference of nearly equal numbers: (m_1 - m_2)² / variance / 2, where m has 7 digits.
+    np.testing.assert_allclose(parts["vb"][1:], [0.0746870673, 1.5566440339], rtol=2e-5)
+    np.testing.assert_allclose(parts["vb"][0], 7.961143e-5, rtol=5e-3)
+
+
+def test_distributions_golden():
+    data, steps = golden("train_losses.npz"), PROCESS.steps()
+    half = lambda name: jnp.asarray(data[name][:4])  # noqa: E731
+    k = half("t")
+    # Bound 1e-5 of the largest value: x_0 of the noisiest step is a difference of numbers 150 times as large.
+    close = lambda ours, name: np.testing.assert_allclose(ours, half(name), rtol=0, atol=1e-5 * np.abs(half(name)).max())  # noqa: E731
+    noisy = PROCESS.diffuse(half("x0"), k, half("noise"), steps)
+    close(noisy, "x_t")
+    mean, log_variance = PROCESS.posterior(half("x0"), half("x_t"), k, steps)
+    close(mean, "q_post_mean")
+    close(np.broadcast_to(log_variance, mean.shape), "q_post_logvar")
+    p = PROCESS.predict(half("model_out"), half("x_t"), k, steps)
+    close(p.mean, "p_mean")
+    close(p.log_variance, "p_logvar")
+    close(p.x0, "p_xstart")
+
+
+@pytest.mark.parametrize(
+    ("name", "process"),
+    [
+        ("hybrid", PROCESS),
+        ("rescaled", DDPM(loss_type="hybrid_rescaled")),
+        ("kl", DDPM(loss_type="kl")),
+        ("spaced25", DDPM(respacing="25")),
+    ],
+)
+def test_losses_golden(network_a, name, process):
+    """Relative 1e-5; a float32 port measures 2e-6. The respaced case shows that the network is told the original timestep."""
+    data = golden("train_losses.npz")
+    k = data["t25" if name == "spaced25" else "t"]
+    loss, parts = jax.jit(
+        lambda variables: process.loss_at(
+            models.as_network(network_a[0], variables),
+            jnp.asarray(data["x0"]),
+            {"label": data["y"]},
+            jnp.asarray(k),
+            jnp.asarray(data["noise"]),
+        )
+    )(network_a[1])
+    np.testing.assert_allclose(loss, data[f"{name}_loss"], rtol=1e-5)
+    for part in ("mse", "vb"):
+        if f"{name}_{part}" in data:
+            np.testing.assert_allclose(parts[part], data[f"{name}_{part}"], rtol=1e-5)
+    assert set(parts) == set(process.loss_parts)
+
+
+def test_hybrid_gradient_golden(network_a):
+    """Gradients of the mean hybrid loss, within 1e-4 of each one's maximum (measured 4e-5); they show the stop-gradient inside vb."""
+    module, variables = network_a
+    data = golden("train_losses.npz")
+
+    def mean_loss(params):
+        network = models.as_network(module, variables | {"params": params})
+        loss, _ = PROCESS.loss_at(
+            network, jnp.asarray(data["x0"]), {"label": data["y"]}, jnp.asarray(data["t"]), jnp.asarray(data["noise"])
+        )
+        return loss.mean()
+
+    gradient = jax.jit(jax.grad(mean_loss))(variables["params"])
+    attention = gradient["blocks"]["attention"]
+    ours = {
+        "final_bias": gradient["final"]["bias"],
+        "final_weight": gradient["final"]["kernel"].T,
+        "rpb0": attention["relative_position_bias"][0],
+        "qkv_temb0": attention["time_qkv_kernel"][0].reshape(64, -1).T,
+        "patch": gradient["patch_embed"]["kernel"].reshape(2, 2, 4, 64).transpose(3, 0, 1, 2),  # (out, row, column, in)
+        "ytable": gradient["time"]["label"]["embedding"],
+    }
+    for name, value in ours.items():
+        expected = data[f"hybrid_grad_{name}"]
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+def test_bound_trains_the_variance_alone():
+    process, x0 = DDPM(), jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+    noise = jax.random.normal(jax.random.key(1), x0.shape)
+    y = jax.random.normal(jax.random.key(2), (4, 2, 2, 2)) * 0.3
+
+    def bound(y):
+        return process.loss_at(lambda *_: y, x0, {}, jnp.array([0, 1, 500, 999]), noise)[1]["vb"].sum()
+
+    gradient = jax.grad(bound)(y)
+    assert not gradient[..., 0].any() and np.abs(gradient[..., 1]).min() > 0
+
+
+def test_loss_draws_uniform_steps_and_does_not_depend_on_the_batch():
+    seen, process = [], DDPM(variance="fixed_small", loss_type="mse")
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    process.loss(lambda x, t, _: seen.append(t) or x, jnp.zeros((20_000, 1, 1, 1)), {}, keys)
+    steps = np.asarray(seen[0])
+    assert steps.min() == 0 and steps.max() == 999 and abs(steps.mean() - 499.5) < 9  # four standard errors
+    assert np.abs(np.histogram(steps, 10)[0] - 2000).max() < 180  # four standard deviations of a bin
+    x = jax.random.normal(jax.random.key(0), (6, 2, 2, 1))
+    whole, _ = process.loss(lambda x, *_: x, x, {}, keys[:6])
+    part, _ = process.loss(lambda x, *_: x, x[2:4], {}, keys[2:4])
+    np.testing.assert_allclose(part, whole[2:4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_fixed_variances(clip):
+    steps, k = PROCESS.steps("10"), jnp.array([0, 9])
+    x, y = jnp.ones((2, 1, 1, 1)), jnp.full((2, 1, 1, 1), 0.1)
+    small = DDPM(variance="fixed_small", loss_type="mse").predict(y, x, k, steps, clip)
+    large = DDPM(variance="fixed_large", loss_type="mse").predict(y, x, k, steps, clip)
+    np.testing.assert_allclose(np.ravel(small.log_variance), steps.posterior_log_variance_clipped[[0, 9]], rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(large.log_variance)[1], np.log(steps.betas[9]), rtol=1e-6)
+    np.testing.assert_array_equal(small.mean, large.mean)
+    assert (float(np.abs(small.x0).max()) <= 1) == clip
+
+
+# --- Trajectories
+
+
+@pytest.mark.parametrize("name", ["ddpm25_cfg", "ddim25_cfg"])
+def test_trajectories_golden(network_a, name):
+    """Guided trajectories of 25 steps, bound 1e-5 of each array's maximum (a float32 port measures 1e-6)."""
+    module, variables = network_a
+    data = golden(f"{name}.npz")
+    steps = PROCESS.steps("25")
+    np.testing.assert_array_equal(steps.timesteps, data["timestep_map"])
+    np.testing.assert_allclose(steps.betas, data["betas"], rtol=0, atol=1e-12)
+    fresh = data["noise"] if "noise" in data else np.zeros((25, *data["x_T"].shape), np.float32)
+    noise = jnp.asarray(np.concatenate([data["x_T"][None], fresh]))
+    # The scale is exactly 1 or it is not: skipping more would be faster and less exact than these bounds.
+    guidance = Guidance("power_cosine", float(data["cfg_scale"]), float(data["scale_pow"]), channels=3, skip_tolerance=0)
+    inputs = []
+
+    def draw(variables):
+        network = models.as_network(module, variables)
+
+        def recorded(x, timestep, conditioning):
+            jax.debug.callback(lambda x: inputs.append(np.asarray(x)), x[:: len(x) // 2], ordered=True)  # without the unconditional copies
+            return network(x, timestep, conditioning)
+
+        guided = guide(guidance, recorded, PROCESS.time_of, null_label=10)
+        sampler = ddpm.ancestral if name == "ddpm25_cfg" else ddpm.ddim
+        return sampler(PROCESS, guided, lambda index: noise[index], {"label": jnp.asarray(data["y"])}, steps)
+
+    final = jax.jit(draw)(variables)
+    jax.effects_barrier()
+    assert len(inputs) == 25
+    visited = [*inputs[1:], np.asarray(final)]  # x after each step
+    close = lambda ours, expected: np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # noqa: E731
+    close(visited[0], data["first_x"])
+    for done, expected in zip(data["inter_steps_done"], data["inter_x"], strict=True):
+        close(visited[done - 1], expected)
+    close(final, data["final_x"])
+
+    guided = guide(guidance, lambda *inputs: evaluate(module, variables, *inputs), PROCESS.time_of, null_label=10)
+    level = jnp.full(2, 999)
+    scale = guided.scales(steps.sqrt_recipm1_alphas_cumprod[-1:])[0]
+    y = guided.mixed(jnp.asarray(data["x_T"]), level, {"label": jnp.asarray(data["y"])}, scale)
+    close(PROCESS.predict(y, jnp.asarray(data["x_T"]), jnp.full(2, 24), steps).x0, data["first_x0"])
+
+
+def plain_loop(process, network, noise, steps, eta=None, clip=False):
+    """DDPM (eta None) or DDIM in float64, from the formulas as printed."""
+    x = noise[0].astype(np.float64)
+    alphas = steps.alphas_cumprod
+    for index, k in enumerate(reversed(range(len(steps)))):
+        before = alphas[k - 1] if k else 1.0
+        y = network(x, steps.timesteps[k])
+        epsilon, v = y[..., :1], y[..., 1:]
+        x0 = (x - np.sqrt(1 - alphas[k]) * epsilon) / np.sqrt(alphas[k])
+        if clip:
+            x0 = np.clip(x0, -1, 1)
+            epsilon = (x - np.sqrt(alphas[k]) * x0) / np.sqrt(1 - alphas[k])
+        z = noise[index + 1] if k else 0
+        if eta is None:
+            beta = 1 - alphas[k] / before
+            tilde = beta * (1 - before) / (1 - alphas[k]) if k else 1.0  # the last step adds no noise
+            mean = np.sqrt(before) * beta / (1 - alphas[k]) * x0 + np.sqrt(1 - beta) * (1 - before) / (1 - alphas[k]) * x
+            x = mean + np.exp(0.5 * ((v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(tilde))) * z
+        else:
+            spread = eta * np.sqrt((1 - before) / (1 - alphas[k]) * (1 - alphas[k] / before))
+            x = np.sqrt(before) * x0 + np.sqrt(1 - before - spread**2) * epsilon + spread * z
+    return x
+
+
+@pytest.mark.parametrize("respacing", ["7", "ddim20", "5,3,2", "1"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.7, 1.0])
+def test_samplers_equal_their_formulas(eta, clip, respacing):
+    steps = PROCESS.steps(respacing)
+    noise = np.random.default_rng(0).normal(size=(len(steps) + 1, 3, 2, 2, 1)).astype(np.float32)
+
+    def network(x, t, xp=np):
+        return xp.concatenate([xp.sin(x) + t / 2000, 0.5 * xp.cos(x)], axis=-1)
+
+    def draw():
+        evaluate = unguided(lambda x, t, _: network(x, t[:, None, None, None], jnp))
+        given = lambda index: jnp.asarray(noise)[index]  # noqa: E731
+        if eta is None:
+            return ddpm.ancestral(PROCESS, evaluate, given, {}, steps, clip)
+        return ddpm.ddim(PROCESS, evaluate, given, {}, steps, eta, clip)
+
+    expected = plain_loop(PROCESS, network, noise, steps, eta, clip)
+    ours = jax.jit(draw)()
+    # float32 of values up to 150 times as large on the way (without clipping).
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(schedule="square"), "schedule 'square' is unknown: use linear, cosine"),
+        (dict(variance="free"), "variance 'free' is unknown"),
+        (dict(loss_type="l1"), "loss_type 'l1' is unknown"),
+        (dict(loss_type="mse"), "loss_type mse does not fit variance learned_range"),
+        (dict(variance="fixed_small"), "loss_type hybrid does not fit variance fixed_small"),
+        (dict(num_timesteps=1), "num_timesteps 1 is too small"),
+        (dict(respacing="2000"), "more steps than the schedule's 1000"),
+    ],
+)
+def test_impossible_processes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        DDPM(**arguments)
+
+
+def test_step_counts_above_the_schedule():
+    with pytest.raises(UserError, match="num_steps 1001 is more than the schedule's 1000"):
+        PROCESS.sigmas(1001)
+    with pytest.raises(UserError, match="eta -1 is negative"):
+        ddpm.ddim(PROCESS, unguided(lambda x, *_: x), None, {}, PROCESS.steps("2"), eta=-1)
