@@ -264,7 +264,7 @@ def check_sampling(experiment: Experiment, settings: Sampling) -> None:
         process.sigmas(settings.num_steps)
     if settings.guide_channels > model.sample_shape[-1]:
         raise UserError(
-            f"config key sampling.guide_channels is {settings.guide_channels}, the model has {model.sample_shape[-1]}: use at most these"
+            f"config key sampling.guide_channels is {settings.guide_channels}: the model has only {model.sample_shape[-1]} channels"
         )
     if settings.guide.active and settings.guidance != "autoguidance" and not model.num_classes:
         raise UserError("config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set guidance_scale to 1")
@@ -296,7 +296,7 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     path = files.make_directory(workdir, "workdir") / CONFIG_FILE
     text = config.to_json(indent=2)
     if path.exists():
-        ours, theirs = _flatten(json.loads(text)), _flatten(read_config(workdir))
+        ours, theirs = _settings(config.to_dict()), _settings(read_config(workdir))
         for key in sorted(ours.keys() | theirs.keys()):
             if not key.startswith(_FREE_KEYS) and ours.get(key) != theirs.get(key):
                 raise UserError(
@@ -346,8 +346,14 @@ def _require_choice(section: str, settings: Any, name: str, choices: Iterable[st
         raise UserError(f"config key {section}.{name} is {getattr(settings, name)!r}: use {', '.join(choices)}")
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return leaves
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a config by its dotted key, defaults included."""
+    settings = {f"{section}.name": config[section]["name"] for section in ("model", "process")}
+    for section, value in vars(build(config)).items():
+        if not dataclasses.is_dataclass(value):
+            settings[section] = value
+            continue
+        names = {field.name for field in dataclasses.fields(value)} - {"parent", "name"}
+        settings |= {f"{section}.{name}": getattr(value, name) for name in names}
+    settings["data.name"] = config["data"]["name"]
+    return settings

@@ -163,9 +163,7 @@ def _open_weaker(loaded: Experiment, workdir: str) -> tuple[Run, Experiment]:
     weaker = experiment.build(run.config)
     ours, theirs = ((e.process, e.model.sample_shape, e.model.num_classes) for e in (loaded, weaker))
     if ours != theirs:
-        raise UserError(
-            f"guide_workdir {workdir} holds a network for another process, shape or number of classes: name one like the main network"
-        )
+        raise UserError(f"guide_workdir {workdir} differs in process, shape or number of classes: name a run like the main one")
     return run, weaker
 
 

@@ -54,6 +54,31 @@ def small_config(**overrides) -> ConfigDict:
             "sampling": {"num_steps": 3, "guidance_scale": 1.5, "batch_size": 4},
         }
     )
+    return _override(config, overrides)
+
+
+def small_latent_config(**overrides) -> ConfigDict:
+    """A latent DDPM experiment on random latents that trains in seconds; `overrides` as above."""
+    config = small_config()
+    config.data = ConfigDict({"name": "synthetic", "autoencoder": "sd-vae-ft-ema"})
+    config.model = ConfigDict(
+        {
+            "name": "latent_diffit",
+            "input_size": 8,
+            "input_channels": 4,
+            "patch_size": 2,
+            "hidden_size": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "num_classes": 10,
+        }
+    )
+    config.process = ConfigDict({"name": "ddpm"})
+    config.sampling = ConfigDict({"sampler": "ddpm", "num_steps": 4, "guidance": "power_cosine", "guidance_scale": 4.4, "batch_size": 4})
+    return _override(config, overrides)
+
+
+def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         if name:
@@ -70,3 +95,12 @@ def run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train(small_config(), workdir)
+
+
+@pytest.fixture(scope="session")
+def latent_run(tmp_path_factory):
+    """The same of the small latent experiment."""
+    from diffit_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("latent_run")
+    return workdir, train(small_latent_config(), workdir)

@@ -1,6 +1,6 @@
 """Memory and time of loading full-size weights (561 M parameters): writes a file of random numbers, loads it in a fresh process.
 
-  python tests/studies/full_size_load.py [directory with 2.3 GB of room]
+python tests/studies/full_size_load.py [directory with 2.3 GB of room]
 """
 
 import subprocess
@@ -31,7 +31,8 @@ def main() -> None:
         peak, total, largest = map(int, result.stdout.split())
         print(f"loaded in {time.monotonic() - started:.1f} s")
         print(f"peak anonymous memory {peak / 1e9:.3f} GB; parameters {total / 1e9:.3f} GB, largest stacked array {largest / 1e9:.3f} GB")
-        print(f"bound, parameters + two stacked arrays: {(total + 2 * largest) / 1e9:.3f} GB: {'kept' if peak <= total + 2 * largest else 'BROKEN'}")
+        bound = total + 2 * largest
+        print(f"bound, parameters + two stacked arrays: {bound / 1e9:.3f} GB: {'kept' if peak <= bound else 'BROKEN'}")
 
 
 if __name__ == "__main__":

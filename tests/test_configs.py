@@ -1,0 +1,90 @@
+"""Every config in `configs/` describes an experiment that can be, and the ImageNet ones the paper's."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from diffit_jax.data.sources import SyntheticSource
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import build
+from diffit_jax.training.loop import open_training_data, train
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def config_of(name, *arguments):
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_config_can_be(name):
+    config = config_of(name)
+    build(config)
+    assert config.is_locked
+
+
+def decay(experiment):
+    """Of the average, per update."""
+    return 0.5 ** (experiment.training.batch_size / experiment.ema.halflife_images)
+
+
+def test_imagenet_recipes_are_the_papers():
+    for name, size, rate, batch, kind, scale in (
+        ("imagenet256_latent", 32, 3e-4, 256, "power_cosine", 4.4),
+        ("imagenet512_latent", 64, 1e-4, 512, "constant", 1.49),
+    ):
+        experiment = build(config_of(name))
+        model = experiment.model
+        assert (model.input_size, model.hidden_size, model.depth, model.num_heads) == (size, 1152, 28, 16)
+        assert (experiment.optimizer.learning_rate, experiment.training.batch_size) == (rate, batch)
+        np.testing.assert_allclose(1 - decay(experiment), 1e-4, rtol=1e-5)
+        sampling = experiment.sampling
+        assert (sampling.sampler, sampling.num_steps, sampling.guide_channels) == ("ddpm", 250, 3)
+        assert (sampling.guidance, sampling.guidance_scale, sampling.guidance_power) == (kind, scale, 4)
+
+
+def test_large_batch_scales_the_rate_by_the_root():
+    large, paper = build(config_of("imagenet512_latent_large_batch")), build(config_of("imagenet512_latent"))
+    assert large.training.batch_size == 4096 and large.optimizer.warmup_steps > 0
+    np.testing.assert_allclose(large.optimizer.learning_rate / paper.optimizer.learning_rate, np.sqrt(4096 / 512))
+    images = lambda e: e.training.total_steps * e.training.batch_size  # noqa: E731
+    assert images(large) == images(paper) and large.ema == paper.ema
+
+
+def test_smaller_sizes_by_name():
+    assert build(config_of("imagenet256_latent", "S/2")).model.hidden_size == 384
+    with pytest.raises(UserError, match="model size 'H/2' is unknown"):
+        config_of("imagenet512_latent", "H/2")
+
+
+def test_imagenet_says_which_files_it_misses_and_runs_on_synthetic(tmp_path):
+    config = config_of("imagenet512_latent", "S/2")
+    config.data.data_dir = str(tmp_path / "data")
+    with pytest.raises(UserError, match=r"misses .*/data/imagenet_latents_64x64x4/manifest.json and .*train-\*.array_record") as error:
+        train(config, tmp_path / "run")
+    assert "--config.data.name=synthetic" in str(error.value) and not list(tmp_path.iterdir())
+    config.data.name = "synthetic"
+    batch = open_training_data(build(config)).read(np.arange(3))
+    assert batch["latent"].shape == (3, 64, 64, 4) and batch["latent"].dtype == np.float32
+
+
+def test_synthetic_latents_are_standard_normal_and_a_function_of_the_index():
+    source = SyntheticSource((8, 8, 4), 10, latents=True)
+    latents = source.read(np.arange(200))["latent"]
+    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
+    np.testing.assert_array_equal(source.read(np.array([7]))["latent"][0], latents[7])
+
+
+def test_training_a_small_imagenet_config_on_synthetic_latents(tmp_path):
+    """The recipe with a tiny network: two updates, a grid and a checkpoint."""
+    config = config_of("imagenet256_latent")
+    config.data.name = "synthetic"
+    config.model.update(hidden_size=16, depth=2, num_heads=2, input_size=8)
+    config.training.update(batch_size=4, total_steps=2, log_steps=1, grid_images=2)
+    config.sampling.update(num_steps=3)
+    state = train(config, tmp_path)
+    assert int(state.step) == 2 and (tmp_path / "grids" / "00000002.png").exists()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
