@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
 # From a fresh clone to digits that a DiffiT drew: sets itself up, prepares the data, trains, samples 100 digits and scores 1,000.
-#   bash launch/quickstart.sh [workdir]      default: runs/digits; run it again to continue an interrupted run
+#   bash launch/quickstart.sh [digits|digits_latent] [workdir]      default: digits, in runs/digits; run it again to continue
+# digits is the image-space network with EDM, digits_latent the latent network with ADM's diffusion.
 set -euo pipefail
-workdir="$(realpath -m "${1:-"$(dirname "${BASH_SOURCE[0]}")/../runs/digits"}")"
+experiment=digits
+case "${1:-}" in
+  digits | digits_latent)
+    experiment="$1"
+    shift
+    ;;
+esac
+workdir="$(realpath -m "${1:-"$(dirname "${BASH_SOURCE[0]}")/../runs/$experiment"}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup_env.sh
 python=.venv/bin/python
-$python launch/train.py --config configs/digits.py --workdir "$workdir"
+$python launch/train.py --config "configs/$experiment.py" --workdir "$workdir"
 $python launch/sample.py --workdir "$workdir" --seeds 0-99
 $python launch/sample.py --workdir "$workdir" --seeds 0-999
 $python launch/evaluate.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits

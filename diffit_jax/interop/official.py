@@ -116,7 +116,7 @@ def load(
         module.check()
 
         flat = {}
-        with Progress(f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor") as progress:
+        with Progress(f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor", every_s=2) as progress:
             for leaf in leaves:
                 array = np.empty(leaf.shape, np.float32)
                 for layer, name in enumerate(leaf.names):
@@ -185,7 +185,7 @@ def save(path: epath.PathLike, module: LatentDiffiT, variables: Mapping[str, Any
     text += b" " * (-len(text) % 8)
 
     # The library's writer wants all tensors in memory at once.
-    with files.writing(path) as file, Progress(f"save {epath.Path(path).name}", len(entries), unit="tensor") as progress:
+    with files.writing(path) as file, Progress(f"save {epath.Path(path).name}", len(entries), unit="tensor", every_s=2) as progress:
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in buffers:
             file.write(index.tobytes())
