@@ -67,7 +67,7 @@ def get_config(size: str = "XL/2") -> ConfigDict:
             guidance_scale=4.4,  # the release's script; the paper has 4.6 (Fig. 7a)
             guidance_power=4.0,  # the release
             guide_channels=3,  # the release: three of the four latent channels
-            skip_tolerance=1e-3,  # 33 % fewer unconditional evaluations; the largest change is in configs/README.md
+            skip_tolerance=1e-3,  # a third of the unconditional evaluations saved; configs/README.md has the deviation
             pixel_rounding="adm",  # the release: (x + 1) · 127.5, truncated
             batch_size=64,
         )

@@ -72,14 +72,15 @@ def _parse(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.items()  # a config file that could not be loaded only says so when it is used
     except flags.Error as error:
-        fail(str(error).splitlines()[0] + " (--help lists the flags)")
+        first, *others = str(error).strip().splitlines()
+        if any(line.startswith("Traceback") for line in others):  # what went wrong inside get_config(), with all of its traceback
+            fail(f"--config cannot be loaded ({others[-1].removeprefix('diffit_jax.errors.UserError: ')})")
+        fail(f"{first} (--help lists the flags)")
     except (AttributeError, KeyError) as error:
         # ConfigDict names the key and perhaps a similar one, in quotes and on two lines.
         unknown, *similar = re.findall(r"""['"](\w+)\\*['"]""", str(error)) or [str(error)]
         hint = f"did you mean {similar[0]}?" if similar else "see the file given by --config"
         fail(f"config key {unknown} is unknown: {hint}")
-    except UserError as error:
-        fail(str(error))
     except (OSError, ImportError, SyntaxError, TypeError) as error:
         fail(f"--config cannot be loaded ({error}): name a file with get_config()")
     if len(rest) > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_config
+from golden_data import WEIGHTS
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,35 @@ def test_missing_and_broken_config_files(tmp_path):
     assert_one_line_error(launch("train", "--workdir", tmp_path / "run", tmp_path=tmp_path), "--config")
     missing = launch("train", "--config", tmp_path / "none.py", "--workdir", tmp_path / "run", tmp_path=tmp_path)
     assert_one_line_error(missing, "--config cannot be loaded")
+
+
+def test_unknown_size_in_the_argument_of_a_config(tmp_path):
+    config = f"{ROOT / 'configs' / 'imagenet256_latent.py'}:Q/2"
+    result = launch("train", "--config", config, "--workdir", tmp_path / "run", tmp_path=tmp_path)
+    assert_one_line_error(result, "--config cannot be loaded (model size 'Q/2' is unknown: use S/2, B/2, L/2, XL/2)")
+
+
+def test_weights_to_samples_and_workdirs(tmp_path):
+    """Released weights with the config of their size, by hand of the two commands that take them."""
+    overrides = ("--config", ROOT / "configs" / "imagenet256_latent.py", "--config.model.dtype=float32", "--config.training.grid_images=2")
+    request = ("--labels", "3,7", "--seeds", "0-2", "--sampler", "ddim", "--num_steps", "2", "--batch_size", "2")
+    result = launch("sample", "--weights", WEIGHTS["a"], *overrides, *request, "--output", tmp_path / "w.npz", tmp_path=tmp_path)
+    assert result.returncode == 0 and "writing latents of sd-vae-ft-ema" in result.stderr, result.stderr
+    result = launch("convert", "--weights", WEIGHTS["a"], "--to_workdir", tmp_path / "run", *overrides, tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = launch("sample", "--workdir", tmp_path / "run", *request, "--output", tmp_path / "r.npz", tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "w.npz") as of_weights, np.load(tmp_path / "r.npz") as of_run:
+        np.testing.assert_array_equal(of_weights["arr_0"], of_run["arr_0"])
+        assert of_weights["arr_1"].tolist() == [3, 7, 3]
+    result = launch("convert", "--workdir", tmp_path / "run", "--to_weights", tmp_path / "back.safetensors", tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_one_line_error(launch("sample", "--workdir", "a", "--weights", "b", tmp_path=tmp_path), "exactly one of --workdir, --weights")
+    assert_one_line_error(launch("convert", "--weights", "a", "--to_weights", "b", tmp_path=tmp_path), "would copy a file")
+    assert_one_line_error(launch("sample", "--weights", __file__, tmp_path=tmp_path), "truncated or no safetensors file")
+    assert_one_line_error(
+        launch("sample", "--workdir", tmp_path / "run", "--labels", "12", tmp_path=tmp_path), "label 12 is outside the classes"
+    )
 
 
 def test_unwritable_workdir(tmp_path):
