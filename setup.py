@@ -23,6 +23,7 @@ setup(
         "grain>=0.2.12,<0.3",
         "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10,<0.13",
+        "ml_dtypes>=0.5",
         "ml_collections>=1.0",
         "numpy>=2.1",
         "optax>=0.2.8,<0.3",

@@ -44,7 +44,7 @@ def get_config(size: str = "XL/2") -> ConfigDict:
 
     # Decay 0.9999 per update of 256 images (I.2): half-life ln 2 / -ln 0.9999 = 6,931.1 updates. The ramp-up is EDM's; it ends after
     # 138,600 updates and only makes earlier averages usable.
-    config.ema = ConfigDict(dict(halflife_images=1_774_362, rampup_ratio=0.05))
+    config.ema = ConfigDict(dict(halflife_images=1_774_368, rampup_ratio=0.05))
 
     config.training = ConfigDict(
         dict(

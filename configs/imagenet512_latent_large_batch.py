@@ -15,7 +15,8 @@ def get_config(size: str = "XL/2") -> ConfigDict:
 
     # Adam divides a gradient by its own root mean square. Where noise dominates that is the noise, which falls with the root of the batch
     # size; the signal in an update then grows with the root, and so may the rate (Malladi et al. 2022, square-root scaling). A linear
-    # rule, which holds for SGD, would ask for 8e-4.
+    # rule, which holds for SGD, would ask for 8e-4. Their rule also scales 1 - beta and epsilon; with these the memory of the moments would
+    # shrink to an eighth in updates. The common practice, followed here, leaves them.
     config.optimizer.learning_rate *= math.sqrt(BATCH_SIZE / PAPER_BATCH_SIZE)  # 1e-4 → 2.83e-4
 
     # The larger rate meets second moments that are still estimates of a few updates: beta2 = 0.999 has a memory of 1,000. Five of these.

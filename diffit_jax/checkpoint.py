@@ -41,7 +41,8 @@ class Checkpoints:
           facts: JSON values kept beside the items.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts))))
+        if not self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))):
+            raise UserError(f"checkpoint {step} was not written: {self.directory} holds it or a newer one; move these away")
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""

@@ -32,7 +32,7 @@ def config_for_weights(config: ConfigDict | None, weights: str, input_size: int 
         return config.to_dict()
     from diffit_jax.interop.official import read_input_size
 
-    name = "imagenet256_latent" if (input_size or read_input_size(weights)) <= 32 else "imagenet512_latent"
+    name = "imagenet256_latent" if (read_input_size(weights) if input_size is None else input_size) <= 32 else "imagenet512_latent"
     path = Path(__file__).parents[1] / "configs" / f"{name}.py"
     if not path.exists():
         raise UserError(f"there is no {path} in this installation: name a config by --config")

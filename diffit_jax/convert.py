@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import experiment, parallel
+from diffit_jax import experiment, files, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, Experiment
@@ -35,7 +35,7 @@ def weights_to_workdir(
     Raises:
       UserError: a file that cannot be read, a config that cannot be, a directory that holds a run or cannot be written.
     """
-    change = {"slim_tmsa": slim} | ({"input_size": input_size} if input_size else {})
+    change = {"slim_tmsa": slim} | ({} if input_size is None else {"input_size": input_size})
     config = official.fit_config(config, weights, **change)
     loaded = experiment.build(config)
     _refuse_run(workdir)
@@ -85,10 +85,11 @@ def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bo
 
 
 def _write(workdir: epath.PathLike, config: Mapping[str, Any], loaded: Experiment, state: TrainState) -> None:
-    path = experiment.claim_workdir(workdir, ConfigDict(config))
-    checkpoints = Checkpoints(path / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
+    directory = files.make_directory(workdir, "--to_workdir")
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
     save_state(checkpoints, state, loaded.training.batch_size)
     checkpoints.wait()
+    experiment.claim_workdir(workdir, ConfigDict(config))  # last: with it, the directory holds a run
 
 
 def _latent(workdir: epath.PathLike) -> Experiment:
@@ -99,5 +100,6 @@ def _latent(workdir: epath.PathLike) -> Experiment:
 
 
 def _refuse_run(workdir: epath.PathLike) -> None:
-    if (epath.Path(workdir) / experiment.CONFIG_FILE).exists():
+    path = epath.Path(workdir)
+    if (path / experiment.CONFIG_FILE).exists() or (path / CHECKPOINTS).exists():
         raise UserError(f"--to_workdir {workdir} holds a run already: choose another directory")

@@ -245,6 +245,8 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         _check_keys(f"{section}.", arguments, parameters, required)
         # A config read back from JSON has lists where Flax wants hashable tuples.
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        for name, value in arguments.items():
+            _check_type(f"{section}.{name}", value, parameters[name].annotation)
         values[section] = kinds[section](**arguments)
     experiment = Experiment(**values)
     experiment.model.check()
@@ -331,6 +333,13 @@ def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Ite
     for key in required:
         if key not in given:
             raise UserError(f"config key {prefix}{key} is missing: add it to the config")
+
+
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    """Numbers and text where the annotated attribute has them; other annotations are left to the object itself."""
+    accepted = {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.get(annotation)
+    if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and annotation is not bool)):
+        raise UserError(f"config key {key} is {value!r}: it must be of type {annotation.__name__}")
 
 
 def _require(section: str, settings: Any, name: str, above: float | None = None, least: float | None = None) -> None:

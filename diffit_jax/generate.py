@@ -16,7 +16,7 @@ from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.classes import give_out, parse_labels
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, Experiment
+from diffit_jax.experiment import CHECKPOINTS, Experiment, Sampling
 from diffit_jax.interop import official
 from diffit_jax.sample_files import SampleParts
 from diffit_jax.sampling import Sampler, Variables, default_labels
@@ -87,16 +87,18 @@ def sample(
         raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
     if not num_classes and labels is not None:
         raise UserError(f"the model in {source.name} is unconditional: leave out --labels")
-    if not num_classes and overrides.get("guidance_scale", 1) != 1 and overrides.get("guidance") != "autoguidance":
-        raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
     if labels is None:
         labels = default_labels(seeds, num_classes)
     elif isinstance(labels, str):
         labels = parse_labels(labels, seeds, num_classes)
     else:
         labels = give_out(labels, len(seeds), num_classes)
-    settings = dataclasses.replace(loaded.sampling, **overrides)
+    settings = _override(loaded.sampling, overrides)
+    if settings.guide.active and settings.guidance != "autoguidance" and not num_classes:
+        raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
     mesh = parallel.make_mesh()
+    parallel.check_batch_size(mesh, settings.batch_size, "sampling.batch_size")
+    settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, -(-len(seeds) // mesh.size) * mesh.size))
     weaker_run = weaker_loaded = None
     if settings.guide.active and settings.guidance == "autoguidance":
         weaker_run, weaker_loaded = _open_weaker(loaded, settings.guide_workdir)
@@ -104,6 +106,8 @@ def sample(
     height, width, channels = loaded.model.sample_shape
     kind = "latents" if is_latent else "samples"
     output = epath.Path(output or source.directory / f"{kind}_{len(seeds)}x{height}x{width}x{channels}.npz")
+    if output.suffix != ".npz" or output.is_dir():
+        raise UserError(f"--output {output} must be a file that ends in .npz: change it")
     files.make_directory(output.parent, "output directory")
     if is_latent:
         log.info("writing latents of %s: decoding them to images needs the autoencoder, which is not there yet", loaded.data.autoencoder)
@@ -117,10 +121,10 @@ def sample(
     request = {
         "network": identity,
         "weaker network": weaker_identity,
-        "sampling": dataclasses.asdict(settings),
-        "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
         "seeds": _digest(seeds),
         "labels": _digest(labels),
+        **{f"sampling.{name}": value for name, value in dataclasses.asdict(settings).items()},
+        "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
     }
     parts = SampleParts(output, request)
     starts = range(0, len(seeds), settings.batch_size)
@@ -134,9 +138,9 @@ def sample(
             parts.write(index, drawn if is_latent else np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding)))
             progress.advance(len(drawn))
     first = np.concatenate([parts.read(index) for index in range(-(-min(100, len(seeds)) // settings.batch_size))])[:100]
-    parts.finish(len(starts), labels)
     preview = np.asarray(pixels.latent_preview(first)) if is_latent else first
     pixels.write_png(output.with_suffix(".png"), pixels.image_grid(preview, columns=10))
+    parts.finish(len(starts), labels)
     return output
 
 
@@ -153,6 +157,29 @@ def restore_variables(workdir: epath.PathLike, loaded: Experiment, sharding: jax
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     step, items = restored
     return step, {"params": items["ema"], "constants": items.get("constants", {})}
+
+
+def _override(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:
+    """The section `sampling` with values from the command line, each of which must have an effect."""
+    if "num_steps" in overrides and "respacing" in overrides:
+        raise UserError("--num_steps and --respacing both say how many steps there are: leave out either")
+    changed = dict(overrides)
+    if "num_steps" in overrides or overrides.get("sampler") in ("euler", "heun", "dpm_solver"):
+        changed.setdefault("respacing", "")  # the config's would win
+    settings = dataclasses.replace(sampling, **changed)
+    used = {
+        "eta": settings.sampler == "ddim",
+        "clip_denoised": settings.discrete,
+        "guidance_scale": settings.guidance != "none",
+        "guidance_power": settings.guidance == "power_cosine",
+        "guidance_sigma_low": settings.guidance == "interval",
+        "guidance_sigma_high": settings.guidance == "interval",
+        "guide_workdir": settings.guidance == "autoguidance",
+    }
+    for name in overrides:
+        if not used.get(name, True):
+            raise UserError(f"--{name} has no effect with sampler {settings.sampler} and guidance {settings.guidance}: leave it out")
+    return settings
 
 
 def _open_weaker(loaded: Experiment, workdir: str) -> tuple[Run, Experiment]:

@@ -36,8 +36,11 @@ class SampleParts:
         self._directory = files.make_directory(output.parent / f"{output.name}.parts", "output directory")
         path, ours = self._directory / _REQUEST, json.loads(json.dumps(request))
         if path.exists():
-            theirs = json.loads(path.read_text())
-            changed = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+            try:
+                theirs = dict(json.loads(path.read_text()))
+            except ValueError as error:
+                raise UserError(f"{path} is damaged ({error}): delete {self._directory}") from error
+            changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             if changed:
                 name = changed[0]
                 raise UserError(

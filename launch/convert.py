@@ -32,7 +32,11 @@ def main() -> None:
     slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
     if TO_WEIGHTS.value and WEIGHTS.value:
         cli.fail("--weights to --to_weights would copy a file: name --to_workdir, or convert a --workdir")
-    if (INPUT_SIZE.value or CONFIG.value) and not WEIGHTS.value:
+    if TO_WEIGHTS.value and PARAMETRISATION.value:
+        cli.fail("--parametrisation goes with --to_workdir: a file of weights is always in the released one")
+    if TO_WORKDIR.value and INDEX_BUFFERS.value:
+        cli.fail("--index_buffers goes with --to_weights")
+    if (INPUT_SIZE.value is not None or CONFIG.value) and not WEIGHTS.value:
         cli.fail("--input_size and --config go with --weights: a work directory keeps its own")
     if TO_WEIGHTS.value:
         convert.workdir_to_weights(WORKDIR.value, TO_WEIGHTS.value, INDEX_BUFFERS.value)

@@ -65,6 +65,34 @@ def test_training_goes_on_the_same_in_the_slim_parametrisation(latent_run, tmp_p
     assert not key_share.any()  # what was dropped came back as zeros
 
 
+def test_an_interrupted_conversion_leaves_no_run(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "save_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_checkpoints_without_a_config_are_not_overwritten(latent_run, tmp_path):
+    shutil.copytree(latent_run[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", CONFIG)
+
+
+def test_conversion_touches_nothing_of_its_source(latent_run, tmp_path):
+    from test_checkpoint import data_files, truncate
+
+    source = tmp_path / "old"
+    shutil.copytree(latent_run[0], source)
+    truncate(*data_files(source / "checkpoints" / "6"))
+    before = sorted(source.rglob("*"))
+    convert.workdir_to_workdir(source, tmp_path / "new", slim=True)
+    assert sorted(source.rglob("*")) == before and (tmp_path / "new" / "checkpoints" / "4").exists()
+
+
 def test_refusals(latent_run, run, tmp_path):
     for call, message in (
         (lambda: convert.weights_to_workdir(WEIGHTS["a"], latent_run[0], CONFIG), "holds a run already"),

@@ -50,6 +50,21 @@ def test_respacing_of_250():
     assert respaced_timesteps(1000, "1").tolist() == [0] and len(respaced_timesteps(1000, "")) == 1000
 
 
+def test_respacing_sums_up_its_stride():
+    """Where a place ends in a half, ADM's rounding depends on how it was computed: 21 strides of 49.95 reach 499.49999…, not 499.5."""
+    for counts in ([21], [23], [31], [249], [251], [369, 48], [375, 139], [7, 33, 61]):
+        expected, start = [], 0
+        for section, count in enumerate(counts):
+            size = 1000 // len(counts) + (section < 1000 % len(counts))
+            place = 0.0
+            for _ in range(count):
+                expected.append(start + round(place))
+                place += (size - 1) / (count - 1)
+            start += size
+        assert respaced_timesteps(1000, ",".join(map(str, counts))).tolist() == expected
+    assert respaced_timesteps(1000, "21")[10] == 499
+
+
 @pytest.mark.parametrize(
     ("respacing", "message"),
     [

@@ -72,7 +72,11 @@ def test_every_sampler_draws_from_the_same_network(latent_run, tmp_path, sampler
 @pytest.mark.parametrize("guidance", ["none", "constant", "power_cosine", "interval"])
 @pytest.mark.parametrize("sampler", ["heun", "dpm_solver"])
 def test_image_models_take_every_guidance(run, tmp_path, sampler, guidance):
-    settings = dict(sampler=sampler, guidance=guidance, guidance_scale=300.0, guidance_sigma_low=0.1, guidance_sigma_high=5.0)
+    settings = dict(sampler=sampler, guidance=guidance)
+    if guidance != "none":
+        settings["guidance_scale"] = 300.0
+    if guidance == "interval":
+        settings |= dict(guidance_sigma_low=0.1, guidance_sigma_high=5.0)
     image = arrays_of(sample(run[0], seeds=[0, 1], output=tmp_path / "s.npz", num_steps=6, **settings))["arr_0"]
     plain = arrays_of(sample(run[0], seeds=[0, 1], output=tmp_path / "t.npz", num_steps=6, sampler=sampler, guidance="none"))["arr_0"]
     assert (guidance == "none") == np.array_equal(image, plain)
@@ -135,10 +139,29 @@ def test_parts_of_another_request_are_refused(latent_run, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         sample(latent_run[0], seeds=range(4), output=output)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir())
-    for change, name in ((dict(seeds=range(1, 5)), "another labels"), (dict(seeds=range(4), num_steps=3), "another sampling")):
+    for change, name in (
+        (dict(seeds=range(1, 5)), "another seeds"),
+        (dict(seeds=range(4), num_steps=3), "another sampling.num_steps .4, now 3."),
+    ):
         with pytest.raises(UserError, match=name):
             sample(latent_run[0], output=output, **change)
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir())
+
+
+def test_damaged_request(latent_run, tmp_path):
+    (tmp_path / "l.npz.parts").mkdir()
+    (tmp_path / "l.npz.parts" / "request.json").write_text("{")
+    with pytest.raises(UserError, match=r"request.json is damaged .*: delete .*l.npz.parts"):
+        sample(latent_run[0], seeds=[0], output=tmp_path / "l.npz")
+
+
+def test_num_steps_takes_the_place_of_the_configs_respacing(tmp_path):
+    weights = Weights(WEIGHTS["a"], weight_config(sampling__respacing="2"))
+    three, two = (
+        arrays_of(sample(weights, seeds=[0, 1], output=tmp_path / f"{name}.npz", **change))["arr_0"]
+        for name, change in (("a", dict(num_steps=3)), ("b", {}))
+    )
+    assert np.abs(three - two).max() > 1e-3
 
 
 def test_refused_requests_leave_nothing(latent_run, tmp_path):
@@ -155,9 +178,19 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
         (dict(labels=[-1]), "label -1 is outside the classes 0-9"),
         (dict(labels="tench"), "--labels 'tench' is not a list of whole numbers"),
         (dict(pixel_rounding="up"), "sampling.pixel_rounding is 'up': use edm, adm"),
+        (dict(guidance_scale=float("inf")), "guidance_scale inf is not finite"),
+        (dict(guidance_power=0.0), "guidance_power 0.0 must be above 0"),
+        (dict(num_steps=2, respacing="3"), "leave out either"),
+        (dict(eta=0.5), "--eta has no effect with sampler ddpm"),
+        (dict(guide_workdir="x"), "--guide_workdir has no effect with sampler ddpm and guidance power_cosine"),
+        (dict(sampler="heun", clip_denoised=True), "--clip_denoised has no effect with sampler heun"),
+        (dict(labels=[]), "--labels is empty"),
     ):
         with pytest.raises(UserError, match=message):
             sample(latent_run[0], seeds=[0], output=tmp_path / "out" / "l.npz", **change)
+    for output in (tmp_path / "l.png", tmp_path):
+        with pytest.raises(UserError, match=r"must be a file that ends in \.npz"):
+            sample(latent_run[0], seeds=[0], output=output)
     with pytest.raises(UserError, match="truncated or no safetensors file"):
         Weights(__file__, weight_config())
     assert not list(tmp_path.iterdir())

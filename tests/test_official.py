@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.interop.resolution import resize_bias_table, resize_position_embedding
-from diffit_jax.models.attention import relative_position_index
 from diffit_jax.models.latent import LatentDiffiT, named_size
 
 
@@ -86,10 +85,9 @@ def test_slim_is_written_with_zeros(tmp_path):
 def test_full_size_names_shapes_and_dtypes(input_size):
     expected = json.loads((GOLDEN / "full_size_keys.json").read_text())[str(input_size)]
     module = LatentDiffiT(input_size, **named_size("XL/2"))
-    ours = {name: [list(leaf.official_shape), "float32"] for leaf in official._leaves(module) for name in leaf.names}
-    index = relative_position_index(module.grid)
-    ours |= {official._INDEX.format(layer): [list(index.shape), "int64"] for layer in range(module.depth)}
-    assert ours == expected and len(ours) == 346
+    entries = official._entries(module, index_buffers=True)
+    dtypes = {"F32": "float32", "I64": "int64"}
+    assert {name: [list(shape), dtypes[dtype]] for name, dtype, shape in entries} == expected and len(entries) == 346
 
 
 # --- Files that cannot be
@@ -113,7 +111,22 @@ def set_shape(name, shape):
         (lambda t: t.pop("blocks.1.mlp.fc1.bias"), ["(missing blocks.1.mlp.fc1.bias)"]),
         (lambda t: (t.pop("pos_embed"), t.pop("final_layer.linear.weight")), ["missing final_layer.linear.weight; missing pos_embed"]),
         (set_shape("blocks.0.attn.gate", 3), ["(extra blocks.0.attn.gate)"]),
-        (set_shape("blocks.7.attn.qkv.bias", 192), ["missing blocks.2.attn.proj.bias", "and 55 more"]),
+        (set_shape("blocks.7.attn.qkv.bias", 192), ["(extra blocks.7.attn.qkv.bias)"]),
+        (set_shape("blocks.200000.foo", 1), ["(extra blocks.200000.foo)"]),
+        (
+            lambda t: [t.update({f"module.{n}": t.pop(n)}) for n in list(t)],
+            ["missing blocks.0.attn.proj.bias", "extra module.blocks.0.attn.proj.bias", "and 45 more"],
+        ),
+        (set_shape("x_embedder.proj.weight", (64, 4, 4, 4)), ["misshapen x_embedder.proj.weight (64, 4, 4, 4)"]),
+        (set_shape("x_embedder.proj.weight", (64, 4, 0, 0)), ["misshapen x_embedder.proj.weight (64, 4, 0, 0)"]),
+        (
+            lambda t: [set_shape(f"blocks.{i}.attn.relative_position_bias_table", (961, 5))(t) for i in (0, 1)],
+            ["misshapen blocks.0.attn.relative_position_bias_table (961, 5)"],
+        ),
+        (
+            lambda t: [set_shape(n, (0,))(t) for n in t if n.endswith(("proj.bias", "fc2.bias", "mlp.2.bias"))],
+            ["misshapen blocks.0.attn.proj.bias (0,)"],
+        ),
         (set_shape("blocks.1.attn.proj.weight", (64, 32)), ["(misshapen blocks.1.attn.proj.weight (64, 32) instead of (64, 64))"]),
         (set_shape("blocks.0.attn.proj.bias", 32), ["(misshapen blocks.0.attn.proj.bias (32,) instead of (64,))"]),
         (set_shape("pos_embed", (1, 255, 64)), ["(misshapen pos_embed (1, 255, 64) instead of (1, 256, 64))"]),
@@ -173,6 +186,23 @@ def test_a_pickle_is_refused_and_never_unpickled(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="are a pickle, which could run code and is never read"):
             official.load(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_header_that_begins_like_a_pickle_is_none(tmp_path):
+    """The first byte is the low byte of the header's length: 0x80 in one file of 32."""
+    path = tmp_path / "w.safetensors"
+    for padding in range(0, 300, 8):
+        save_file(golden_tensors("diffit_b_noindex.safetensors"), path, metadata={"note": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert official.load(path)[0].depth == 1
+
+
+def test_only_what_changes_no_parameters_can_be_set():
+    assert official.load(WEIGHTS["b"], dtype="bfloat16", remat="full")[0].remat == "full"
+    with pytest.raises(TypeError, match="not slim_tmsa"):
+        official.load(WEIGHTS["b"], slim_tmsa=True)
 
 
 def test_what_cannot_be_saved(tmp_path):

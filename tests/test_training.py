@@ -221,6 +221,11 @@ def test_sigkill_loses_nothing(tmp_path):
         ({"model__num_classes": 0}, "guidance_scale guides by labels, but model.num_classes is 0"),
         ({"process__sigma_min": 100.0}, "sigma_min 100.0 must lie between 0 and sigma_max"),
         ({"seed": -1}, "config key seed is -1"),
+        ({"model__mlp_ratio": 2.5}, "config key model.mlp_ratio is 2.5: it must be of type int"),
+        ({"model__num_classes": -1}, "num_classes is -1: it must be at least 0"),
+        ({"process__rho": 0.0}, "rho 0.0 must be above 0"),
+        ({"sampling__respacing": 250}, "config key sampling.respacing is 250: it must be of type str"),
+        ({"optimizer": {"learning_rate": "fast", "warmup_steps": 0}}, "optimizer.learning_rate is 'fast': it must be of type float"),
     ],
 )
 def test_impossible_configs_write_nothing(change, message, tmp_path):

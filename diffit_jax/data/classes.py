@@ -69,8 +69,10 @@ def give_out(labels: Sequence[int], count: int, num_classes: int) -> np.ndarray:
     """`count` labels from a shorter (or longer) list, in turn, (count,) int64.
 
     Raises:
-      UserError: one is outside [0, num_classes).
+      UserError: there is none, or one is outside [0, num_classes).
     """
+    if len(labels) == 0:
+        raise UserError("--labels is empty: name at least one label, or leave it out")
     for label in labels:
         if not 0 <= label < num_classes:
             raise UserError(f"label {label} is outside the classes 0-{num_classes - 1} of the model: change --labels")

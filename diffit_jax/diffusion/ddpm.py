@@ -65,6 +65,8 @@ class DDPM:
         if self.loss_type != "kl" and learned != self.loss_type.startswith("hybrid"):
             remedy = "hybrid trains a learned variance" if learned else "mse needs a fixed variance"
             raise UserError(f"loss_type {self.loss_type} does not fit variance {self.variance}: {remedy}; change either")
+        if not self.rho > 0:
+            raise UserError(f"rho {self.rho} must be above 0: EDM has 7")
         self.steps(self.respacing)
 
     @property

@@ -38,6 +38,8 @@ class EDM:
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max:
             raise UserError(f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}: change either")
+        if not self.rho > 0:
+            raise UserError(f"rho {self.rho} must be above 0: EDM has 7")
         if self.sigma_data <= 0:
             raise UserError(f"sigma_data {self.sigma_data} must be above 0: set it to the standard deviation of the data")
 

@@ -59,8 +59,11 @@ class Guidance:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"guidance {self.kind!r} is unknown: use {', '.join(KINDS)}")
-        if not self.scale >= 0:
-            raise UserError(f"guidance_scale {self.scale} is negative: use 1 for no guidance, more to follow the label more closely")
+        if not 0 <= self.scale < math.inf:
+            problem = "negative" if self.scale < 0 else "not finite"
+            raise UserError(f"guidance_scale {self.scale} is {problem}: use 1 for no guidance, more to follow the label more closely")
+        if not self.power > 0:
+            raise UserError(f"guidance_power {self.power} must be above 0: the paper has 4")
         if not 0 <= self.sigma_low <= self.sigma_high:
             raise UserError(
                 f"guidance_sigma_low {self.sigma_low} must lie between 0 and guidance_sigma_high {self.sigma_high}: change either"

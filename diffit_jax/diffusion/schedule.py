@@ -64,7 +64,10 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
         if count > size:
             raise UserError(f"respacing {respacing!r} wants {count} steps of a section of {size} timesteps: use at most {size}")
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        timesteps += [start + round(step * stride) for step in range(count)]
+        place = 0.0
+        for _ in range(count):
+            timesteps.append(start + round(place))
+            place += stride  # summed up, not multiplied: where it ends in a half, ADM's rounding depends on it
         start += size
     return np.array(timesteps)
 
@@ -75,25 +78,23 @@ class Schedule:
 
     Attributes:
       betas: (K,) float64, variance of the noise that step k adds.
-      timesteps: (K,) int64 in [0, num_timesteps), ascending.
-      num_timesteps: T of the original schedule.
+      timesteps: (K,) int64 in [0, T) of the original schedule, ascending.
     """
 
     betas: np.ndarray
     timesteps: np.ndarray
-    num_timesteps: int
 
     @classmethod
     def make(cls, name: str, num_timesteps: int) -> "Schedule":
         """The schedule of that name in `SCHEDULES` with T steps."""
-        return cls(SCHEDULES[name](num_timesteps), np.arange(num_timesteps), num_timesteps)
+        return cls(SCHEDULES[name](num_timesteps), np.arange(num_timesteps))
 
     def respaced(self, respacing: str) -> "Schedule":
         """A shorter schedule that has the noise levels of this one at `respaced_timesteps`."""
         kept = respaced_timesteps(len(self), respacing)
         alphas_cumprod = self.alphas_cumprod[kept]
         betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-        return Schedule(betas, self.timesteps[kept], self.num_timesteps)
+        return Schedule(betas, self.timesteps[kept])
 
     def __len__(self) -> int:
         return len(self.betas)

@@ -11,11 +11,11 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
-import ml_dtypes
+import ml_dtypes  # noqa: F401
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
@@ -57,7 +57,7 @@ _TENSORS = {
 }
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
 _TUNING = ("dtype", "scan_unroll", "remat")  # attributes that a file says nothing about
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
 
 
 class _Leaf(NamedTuple):
@@ -105,6 +105,8 @@ def load(
     Raises:
       UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen tensors (each named, at most ten).
     """
+    if not attributes.keys() <= set(_TUNING):
+        raise TypeError(f"load takes the attributes {', '.join(_TUNING)}, not {', '.join(attributes.keys() - set(_TUNING))}")
     path = epath.Path(path)
     with _open(path) as file:
         stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -112,7 +114,7 @@ def load(
         found = _infer_module(path, shapes)
         leaves = _leaves(found)
         _check_tensors(path, leaves, shapes, {name: tensor.get_dtype() for name, tensor in stored.items()})
-        module = found.clone(input_size=input_size or found.input_size, **attributes)
+        module = found.clone(input_size=found.input_size if input_size is None else input_size, **attributes)
         module.check()
 
         flat = {}
@@ -139,6 +141,8 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
     Raises:
       UserError: as `load`.
     """
+    if not isinstance(config.get("model"), Mapping):
+        raise UserError("the config has no section model: use one of a latent experiment, like configs/imagenet256_latent.py")
     module = _read_module(path)
     config = copy.deepcopy(dict(config))
     kept = {name: value for name, value in config["model"].items() if name in _TUNING}
@@ -171,14 +175,10 @@ def save(path: epath.PathLike, module: LatentDiffiT, variables: Mapping[str, Any
         raise UserError("the released code has no unconditional model: weights of a model without classes cannot be written for it")
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
-    leaves = _leaves(module)
-    index = relative_position_index(module.grid).astype(np.int64)
-    buffers = [_INDEX.format(layer) for layer in range(module.depth)] if index_buffers else []
-
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    entries = [(name, "I64", index.shape, index.nbytes) for name in buffers]  # first, where 8 bytes are aligned
-    entries += [(name, "F32", leaf.official_shape, 4 * math.prod(leaf.official_shape)) for leaf in leaves for name in leaf.names]
-    for name, dtype, shape, size in entries:
+    entries = _entries(module, index_buffers)
+    for name, dtype, shape in entries:
+        size = {"F32": 4, "I64": 8}[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -187,14 +187,22 @@ def save(path: epath.PathLike, module: LatentDiffiT, variables: Mapping[str, Any
     # The library's writer wants all tensors in memory at once.
     with files.writing(path) as file, Progress(f"save {epath.Path(path).name}", len(entries), unit="tensor", every_s=2) as progress:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _ in buffers:
-            file.write(index.tobytes())
+        for _ in range(module.depth if index_buffers else 0):
+            file.write(relative_position_index(module.grid).astype(np.int64).tobytes())
             progress.advance()
-        for leaf in leaves:
+        for leaf in _leaves(module):
             array = np.asarray(_at(variables, leaf.path), np.float32)
             for layer in array if leaf.stacked else array[None]:
                 file.write(leaf.to_official(layer).data)
                 progress.advance()
+
+
+def _entries(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor of a file, in the order in which they are written."""
+    shape = (module.grid**2, module.grid**2)
+    buffers = [(_INDEX.format(layer), "I64", shape) for layer in range(module.depth)] if index_buffers else []
+    # The buffers come first, where their 8 bytes are aligned.
+    return buffers + [(name, "F32", leaf.official_shape) for leaf in _leaves(module) for name in leaf.names]
 
 
 def _open(path: epath.Path) -> Any:
@@ -203,16 +211,14 @@ def _open(path: epath.Path) -> Any:
         raise UserError(f"weights {path} must lie on a local or mounted disk, since they are read through a memory map: copy them first")
     try:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(4)
+        return safe_open(path, framework="numpy")
     except OSError as error:
         raise UserError(f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file") from error
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        raise UserError(
-            f"weights {path} are a pickle, which could run code and is never read: convert them to safetensors where they come from"
-        )
-    try:
-        return safe_open(path, framework="numpy")
     except SafetensorError as error:
+        if start == b"PK\x03\x04" or start[:1] == b"\x80":
+            remedy = "convert them to safetensors first"
+            raise UserError(f"weights {path} are a pickle, which could run code and is never read: {remedy}") from error
         raise UserError(f"weights {path} are truncated or no safetensors file ({error}): fetch them again") from error
 
 
@@ -249,12 +255,12 @@ def _leaves(module: LatentDiffiT) -> list[_Leaf]:
 
 def _infer_module(path: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> LatentDiffiT:
     """The module whose tensors these are. Where tensors disagree about a size, the majority decides, so that the others are reported."""
-    layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
-    depth = max(layers, default=0) + 1
+    depth = _depth(shapes)
     known = set(_names(depth))
-    missing, extra = known - shapes.keys(), shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)}
+    missing = [f"missing {name}" for name in _in_order(known - shapes.keys())]
+    extra = [f"extra {name}" for name in _in_order(shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)})]
     if missing or extra:
-        _refuse(path, [f"missing {name}" for name in _in_order(missing)] + [f"extra {name}" for name in _in_order(extra)])
+        _refuse(path, missing, extra)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """What most tensors say: (pattern, rank, their shape → the size)."""
@@ -271,17 +277,43 @@ def _infer_module(path: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> La
     grid = vote((table, 2, lambda shape: (math.isqrt(shape[0]) + 1) // 2), ("pos_embed", 3, lambda shape: math.isqrt(shape[1])))
     patch = vote(("x_embedder.proj.weight", 4, axis(3)))
     channels = vote(("x_embedder.proj.weight", 4, axis(1)))
+    heads = vote((table, 2, axis(1)))
+    outputs = vote(("final_layer.linear.bias", 1, axis(0)))
+    hidden = vote(("blocks.{}.mlp.fc1.bias", 1, axis(0)), ("blocks.{}.mlp.fc1.weight", 2, axis(0)))
+    classes = vote(("y_embedder.embedding_table.weight", 2, axis(0))) - 1
+
+    # Sizes that no DiffiT can have, with the tensors that say so.
+    suspects = []
+    if width < 1 or width % 4:
+        suspects.append("blocks.0.attn.proj.bias")
+    if heads < 1 or width % max(heads, 1) or grid < 1:
+        suspects.append(table.format(0))
+    if patch < 1 or channels < 1 or outputs not in (patch * patch * channels, 2 * patch * patch * channels):
+        suspects += ["x_embedder.proj.weight", "final_layer.linear.bias"]
+    if hidden < 1 or hidden % max(width, 1):
+        suspects.append("blocks.0.mlp.fc1.bias")
+    if classes < 1:
+        suspects.append("y_embedder.embedding_table.weight")
+    if suspects:
+        _refuse(path, [f"misshapen {name} {shapes[name]}" for name in suspects])
     return LatentDiffiT(
         input_size=grid * patch,
         input_channels=channels,
         patch_size=patch,
         hidden_size=width,
         depth=depth,
-        num_heads=vote((table, 2, axis(1))),
-        mlp_ratio=max(vote(("blocks.{}.mlp.fc1.bias", 1, axis(0)), ("blocks.{}.mlp.fc1.weight", 2, axis(0))) // width, 1),
-        num_classes=max(vote(("y_embedder.embedding_table.weight", 2, axis(0))) - 1, 1),
-        learn_sigma=vote(("final_layer.linear.bias", 1, axis(0))) != patch * patch * channels,
+        num_heads=heads,
+        mlp_ratio=hidden // width,
+        num_classes=classes,
+        learn_sigma=outputs != patch * patch * channels,
     )
+
+
+def _depth(names: Iterable[str]) -> int:
+    """Number of layers: up to the last one that has at least half of its tensors; what lies beyond is extra."""
+    found = collections.Counter(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
+    per_layer = sum("{}" in pattern for pattern in _TENSORS)
+    return max((layer for layer, count in found.items() if 2 * count >= per_layer), default=0) + 1
 
 
 def _check_tensors(path: epath.Path, leaves: list[_Leaf], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
@@ -296,8 +328,11 @@ def _check_tensors(path: epath.Path, leaves: list[_Leaf], shapes: Mapping[str, t
         _refuse(path, problems)
 
 
-def _refuse(path: epath.Path, problems: list[str]) -> None:
-    shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+def _refuse(path: epath.Path, problems: list[str], others: Sequence[str] = ()) -> NoReturn:
+    """Lists at most ten problems; of two kinds, each gets five places at least."""
+    listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
+    left = len(problems) + len(others) - len(listed)
+    shown = "; ".join(listed) + (f"; and {left} more" if left else "")
     raise UserError(f"weights {path} are not those of a latent DiffiT ({shown}): name a file of the released layout")
 
 

@@ -59,6 +59,8 @@ class ImageDiffiT(nn.Module):
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
         stages = len(self.channels)
+        if self.num_classes < 0:
+            raise UserError(f"num_classes is {self.num_classes}: it must be at least 0, which means no labels")
         if len(self.num_blocks) != stages:
             raise UserError(
                 f"channels {tuple(self.channels)} describe {stages} stages but num_blocks {tuple(self.num_blocks)} describe "

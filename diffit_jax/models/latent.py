@@ -83,6 +83,8 @@ class LatentDiffiT(nn.Module):
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
+        if self.num_classes < 0:
+            raise UserError(f"num_classes is {self.num_classes}: it must be at least 0, which means no labels")
         for name in ("input_size", "input_channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "scan_unroll"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")

@@ -54,6 +54,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     state = restore_state(checkpoints, abstract_state(model, optimizer, sharding))
     if state is None:
         state = create_state(model, optimizer, experiment.seed, sharding)
+    else:
+        checkpoints.set_aside_after(int(state.step))
     first_step = int(state.step)
     log.info("model %s: %s parameters", type(model).__name__, f"{parameter_overview.count_parameters(state.params):,}")
     log.info("%s step %d of %d in %s", "resuming at" if first_step else "starting at", first_step, settings.total_steps, workdir)
@@ -129,8 +131,7 @@ def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState 
     restored = checkpoints.restore(_items(abstract))
     if restored is None:
         return None
-    step, items = restored
-    checkpoints.set_aside_after(step)
+    _, items = restored
     return dataclasses.replace(items["state"], ema=items["ema"], constants=items.get("constants", abstract.constants))
 
 
