@@ -51,7 +51,7 @@ def main() -> None:
     Guidance.scales = never_skip
     exact, count = draw(0.0)
     Guidance.scales = SCALES
-    print(f"scale {scale}; {count} unconditional evaluations without skipping; standard deviation of the samples {exact.std():.4f}")
+    print(f"scale {scale}; without skipping {count} unconditional evaluations, standard deviation of the samples {exact.std():.4f}")
     print(
         "| tolerance | evaluations of 500 | unconditional ones saved | largest deviation | root mean square deviation |\n|---|---|---|---|---|"
     )
