@@ -51,10 +51,8 @@ def main() -> None:
     Guidance.scales = never_skip
     exact, count = draw(0.0)
     Guidance.scales = SCALES
-    print(f"scale {scale}; without skipping {count} unconditional evaluations, standard deviation of the samples {exact.std():.4f}")
-    print(
-        "| tolerance | evaluations of 500 | unconditional ones saved | largest deviation | root mean square deviation |\n|---|---|---|---|---|"
-    )
+    print(f"scale {scale}; without skipping {count} unconditional evaluations, samples' standard deviation {exact.std():.4f}")
+    print("| tolerance | evaluations of 500 | unconditional ones saved | largest deviation | root mean square |\n|---|---|---|---|---|")
     for tolerance in (0.0, 1e-3, 0.03):
         samples, count = draw(tolerance)
         difference = samples - exact
