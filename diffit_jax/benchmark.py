@@ -14,7 +14,6 @@ from diffit_jax.console import Progress
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
 from diffit_jax.training.loop import compile_train_step, open_training_data
-from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import create_state
 
 
@@ -31,9 +30,9 @@ def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
       waiting for a batch; `peak_memory_gb`: of the process on a CPU, else of the first device.
     """
     experiment = build(config)
-    settings, mesh = experiment.training, parallel.make_mesh()
+    settings, mesh = experiment.training, parallel.make_mesh(shape=experiment.mesh)
     data = batches(open_training_data(experiment), settings.batch_size, experiment.seed)
-    state = create_state(experiment.model, make_optimizer(experiment.optimizer), experiment.seed, parallel.replicated(mesh))
+    state = create_state(experiment, mesh)
     batch = parallel.put_batch(mesh, next(data))
     train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
 

@@ -16,7 +16,6 @@ from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.training.loop import restore_state, save_state
-from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, fresh_state
 
 
@@ -42,7 +41,7 @@ def weights_to_workdir(
     _, variables = official.load(weights, input_size)
     if slim:
         variables = to_slim(variables)
-    state = jax.jit(lambda variables: fresh_state(variables, make_optimizer(loaded.optimizer)))(variables)
+    state = jax.jit(lambda variables: fresh_state(variables, loaded))(variables)
     _write(workdir, config, loaded, state)
 
 
@@ -53,7 +52,7 @@ def workdir_to_weights(workdir: epath.PathLike, weights: epath.PathLike, index_b
       UserError: no run or checkpoint there, a model of another kind, a file that cannot be written.
     """
     loaded = _latent(workdir)
-    _, variables = restore_variables(workdir, loaded, parallel.replicated(parallel.make_mesh()))
+    _, variables = restore_variables(workdir, loaded, parallel.make_mesh())
     official.save(weights, loaded.model, variables, index_buffers)
 
 
@@ -72,14 +71,15 @@ def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bo
     """
     loaded, config = _latent(workdir), experiment.read_config(workdir)
     _refuse_run(target)
-    sharding = parallel.replicated(parallel.make_mesh())
+    mesh = parallel.make_mesh()
     checkpoints = Checkpoints(epath.Path(workdir) / CHECKPOINTS)
-    state = restore_state(checkpoints, abstract_state(loaded.model, make_optimizer(loaded.optimizer), sharding))
+    state = restore_state(checkpoints, abstract_state(loaded, mesh))
     if state is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     was_slim = loaded.model.slim_tmsa
     if slim is not None and slim != was_slim:
-        state = jax.device_put((to_slim if slim else to_released)(state), sharding)
+        state = (to_slim if slim else to_released)(state)
+        state = jax.device_put(state, parallel.shardings(mesh, state))
         config["model"]["slim_tmsa"] = slim
     _write(target, config, loaded, state)
 

@@ -24,6 +24,7 @@ from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.diffusion.samplers import Churn
 from diffit_jax.errors import UserError
 from diffit_jax.models import MODELS
+from diffit_jax.parallel import MeshShape
 
 Process = EDM | DDPM
 PROCESSES = {"edm": EDM, "ddpm": DDPM}
@@ -51,23 +52,39 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Section `optimizer`: Adam with a linear ramp-up of the learning rate.
+    """Section `optimizer`.
 
     Attributes:
       learning_rate: after the ramp-up.
       warmup_steps: updates over which it rises from 0.
+      name: "adam" (AdamW if there is weight decay) or "lamb", for very large batches.
       beta1, beta2, epsilon: Adam's.
+      weight_decay: share of a weight taken off per update, times the learning rate. Only matrices and convolutions decay: not biases,
+        norms, label tables or position biases.
+      max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
+      schedule: "constant" after the ramp-up, or "cosine" down to 0.
+      decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
     """
 
     learning_rate: float
     warmup_steps: int
+    name: str = "adam"
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 0.0
+    schedule: str = "constant"
+    decay_steps: int = 0
 
     def __post_init__(self):
         _require("optimizer", self, "learning_rate", above=0)
-        _require("optimizer", self, "warmup_steps", least=0)
+        for name in ("warmup_steps", "weight_decay", "max_gradient_norm"):
+            _require("optimizer", self, name, least=0)
+        _require_choice("optimizer", self, "name", ("adam", "lamb"))
+        _require_choice("optimizer", self, "schedule", ("constant", "cosine"))
+        if self.schedule == "cosine":
+            _require("optimizer", self, "decay_steps", above=self.warmup_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +111,9 @@ class Training:
     Attributes:
       batch_size: images per update, over all devices.
       label_dropout: share of the labels replaced by "no label", which classifier-free guidance needs. In [0, 1].
-      total_steps: updates of the whole run.
+      total_steps: updates of the whole run (batches, to be exact: one with a gradient that is not finite makes no update).
+      accumulation: parts into which a batch is cut to save memory; their gradients are averaged into one update.
+      max_bad_steps: so many batches in a row without a finite gradient end the run.
       log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and checkpoints.
       keep_checkpoints: how many of the newest checkpoints stay.
       grid_images: images in a sample grid.
@@ -108,9 +127,12 @@ class Training:
     checkpoint_steps: int
     keep_checkpoints: int = 3
     grid_images: int = 100
+    accumulation: int = 1
+    max_bad_steps: int = 20
 
     def __post_init__(self):
-        for name in ("batch_size", "total_steps", "log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images"):
+        names = ("batch_size", "total_steps", "log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images")
+        for name in (*names, "accumulation", "max_bad_steps"):
             _require("training", self, name, least=1)
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"config key training.label_dropout is {self.label_dropout}: set it to a share between 0 and 1")
@@ -196,6 +218,7 @@ class Experiment:
       model: the network.
       process: the diffusion process around it.
       data, optimizer, ema, training, sampling: the sections of those names.
+      mesh: the section of that name, which may be left out.
     """
 
     seed: int
@@ -206,11 +229,13 @@ class Experiment:
     ema: EMA
     training: Training
     sampling: Sampling
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
 
 
 # What may differ between a config and the run that it continues, because the numbers do not depend on it.
 _FREE_KEYS = ("data.data_dir", "model.scan_unroll", "model.remat", "sampling", "training.total_steps", "training.log_steps")
 _FREE_KEYS += ("training.grid_steps", "training.grid_images", "training.checkpoint_steps", "training.keep_checkpoints")
+_FREE_KEYS += ("training.accumulation", "training.max_bad_steps", "mesh")
 
 
 def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
@@ -224,7 +249,7 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     """
     config = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
     kinds = {field.name: field.type for field in dataclasses.fields(Experiment)}
-    _check_keys("", config, kinds, required=kinds)
+    _check_keys("", config, kinds, required=kinds.keys() - {"mesh"})
     for section, choices in (("model", MODELS), ("process", PROCESSES)):
         name = config[section].pop("name", None)
         if name not in choices:
@@ -239,6 +264,8 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         raise UserError(f"config key model.dtype is {dtype!r}: use float32 or bfloat16")
     values = {"seed": seed}
     for section, arguments in config.items():
+        if not isinstance(arguments, Mapping):
+            raise UserError(f"config key {section} is {arguments!r}: it must be a section")
         parameters = dict(inspect.signature(kinds[section]).parameters)
         parameters.pop("parent", None)  # Flax's own
         required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]

@@ -32,9 +32,9 @@ class Run:
         self.directory = epath.Path(workdir)
         self.config = experiment.read_config(workdir)
 
-    def load(self, loaded: Experiment, sharding: jax.sharding.Sharding) -> tuple[Variables, dict[str, Any]]:
+    def load(self, loaded: Experiment, mesh: jax.sharding.Mesh) -> tuple[Variables, dict[str, Any]]:
         """(variables, what identifies them). Raises `UserError` if there is no usable checkpoint."""
-        step, variables = restore_variables(self.directory, loaded, sharding)
+        step, variables = restore_variables(self.directory, loaded, mesh)
         return variables, {"workdir": str(self.directory), "checkpoint": step}
 
 
@@ -47,9 +47,9 @@ class Weights:
         self._path = epath.Path(path)
         self.config = official.fit_config(config, path)
 
-    def load(self, loaded: Experiment, sharding: jax.sharding.Sharding) -> tuple[Variables, dict[str, Any]]:
+    def load(self, loaded: Experiment, mesh: jax.sharding.Mesh) -> tuple[Variables, dict[str, Any]]:
         """(variables, what identifies them)."""
-        _, variables = official.load(self._path, sharding=sharding)
+        _, variables = official.load(self._path, sharding=parallel.shardings(mesh, _variable_shapes(loaded)))
         stat = self._path.stat()
         return variables, {"weights": str(self._path), "bytes": stat.length, "modified": stat.mtime}
 
@@ -96,9 +96,10 @@ def sample(
     settings = _override(loaded.sampling, overrides)
     if settings.guide.active and settings.guidance != "autoguidance" and not num_classes:
         raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
-    mesh = parallel.make_mesh()
+    mesh = _mesh(loaded)
+    parallel.check_axes(mesh, _variable_shapes(loaded)["params"])
     parallel.check_batch_size(mesh, settings.batch_size, "sampling.batch_size")
-    settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, -(-len(seeds) // mesh.size) * mesh.size))
+    settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, parallel.next_batch_size(mesh, len(seeds))))
     weaker_run = weaker_loaded = None
     if settings.guide.active and settings.guidance == "autoguidance":
         weaker_run, weaker_loaded = _open_weaker(loaded, settings.guide_workdir)
@@ -113,9 +114,8 @@ def sample(
         log.info("writing latents of %s: decoding them to images needs the autoencoder, which is not there yet", loaded.data.autoencoder)
 
     # --- Networks.
-    sharding = parallel.replicated(mesh)
-    variables, identity = source.load(loaded, sharding)
-    weaker, weaker_identity = weaker_run.load(weaker_loaded, sharding) if weaker_run else (None, None)
+    variables, identity = source.load(loaded, mesh)
+    weaker, weaker_identity = weaker_run.load(weaker_loaded, mesh) if weaker_run else (None, None)
 
     # --- Draw, part by part.
     request = {
@@ -144,19 +144,32 @@ def sample(
     return output
 
 
-def restore_variables(workdir: epath.PathLike, loaded: Experiment, sharding: jax.sharding.Sharding) -> tuple[int, Variables]:
-    """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work directory, laid out by `sharding`.
+def restore_variables(workdir: epath.PathLike, loaded: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, Variables]:
+    """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work directory, laid out on a mesh.
 
     Raises:
       UserError: there is none.
     """
-    shapes = jax.eval_shape(lambda: models.init_variables(loaded.model, jax.random.key(0)))
+    shapes = _variable_shapes(loaded)
     items = {"ema": shapes["params"]} | ({"constants": shapes["constants"]} if shapes["constants"] else {})
-    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore(parallel.abstract(items, sharding))
+    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore(parallel.abstract(mesh, items))
     if restored is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     step, items = restored
     return step, {"params": items["ema"], "constants": items.get("constants", {})}
+
+
+def _mesh(loaded: Experiment) -> jax.sharding.Mesh:
+    """The mesh of the run's config, or where it does not fit the devices here, one that divides the batch alone."""
+    try:
+        return parallel.make_mesh(shape=loaded.mesh)
+    except UserError as error:
+        log.info("%s; sampling with the batch divided over all devices", error)
+        return parallel.make_mesh()
+
+
+def _variable_shapes(loaded: Experiment) -> Variables:
+    return jax.eval_shape(lambda: models.init_variables(loaded.model, jax.random.key(0)))
 
 
 def _override(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:

@@ -49,6 +49,10 @@ class Sampler:
         self._draw = jax.jit(self._draw_batch, out_shardings=parallel.batch_sharding(mesh))
 
     def _draw_batch(self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]) -> jax.Array:
+        with parallel.activations(self._mesh):
+            return self._trajectory(variables, weaker, batch)
+
+    def _trajectory(self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]) -> jax.Array:
         settings, process = self._settings, self._process
         num_classes = self._model.num_classes
 

@@ -12,7 +12,6 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.generate import sample
 from diffit_jax.sampling import Sampler
-from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import create_state
 
 
@@ -20,7 +19,7 @@ from diffit_jax.training.state import create_state
 def lively():
     """An experiment and variables that make images of more than noise: fresh ones have a head of zeros."""
     experiment = build(small_config(sampling__num_steps=6))
-    params = create_state(experiment.model, make_optimizer(experiment.optimizer), 0, parallel.replicated(parallel.make_mesh())).params
+    params = create_state(experiment, parallel.make_mesh()).params
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
     return experiment, {

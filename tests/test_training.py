@@ -76,9 +76,8 @@ def test_optimizer_is_adam():
 
 def test_state_is_what_eval_shape_says():
     experiment, mesh = build(small_config()), parallel.make_mesh()
-    optimizer, sharding = make_optimizer(experiment.optimizer), parallel.replicated(mesh)
-    state = create_state(experiment.model, optimizer, 0, sharding)
-    abstract = abstract_state(experiment.model, optimizer, sharding)
+    state = create_state(experiment, mesh)
+    abstract = abstract_state(experiment, mesh)
     for real, shape in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (real.shape, real.dtype) == (shape.shape, shape.dtype) and real.sharding == shape.sharding
     assert_equal_trees(state.params, state.ema)
@@ -90,7 +89,7 @@ def test_update_does_not_depend_on_the_number_of_devices():
     for count in (1, 2):
         mesh = parallel.make_mesh(jax.devices()[:count])
         sharding = parallel.replicated(mesh)
-        state = create_state(experiment.model, make_optimizer(experiment.optimizer), 0, sharding)
+        state = create_state(experiment, mesh)
         start, empty = jax.device_get(state.params), jax.device_put(step_metrics(experiment.process).empty(), sharding)
         step, data = jax.jit(make_train_step(experiment), out_shardings=sharding), batches(images, 8, seed=0)
         losses = []
@@ -113,7 +112,7 @@ def test_run_leaves_its_files(run):
     assert [path.name for path in (workdir / "grids").iterdir()] == ["00000006.png"]
     (events,) = (workdir / "events").iterdir()
     names = scalar_names(events.read_bytes())
-    assert names == {"loss", "gradient_norm", "learning_rate", "steps_per_s", "images_per_s"}
+    assert names == {"loss", "gradient_norm", "learning_rate", "steps_per_s", "images_per_s", "skipped", "skipped_in_row"}
 
 
 def scalar_names(content):
@@ -130,7 +129,7 @@ def test_loss_falls():
     """Forty updates with a high learning rate on one repeated image."""
     experiment, mesh = build(small_config(optimizer={"learning_rate": 2e-2, "warmup_steps": 0})), parallel.make_mesh()
     sharding = parallel.replicated(mesh)
-    state = create_state(experiment.model, make_optimizer(experiment.optimizer), 0, sharding)
+    state = create_state(experiment, mesh)
     step = jax.jit(make_train_step(experiment), out_shardings=sharding)
     batch = parallel.put_batch(mesh, {"image": np.full((8, 8, 8, 1), 200, np.uint8), "label": np.zeros(8, np.int32)})
     losses = []
@@ -174,9 +173,8 @@ def final_checkpoint(workdir):
     from diffit_jax.training.loop import restore_state
 
     experiment = build(small_config())
-    sharding = parallel.replicated(parallel.make_mesh())
     checkpoints = Checkpoints(workdir / "checkpoints", keep=3)
-    return restore_state(checkpoints, abstract_state(experiment.model, make_optimizer(experiment.optimizer), sharding))
+    return restore_state(checkpoints, abstract_state(experiment, parallel.make_mesh()))
 
 
 def test_sigkill_loses_nothing(tmp_path):

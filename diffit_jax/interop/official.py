@@ -83,7 +83,7 @@ class _Leaf(NamedTuple):
 def load(
     path: epath.PathLike,
     input_size: int | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: jax.sharding.Sharding | Mapping[str, Any] | None = None,
     **attributes: Any,
 ) -> tuple[LatentDiffiT, dict[str, Any]]:
     """Reads a released weight file.
@@ -96,7 +96,7 @@ def load(
       path: a local or mounted safetensors file in float32, float16 or bfloat16.
       input_size: side of the latents that the model shall take; None: that of the file. Another size interpolates the position embedding
         and the position bias, see `resolution`.
-      sharding: where the arrays go; None: the default device.
+      sharding: where the arrays go, one for all or a tree like the variables; None: the default device.
       **attributes: further attributes of `LatentDiffiT` that do not change the parameters: `dtype`, `scan_unroll`, `remat`.
 
     Returns:
@@ -126,7 +126,9 @@ def load(
                     progress.advance()
                 if module.grid != found.grid:
                     array = _resized(leaf.path, array, found.grid, module.grid)
-                flat[leaf.path] = jax.block_until_ready(jax.device_put(array, sharding))
+                flat[leaf.path] = jax.block_until_ready(
+                    jax.device_put(array, _at(sharding, leaf.path) if isinstance(sharding, Mapping) else sharding)
+                )
     return module, _nest(flat)
 
 

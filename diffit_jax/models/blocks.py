@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
+from diffit_jax.models.layout import laid_out
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -151,7 +152,7 @@ def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks:
     """
 
     def run(block: nn.Module, x: jax.Array, time_BT: jax.Array) -> jax.Array:
-        return block(x, time_BT)
+        return laid_out(block(laid_out(x), time_BT))
 
     if remat != "none":
         # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled they could.

@@ -56,6 +56,11 @@ class ImageDiffiT(nn.Module):
         """Channels of what the network returns."""
         return self.image_channels
 
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """Names of the parameters whose leading axis counts layers."""
+        return tuple(f"{path}_{stage}" for path in ("encoder", "decoder") for stage in range(len(self.channels)))
+
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
         stages = len(self.channels)

@@ -77,6 +77,11 @@ class LatentDiffiT(nn.Module):
         return self.input_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def stacked(self) -> tuple[str, ...]:
+        """Names of the parameters whose leading axis counts layers."""
+        return ("blocks",)
+
+    @property
     def grid(self) -> int:
         """Tokens along each side; attention sees the whole grid."""
         return self.input_size // self.patch_size

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
+from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, Experiment, build, claim_workdir
 from diffit_jax.sampling import Sampler, default_labels
-from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import TrainState, abstract_state, create_state
 from diffit_jax.training.step import Batch, make_train_step, step_metrics
 
@@ -42,18 +43,19 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     # --- Check everything before the first thing is written.
     experiment = build(config)
     settings, model = experiment.training, experiment.model
-    mesh = parallel.make_mesh()
-    parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size")
+    mesh = parallel.make_mesh(shape=experiment.mesh)
+    parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
+    abstract = abstract_state(experiment, mesh)
+    parallel.check_axes(mesh, abstract.params)
     grid_sampler = _grid_sampler(experiment, mesh)
     source = open_training_data(experiment)
     workdir = claim_workdir(workdir, config)
 
     # --- State: fresh, or that of the newest usable checkpoint.
-    optimizer, sharding = make_optimizer(experiment.optimizer), parallel.replicated(mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=settings.keep_checkpoints)
-    state = restore_state(checkpoints, abstract_state(model, optimizer, sharding))
+    state = restore_state(checkpoints, abstract)
     if state is None:
-        state = create_state(model, optimizer, experiment.seed, sharding)
+        state = create_state(experiment, mesh)
     else:
         checkpoints.set_aside_after(int(state.step))
     first_step = int(state.step)
@@ -86,7 +88,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
                 for name, value in values.items():
                     events.add_scalar(name, value, step)
                 progress.say(_line(values))
-                collected = jax.device_put(type(collected).empty(), sharding)
+                collected = jax.device_put(type(collected).empty(), parallel.replicated(mesh))
+                if values["skipped_in_row"] >= settings.max_bad_steps:
+                    raise _diverged(step, values, checkpoints)
             if step % settings.checkpoint_steps == 0 or last:
                 save_state(checkpoints, state, settings.batch_size)
             if step % settings.grid_steps == 0 or last:
@@ -112,12 +116,23 @@ def compile_train_step(
     The step takes over the memory of its state and metrics ("donation"), except on CPUs, where memory is not scarce and XLA's in-place
     updates make a small network's step 1.3 times as long.
     """
-    sharding = parallel.replicated(mesh)
-    collected = jax.device_put(step_metrics(experiment.process).empty(), sharding)
+    collected = jax.device_put(step_metrics(experiment.process).empty(), parallel.replicated(mesh))
     started = time.monotonic()
     donated = () if mesh.devices.flat[0].platform == "cpu" else (0, 1)
-    jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=sharding)
-    return jitted.lower(state, collected, batch).compile(), collected, time.monotonic() - started
+    shardings = parallel.shardings(mesh, state), parallel.replicated(mesh)
+    jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=shardings)
+    with parallel.activations(mesh):
+        lowered = jitted.lower(state, collected, batch)
+    return lowered.compile(), collected, time.monotonic() - started
+
+
+def _diverged(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> UserError:
+    checkpoints.wait()
+    good = checkpoints.steps()
+    return UserError(
+        f"the last {values['skipped_in_row']:.0f} batches up to step {step} had no finite gradient: look at the data and the rate, "
+        f"and go on from {f'checkpoint {good[-1]} in {checkpoints.directory}, the last good one' if good else 'the start'}"
+    )
 
 
 def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:
@@ -142,7 +157,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _grid_sampler(experiment: Experiment, mesh: jax.sharding.Mesh) -> Sampler:
     """Training knows no weaker network, so grids are drawn without autoguidance."""
-    size = -(-experiment.training.grid_images // mesh.size) * mesh.size
+    size = parallel.next_batch_size(mesh, experiment.training.grid_images)
     guidance = "none" if experiment.sampling.guidance == "autoguidance" else experiment.sampling.guidance
     return Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size, guidance=guidance))
 
@@ -160,4 +175,5 @@ def _line(values: dict[str, float]) -> str:
     return (
         f"loss {values['loss']:.4f} | gradient {values['gradient_norm']:.3f} | rate {values['learning_rate']:.2e} | "
         f"{values['steps_per_s']:.2f} steps/s | {values['images_per_s']:.0f} images/s"
+        + (f" | {values['skipped']:.0f} batches skipped" if values["skipped"] else "")
     )

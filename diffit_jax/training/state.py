@@ -4,21 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from diffit_jax import models, parallel
+from diffit_jax.experiment import Experiment
+from diffit_jax.training.optimizer import make_optimizer
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that an update changes. All float32 but the counter.
+    """Everything that an update changes. All float32 but the counters.
 
     Attributes:
-      step: int32 scalar, updates made so far; the data position and all random numbers follow from it.
+      step: int32 scalar, batches seen so far; the data position and all random numbers follow from it.
+      skipped: int32 scalar, how many of them made no update because the gradient was not finite.
+      skipped_in_row: int32 scalar, how many of the last ones.
       params: parameters of the network.
       constants: fixed arrays of the network, which training does not change.
       opt_state: state of the optax optimizer.
@@ -26,6 +28,8 @@ class TrainState:
     """
 
     step: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
     params: Any
     constants: Any
     opt_state: Any
@@ -37,22 +41,26 @@ class TrainState:
         return {"params": self.ema, "constants": self.constants}
 
 
-def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, sharding: NamedSharding) -> TrainState:
+def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
-    return parallel.abstract(jax.eval_shape(lambda: _init(model, optimizer, seed=0)), sharding)
+    return parallel.abstract(mesh, jax.eval_shape(lambda: _init(experiment)))
 
 
-def create_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, sharding: NamedSharding) -> TrainState:
-    """A fresh state, made by one jitted function straight into its sharding."""
-    return jax.jit(lambda: _init(model, optimizer, seed), out_shardings=sharding)()
+def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """A fresh state, made by one jitted function straight into its shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
+    return jax.jit(lambda: _init(experiment), out_shardings=shardings)()
 
 
-def fresh_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update, from the variables of a network."""
+def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainState:
+    """The state before the first update, from the variables of the experiment's network."""
     params, constants = variables["params"], variables["constants"]
+    optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, constants, optimizer.init(params), ema)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, params, constants, optimizer.init(params), ema)
 
 
-def _init(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    return fresh_state(models.init_variables(model, jax.random.key(seed, impl="threefry2x32")), optimizer)
+def _init(experiment: Experiment) -> TrainState:
+    key = jax.random.key(experiment.seed, impl="threefry2x32")
+    return fresh_state(models.init_variables(experiment.model, key), experiment)
