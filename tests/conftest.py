@@ -15,7 +15,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-jax.config.update("jax_num_cpu_devices", 2)
+if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
+    jax.config.update("jax_num_cpu_devices", 2)
 # With several virtual devices on few cores, programs in flight can starve each other's collectives of threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 

@@ -17,15 +17,17 @@ class ShuffledBatches:
     cost a tenth of a small model's step if it saw the examples.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int):
+    def __init__(self, source: Source, batch_size: int, seed: int, rows: tuple[int, int] | None = None):
+        """Positions `rows` (start, stop) of each batch; None: all of it. Other processes read the others."""
         self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._rows = np.arange(*(rows or (0, batch_size)))
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
         return 1 << 48  # updates; no run ends here
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        epochs, offsets = np.divmod(step * self._batch_size + np.arange(self._batch_size), len(self._source))
+        epochs, offsets = np.divmod(step * self._batch_size + self._rows, len(self._source))
         indices = [self._epoch_order(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
         return self._source.read(np.concatenate(indices))
 
@@ -35,7 +37,9 @@ class ShuffledBatches:
         return np.argsort(raw, kind="stable")
 
 
-def batches(source: Source, batch_size: int, seed: int, first_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    source: Source, batch_size: int, seed: int, first_step: int = 0, rows: tuple[int, int] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """The batches of a training run from a given step on, read ahead in threads; resuming needs nothing but the step.
 
     Args:
@@ -43,11 +47,12 @@ def batches(source: Source, batch_size: int, seed: int, first_step: int = 0) -> 
       batch_size: examples per batch.
       seed: of the shuffle, at least 0.
       first_step: number of the first batch.
+      rows: (start, stop) of the block of each global batch that this process reads, see `parallel.local_rows`; None: all of it.
 
     Returns:
       Endless iterator of dicts: `image` (batch_size, H, W, C) uint8, `label` (batch_size,) int32.
     """
-    dataset = grain.MapDataset.source(ShuffledBatches(source, batch_size, seed))
+    dataset = grain.MapDataset.source(ShuffledBatches(source, batch_size, seed, rows))
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
     iterator.set_state({"next_index": first_step})
     return iterator

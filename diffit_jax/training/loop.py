@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         return state
 
     # --- The update, compiled before the clock starts.
-    data = batches(source, settings.batch_size, experiment.seed, first_step)
+    data = batches(source, settings.batch_size, experiment.seed, first_step, parallel.local_rows(mesh, settings.batch_size))
     batch = parallel.put_batch(mesh, next(data))
     train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
     log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, mesh.devices.flat[0].device_kind)

@@ -1,0 +1,67 @@
+"""Twenty updates and some samples of two small models on one mesh after the other; run by test_parallel.py in a process of its own.
+
+python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices …
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={sys.argv[2]}"
+
+import jax
+import numpy as np
+from conftest import small_config, small_latent_config
+
+from diffit_jax import parallel
+from diffit_jax.data.pipeline import batches
+from diffit_jax.experiment import build
+from diffit_jax.parallel import MeshShape
+from diffit_jax.sampling import Sampler
+from diffit_jax.training.loop import compile_train_step, open_training_data
+from diffit_jax.training.state import create_state
+
+STEPS = 20
+SEEDS = np.array([3, 1, 4, 15, 9, 2, 6, 5])
+CONFIGS = {
+    "image": small_config(model__channels=(16, 16), model__num_blocks=(1, 1), model__head_width=8),
+    "latent": small_latent_config(model__hidden_size=32, model__num_heads=4),
+}
+
+
+def run(config, shape: MeshShape, accumulation: int, devices) -> dict[str, np.ndarray]:
+    """Losses, flattened first and last parameters, and samples with the averaged ones."""
+    config = config.copy_and_resolve_references()
+    config.training.update(batch_size=16, accumulation=accumulation)
+    config.sampling.update(batch_size=8, num_steps=3)
+    experiment = build(config)
+    mesh = parallel.make_mesh(devices, shape)
+    state = create_state(experiment, mesh)
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])  # noqa: E731
+    first, losses = flat(state.params), []
+    rows = parallel.local_rows(mesh, 16)
+    data = batches(open_training_data(experiment), 16, experiment.seed, rows=rows)
+    batch = parallel.put_batch(mesh, next(data))
+    step, empty, _ = compile_train_step(experiment, mesh, state, batch)
+    for _ in range(STEPS):
+        state, collected = step(state, empty, batch)
+        losses.append(float(collected.compute()["loss"]))
+        batch = parallel.put_batch(mesh, next(data))
+    samples = Sampler(experiment, mesh).draw(state.ema_variables, SEEDS, SEEDS % 10)
+    return {"losses": np.array(losses), "first": first, "last": flat(state.params), "samples": samples}
+
+
+def main() -> None:
+    results = {}
+    for request in sys.argv[3:]:
+        name, _, numbers = request.partition("=")
+        data, fsdp, tensor, accumulation, devices = map(int, numbers.split(","))
+        for kind, config in CONFIGS.items():
+            outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices])
+            results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
+            print(name, kind, outcome["losses"][-1], flush=True)
+    if jax.process_index() == 0:
+        np.savez(sys.argv[1], **results)
+
+
+if __name__ == "__main__":
+    main()
