@@ -10,6 +10,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from diffit_jax import distributed
 from diffit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,11 +22,19 @@ class Checkpoints:
     A checkpoint is written in the background and appears under its name when it is complete, with all its items.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int | None = None):
-        """Opens `directory`; `keep` is how many of the newest checkpoints stay (None: all)."""
+    def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int | None = None):
+        """Opens `directory`, to read only if `keep` is None.
+
+        Args:
+          directory: local or `gs://`.
+          keep: how many of the newest checkpoints stay.
+          keep_every: those whose step is a multiple of this stay too.
+        """
         self.directory = epath.Path(directory)
         # Orbax would create a directory that is only read from.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, cleanup_tmp_directories=keep is not None)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, create=keep is not None, cleanup_tmp_directories=keep is not None
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options) if keep or self.directory.exists() else None
 
     def steps(self) -> list[int]:
@@ -62,11 +71,15 @@ class Checkpoints:
         """
         reasons = []
         for step in reversed(self.steps()):
+            items, reason = None, None
             try:
                 items = self._restore_step(step, abstract_items)
             except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
-                reasons.append(f"checkpoint {step}: {_first_line(error)}")
-                log.warning("checkpoint %d in %s cannot be used (%s)", step, self.directory, _first_line(error))
+                reason = _first_line(error)
+            if not distributed.everywhere(items is not None):
+                reason = reason or "another process could not read it"
+                reasons.append(f"checkpoint {step}: {reason}")
+                log.warning("checkpoint %d in %s cannot be used (%s)", step, self.directory, reason)
                 continue
             if reasons:
                 log.warning("checkpoint %d is used instead", step)
@@ -78,13 +91,17 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints newer than `step`, which could not be used, to `<directory>_damaged`, where nothing overwrites them."""
         damaged = self.directory.parent / f"{self.directory.name}_damaged"
-        for newer in [other for other in self.steps() if other > step]:
-            damaged.mkdir(parents=True, exist_ok=True)
-            target = damaged / str(newer)
-            if target.exists():
-                target.rmtree()
-            (self.directory / str(newer)).rename(target)
-            log.warning("checkpoint %d was moved to %s", newer, target)
+
+        def move() -> None:
+            for newer in [other for other in self.steps() if other > step]:
+                damaged.mkdir(parents=True, exist_ok=True)
+                target = damaged / str(newer)
+                if target.exists():
+                    target.rmtree()
+                (self.directory / str(newer)).rename(target)
+                log.warning("checkpoint %d was moved to %s", newer, target)
+
+        distributed.first_then_all(move, lambda: None)
         self._manager.reload()
 
     def _restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from diffit_jax.distributed import Cluster, Preempted, initialize
 from diffit_jax.errors import UserError
+
+EXIT_RESUME = 75
 
 
 def define_config(help_text: str = "File with get_config(); override keys by --config.section.key=value.") -> flags.FlagHolder[ConfigDict]:
@@ -45,8 +48,21 @@ def require_one(**flag_values: str | None) -> None:
         fail(f"exactly one of {', '.join(f'--{name}' for name in flag_values)} is needed (--help lists the flags)")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; a mistake of the user's ends in one line on stderr and exit status 1."""
+def define_cluster() -> Callable[[], Cluster]:
+    """The flags by which several processes find each other; what it returns reads them."""
+    coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0; not needed on TPU pods and under Slurm.")
+    num_processes = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1)
+    process_id = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0)
+    timeout = flags.DEFINE_integer("cluster_timeout", 300, "Seconds to wait until all processes have come.", lower_bound=1)
+    return lambda: Cluster(coordinator.value, num_processes.value, process_id.value, timeout.value)
+
+
+def run(main: Callable[[], None], cluster: Callable[[], Cluster] | None = None) -> None:
+    """Parses the flags, joins the other processes if `cluster` is given, and calls `main`.
+
+    A mistake of the user's ends in one line on stderr and exit status 1; a preemption, after everything is saved, in exit status 75
+    (EX_TEMPFAIL), which means: run the same command again to go on.
+    """
 
     def guarded(_: Sequence[str]) -> None:
         logging.getLogger("diffit_jax").setLevel(logging.INFO)
@@ -56,9 +72,14 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger("diffit_jax").handlers = [handler]
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file that it touches
         try:
+            if cluster:
+                initialize(cluster())
             main()
         except UserError as error:
             fail(str(error))
+        except Preempted as notice:
+            print(f"preempted: {notice}; run the same command again to go on", file=sys.stderr)
+            sys.exit(EXIT_RESUME)
         except KeyboardInterrupt:
             print("interrupted: run the same command again to go on", file=sys.stderr)
             sys.exit(130)

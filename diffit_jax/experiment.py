@@ -115,7 +115,9 @@ class Training:
       accumulation: parts into which a batch is cut to save memory; their gradients are averaged into one update.
       max_bad_steps: so many batches in a row without a finite gradient end the run.
       log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and checkpoints.
+      checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report; 0: never.
       keep_checkpoints: how many of the newest checkpoints stay.
+      keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
       grid_images: images in a sample grid.
     """
 
@@ -129,11 +131,15 @@ class Training:
     grid_images: int = 100
     accumulation: int = 1
     max_bad_steps: int = 20
+    checkpoint_minutes: float = 0.0
+    keep_every_steps: int = 0
 
     def __post_init__(self):
         names = ("batch_size", "total_steps", "log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images")
         for name in (*names, "accumulation", "max_bad_steps"):
             _require("training", self, name, least=1)
+        for name in ("checkpoint_minutes", "keep_every_steps"):
+            _require("training", self, name, least=0)
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"config key training.label_dropout is {self.label_dropout}: set it to a share between 0 and 1")
 
@@ -235,7 +241,7 @@ class Experiment:
 # What may differ between a config and the run that it continues, because the numbers do not depend on it.
 _FREE_KEYS = ("data.data_dir", "model.scan_unroll", "model.remat", "sampling", "training.total_steps", "training.log_steps")
 _FREE_KEYS += ("training.grid_steps", "training.grid_images", "training.checkpoint_steps", "training.keep_checkpoints")
-_FREE_KEYS += ("training.accumulation", "training.max_bad_steps", "mesh")
+_FREE_KEYS += ("training.accumulation", "training.max_bad_steps", "training.checkpoint_minutes", "training.keep_every_steps", "mesh")
 
 
 def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:

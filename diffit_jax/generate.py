@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from diffit_jax import checkpoint, experiment, files, models, parallel
+from diffit_jax import checkpoint, distributed, experiment, files, models, parallel
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.classes import give_out, parse_labels
@@ -78,6 +78,7 @@ def sample(
     Raises:
       UserError: no run or checkpoint there, weights that cannot be read, a label or seed out of range, settings that do not fit, an output
         that cannot be written or whose unfinished parts belong to another request.
+      distributed.Preempted: the machine is about to be taken away; what is drawn is saved.
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
@@ -126,21 +127,31 @@ def sample(
         **{f"sampling.{name}": value for name, value in dataclasses.asdict(settings).items()},
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
     }
-    parts = SampleParts(output, request)
+    first = distributed.is_first()
+    parts = distributed.first_then_all(lambda: SampleParts(output, request), lambda: None)
     starts = range(0, len(seeds), settings.batch_size)
-    done = sum(min(settings.batch_size, len(seeds) - start) for index, start in enumerate(starts) if parts.done(index))
-    with Progress("sample", len(seeds), done=done, unit="sample") as progress:
+    there = distributed.from_first([parts.done(index) if first else False for index in range(len(starts))])
+    done = sum(min(settings.batch_size, len(seeds) - start) for start, present in zip(starts, there, strict=True) if present)
+    progress = Progress("sample", len(seeds), done=done, unit="sample", shown=first)
+    with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
         for index, start in enumerate(starts):
-            if parts.done(index):
+            if there[index]:
                 continue
             batch = slice(start, start + settings.batch_size)
             drawn = sampler.draw_batch(variables, seeds[batch], labels[batch], weaker)
-            parts.write(index, drawn if is_latent else np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding)))
+            if first:
+                parts.write(index, drawn if is_latent else np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding)))
             progress.advance(len(drawn))
-    first = np.concatenate([parts.read(index) for index in range(-(-min(100, len(seeds)) // settings.batch_size))])[:100]
-    preview = np.asarray(pixels.latent_preview(first)) if is_latent else first
-    pixels.write_png(output.with_suffix(".png"), pixels.image_grid(preview, columns=10))
-    parts.finish(len(starts), labels)
+            if notice.reached(index) and index + 1 < len(starts):
+                raise distributed.Preempted(f"{start + len(drawn)} of {len(seeds)} samples are saved beside {output}")
+
+    def finish() -> None:
+        beginning = np.concatenate([parts.read(index) for index in range(-(-min(100, len(seeds)) // settings.batch_size))])[:100]
+        preview = np.asarray(pixels.latent_preview(beginning)) if is_latent else beginning
+        pixels.write_png(output.with_suffix(".png"), pixels.image_grid(preview, columns=10))
+        parts.finish(len(starts), labels)
+
+    distributed.first_then_all(finish, lambda: None)
     return output
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from diffit_jax import models, parallel
+from diffit_jax import distributed, models, parallel
 from diffit_jax.diffusion import ddpm, guidance, samplers
 from diffit_jax.experiment import Experiment, Sampling, check_sampling
 
@@ -91,8 +91,10 @@ class Sampler:
         """
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
         count = len(batch["seed"])
-        padded = {name: np.pad(values, (0, self._settings.batch_size - count), mode="edge") for name, values in batch.items()}
-        return np.asarray(self._draw(variables, weaker, parallel.put_batch(self._mesh, padded)))[:count]
+        size = self._settings.batch_size
+        mine = slice(*parallel.local_rows(self._mesh, size))
+        padded = {name: np.pad(values, (0, size - count), mode="edge")[mine] for name, values in batch.items()}
+        return distributed.gather(self._draw(variables, weaker, parallel.put_batch(self._mesh, padded)))[:count]
 
     def batches(
         self, variables: Variables, seeds: Sequence[int], labels: Sequence[int], weaker: Variables | None = None

@@ -19,6 +19,7 @@ LABELS = flags.DEFINE_string(
     "labels", None, "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo the number of classes."
 )
 OUTPUT = flags.DEFINE_string("output", None, "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights.")
+CLUSTER = cli.define_cluster()
 
 # These override the config's section `sampling`, where each is explained (diffit_jax/experiment.py).
 OVERRIDES = [
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, CLUSTER)

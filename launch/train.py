@@ -6,6 +6,7 @@ from diffit_jax import cli
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run that is in it is continued.")
+CLUSTER = cli.define_cluster()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -16,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, CLUSTER)

@@ -1,6 +1,8 @@
 """Twenty updates and some samples of two small models on one mesh after the other; run by test_parallel.py in a process of its own.
 
 python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices …
+
+CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES.
 """
 
 import os
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 from conftest import small_config, small_latent_config
 
-from diffit_jax import parallel
+from diffit_jax import distributed, parallel
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
 from diffit_jax.parallel import MeshShape
@@ -36,7 +38,7 @@ def run(config, shape: MeshShape, accumulation: int, devices) -> dict[str, np.nd
     experiment = build(config)
     mesh = parallel.make_mesh(devices, shape)
     state = create_state(experiment, mesh)
-    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])  # noqa: E731
+    flat = lambda tree: np.concatenate([np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)])  # noqa: E731
     first, losses = flat(state.params), []
     rows = parallel.local_rows(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, rows=rows)
@@ -51,6 +53,9 @@ def run(config, shape: MeshShape, accumulation: int, devices) -> dict[str, np.nd
 
 
 def main() -> None:
+    if "CLUSTER" in os.environ:
+        coordinator, count, number = os.environ["CLUSTER"].split(",")
+        distributed.initialize(distributed.Cluster(coordinator, int(count), int(number), 120))
     results = {}
     for request in sys.argv[3:]:
         name, _, numbers = request.partition("=")
@@ -59,7 +64,7 @@ def main() -> None:
             outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices])
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)
-    if jax.process_index() == 0:
+    if distributed.is_first():
         np.savez(sys.argv[1], **results)
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from diffit_jax import parallel
+from diffit_jax import distributed, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
@@ -38,7 +38,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       The final state.
 
     Raises:
-      UserError: a config that cannot be, or a directory that holds another config's run or cannot be written.
+      UserError: a config that cannot be, a directory that holds another config's run or cannot be written, or a run that has diverged.
+      distributed.Preempted: the machine is about to be taken away; a checkpoint is saved.
     """
     # --- Check everything before the first thing is written.
     experiment = build(config)
@@ -48,11 +49,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     abstract = abstract_state(experiment, mesh)
     parallel.check_axes(mesh, abstract.params)
     grid_sampler = _grid_sampler(experiment, mesh)
-    source = open_training_data(experiment)
-    workdir = claim_workdir(workdir, config)
+    source = distributed.first_then_all(lambda: open_training_data(experiment))
+    distributed.check_agreement({"config": config.to_json(), "code version": distributed.code_version()})
+    workdir = distributed.first_then_all(lambda: claim_workdir(workdir, config), lambda: epath.Path(workdir))
+    distributed.check_shared(workdir)
 
     # --- State: fresh, or that of the newest usable checkpoint.
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=settings.keep_checkpoints)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, settings.keep_checkpoints, settings.keep_every_steps)
     state = restore_state(checkpoints, abstract)
     if state is None:
         state = create_state(experiment, mesh)
@@ -71,34 +74,47 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, mesh.devices.flat[0].device_kind)
 
     # --- The loop.
-    events = SummaryWriter(str(workdir / "events"), purge_step=first_step)
+    first = distributed.is_first()
+    events = SummaryWriter(str(workdir / "events"), purge_step=first_step) if first else None
     interval_start, interval_step = time.monotonic(), first_step
-    with Progress("train", settings.total_steps, done=first_step) as progress:
+    saved_step, saved_at = first_step, time.monotonic()
+    progress = Progress("train", settings.total_steps, done=first_step, shown=first)
+    with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
         for step in range(first_step + 1, settings.total_steps + 1):
             state, collected = train_step(state, collected, batch)
             last = step == settings.total_steps
             if not last:
                 batch = parallel.put_batch(mesh, next(data))  # while the devices are at work
             progress.advance()
+            due = step % settings.checkpoint_steps == 0 or last
 
             if step % settings.log_steps == 0 or last:
                 values = {name: float(value) for name, value in collected.compute().items()}  # waits for the devices
                 rate = (step - interval_step) / (time.monotonic() - interval_start)
                 values |= {"steps_per_s": rate, "images_per_s": rate * settings.batch_size}
-                for name, value in values.items():
-                    events.add_scalar(name, value, step)
+                if events:
+                    for name, value in values.items():
+                        events.add_scalar(name, value, step)
                 progress.say(_line(values))
                 collected = jax.device_put(type(collected).empty(), parallel.replicated(mesh))
                 if values["skipped_in_row"] >= settings.max_bad_steps:
                     raise _diverged(step, values, checkpoints)
-            if step % settings.checkpoint_steps == 0 or last:
+                if settings.checkpoint_minutes:
+                    due = distributed.agreed(time.monotonic() - saved_at > 60 * settings.checkpoint_minutes) or due
+            preempted = notice.reached(step) and not last
+            if due or preempted:
                 save_state(checkpoints, state, settings.batch_size)
+                saved_step, saved_at = step, time.monotonic()
+            if preempted:
+                checkpoints.wait()
+                raise distributed.Preempted(f"checkpoint {saved_step} of {settings.total_steps} steps is saved in {checkpoints.directory}")
             if step % settings.grid_steps == 0 or last:
                 _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state, experiment)
             if step % settings.log_steps == 0:
                 interval_start, interval_step = time.monotonic(), step
-    events.close()
-    checkpoints.wait()
+        checkpoints.wait()
+    if events:
+        events.close()
     return state
 
 
@@ -123,6 +139,7 @@ def compile_train_step(
     jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=shardings)
     with parallel.activations(mesh):
         lowered = jitted.lower(state, collected, batch)
+    distributed.check_agreement({"program": lowered.as_text()})
     return lowered.compile(), collected, time.monotonic() - started
 
 
@@ -164,9 +181,11 @@ def _grid_sampler(experiment: Experiment, mesh: jax.sharding.Mesh) -> Sampler:
 
 def _write_grid(path: epath.Path, sampler: Sampler, state: TrainState, experiment: Experiment) -> None:
     """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps can be compared."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     seeds = np.arange(experiment.training.grid_images)
     samples = sampler.draw(state.ema_variables, seeds, default_labels(seeds, experiment.model.num_classes))
+    if not distributed.is_first():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     show = pixels.latent_preview if experiment.data.autoencoder else pixels.to_pixels
     pixels.write_png(path, pixels.image_grid(np.asarray(show(samples)), columns=10))
 

@@ -1,0 +1,177 @@
+"""Several processes as one run, on this machine: 2 × 2 virtual devices with real collectives."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_latent_config
+from test_parallel import WORKER, assert_same_run, part
+
+from diffit_jax.distributed import Cluster, initialize
+from diffit_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(devices=2, **more):
+    base = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    return base | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | more
+
+
+class Pair:
+    """Two processes of `launch/train.py` (or sample.py), each with two devices."""
+
+    def __init__(self, tmp_path, config=None, workdirs=None, command="train", arguments=(), configs=None, timeout=120):
+        port, self.processes, self.logs = free_port(), [], []
+        for number in (0, 1):
+            path = tmp_path / f"config{number}.py"
+            chosen = (configs or [config, config])[number]
+            if chosen is not None:
+                text = repr(chosen.to_dict())
+                path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({text}).lock()\n")
+            workdir = (workdirs or [tmp_path / "run"] * 2)[number]
+            flags = ["--workdir", str(workdir), "--coordinator", f"127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
+            flags += ["--cluster_timeout", str(timeout), *map(str, arguments)] + (["--config", str(path)] if chosen is not None else [])
+            log = tmp_path / f"log{number}-{port}.txt"
+            self.logs.append(log)
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(ROOT / "launch" / f"{command}.py"), *flags], stderr=log.open("w"), env=environment(), cwd=tmp_path
+                )
+            )
+
+    def wait(self, timeout=240):
+        """Exit statuses and what each said."""
+        statuses = [process.wait(timeout=timeout) for process in self.processes]
+        return statuses, [log.read_text() for log in self.logs]
+
+    def wait_for(self, path, timeout=200):
+        deadline = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in self.processes), [
+                log.read_text()[-2000:] for log in self.logs
+            ]
+            time.sleep(0.02)
+
+
+LONG = dict(training__total_steps=4000, training__checkpoint_steps=20, training__grid_steps=10_000, training__log_steps=10)
+
+
+def test_two_processes_are_one_mesh(mesh_runs, tmp_path):
+    """Losses, parameters and samples of 2 processes × 2 devices are those of one device."""
+    port = free_port()
+    output = tmp_path / "runs.npz"
+    command = [sys.executable, str(WORKER), str(output), "2", "pair=2,2,1,1,4"]
+    clusters = [f"127.0.0.1:{port},2,{number}" for number in (0, 1)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(CLUSTER=cluster)) for cluster in clusters]
+    for process in processes:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+    with np.load(output) as arrays:
+        results = {name: arrays[name] for name in arrays.files}
+    for kind in ("image", "latent"):
+        assert_same_run(part(results, "pair"), part(mesh_runs, "one"), kind)
+
+
+def checkpoints_of(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
+    """Only the second process is told; both save the same step and end with the status that means: run me again."""
+    pair = Pair(tmp_path, small_latent_config(**LONG))
+    pair.wait_for(tmp_path / "run" / "checkpoints" / "20")
+    pair.processes[1].send_signal(signal.SIGTERM)
+    statuses, texts = pair.wait()
+    assert statuses == [75, 75], texts
+    saved = checkpoints_of(tmp_path / "run")[-1]
+    assert all(f"checkpoint {saved} of 4000 steps is saved" in text and "run the same command again" in text for text in texts)
+    assert "starting at step 0" in texts[0] and "starting" not in texts[1]  # one speaks
+
+    again = Pair(tmp_path, small_latent_config(**LONG | dict(training__total_steps=saved + 3)))
+    statuses, texts = again.wait()
+    assert statuses == [0, 0] and f"resuming at step {saved} of {saved + 3}" in texts[0], texts
+    assert checkpoints_of(tmp_path / "run")[-1] == saved + 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["total_steps"] == saved + 3
+
+    drawn = Pair(tmp_path, command="sample", arguments=["--seeds", "0-9", "--output", tmp_path / "s.npz"])
+    statuses, texts = drawn.wait()
+    assert statuses == [0, 0], texts
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert arrays["arr_0"].shape == (10, 8, 8, 4) and np.isfinite(arrays["arr_0"]).all()
+
+
+@pytest.mark.parametrize("killed", [1, 0], ids=["worker", "coordinator"])
+def test_the_other_process_does_not_outlive_one_that_was_killed(tmp_path, killed):
+    """Within 60 s it says that another process was lost, and exits with an error. What was saved stays, and both together go on from it."""
+    pair = Pair(tmp_path, small_latent_config(**LONG))
+    pair.wait_for(tmp_path / "run" / "checkpoints" / "20")
+    pair.processes[killed].kill()
+    survivor = pair.processes[1 - killed]
+    status = survivor.wait(timeout=60)
+    text = pair.logs[1 - killed].read_text()
+    assert status not in (0, 75) and ("another process was lost" in text or "another task died" in text), text[-2000:]
+    saved = checkpoints_of(tmp_path / "run")
+    assert saved and saved[-1] >= 20
+    again = Pair(tmp_path, small_latent_config(**LONG | dict(training__total_steps=saved[-1] + 2)))
+    statuses, texts = again.wait()
+    assert statuses == [0, 0] and f"resuming at step {saved[-1]}" in texts[0], texts
+
+
+def test_processes_that_differ_are_refused(tmp_path):
+    """Another config on one host, then a work directory that is not shared: both processes end with the reason, and write nothing."""
+    other = small_latent_config(model__depth=3)
+    statuses, texts = Pair(tmp_path, configs=[small_latent_config(), other]).wait()
+    assert statuses == [1, 1] and all("process 1 has another config than process 0" in text for text in texts), texts
+    assert not (tmp_path / "run").exists()
+    statuses, texts = Pair(tmp_path, small_latent_config(), workdirs=[tmp_path / "here", tmp_path / "there"]).wait()
+    assert statuses == [1, 1] and all("is not shared: process 1 does not see the files of process 0" in text for text in texts), texts
+
+
+def test_a_refusal_on_process_0_ends_all(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(small_latent_config(model__depth=5).to_json())
+    statuses, texts = Pair(tmp_path, small_latent_config()).wait()
+    assert statuses == [1, 1] and "holds a run with model.depth = 5" in texts[0] and "process 0 could not go on" in texts[1], texts
+
+
+def test_who_is_missing_is_said(tmp_path):
+    """Two of three come: both say that the third is missing, in the time allowed."""
+    port = free_port()
+    code = "import sys\nfrom diffit_jax.distributed import Cluster, initialize\ninitialize(Cluster(sys.argv[1], 3, int(sys.argv[2]), 5))"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, f"127.0.0.1:{port}", number], stderr=subprocess.PIPE, text=True, env=environment())
+        for number in ("0", "1")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and "2 of 3 processes came within 5 s (missing: 2)" in errors, errors
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (Cluster("127.0.0.1:9", 2), "go together"),
+        (Cluster("127.0.0.1:9", 2, 2), "--process_id 2 is not in 0-1"),
+        (Cluster("nowhere", 2, 0), "nowhere is no address"),
+        (Cluster("127.0.0.1:9", 2, 1, timeout_s=1), "process 0 did not answer at 127.0.0.1:9 within 1 s"),
+    ],
+)
+def test_impossible_clusters(cluster, message):
+    with pytest.raises(UserError, match=message):
+        initialize(cluster)
