@@ -1,9 +1,7 @@
 """Several processes as one run, on this machine: 2 × 2 virtual devices with real collectives."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,25 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_latent_config
-from test_parallel import WORKER, assert_same_run, part
+from processes import environment, free_port
 
 from diffit_jax.distributed import Cluster, initialize
 from diffit_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("distributed")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def environment(devices=2, **more):
-    base = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    return base | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | more
 
 
 class Pair:
@@ -70,22 +55,6 @@ class Pair:
 
 
 LONG = dict(training__total_steps=4000, training__checkpoint_steps=20, training__grid_steps=10_000, training__log_steps=10)
-
-
-def test_two_processes_are_one_mesh(mesh_runs, tmp_path):
-    """Losses, parameters and samples of 2 processes × 2 devices are those of one device."""
-    port = free_port()
-    output = tmp_path / "runs.npz"
-    command = [sys.executable, str(WORKER), str(output), "2", "pair=2,2,1,1,4"]
-    clusters = [f"127.0.0.1:{port},2,{number}" for number in (0, 1)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(CLUSTER=cluster)) for cluster in clusters]
-    for process in processes:
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors[-3000:]
-    with np.load(output) as arrays:
-        results = {name: arrays[name] for name in arrays.files}
-    for kind in ("image", "latent"):
-        assert_same_run(part(results, "pair"), part(mesh_runs, "one"), kind)
 
 
 def checkpoints_of(workdir):

@@ -1,7 +1,6 @@
 """The mesh: the same numbers on every one, nothing held whole by a device, and clear errors."""
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
 from jax.sharding import AbstractMesh, PartitionSpec
+from processes import environment, free_port
 from test_configs import config_of
 
 from diffit_jax import parallel
@@ -47,10 +47,8 @@ def mesh_runs(tmp_path_factory):
     """The results of mesh_worker.py on eight virtual devices."""
     output = tmp_path_factory.mktemp("meshes") / "runs.npz"
     requests = [f"{name}={numbers}" for name, numbers in MESHES.items()]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    result = subprocess.run(
-        [sys.executable, str(WORKER), str(output), "8", *requests], capture_output=True, text=True, timeout=600, env=environment
-    )
+    command = [sys.executable, str(WORKER), str(output), "8", *requests]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(8))
     assert result.returncode == 0, result.stderr[-3000:]
     with np.load(output) as arrays:
         return {name: arrays[name] for name in arrays.files}
@@ -60,6 +58,22 @@ def mesh_runs(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_twenty_updates_and_samples_are_the_same_on_every_mesh(mesh_runs, name, kind):
     assert_same_run(part(mesh_runs, name), part(mesh_runs, "one"), kind)
+
+
+def test_two_processes_are_one_mesh(mesh_runs, tmp_path):
+    """Losses, parameters and samples of 2 processes × 2 devices are those of one device."""
+    port = free_port()
+    output = tmp_path / "runs.npz"
+    command = [sys.executable, str(WORKER), str(output), "2", "pair=2,2,1,1,4"]
+    clusters = [f"127.0.0.1:{port},2,{number}" for number in (0, 1)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(CLUSTER=cluster)) for cluster in clusters]
+    for process in processes:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+    with np.load(output) as arrays:
+        results = {name: arrays[name] for name in arrays.files}
+    for kind in ("image", "latent"):
+        assert_same_run(part(results, "pair"), part(mesh_runs, "one"), kind)
 
 
 def bytes_per_device(tree):

@@ -1,0 +1,16 @@
+"""What tests need that start several processes on this machine."""
+
+import os
+import socket
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(devices=2, **more):
+    base = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    return base | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | more
