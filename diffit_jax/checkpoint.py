@@ -50,12 +50,26 @@ class Checkpoints:
           facts: JSON values kept beside the items.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        if not self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))):
-            raise UserError(f"checkpoint {step} was not written: {self.directory} holds it or a newer one; move these away")
+        with self._writing():
+            if not self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))):
+                raise UserError(f"checkpoint {step} was not written: {self.directory} holds it or a newer one; move these away")
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever goes wrong in writing, now or in the background, is the place's fault."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            good = self.steps()
+            last = f"checkpoint {good[-1]} is the last good one" if good else "there is none yet"
+            raise UserError(f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): make room; {last}") from error
 
     def restore(self, abstract_items: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Restores items of the newest checkpoint that can be used, and says which ones could not.
@@ -73,7 +87,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             items, reason = None, None
             try:
-                items = self._restore_step(step, abstract_items)
+                items = self.restore_step(step, abstract_items)
             except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
                 reason = _first_line(error)
             if not distributed.everywhere(items is not None):
@@ -104,7 +118,12 @@ class Checkpoints:
         distributed.first_then_all(move, lambda: None)
         self._manager.reload()
 
-    def _restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+    def facts(self, step: int) -> dict[str, Any]:
+        """The facts of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+
+    def restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+        """The items of one checkpoint, see `restore`; whatever goes wrong inside Orbax is raised."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
         with _quiet_cleanup():
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonRestore()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -71,6 +72,8 @@ def run(main: Callable[[], None], cluster: Callable[[], Cluster] | None = None) 
         handler.setFormatter(_Plain())
         logging.getLogger("diffit_jax").handlers = [handler]
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file that it touches
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/diffit_jax/compiled").expanduser()))
         try:
             if cluster:
                 initialize(cluster())

@@ -16,26 +16,32 @@ from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.classes import give_out, parse_labels
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, Experiment, Sampling
+from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, Sampling
 from diffit_jax.interop import official
 from diffit_jax.sample_files import SampleParts
 from diffit_jax.sampling import Sampler, Variables, default_labels
+from diffit_jax.training import power_ema
 
 log = logging.getLogger(__name__)
 
 
 class Run:
-    """A network in a work directory: the averaged parameters of its newest usable checkpoint."""
+    """A network in a work directory: the averaged parameters of its newest usable checkpoint, or an average of another length."""
 
-    def __init__(self, workdir: epath.PathLike):
+    def __init__(self, workdir: epath.PathLike, ema_length: float | None = None):
+        """Reads the run's config; `ema_length` asks for an average made of its snapshots, see `training.power_ema`."""
         self.name = f"workdir {workdir}"
         self.directory = epath.Path(workdir)
         self.config = experiment.read_config(workdir)
+        self._ema_length = ema_length
 
     def load(self, loaded: Experiment, mesh: jax.sharding.Mesh) -> tuple[Variables, dict[str, Any]]:
         """(variables, what identifies them). Raises `UserError` if there is no usable checkpoint."""
-        step, variables = restore_variables(self.directory, loaded, mesh)
-        return variables, {"workdir": str(self.directory), "checkpoint": step}
+        if self._ema_length is None:
+            step, variables = restore_variables(self.directory, loaded, mesh)
+        else:
+            step, variables = reconstruct_variables(self.directory, loaded, mesh, self._ema_length)
+        return variables, {"workdir": str(self.directory), "checkpoint": step, "ema_length": self._ema_length}
 
 
 class Weights:
@@ -181,6 +187,31 @@ def _mesh(loaded: Experiment) -> jax.sharding.Mesh:
 
 def _variable_shapes(loaded: Experiment) -> Variables:
     return jax.eval_shape(lambda: models.init_variables(loaded.model, jax.random.key(0)))
+
+
+def reconstruct_variables(workdir: epath.PathLike, loaded: Experiment, mesh: jax.sharding.Mesh, length: float) -> tuple[int, Variables]:
+    """Step of the newest snapshot of a run, and its network's variables with averages of a length of choice.
+
+    Raises:
+      UserError: the run keeps no snapshots, or an impossible length.
+    """
+    snapshots = checkpoint.Checkpoints(epath.Path(workdir) / SNAPSHOTS)
+    steps, lengths = snapshots.steps(), loaded.ema.power_lengths
+    if not steps:
+        raise UserError(f"workdir {workdir} has no snapshots of averages: train with ema.power_lengths, or leave out --ema_length")
+    times = [snapshots.facts(step)["updates"] for step in steps for _ in lengths]
+    factors = power_ema.reconstruction(times, list(lengths) * len(steps), times[-1], length).reshape(len(steps), len(lengths))
+    shapes = _variable_shapes(loaded)
+    items = parallel.abstract(mesh, {"power_emas": {str(index): shapes["params"] for index in range(len(lengths))}})
+    params = None
+    with Progress("reconstruct", len(steps), unit="snapshot", shown=distributed.is_first()) as progress:
+        for step, row in zip(steps, factors, strict=True):
+            averages = snapshots.restore_step(step, items)["power_emas"]
+            for index, factor in enumerate(row):
+                params = power_ema.add_scaled(params, averages[str(index)], factor)
+            progress.advance()
+    _, variables = restore_variables(workdir, loaded, mesh)
+    return steps[-1], {"params": params, "constants": variables["constants"]}
 
 
 def _override(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:

@@ -19,6 +19,9 @@ LABELS = flags.DEFINE_string(
     "labels", None, "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo the number of classes."
 )
 OUTPUT = flags.DEFINE_string("output", None, "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights.")
+EMA_LENGTH = flags.DEFINE_float(
+    "ema_length", None, "With --workdir: average the parameters over this share of training, from the run's snapshots (ema.power_lengths)."
+)
 CLUSTER = cli.define_cluster()
 
 # These override the config's section `sampling`, where each is explained (diffit_jax/experiment.py).
@@ -48,7 +51,13 @@ def main() -> None:
     cli.require_one(workdir=WORKDIR.value, weights=WEIGHTS.value)
     if WORKDIR.value and CONFIG.value:
         cli.fail("--config goes with --weights: a work directory has a config of its own")
-    source = Run(WORKDIR.value) if WORKDIR.value else Weights(WEIGHTS.value, cli.config_for_weights(CONFIG.value, WEIGHTS.value))
+    if EMA_LENGTH.value is not None and not WORKDIR.value:
+        cli.fail("--ema_length goes with --workdir: a file of weights holds one average")
+    source = (
+        Run(WORKDIR.value, EMA_LENGTH.value)
+        if WORKDIR.value
+        else Weights(WEIGHTS.value, cli.config_for_weights(CONFIG.value, WEIGHTS.value))
+    )
     overrides = {flag.name: flag.value for flag in OVERRIDES if flag.value is not None}
     path = sample(source, parse_numbers("--seeds", SEEDS.value), LABELS.value, OUTPUT.value, **overrides)
     print(f"wrote {path} and {path.with_suffix('.png')}")

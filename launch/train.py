@@ -6,14 +6,17 @@ from diffit_jax import cli
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://; a run that is in it is continued.")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps of which to write a profiler trace: 10 or 10-15.")
 CLUSTER = cli.define_cluster()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    from diffit_jax.ranges import parse_numbers
     from diffit_jax.training.loop import train
 
-    train(CONFIG.value, WORKDIR.value)
+    steps = PROFILE_STEPS.value and parse_numbers("--profile_steps", PROFILE_STEPS.value)
+    train(CONFIG.value, WORKDIR.value, (steps[0], steps[-1]) if steps else None)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from diffit_jax.diffusion.guidance import Guidance, guide
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
+from diffit_jax.models.cost import traced_multiply_adds
 from diffit_jax.models.embeddings import position_embedding
 from diffit_jax.models.latent import SIZES, LatentDiffiT, named_size
 
@@ -281,21 +282,6 @@ def test_full_size_parameters():
     assert 561_035_232 - nine == 28 * 7 * 31**2  # only the bias table knows the heads
 
 
-def multiply_adds(jaxpr):
-    """Multiply-adds of all matrix products of a program, loops counted as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += equation.outvars[0].aval.size * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contracted]))
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += times * multiply_adds(inner)
-    return total
-
-
 @pytest.mark.parametrize(("input_size", "giga"), [(32, 118.507), (64, 524.424)])
 def test_full_size_multiply_adds(input_size, giga):
     """The closed form agrees with the paper's count and, but for the key's time projection, with what is traced."""
@@ -304,10 +290,7 @@ def test_full_size_multiply_adds(input_size, giga):
     assert round(sum(parts.values()) / 1e9, 3) == giga
     for slim, never_computed in ((False, 28 * 1152**2), (True, 0)):
         model = model.clone(slim_tmsa=slim)
-        shapes = jax.eval_shape(lambda m=model: models.init_variables(m, jax.random.key(0)))
-        x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
-        traced = jax.make_jaxpr(lambda v, x, m=model: models.as_network(m, v)(x, jnp.zeros(1), {}))(shapes, x)
-        assert multiply_adds(traced.jaxpr) == sum(model.multiply_adds().values()) - never_computed
+        assert traced_multiply_adds(model) == sum(model.multiply_adds().values()) - never_computed
 
 
 def test_named_sizes():

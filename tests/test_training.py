@@ -112,7 +112,8 @@ def test_run_leaves_its_files(run):
     assert [path.name for path in (workdir / "grids").iterdir()] == ["00000006.png"]
     (events,) = (workdir / "events").iterdir()
     names = scalar_names(events.read_bytes())
-    assert names == {"loss", "gradient_norm", "learning_rate", "steps_per_s", "images_per_s", "skipped", "skipped_in_row"}
+    speed = {"steps_per_s", "images_per_s", "images_per_s_per_chip", "tflops_per_s_per_chip", "data_wait_share", "compilations"}
+    assert names == {"loss", "gradient_norm", "learning_rate", "skipped", "skipped_in_row"} | speed
 
 
 def scalar_names(content):

@@ -133,7 +133,11 @@ def _open_digits(split: str, data_dir: str) -> ArraySource:
     except OSError as error:
         raise UserError(f"data_dir {data_dir or '~/tensorflow_datasets'} cannot be written ({error}): set data.data_dir") from error
     # Small enough to keep in memory; decoding each example anew would take longer than a training step.
-    examples = list(builder.as_data_source(split))
+    try:
+        examples = list(builder.as_data_source(split))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"data set digits in {builder.data_path} is damaged ({reason}): delete it to have it prepared anew") from error
     images = np.stack([example["image"] for example in examples])
     labels = np.array([example["label"] for example in examples], np.int32)
     return ArraySource(images, labels, builder.info.features["label"].num_classes)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,19 +20,25 @@ from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, Experiment, build, claim_workdir
+from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, build, claim_workdir
 from diffit_jax.sampling import Sampler, default_labels
 from diffit_jax.training.state import TrainState, abstract_state, create_state
 from diffit_jax.training.step import Batch, make_train_step, step_metrics
+from diffit_jax.training.watch import Tracer, Watch, cache_report
 
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int, int] | None = None) -> TrainState:
     """Trains a config in a work directory, from its newest checkpoint if there is one, up to `training.total_steps`.
 
     The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/` and checkpoints in `checkpoints/`.
     A run that was killed and started again ends with the same parameters as one that never stopped.
+
+    Args:
+      config: of the experiment.
+      workdir: local or `gs://`.
+      profile_steps: (first, last) step of a profiler trace in `profile/`, for TensorBoard or Perfetto; None: no trace.
 
     Returns:
       The final state.
@@ -56,6 +62,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     # --- State: fresh, or that of the newest usable checkpoint.
     checkpoints = Checkpoints(workdir / CHECKPOINTS, settings.keep_checkpoints, settings.keep_every_steps)
+    snapshots = Checkpoints(workdir / SNAPSHOTS, keep=10**6) if experiment.ema.power_lengths else None
     state = restore_state(checkpoints, abstract)
     if state is None:
         state = create_state(experiment, mesh)
@@ -70,28 +77,32 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     # --- The update, compiled before the clock starts.
     data = batches(source, settings.batch_size, experiment.seed, first_step, parallel.local_rows(mesh, settings.batch_size))
     batch = parallel.put_batch(mesh, next(data))
-    train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
+    watch, tracer = Watch(experiment, mesh), Tracer(workdir / "profile", profile_steps)
+    with cache_report("training step"):
+        train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
     log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, mesh.devices.flat[0].device_kind)
 
     # --- The loop.
     first = distributed.is_first()
     events = SummaryWriter(str(workdir / "events"), purge_step=first_step) if first else None
-    interval_start, interval_step = time.monotonic(), first_step
+    watch.start(first_step)
     saved_step, saved_at = first_step, time.monotonic()
     progress = Progress("train", settings.total_steps, done=first_step, shown=first)
     with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
         for step in range(first_step + 1, settings.total_steps + 1):
+            tracer.before(step)
             state, collected = train_step(state, collected, batch)
             last = step == settings.total_steps
             if not last:
-                batch = parallel.put_batch(mesh, next(data))  # while the devices are at work
+                with watch.data_wait():
+                    host_batch = next(data)
+                batch = parallel.put_batch(mesh, host_batch)  # while the devices are at work
             progress.advance()
             due = step % settings.checkpoint_steps == 0 or last
 
             if step % settings.log_steps == 0 or last:
                 values = {name: float(value) for name, value in collected.compute().items()}  # waits for the devices
-                rate = (step - interval_step) / (time.monotonic() - interval_start)
-                values |= {"steps_per_s": rate, "images_per_s": rate * settings.batch_size}
+                values |= watch.report(step)
                 if events:
                     for name, value in values.items():
                         events.add_scalar(name, value, step)
@@ -108,11 +119,15 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             if preempted:
                 checkpoints.wait()
                 raise distributed.Preempted(f"checkpoint {saved_step} of {settings.total_steps} steps is saved in {checkpoints.directory}")
+            if snapshots and (step % experiment.ema.snapshot_steps == 0 or last) and step not in snapshots.steps():
+                facts = {"step": step, "updates": step - int(state.skipped)}
+                snapshots.save(step, {"power_emas": dict(enumerate_names(state.power_emas))}, facts)
             if step % settings.grid_steps == 0 or last:
                 _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state, experiment)
-            if step % settings.log_steps == 0:
-                interval_start, interval_step = time.monotonic(), step
+            tracer.after(step)
         checkpoints.wait()
+        if snapshots:
+            snapshots.wait()
     if events:
         events.close()
     return state
@@ -164,12 +179,23 @@ def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState 
     if restored is None:
         return None
     _, items = restored
-    return dataclasses.replace(items["state"], ema=items["ema"], constants=items.get("constants", abstract.constants))
+    power_emas = tuple(items["power_emas"][name] for name, _ in enumerate_names(abstract.power_emas))
+    constants = items.get("constants", abstract.constants)
+    return dataclasses.replace(items["state"], ema=items["ema"], power_emas=power_emas, constants=constants)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    items = {"state": dataclasses.replace(state, ema=None, constants=None), "ema": state.ema}
-    return items | ({"constants": state.constants} if state.constants else {})
+    items = {"state": dataclasses.replace(state, ema=None, power_emas=(), constants=None), "ema": state.ema}
+    if state.constants:
+        items["constants"] = state.constants
+    if state.power_emas:
+        items["power_emas"] = dict(enumerate_names(state.power_emas))
+    return items
+
+
+def enumerate_names(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """("0", tree), ("1", tree) …: how several averages are named in a checkpoint."""
+    return ((str(index), tree) for index, tree in enumerate(trees))
 
 
 def _grid_sampler(experiment: Experiment, mesh: jax.sharding.Mesh) -> Sampler:
@@ -194,5 +220,7 @@ def _line(values: dict[str, float]) -> str:
     return (
         f"loss {values['loss']:.4f} | gradient {values['gradient_norm']:.3f} | rate {values['learning_rate']:.2e} | "
         f"{values['steps_per_s']:.2f} steps/s | {values['images_per_s']:.0f} images/s"
+        + f" | waiting {values['data_wait_share']:.1%}"
+        + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
         + (f" | {values['skipped']:.0f} batches skipped" if values["skipped"] else "")
     )

@@ -25,6 +25,7 @@ class TrainState:
       constants: fixed arrays of the network, which training does not change.
       opt_state: state of the optax optimizer.
       ema: moving average of `params`.
+      power_emas: one more average for each of `ema.power_lengths`.
     """
 
     step: jax.Array
@@ -34,6 +35,7 @@ class TrainState:
     constants: Any
     opt_state: Any
     ema: Any
+    power_emas: tuple[Any, ...]
 
     @property
     def ema_variables(self) -> dict[str, Any]:
@@ -56,9 +58,9 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
     """The state before the first update, from the variables of the experiment's network."""
     params, constants = variables["params"], variables["constants"]
     optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
-    ema = jax.tree.map(jnp.copy, params)
+    copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(experiment.ema.power_lengths))]
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, params, constants, optimizer.init(params), ema)
+    return TrainState(zero, zero, zero, params, constants, optimizer.init(params), copies[0], tuple(copies[1:]))
 
 
 def _init(experiment: Experiment) -> TrainState:

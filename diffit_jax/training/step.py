@@ -15,6 +15,7 @@ from diffit_jax.diffusion import guidance
 from diffit_jax.experiment import Experiment, Process
 from diffit_jax.training.ema import ema_rate, ema_update
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
+from diffit_jax.training.power_ema import gamma_of, power_rate
 from diffit_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -45,6 +46,7 @@ def make_train_step(
     """
     model, process, settings = experiment.model, experiment.process, experiment.training
     optimizer = make_optimizer(experiment.optimizer, model.stacked)
+    gammas = [gamma_of(length) for length in experiment.ema.power_lengths]
 
     def mean_loss(params: Any, constants: Any, examples: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BHWC = examples["latent"] if "latent" in examples else pixels.to_model(examples["image"])
@@ -82,6 +84,7 @@ def make_train_step(
         update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, update)
         ema = ema_update(state.ema, params, ema_rate(experiment.ema, made, batch_size))
+        power_emas = tuple(ema_update(one, params, power_rate(gamma, made)) for one, gamma in zip(state.power_emas, gammas, strict=True))
         # Without a finite gradient the data move on, and everything else stands still.
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         state = TrainState(
@@ -92,6 +95,7 @@ def make_train_step(
             constants=state.constants,
             opt_state=keep(opt_state, state.opt_state),
             ema=keep(ema, state.ema),
+            power_emas=keep(power_emas, state.power_emas),
         )
         measured = step_metrics(process).single_from_model_output(
             loss=loss,

@@ -1,0 +1,34 @@
+"""What an evaluation of a network costs."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffit_jax import models
+
+
+def traced_multiply_adds(model: nn.Module) -> int:
+    """Multiply-adds of the matrix products and convolutions of one evaluation for one example, counted in the traced program."""
+    shapes = jax.eval_shape(lambda: models.init_variables(model, jax.random.key(0)))
+    x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    return _count(jax.make_jaxpr(lambda v, x: models.as_network(model, v)(x, jnp.zeros(1), {}))(shapes, x_BHWC).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, layout = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+            total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1  # a scanned body counts as often as it runs
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * _count(inner)
+    return total

@@ -1,0 +1,138 @@
+"""What a run tells about itself while it trains: speed, utilisation, memory, waiting, compilations."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from diffit_jax.experiment import Experiment
+from diffit_jax.models.cost import traced_multiply_adds
+
+log = logging.getLogger(__name__)
+
+# Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what `device_kind` begins with.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Watch:
+    """Measures intervals of a run. `data_wait` goes around every wait for a batch; `report` ends one interval and begins the next."""
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        self._device, self._devices = mesh.local_mesh.devices.flat[0], mesh.size
+        self._batch_size = experiment.training.batch_size
+        # The backward pass costs twice the forward pass; what `remat` computes again is not counted.
+        self._flops_per_image = 3 * 2 * traced_multiply_adds(experiment.model)
+        kind = self._device.device_kind
+        self._peak = next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+        self._compilations = Compilations()
+        self._start, self._step, self._waited = time.monotonic(), 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Begins an interval after batch number `step`; what was compiled before counts as start-up."""
+        self._start, self._step, self._waited = time.monotonic(), step, 0.0
+        self._compilations.reset()
+
+    @contextlib.contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Time spent in this block was spent waiting for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    def report(self, step: int) -> dict[str, float]:
+        """Figures of the interval up to batch number `step`; the next begins.
+
+        Returns:
+          `steps_per_s`, `images_per_s`, `images_per_s_per_chip`, `tflops_per_s_per_chip` (of matrix products, three forward passes for each
+          image), `data_wait_share`, `compilations` since the run began its loop, and where they are known `mfu` (of the device's dense
+          bfloat16 peak) and `device_memory_gb`, the largest so far.
+        """
+        seconds = time.monotonic() - self._start
+        rate = (step - self._step) / seconds
+        per_chip = rate * self._batch_size / self._devices
+        values = {
+            "steps_per_s": rate,
+            "images_per_s": rate * self._batch_size,
+            "images_per_s_per_chip": per_chip,
+            "tflops_per_s_per_chip": per_chip * self._flops_per_image / 1e12,
+            "data_wait_share": self._waited / seconds,
+            "compilations": float(self._compilations.count),
+        }
+        if self._peak:
+            values["mfu"] = per_chip * self._flops_per_image / self._peak
+        memory = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
+        if memory:
+            values["device_memory_gb"] = memory / 1e9
+        self._start, self._step, self._waited = time.monotonic(), step, 0.0
+        return values
+
+
+_CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
+
+
+class Compilations:
+    """Counts programs compiled by this process, and how many of them the persistent cache had."""
+
+    def __init__(self):
+        self.count = self.hits = self.misses = 0
+        jax.monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+
+    def reset(self) -> None:
+        """Starts counting anew."""
+        self.count = self.hits = self.misses = 0
+
+    def _on_event(self, name: str, **_) -> None:
+        if name in _CACHE_EVENTS:
+            setattr(self, _CACHE_EVENTS[name], getattr(self, _CACHE_EVENTS[name]) + 1)
+
+    def _on_duration(self, name: str, _: float, **__) -> None:
+        self.count += name == "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def cache_report(what: str) -> Iterator[None]:
+    """Says whether a compilation in this block came from the persistent cache, if there is one."""
+    compilations = Compilations()
+    yield
+    directory = jax.config.jax_compilation_cache_dir
+    if not directory:
+        log.info("%s: no compilation cache (set JAX_COMPILATION_CACHE_DIR)", what)
+    else:
+        log.info("%s: compilation cache %s in %s", what, "hit" if compilations.hits and not compilations.misses else "miss", directory)
+
+
+class Tracer:
+    """Writes a profiler trace of some steps, on every process."""
+
+    def __init__(self, directory: epath.Path, steps: tuple[int, int] | None):
+        """Traces the steps from first to last of `steps` into a directory; None: never."""
+        self._directory, self._steps, self._running = directory, steps, False
+
+    def before(self, step: int) -> None:
+        """Call before each step."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int) -> None:
+        """Call after each step."""
+        if self._running and step >= self._steps[1]:
+            jax.profiler.stop_trace()
+            self._running = False
+            log.info("wrote a trace of steps %d-%d to %s", *self._steps, self._directory)
