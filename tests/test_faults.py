@@ -122,10 +122,10 @@ def test_sigterm_in_the_middle_of_sampling(latent_run, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 400 kB where one can be mounted, else None."""
+    """A disk of 3 MB where one can be mounted, else None."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode == 0
     yield folder if mounted else None
     if mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -135,13 +135,11 @@ def test_full_disk_during_a_save(small_disk, tmp_path, monkeypatch):
     """The run ends and says so; the checkpoint before is whole, and the run goes on from it elsewhere. Prints which disk it was."""
     config = small_latent_config(training__total_steps=40, training__checkpoint_steps=2, training__keep_checkpoints=50)
     if small_disk is not None:
-        print("a tmpfs of 400 kB")
+        print("a tmpfs of 3 MB")
         workdir = small_disk / "run"
     else:
         print("ENOSPC injected at the writer")
         workdir = tmp_path / "run"
-        save = Checkpoints._manager_save if hasattr(Checkpoints, "_manager_save") else None
-        assert save is None
         import orbax.checkpoint as ocp
 
         manager_save, count = ocp.CheckpointManager.save, []
@@ -174,23 +172,39 @@ def test_a_damaged_record_is_named(tmp_path):
     middle = len(content) // 2
     content[middle : middle + 4000] = os.urandom(4000)
     record.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="data set digits in .* is damaged .*: delete it to have it prepared anew") as error:
+    with pytest.raises(UserError, match=r"data set digits in .* is damaged .*: delete it to have it prepared anew") as error:
         open_dataset("digits", "train", str(tmp_path), (8, 8, 1), 10)
     assert "\n" not in str(error.value)
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path, latent_run, monkeypatch):
-    """A day back in the middle, a year ahead after it: time-based checkpoints follow a clock that only runs on."""
-    real, calls = time.time, []
+CLOCK = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from conftest import small_latent_config
+from diffit_jax.training import loop
 
-    def jumping():
-        calls.append(1)
-        return real() + (-86_400 if len(calls) % 2 else 31_536_000)
+real, offset = time.time, [0.0]
+time.time = lambda: real() + offset[0]
+save = loop.save_state
 
-    monkeypatch.setattr(time, "time", jumping)
-    state = train(small_latent_config(training__checkpoint_minutes=10.0), tmp_path)
-    assert_equal_trees(state, latent_run[1])
-    assert checkpoints_of(tmp_path) == [2, 4, 6]
+def save_then_jump(*arguments):  # the first save is done when the clock jumps
+    save(*arguments)
+    arguments[0].wait()
+    offset[0] = {jump}
+
+loop.save_state = save_then_jump
+loop.train(small_latent_config(training__checkpoint_minutes=10.0), {workdir!r})
+"""
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 31_536_000.0], ids=["a day back", "a year ahead"])
+def test_a_clock_that_jumps_changes_nothing(tmp_path, latent_run, jump):
+    """Checkpoints by time follow a clock that only runs on, and nothing else asks for the time of day."""
+    code = CLOCK.format(tests=str(Path(__file__).parent), workdir=str(tmp_path / "run"), jump=jump)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment())
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_equal_trees(final_state(tmp_path / "run", small_latent_config()).params, latent_run[1].params)
+    assert checkpoints_of(tmp_path / "run") == [2, 4, 6]
 
 
 def test_checkpoints_by_time_and_kept_for_good(tmp_path):
