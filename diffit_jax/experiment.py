@@ -1,7 +1,7 @@
 """An experiment: what a config describes, as checked and typed values.
 
-Every section of a config becomes one frozen object below. `build` makes them all, so that a mistake in a config is reported before
-anything is allocated, compiled or written.
+Every section of a config becomes one frozen object: a model, a process, or settings (`sections`, `parallel.MeshShape`). `build` makes them
+all, so that a mistake in a config is reported before anything is allocated, compiled or written.
 """
 
 import copy
@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,212 +17,19 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffit_jax import files
-from diffit_jax.data import pixels
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
-from diffit_jax.diffusion.guidance import Guidance
-from diffit_jax.diffusion.samplers import Churn
 from diffit_jax.errors import UserError
 from diffit_jax.models import MODELS
 from diffit_jax.parallel import MeshShape
+from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
 
 Process = EDM | DDPM
 PROCESSES = {"edm": EDM, "ddpm": DDPM}
-# The first two belong to the process ddpm; the others serve both.
-SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_solver")
 # What a work directory holds.
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "ema_snapshots"
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Section `data`.
-
-    Attributes:
-      name: of the data set, see `data.open_dataset`.
-      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
-      autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and so are samples.
-    """
-
-    name: str
-    data_dir: str = ""
-    autoencoder: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """Section `optimizer`.
-
-    Attributes:
-      learning_rate: after the ramp-up.
-      warmup_steps: updates over which it rises from 0.
-      name: "adam" (AdamW if there is weight decay) or "lamb", for very large batches.
-      beta1, beta2, epsilon: Adam's.
-      weight_decay: share of a weight taken off per update, times the learning rate. Only matrices and convolutions decay: not biases,
-        norms, label tables or position biases.
-      max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
-      schedule: "constant" after the ramp-up, or "cosine" down to 0.
-      decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
-    """
-
-    learning_rate: float
-    warmup_steps: int
-    name: str = "adam"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 0.0
-    schedule: str = "constant"
-    decay_steps: int = 0
-
-    def __post_init__(self):
-        _require("optimizer", self, "learning_rate", above=0)
-        for name in ("warmup_steps", "weight_decay", "max_gradient_norm"):
-            _require("optimizer", self, name, least=0)
-        _require_choice("optimizer", self, "name", ("adam", "lamb"))
-        _require_choice("optimizer", self, "schedule", ("constant", "cosine"))
-        if self.schedule == "cosine":
-            _require("optimizer", self, "decay_steps", above=self.warmup_steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class EMA:
-    """Section `ema`: EDM's moving average of the parameters, stated in images so that the batch size does not change its length.
-
-    Attributes:
-      halflife_images: after so many images a parameter's weight in the average has halved.
-      rampup_ratio: the half-life is at most this share of the images seen so far, so that the average forgets the start of training.
-      power_lengths: lengths of further averages whose snapshots make one of any length after training, see `training.power_ema`; EDM2 has
-        (0.05, 0.10). Each costs 4 bytes per parameter, and a snapshot as much on disk.
-      snapshot_steps: updates between snapshots of these.
-    """
-
-    halflife_images: float
-    rampup_ratio: float = 0.05
-    power_lengths: Sequence[float] = ()
-    snapshot_steps: int = 10_000
-
-    def __post_init__(self):
-        _require("ema", self, "halflife_images", above=0)
-        _require("ema", self, "rampup_ratio", above=0)
-        _require("ema", self, "snapshot_steps", least=1)
-        for length in self.power_lengths:
-            if not 0 < length < 12**-0.5:
-                raise UserError(f"config key ema.power_lengths has {length}: each must lie between 0 and {12**-0.5:.3f}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """Section `training`.
-
-    Attributes:
-      batch_size: images per update, over all devices.
-      label_dropout: share of the labels replaced by "no label", which classifier-free guidance needs. In [0, 1].
-      total_steps: updates of the whole run (batches, to be exact: one with a gradient that is not finite makes no update).
-      accumulation: parts into which a batch is cut to save memory; their gradients are averaged into one update.
-      max_bad_steps: so many batches in a row without a finite gradient end the run.
-      log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and checkpoints.
-      checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report; 0: never.
-      keep_checkpoints: how many of the newest checkpoints stay.
-      keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
-      grid_images: images in a sample grid.
-    """
-
-    batch_size: int
-    label_dropout: float
-    total_steps: int
-    log_steps: int
-    grid_steps: int
-    checkpoint_steps: int
-    keep_checkpoints: int = 3
-    grid_images: int = 100
-    accumulation: int = 1
-    max_bad_steps: int = 20
-    checkpoint_minutes: float = 0.0
-    keep_every_steps: int = 0
-
-    def __post_init__(self):
-        names = ("batch_size", "total_steps", "log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images")
-        for name in (*names, "accumulation", "max_bad_steps"):
-            _require("training", self, name, least=1)
-        for name in ("checkpoint_minutes", "keep_every_steps"):
-            _require("training", self, name, least=0)
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"config key training.label_dropout is {self.label_dropout}: set it to a share between 0 and 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Section `sampling`: how samples are drawn unless the command line says otherwise.
-
-    Attributes:
-      num_steps: steps N of the sampler. Evaluations of the network: 2N - 1 with heun, else N.
-      guidance_scale: 1 is no guidance.
-      batch_size: samples per call of the sampler, over all devices.
-      sampler: "ddpm" (ancestral) or "ddim", of the process ddpm; "euler", "heun" or "dpm_solver" (2M), of any process.
-      respacing: of ddpm and ddim, in place of `num_steps`: "250", "10,10,5" or "ddim50", see `respaced_timesteps`.
-      eta: randomness of ddim, 0 none.
-      clip_denoised: whether ddpm and ddim clip their estimate of the clean sample to [-1, 1]: for images, not for latents.
-      guidance, guidance_power, guidance_sigma_low, guidance_sigma_high, guide_channels, skip_tolerance: see `guidance.Guidance`.
-      guide_workdir: for autoguidance, the work directory of the weaker network.
-      pixel_rounding: from [-1, 1] to uint8: "edm" or "adm", see `pixels.to_pixels`.
-      churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: of heun, see `samplers.Churn`.
-    """
-
-    num_steps: int
-    guidance_scale: float
-    batch_size: int
-    sampler: str = "heun"
-    respacing: str = ""
-    eta: float = 0.0
-    clip_denoised: bool = False
-    guidance: str = "constant"
-    guidance_power: float = 4.0
-    guidance_sigma_low: float = 0.0
-    guidance_sigma_high: float = float("inf")
-    guide_channels: int = 0
-    skip_tolerance: float = 1e-3
-    guide_workdir: str = ""
-    pixel_rounding: str = "edm"
-    churn_amount: float = 0.0
-    churn_sigma_low: float = 0.0
-    churn_sigma_high: float = float("inf")
-    churn_noise: float = 1.0
-
-    def __post_init__(self):
-        _require_choice("sampling", self, "sampler", SAMPLERS)
-        _require_choice("sampling", self, "pixel_rounding", pixels.ROUNDINGS)
-        _require("sampling", self, "num_steps", least=1 if self.discrete else 2)
-        for name in ("guidance_scale", "churn_amount", "eta"):
-            _require("sampling", self, name, least=0)
-        _require("sampling", self, "batch_size", least=1)
-        if self.respacing and not self.discrete:
-            raise UserError(f"config key sampling.respacing is for the samplers ddpm and ddim, not {self.sampler}: set sampling.num_steps")
-        _ = self.guide, self.churn  # these check the rest
-
-    @property
-    def discrete(self) -> bool:
-        """Whether the sampler walks down a discrete schedule."""
-        return self.sampler in ("ddpm", "ddim")
-
-    @property
-    def guide(self) -> Guidance:
-        return Guidance(
-            self.guidance,
-            self.guidance_scale,
-            self.guidance_power,
-            self.guidance_sigma_low,
-            self.guidance_sigma_high,
-            self.guide_channels,
-            self.skip_tolerance,
-        )
-
-    @property
-    def churn(self) -> Churn:
-        return Churn(self.churn_amount, self.churn_sigma_low, self.churn_sigma_high, self.churn_noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,19 +205,6 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
     accepted = {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.get(annotation)
     if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and annotation is not bool)):
         raise UserError(f"config key {key} is {value!r}: it must be of type {annotation.__name__}")
-
-
-def _require(section: str, settings: Any, name: str, above: float | None = None, least: float | None = None) -> None:
-    value = getattr(settings, name)
-    if above is not None and not value > above:
-        raise UserError(f"config key {section}.{name} is {value}: it must be above {above}")
-    if least is not None and not value >= least:
-        raise UserError(f"config key {section}.{name} is {value}: it must be at least {least}")
-
-
-def _require_choice(section: str, settings: Any, name: str, choices: Iterable[str]) -> None:
-    if getattr(settings, name) not in choices:
-        raise UserError(f"config key {section}.{name} is {getattr(settings, name)!r}: use {', '.join(choices)}")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

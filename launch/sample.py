@@ -24,7 +24,7 @@ EMA_LENGTH = flags.DEFINE_float(
 )
 CLUSTER = cli.define_cluster()
 
-# These override the config's section `sampling`, where each is explained (diffit_jax/experiment.py).
+# These override the config's section `sampling`, where each is explained (diffit_jax/sections.py).
 OVERRIDES = [
     flags.DEFINE_string("sampler", None, "ddpm, ddim, euler, heun or dpm_solver."),
     flags.DEFINE_integer("num_steps", None, "Steps of the sampler."),

@@ -121,10 +121,12 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
                 raise distributed.Preempted(f"checkpoint {saved_step} of {settings.total_steps} steps is saved in {checkpoints.directory}")
             if snapshots and (step % experiment.ema.snapshot_steps == 0 or last) and step not in snapshots.steps():
                 facts = {"step": step, "updates": step - int(state.skipped)}
-                snapshots.save(step, {"power_emas": dict(enumerate_names(state.power_emas))}, facts)
+                snapshots.save(step, {"power_emas": dict(_named(state.power_emas))}, facts)
             if step % settings.grid_steps == 0 or last:
                 _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state, experiment)
             tracer.after(step)
+            if step % settings.log_steps == 0:
+                watch.begin_interval(step)  # grids and checkpoints do not count
         checkpoints.wait()
         if snapshots:
             snapshots.wait()
@@ -179,7 +181,7 @@ def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState 
     if restored is None:
         return None
     _, items = restored
-    power_emas = tuple(items["power_emas"][name] for name, _ in enumerate_names(abstract.power_emas))
+    power_emas = tuple(items["power_emas"][name] for name, _ in _named(abstract.power_emas))
     constants = items.get("constants", abstract.constants)
     return dataclasses.replace(items["state"], ema=items["ema"], power_emas=power_emas, constants=constants)
 
@@ -189,11 +191,11 @@ def _items(state: TrainState) -> dict[str, Any]:
     if state.constants:
         items["constants"] = state.constants
     if state.power_emas:
-        items["power_emas"] = dict(enumerate_names(state.power_emas))
+        items["power_emas"] = dict(_named(state.power_emas))
     return items
 
 
-def enumerate_names(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+def _named(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """("0", tree), ("1", tree) …: how several averages are named in a checkpoint."""
     return ((str(index), tree) for index, tree in enumerate(trees))
 

@@ -40,12 +40,16 @@ class Watch:
         kind = self._device.device_kind
         self._peak = next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
         self._compilations = Compilations()
-        self._start, self._step, self._waited = time.monotonic(), 0, 0.0
+        self.begin_interval(0)
 
     def start(self, step: int) -> None:
-        """Begins an interval after batch number `step`; what was compiled before counts as start-up."""
-        self._start, self._step, self._waited = time.monotonic(), step, 0.0
+        """Begins the first interval after batch number `step`; what was compiled before counts as start-up."""
+        self.begin_interval(step)
         self._compilations.reset()
+
+    def begin_interval(self, step: int) -> None:
+        """Begins an interval after batch number `step`."""
+        self._start, self._step, self._waited = time.monotonic(), step, 0.0
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -78,7 +82,7 @@ class Watch:
         memory = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
         if memory:
             values["device_memory_gb"] = memory / 1e9
-        self._start, self._step, self._waited = time.monotonic(), step, 0.0
+        self.begin_interval(step)
         return values
 
 
