@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from diffit_jax import parallel
 from diffit_jax.experiment import build
-from diffit_jax.training.optimizer import make_optimizer
 from diffit_jax.training.state import abstract_state
 from diffit_jax.training.step import make_train_step, step_metrics
 
@@ -29,9 +28,9 @@ def compile_seconds(depth: int, batch_size: int) -> float:
     config = imagenet256_latent.get_config()
     config.model.depth, config.training.batch_size = depth, batch_size
     experiment = build(config)
-    sharding = parallel.replicated(parallel.make_mesh())
-    state = abstract_state(experiment.model, make_optimizer(experiment.optimizer), sharding)
-    collected = parallel.abstract(jax.eval_shape(step_metrics(experiment.process).empty), sharding)
+    mesh = parallel.make_mesh()
+    state = abstract_state(experiment, mesh)
+    collected = parallel.abstract(mesh, jax.eval_shape(step_metrics(experiment.process).empty))
     shapes = {"latent": ((batch_size, *experiment.model.sample_shape), jnp.float32), "label": ((batch_size,), jnp.int32)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     started = time.monotonic()

@@ -28,7 +28,7 @@ SCALES = Guidance.scales
 def main() -> None:
     workdir, scale = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 4.4
     loaded, mesh = experiment.build(experiment.read_config(workdir)), parallel.make_mesh()
-    _, variables = restore_variables(workdir, loaded, parallel.replicated(mesh))
+    _, variables = restore_variables(workdir, loaded, mesh)
     seeds = np.arange(64)
     labels = default_labels(seeds, loaded.model.num_classes)
     levels = loaded.process.steps("250").sqrt_recipm1_alphas_cumprod
