@@ -85,15 +85,17 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def check_agreement(facts: Mapping[str, str]) -> None:
-    """Makes sure that every process has the same facts (their text is compared by its digest).
+def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
+    """Makes sure that every process has the same facts: functions that give a text, of which digests are compared.
+
+    With one process there is nothing to compare, and they are not called.
 
     Raises:
       UserError: on every process, if one differs from process 0; it says in which fact.
     """
     if jax.process_count() == 1:
         return
-    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in facts.values()])
+    digests = np.stack([np.frombuffer(hashlib.sha256(text().encode()).digest(), np.uint8) for text in facts.values()])
     everyones = multihost_utils.process_allgather(digests)
     for index, name in enumerate(facts):
         others = [process for process in range(jax.process_count()) if (everyones[process, index] != everyones[0, index]).any()]

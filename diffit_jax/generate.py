@@ -168,12 +168,18 @@ def restore_variables(workdir: epath.PathLike, loaded: Experiment, mesh: jax.sha
       UserError: there is none.
     """
     shapes = _variable_shapes(loaded)
-    items = {"ema": shapes["params"]} | ({"constants": shapes["constants"]} if shapes["constants"] else {})
-    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore(parallel.abstract(mesh, items))
+    step, items = _restore_items(workdir, mesh, {"ema": shapes["params"], "constants": shapes["constants"]})
+    return step, {"params": items["ema"], "constants": items["constants"]}
+
+
+def _restore_items(workdir: epath.PathLike, mesh: jax.sharding.Mesh, shapes: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Items of the newest usable checkpoint by name; one without arrays is not in a checkpoint, and comes back as it is."""
+    wanted = {name: tree for name, tree in shapes.items() if tree}
+    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore(parallel.abstract(mesh, wanted))
     if restored is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     step, items = restored
-    return step, {"params": items["ema"], "constants": items.get("constants", {})}
+    return step, shapes | items
 
 
 def _mesh(loaded: Experiment) -> jax.sharding.Mesh:
@@ -210,8 +216,8 @@ def reconstruct_variables(workdir: epath.PathLike, loaded: Experiment, mesh: jax
             for index, factor in enumerate(row):
                 params = power_ema.add_scaled(params, averages[str(index)], factor)
             progress.advance()
-    _, variables = restore_variables(workdir, loaded, mesh)
-    return steps[-1], {"params": params, "constants": variables["constants"]}
+    _, items = _restore_items(workdir, mesh, {"constants": shapes["constants"]})
+    return steps[-1], {"params": params, "constants": items["constants"]}
 
 
 def _override(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:

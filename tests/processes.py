@@ -14,3 +14,15 @@ def environment(devices=2, **more):
     base = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     return base | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | more
+
+
+def write_config(path, config):
+    """A config file that gives `config`, for commands."""
+    path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()!r}).lock()\n")
+    return path
+
+
+def checkpoints_of(workdir):
+    """Step numbers of the complete checkpoints in a work directory, ascending."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []

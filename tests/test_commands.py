@@ -10,14 +10,14 @@ import pytest
 from conftest import small_config
 from golden_data import WEIGHTS
 from PIL import Image
+from processes import write_config
 
 ROOT = Path(__file__).parents[1]
 
 
 def launch(name, *arguments, config=None, tmp_path=None):
     if config is not None:
-        path = tmp_path / "config.py"
-        path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()!r}).lock()\n")
+        path = write_config(tmp_path / "config.py", config)
         arguments = ("--config", str(path), *arguments)
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_latent_config
-from processes import environment, free_port
+from processes import checkpoints_of, environment, free_port, write_config
 
 from diffit_jax.distributed import Cluster, initialize
 from diffit_jax.errors import UserError
@@ -27,8 +27,7 @@ class Pair:
             path = tmp_path / f"config{number}.py"
             chosen = (configs or [config, config])[number]
             if chosen is not None:
-                text = repr(chosen.to_dict())
-                path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({text}).lock()\n")
+                write_config(path, chosen)
             workdir = (workdirs or [tmp_path / "run"] * 2)[number]
             flags = ["--workdir", str(workdir), "--coordinator", f"127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
             flags += ["--cluster_timeout", str(timeout), *map(str, arguments)] + (["--config", str(path)] if chosen is not None else [])
@@ -55,10 +54,6 @@ class Pair:
 
 
 LONG = dict(training__total_steps=4000, training__checkpoint_steps=20, training__grid_steps=10_000, training__log_steps=10)
-
-
-def checkpoints_of(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):

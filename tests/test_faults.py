@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import small_latent_config
-from processes import environment
+from processes import checkpoints_of, environment, write_config
+from test_training import assert_equal_trees
 
 from diffit_jax import parallel
 from diffit_jax.checkpoint import Checkpoints
@@ -29,8 +29,7 @@ ROOT = Path(__file__).parents[1]
 def start(command, tmp_path, *flags, config=None):
     """A command in a process of its own, on two devices."""
     if config is not None:
-        path = tmp_path / "config.py"
-        path.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config.to_dict()!r}).lock()\n")
+        path = write_config(tmp_path / "config.py", config)
         flags = ("--config", str(path), *flags)
     arguments = [sys.executable, str(ROOT / "launch" / f"{command}.py"), *map(str, flags)]
     return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path)
@@ -44,16 +43,6 @@ def finish(process, timeout=240):
 def final_state(workdir, config):
     experiment = build(config)
     return restore_state(Checkpoints(workdir / "checkpoints", keep=3), abstract_state(experiment, parallel.make_mesh()))
-
-
-def assert_equal_trees(one, other):
-    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def checkpoints_of(workdir):
-    folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def test_ten_kills_lose_nothing(tmp_path):

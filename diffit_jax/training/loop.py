@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
     parallel.check_axes(mesh, abstract.params)
     grid_sampler = _grid_sampler(experiment, mesh)
     source = distributed.first_then_all(lambda: open_training_data(experiment))
-    distributed.check_agreement({"config": config.to_json(), "code version": distributed.code_version()})
+    distributed.check_agreement({"config": config.to_json, "code version": distributed.code_version})
     workdir = distributed.first_then_all(lambda: claim_workdir(workdir, config), lambda: epath.Path(workdir))
     distributed.check_shared(workdir)
 
@@ -156,7 +156,7 @@ def compile_train_step(
     jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=shardings)
     with parallel.activations(mesh):
         lowered = jitted.lower(state, collected, batch)
-    distributed.check_agreement({"program": lowered.as_text()})
+    distributed.check_agreement({"program": lowered.as_text})
     return lowered.compile(), collected, time.monotonic() - started
 
 
