@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# A TPU pod from its request to its end, with gcloud. Actions, in the order in which they are used:
+#   bash launch/tpu_pod.sh create --name N --zone Z --type v5litepod-256 [--spot]    requests it, and waits until it is there
+#   bash launch/tpu_pod.sh copy   --name N --zone Z                                  copies the committed code, installs it on all hosts
+#   bash launch/tpu_pod.sh run    --name N --zone Z -- --config configs/X.py --workdir gs://B/run [--config.key=value …]
+#   bash launch/tpu_pod.sh logs   --name N --zone Z                                  follows the log of the first host; Ctrl-C leaves the run alone
+#   bash launch/tpu_pod.sh stop   --name N --zone Z                                  lets the run save a checkpoint and end
+#   bash launch/tpu_pod.sh delete --name N --zone Z
+# Also: --project P, --runtime VERSION (default: that of the type), --dry_run (prints the commands and runs none).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+
+usage="bash launch/tpu_pod.sh create|copy|run|logs|stop|delete --name N --zone Z (see the top of the script)"
+[ $# -gt 0 ] || fail "no action: $usage"
+action="$1"
+shift
+name="" zone="" project="" type="" runtime="" spot=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry_run) dry_run=1 ;;
+    --spot) spot=1 ;;
+    --name | --zone | --project | --type | --runtime)
+      take "$@"
+      shift
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "argument $1 is unknown: $usage" ;;
+  esac
+  shift
+done
+for needed in name zone; do
+  [ -n "${!needed}" ] || fail "--$needed is missing: $usage"
+done
+need_program gcloud "see https://cloud.google.com/sdk/docs/install"
+place=(--zone="$zone" ${project:+--project="$project"})
+
+on_hosts() { # on_hosts WORKER COMMAND
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
+}
+
+default_runtime() {
+  case "$type" in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) fail "no runtime is known for --type $type: name one with --runtime" ;;
+  esac
+}
+
+case "$action" in
+  create)
+    [ -n "$type" ] || fail "create needs --type, such as v5litepod-256 or v5p-128"
+    runtime="${runtime:-$(default_runtime)}"
+    run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
+      --accelerator-type="$type" --runtime-version="$runtime" ${spot:+--spot}
+    describe=(gcloud compute tpus queued-resources describe "$name" "${place[@]}" "--format=value(state.state)")
+    if [ -n "$dry_run" ]; then
+      run "${describe[@]}"
+      echo "# … every 30 s, until it says ACTIVE"
+      exit 0
+    fi
+    while true; do
+      state="$("${describe[@]}")"
+      echo "$(date +%H:%M:%S) $name: $state" >&2
+      case "$state" in
+        ACTIVE) exit 0 ;;
+        FAILED | SUSPENDING | SUSPENDED) fail "the request for $name ended as $state: look at 'gcloud compute tpus queued-resources describe $name', then delete it" ;;
+      esac
+      sleep 30
+    done
+    ;;
+  copy)
+    archive="${TMPDIR:-/tmp}/diffit_jax-$name.tar.gz"
+    [ -z "$(git status --porcelain 2>/dev/null)" ] || echo "warning: only committed code is copied" >&2
+    run git archive --format=tar.gz --output="$archive" HEAD
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:diffit_jax.tar.gz" "${place[@]}" --worker=all
+    # The runtime images have Python 3.10.
+    on_hosts all "command -v python3.11 || (sudo apt-get update -q && sudo apt-get install -q -y python3.11 python3.11-venv); \
+mkdir -p diffit_jax && tar -xzf diffit_jax.tar.gz -C diffit_jax && PYTHON=python3.11 bash diffit_jax/launch/setup_env.sh tpu"
+    ;;
+  run)
+    need_run "$@"
+    on_hosts all "cd diffit_jax && nohup bash launch/local.sh --extra tpu -- ${*@Q} >train.log 2>&1 </dev/null &"
+    ;;
+  logs) on_hosts 0 "tail -n 100 -F diffit_jax/train.log" ;;
+  stop) on_hosts all "pkill -TERM -f '[l]aunch/local.sh' || true" ;;
+  delete) run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ;;
+  *) fail "action $action is unknown: $usage" ;;
+esac
