@@ -37,10 +37,11 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs>=2025"],  # gcsfs: work directories on gs://
         "cuda": ["jax[cuda12]"],
         "test": [
             "ipykernel>=6.29",
+            "libtpu",  # its compiler, for launch/preflight.py; jax and libtpu belong together, see constraints.txt
             "matplotlib>=3.9",
             "nbclient>=0.10",
             "nbformat>=5.10",

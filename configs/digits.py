@@ -56,5 +56,7 @@ def get_config() -> ConfigDict:
         )
     )
 
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
+
     config.sampling = ConfigDict(dict(num_steps=18, guidance_scale=1.5, batch_size=100, churn_amount=0.0))
     return config.lock()

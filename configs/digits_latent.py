@@ -49,6 +49,8 @@ def get_config() -> ConfigDict:
         )
     )
 
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
+
     config.sampling = ConfigDict(
         dict(
             sampler="ddpm",

@@ -59,6 +59,9 @@ def get_config(size: str = "XL/2") -> ConfigDict:
         )
     )
 
+    # Any number of chips; parameters, optimizer state and averages are divided over 16 of them, where there are so many.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=-1, tensor=1, num_slices=1))
+
     config.sampling = ConfigDict(
         dict(
             sampler="ddpm",

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -89,7 +91,7 @@ class Checkpoints:
             try:
                 items = self.restore_step(step, abstract_items)
             except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
-                reason = _first_line(error)
+                reason = self._differences(step, abstract_items) or _first_line(error)
             if not distributed.everywhere(items is not None):
                 reason = reason or "another process could not read it"
                 reasons.append(f"checkpoint {step}: {reason}")
@@ -118,6 +120,21 @@ class Checkpoints:
         distributed.first_then_all(move, lambda: None)
         self._manager.reload()
 
+    def _differences(self, step: int, abstract_items: Mapping[str, Any]) -> str:
+        """How the arrays of a checkpoint differ from the wanted ones, the first three by name; "" if they do not, or cannot be read."""
+        differences = []
+        for item, wanted in abstract_items.items():
+            try:
+                found = ocp.StandardCheckpointer().metadata(self.directory / str(step) / item).item_metadata.tree
+            except Exception:  # damaged: the restore has said what is wrong
+                return ""
+            here, there = _shapes(wanted), _shapes(found)
+            for name in sorted(here.keys() | there.keys()):
+                if here.get(name) != there.get(name):
+                    differences.append(f"{item}/{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here")
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        return f"it is of another model: {'; '.join(differences[:3])}{more}" if differences else ""
+
     def facts(self, step: int) -> dict[str, Any]:
         """The facts of a checkpoint."""
         return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
@@ -130,6 +147,13 @@ class Checkpoints:
         if restored["facts"]["step"] != step:
             raise ValueError(f"it is of step {restored['facts']['step']}")
         return {name: restored[name] for name in abstract_items}
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """dtype and shape of every array by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    return {name(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _first_line(error: Exception) -> str:

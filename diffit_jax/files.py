@@ -54,4 +54,6 @@ def make_directory(path: epath.PathLike, flag: str) -> epath.Path:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written ({error.strerror or error}): choose another directory") from error
+    except ImportError as error:  # gs:// needs gcsfs, which also brings what writes TensorBoard events there
+        raise UserError(f"{flag} {path} cannot be used ({error}): pip install gcsfs") from error
     return path

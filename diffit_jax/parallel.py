@@ -23,6 +23,9 @@ from diffit_jax.models.layout import activation_layout
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 
+# With so many parts of XL/2's state, 9 GB, what each device keeps is small beside its activations; more parts only mean longer messages.
+_FSDP_FILL = 16
+
 # How parameters, and whatever is shaped like them, are divided: (pattern of the path, axes of the *last* dimensions). The first pattern
 # that is found counts; dimensions before (the layers of a stack) are not divided, and neither are those that `fsdp` does not divide.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -42,7 +45,8 @@ class MeshShape:
     """Section `mesh`.
 
     Attributes:
-      data, fsdp, tensor: sizes of the axes; their product is the number of devices. One may be -1: whatever is left.
+      data, fsdp, tensor: sizes of the axes; their product is the number of devices. One may be -1: whatever is left. With `data` and
+        `fsdp` both -1, `fsdp` is the largest divisor of what is left up to 16, `data` the rest: a config for any number of devices.
       num_slices: TPU slices connected by the data-centre network; `data` is divided over them, the other axes stay within a slice.
     """
 
@@ -53,8 +57,12 @@ class MeshShape:
 
     def __post_init__(self):
         sizes = self.data, self.fsdp, self.tensor
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or self.num_slices < 1:
-            raise UserError(f"config section mesh is {dataclasses.asdict(self)}: sizes must be at least 1, and one may be -1")
+        if (
+            sizes.count(-1) > (2 if self.data == self.fsdp == -1 else 1)
+            or any(size < 1 and size != -1 for size in sizes)
+            or self.num_slices < 1
+        ):
+            raise UserError(f"config section mesh is {dataclasses.asdict(self)}: sizes must be at least 1; one may be -1, or data and fsdp")
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) for a number of devices.
@@ -69,7 +77,11 @@ class MeshShape:
                 f"config section mesh has data {self.data} × fsdp {self.fsdp} × tensor {self.tensor}, which does not make {num_devices} "
                 "devices: change a size, or set one to -1"
             )
-        data, fsdp, tensor = (num_devices // known if size == -1 else size for size in sizes)
+        left = num_devices // known
+        if self.data == self.fsdp == -1:
+            sizes[1] = max(size for size in range(1, _FSDP_FILL + 1) if left % size == 0)
+            left //= sizes[1]
+        data, fsdp, tensor = (left if size == -1 else size for size in sizes)
         if data % self.num_slices:
             raise UserError(
                 f"config key mesh.data is {data}, which {self.num_slices} slices do not divide: change mesh.data or mesh.num_slices"

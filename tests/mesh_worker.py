@@ -1,12 +1,16 @@
 """Twenty updates and some samples of two small models on one mesh after the other; run by test_parallel.py in a process of its own.
 
-python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices …
+python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume] …
+
+With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there is
+no image run.
 
 CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES.
 """
 
 import os
 import sys
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={sys.argv[2]}"
 
@@ -15,12 +19,13 @@ import numpy as np
 from conftest import small_config, small_latent_config
 
 from diffit_jax import distributed, parallel
+from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
 from diffit_jax.parallel import MeshShape
 from diffit_jax.sampling import Sampler
-from diffit_jax.training.loop import compile_train_step, open_training_data
-from diffit_jax.training.state import create_state
+from diffit_jax.training.loop import compile_train_step, open_training_data, restore_state, save_state
+from diffit_jax.training.state import abstract_state, create_state
 
 STEPS = 20
 SEEDS = np.array([3, 1, 4, 15, 9, 2, 6, 5])
@@ -30,21 +35,26 @@ CONFIGS = {
 }
 
 
-def run(config, shape: MeshShape, accumulation: int, devices) -> dict[str, np.ndarray]:
+def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=None) -> dict[str, np.ndarray]:
     """Losses, flattened first and last parameters, and samples with the averaged ones."""
     config = config.copy_and_resolve_references()
     config.training.update(batch_size=16, accumulation=accumulation)
     config.sampling.update(batch_size=8, num_steps=3)
     experiment = build(config)
     mesh = parallel.make_mesh(devices, shape)
-    state = create_state(experiment, mesh)
+    state = restore_state(Checkpoints(resume), abstract_state(experiment, mesh)) if resume else create_state(experiment, mesh)
+    start = int(state.step)
     flat = lambda tree: np.concatenate([np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)])  # noqa: E731
     first, losses = flat(state.params), []
     rows = parallel.local_rows(mesh, 16)
-    data = batches(open_training_data(experiment), 16, experiment.seed, rows=rows)
+    data = batches(open_training_data(experiment), 16, experiment.seed, start, rows)
     batch = parallel.put_batch(mesh, next(data))
     step, empty, _ = compile_train_step(experiment, mesh, state, batch)
-    for _ in range(STEPS):
+    for number in range(start, STEPS):
+        if save and number == STEPS // 2:
+            checkpoints = Checkpoints(save, keep=1)
+            save_state(checkpoints, state, 16)
+            checkpoints.wait()
         state, collected = step(state, empty, batch)
         losses.append(float(collected.compute()["loss"]))
         batch = parallel.put_batch(mesh, next(data))
@@ -59,9 +69,14 @@ def main() -> None:
     results = {}
     for request in sys.argv[3:]:
         name, _, numbers = request.partition("=")
-        data, fsdp, tensor, accumulation, devices = map(int, numbers.split(","))
+        *sizes, last = numbers.split(",")
+        option = {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume") else {}
+        data, fsdp, tensor, accumulation, devices = map(int, sizes if option else [*sizes, last])
         for kind, config in CONFIGS.items():
-            outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices])
+            if kind == "image" and "resume" in option:
+                continue
+            chosen = option if kind == "latent" else {}
+            outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices], **chosen)
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)
     if distributed.is_first():

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_config, small_latent_config
 
+from diffit_jax import parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
+from diffit_jax.experiment import build
 from diffit_jax.generate import sample
-from diffit_jax.training.loop import train
+from diffit_jax.training.loop import _items, restore_state, train
+from diffit_jax.training.state import abstract_state
 
 TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}
 
@@ -80,18 +83,30 @@ def test_last_good_one_is_used_instead_of_a_damaged_one(saved, damage, caplog):
 
 
 @pytest.mark.parametrize(
-    "foreign",
+    ("foreign", "difference"),
     [
-        TREE | {"a": np.zeros(4000, np.float32)},
-        TREE | {"z": np.zeros(3, np.float32)},
-        {"a": TREE["a"]},
+        (TREE | {"a": np.zeros(4000, np.float32)}, r"tree/a is float32\[5000\] there, float32\[4000\] here"),
+        (TREE | {"z": np.zeros(3, np.float32)}, r"tree/z is missing there, float32\[3\] here"),
+        ({"a": TREE["a"]}, r"tree/b/c is float32\[3, 4\] there, missing here"),
+        ({"d": [np.zeros(1)] * 3}, r"tree/a .*; tree/b/c .*; tree/d/0 is missing there, float64\[1\] here, and 2 more"),
     ],
-    ids=["another shape", "a missing array", "an unknown array"],
+    ids=["another shape", "a missing array", "an unknown array", "nothing in common"],
 )
-def test_foreign_checkpoints_are_refused(saved, foreign):
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be used") as error:
+def test_foreign_checkpoints_are_refused(saved, foreign, difference):
+    """The first tensors that differ are named."""
+    with pytest.raises(UserError, match=rf"no checkpoint in .* can be used .checkpoint 4: it is of another model: {difference}") as error:
         Checkpoints(saved, keep=3).restore({"tree": abstract(foreign)})
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_a_deeper_model_is_named(latent_run, tmp_path):
+    """Through a real state: attributes, tuples and named tuples of the optimizer have the same names on both sides."""
+    workdir, _ = latent_run
+    mesh = parallel.make_mesh()
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    assert checkpoints._differences(6, _items(abstract_state(build(small_latent_config()), mesh))) == ""
+    with pytest.raises(UserError, match=r"state/opt_state/0/mu/blocks/attention/.* is float32\[2, .* there, float32\[3, .* here"):
+        restore_state(checkpoints, abstract_state(build(small_latent_config(model__depth=3)), mesh))
 
 
 def test_renamed_checkpoint_is_refused(saved):

@@ -12,6 +12,9 @@ from golden_data import WEIGHTS
 from PIL import Image
 from processes import write_config
 
+from diffit_jax import files
+from diffit_jax.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -111,6 +114,12 @@ def test_unwritable_workdir(tmp_path):
     result = launch("train", "--workdir", tmp_path / "file" / "run", config=small_config(), tmp_path=tmp_path)
     assert_one_line_error(result, "workdir")
     assert "cannot be written" in result.stderr
+
+
+def test_google_storage_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"workdir gs://bucket/run cannot be used .*: pip install gcsfs"):
+        files.make_directory("gs://bucket/run", "workdir")
 
 
 def test_workdir_of_another_config(run, tmp_path):

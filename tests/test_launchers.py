@@ -117,7 +117,9 @@ def test_tpu_pod_waits_until_it_is_there(project):
     """WAITING, then ACTIVE; a request that failed ends in an error that says so."""
     bin_ = project / "bin"
     program(bin_, "sleep", "true")
-    program(bin_, "gcloud", f'case "$*" in *describe*) test -e {bin_}/asked && cat {bin_}/end || (echo WAITING; touch {bin_}/asked) ;; esac')
+    program(
+        bin_, "gcloud", f'case "$*" in *describe*) test -e {bin_}/asked && cat {bin_}/end || (echo WAITING; touch {bin_}/asked) ;; esac'
+    )
     (bin_ / "end").write_text("ACTIVE\n")
     _, errors = launch("tpu_pod", "create", *PLACE, "--type", "v5p-64", root=project, path=str(bin_))
     assert "pod: WAITING" in errors and "pod: ACTIVE" in errors and "sleep 30" in calls(bin_)
