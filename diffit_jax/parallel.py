@@ -8,9 +8,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.layout import activation_layout
+from diffit_jax.models.layout import Layout, layout
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 
@@ -167,13 +168,48 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def activations(mesh: Mesh) -> Iterator[None]:
-    """While a program is traced in this block, activations of networks lie as the batch does."""
-    with activation_layout(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))):
+    """While a program is traced in this block, activations of networks lie as the batch does, and each layer gathers its weights."""
+    examples_heads = PartitionSpec((DATA, FSDP), TENSOR)
+
+    def per_shard(function: Callable) -> Callable:
+        specs = (examples_heads,) * 3 + (PartitionSpec(None, TENSOR),)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False)
+
+    value = Layout(
+        activation=lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)),
+        weight=functools.partial(_gathered, mesh),
+        per_shard=per_shard,
+        platform=mesh.devices.flat[0].platform,
+    )
+    with layout(value):
         yield
 
 
+def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
+    """A weight whose parts over `fsdp` are put together before it is used; its gradient is divided again at once.
+
+    Left to itself, XLA:TPU multiplies by one part after the other as they come, and products with 1152 / 16 = 72 columns fill half of a
+    matrix unit.
+    """
+    if mesh.shape[FSDP] == 1:
+        return weight
+    divided = _rule_spec(mesh, name, weight.shape)
+    whole = PartitionSpec(*(None if axis == FSDP else axis for axis in divided))
+    constrain = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))  # noqa: E731
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        return constrain(x, whole)
+
+    gather.defvjp(lambda x: (gather(x), None), lambda _, gradient: (constrain(constrain(gradient, whole), divided),))
+    return gather(weight)
+
+
 def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return _rule_spec(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), shape)
+
+
+def _rule_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
     axes = next((axes for pattern, axes in PARAMETER_RULES if re.search(pattern, name)), ())
     axes = (None,) * (len(shape) - len(axes)) + axes
     for size, axis in zip(shape, axes, strict=True):

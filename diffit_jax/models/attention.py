@@ -15,12 +15,16 @@ Two exact simplifications are built in (tests/test_attention.py proves both agai
     TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
+from diffit_jax.models import attention_kernel
+from diffit_jax.models.layout import per_shard, platform, weight
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -58,6 +62,43 @@ def _xavier_to_heads(scale: float = 1.0):
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3))
 
 
+# How attention is computed. "auto" is the kernel on TPUs, where it serves the window, and XLA elsewhere.
+BACKENDS = ("auto", "xla", "pallas", "cudnn")
+
+
+def choose_backend(wanted: str, platform: str, window: int, dtype: jnp.dtype) -> tuple[str, str]:
+    """How attention is computed for a platform.
+
+    Args:
+      wanted: a name in `BACKENDS`.
+      platform: "tpu", "gpu" or "cpu".
+      window: side of the window.
+      dtype: of the matrix products.
+
+    Returns:
+      ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on other platforms than TPUs only if it is
+      asked for by name, emulated and slow.
+    """
+    if wanted in ("auto", "pallas"):
+        if wanted == "auto" and platform != "tpu":
+            return "xla", ""
+        reason = attention_kernel.supports(window)
+        return ("xla", f"the kernel does not serve it: {reason}") if reason else ("pallas", "")
+    if wanted == "cudnn" and (platform != "gpu" or dtype != jnp.bfloat16):
+        return "xla", "cuDNN serves bfloat16 on GPUs"
+    return wanted, ""
+
+
+def _softmax_attention(q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, table: jax.Array, window: int, backend: str) -> jax.Array:
+    """softmax(q kᵀ + bias) v by the TPU's kernel or cuDNN's. The table's heads come last."""
+    if backend == "pallas":
+        strips = attention_kernel.bias_strips(table, window)
+        return attention_kernel.attention(q_BHLD, k_BHLD, v_BHLD, strips, interpret=platform() != "tpu")
+    bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q_BHLD.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLD, k_BHLD, v_BHLD))
+    return jax.nn.dot_product_attention(q, k, v, bias_HLL[None], scale=1.0, implementation="cudnn").transpose(0, 2, 1, 3)
+
+
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
@@ -71,12 +112,15 @@ class TMSA(nn.Module):
       dtype: dtype of the matrix products; parameters, logits and softmax are float32.
       slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take the place of `time_qkv_kernel`,
         `time_qkv_bias` and `qkv_bias`.
+      backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept ("intermediates") with XLA only, which is
+        therefore used when they are asked for.
     """
 
     num_heads: int
     window: int
     dtype: jnp.dtype = jnp.float32
     slim: bool = False
+    backend: str = "xla"
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
@@ -98,20 +142,26 @@ class TMSA(nn.Module):
         time_bias = self.param(f"time_{letters}_bias", zeros, (shares, heads, head_width))
         bias_table = self.param("relative_position_bias", nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, heads))
 
-        x_BNLC, qkv_kernel = x_BNLC.astype(self.dtype), qkv_kernel.astype(self.dtype)
+        x_BNLC, qkv_kernel = x_BNLC.astype(self.dtype), weight("attention/qkv_kernel", qkv_kernel, self.dtype)
+        time_kernel = weight(f"attention/time_{letters}_kernel", time_kernel, self.dtype)
         q_BNHLD, k_BNHLD, v_BNHLD = jnp.einsum("bnlc,cihd->ibnhld", x_BNLC, qkv_kernel)
         q_time_BHD, v_time_BHD = (
-            jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i].astype(self.dtype))
-            + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
+            jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i]) + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
             for i in (query, value)
         )
 
         q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
-        bias_LLH = bias_table[relative_position_index(self.window)]
-        logits = jnp.einsum("bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32)
-        weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
-        self.sow("intermediates", "attention", weights)  # kept only when the caller asks for "intermediates"
-        out_BNHLD = jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
+        backend, _ = choose_backend(self.backend, platform(), self.window, self.dtype)
+        if backend == "xla" or self.is_mutable_collection("intermediates"):
+            bias_LLH = bias_table[relative_position_index(self.window)]
+            logits = jnp.einsum("bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32)
+            weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
+            self.sow("intermediates", "attention", weights)  # kept only when the caller asks for "intermediates"
+            out_BNHLD = jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
+        else:
+            attend = per_shard(functools.partial(_softmax_attention, window=self.window, backend=backend))
+            windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
+            out_BNHLD = attend(*windows, bias_table).reshape(q_BNHLD.shape)
         out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
 
         out_kernel = self.param(
@@ -120,4 +170,6 @@ class TMSA(nn.Module):
             (heads, head_width, channels),
         )
         out_bias = self.param("out_bias", zeros, (channels,))
-        return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, out_kernel.astype(self.dtype)) + out_bias.astype(self.dtype)
+        return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, weight("attention/out_kernel", out_kernel, self.dtype)) + out_bias.astype(
+            self.dtype
+        )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
-from diffit_jax.models.layout import laid_out
+from diffit_jax.models.layout import dense, laid_out
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -47,7 +47,7 @@ class DiffiTBlock(nn.Module):
     Attributes:
       num_heads, window, dtype: as in `TMSA`.
       mlp_ratio: width of the MLP's hidden layer, in multiples of C.
-      slim_tmsa: `slim` of `TMSA`.
+      slim_tmsa, attention: `slim` and `backend` of `TMSA`.
       affine_norm: whether the layer normalisations have a learned scale and shift.
     """
 
@@ -57,16 +57,17 @@ class DiffiTBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
     slim_tmsa: bool = False
     affine_norm: bool = True
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
         """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
         channels = x_BNLC.shape[-1]
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
-        x_BNLC = x_BNLC + TMSA(self.num_heads, self.window, self.dtype, self.slim_tmsa, name="attention")(normed, time_BT)
+        x_BNLC = x_BNLC + TMSA(self.num_heads, self.window, self.dtype, self.slim_tmsa, self.attention, name="attention")(normed, time_BT)
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
-        hidden = nn.Dense(self.mlp_ratio * channels, kernel_init=XAVIER, dtype=self.dtype, name="mlp_in")(normed)
-        return x_BNLC + nn.Dense(channels, kernel_init=XAVIER, dtype=self.dtype, name="mlp_out")(gelu(hidden))
+        hidden = dense(self.mlp_ratio * channels, self.dtype, "mlp_in")(normed)
+        return x_BNLC + dense(channels, self.dtype, "mlp_out")(gelu(hidden))
 
 
 class DiffiTResBlock(nn.Module):
@@ -122,7 +123,7 @@ class Upsample(nn.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, 2H, 2W, channels)."""
         batch, height, width, _ = x_BHWC.shape
-        squares = nn.Dense(4 * self.channels, kernel_init=XAVIER, dtype=self.dtype, name="project")(x_BHWC)
+        squares = dense(4 * self.channels, self.dtype, "project")(x_BHWC)
         squares = squares.reshape(batch, height, width, 2, 2, self.channels).transpose(0, 1, 3, 2, 4, 5)
         return squares.reshape(batch, 2 * height, 2 * width, self.channels)
 

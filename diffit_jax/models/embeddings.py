@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.models.layout import dense
+
 
 def sinusoidal_embedding(noise_level_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoidal ("positional") embedding of a scalar, the better of the two in the paper's Table 8.
@@ -67,8 +69,8 @@ class TimeToken(nn.Module):
         """Maps (B,) noise levels and (B,) int labels in [0, num_classes] (None: no label) to the (B, T) token."""
         init = nn.initializers.normal(0.02)
         token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
-        token_BT = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="in")(token_BT)
-        token_BT = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(token_BT))
+        token_BT = dense(self.width, self.dtype, "in", init)(token_BT)
+        token_BT = dense(self.width, self.dtype, "out", init)(nn.silu(token_BT))
         if self.num_classes:
             if label_B is None:
                 label_B = jnp.full(noise_level_B.shape, self.num_classes, jnp.int32)

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.blocks import XAVIER, DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
+from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
+from diffit_jax.models.layout import dense
 
 
 class ImageDiffiT(nn.Module):
@@ -122,7 +123,7 @@ class ImageDiffiT(nn.Module):
         for stage in reversed(range(len(skips))):
             x = Upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
             x = jnp.concatenate([x, skips[stage]], axis=-1)
-            x = nn.Dense(self.channels[stage], kernel_init=XAVIER, dtype=self.dtype, name=f"merge_{stage}")(x)
+            x = dense(self.channels[stage], self.dtype, f"merge_{stage}")(x)
             x = run_stage("decoder", x, stage)
         x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(jnp.float32)
         return conv3x3(self.image_channels, jnp.float32, name="head", kernel_init=nn.initializers.zeros_init())(x)

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.blocks import REMAT_POLICIES, XAVIER, DiffiTBlock, layer_norm, repeat_block
+from diffit_jax.models.attention import BACKENDS
+from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
+from diffit_jax.models.layout import dense
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
 SIZES = {
@@ -49,6 +51,7 @@ class LatentDiffiT(nn.Module):
       slim_tmsa: leave out the parameters that can never change the output, see `TMSA`.
       scan_unroll: blocks per iteration of the scan, see `repeat_block`.
       remat: what the backward pass keeps, a name in `REMAT_POLICIES`.
+      attention: how attention is computed, a name in `attention.BACKENDS`.
       dtype: dtype of the matrix products of the blocks; parameters, softmax, normalisation and the last layer are float32.
     """
 
@@ -64,6 +67,7 @@ class LatentDiffiT(nn.Module):
     slim_tmsa: bool = False
     scan_unroll: int = 1
     remat: str = "none"
+    attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -101,6 +105,8 @@ class LatentDiffiT(nn.Module):
             )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is unknown: use {', '.join(REMAT_POLICIES)}")
+        if self.attention not in BACKENDS:
+            raise UserError(f"attention {self.attention!r} is unknown: use {', '.join(BACKENDS)}")
 
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of the matrix products of one evaluation for one latent, by part (the paper's Table 9 counts these).
@@ -138,15 +144,17 @@ class LatentDiffiT(nn.Module):
 
         # Tokens are in row-major order, and so are the pixels of a patch, channels last.
         x = x_BHWC.reshape(batch, grid, patch, grid, patch, -1).transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, -1)
-        x_BLC = nn.Dense(self.hidden_size, kernel_init=XAVIER, dtype=self.dtype, name="patch_embed")(x)
+        x_BLC = dense(self.hidden_size, self.dtype, "patch_embed")(x)
         position_LC = self.variable("constants", "pos_embed", lambda: jnp.asarray(position_embedding(grid, self.hidden_size)))
         x_BLC = x_BLC + position_LC.value.astype(self.dtype)
 
-        block = DiffiTBlock(self.num_heads, grid, self.mlp_ratio, self.dtype, self.slim_tmsa, affine_norm=False, name="blocks")
+        block = DiffiTBlock(
+            self.num_heads, grid, self.mlp_ratio, self.dtype, self.slim_tmsa, affine_norm=False, attention=self.attention, name="blocks"
+        )
         # The whole grid is one window.
         x_BLC = repeat_block(block, x_BLC[:, None], time_BT, self.depth, self.scan_unroll, self.remat)[:, 0]
 
         x_BLC = nn.silu(layer_norm(jnp.float32, affine=False, name="final_norm")(x_BLC))
-        last = nn.Dense(patch * patch * self.output_channels, kernel_init=nn.initializers.zeros_init(), name="final")
+        last = dense(patch * patch * self.output_channels, jnp.float32, "final", nn.initializers.zeros_init())
         x = last(x_BLC).reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(batch, self.input_size, self.input_size, self.output_channels)

@@ -1,0 +1,398 @@
+"""What a compiled TPU program costs by the compiler's own estimate: reads the text of a scheduled program (`compiled.as_text()`).
+
+The compiler notes `estimated_cycles` on most scheduled operations. A step's estimate walks the entry computation and multiplies the
+body of a loop by its trip count, weighs the branches of a conditional, and adds up. What has no estimate is never silently free:
+
+* collectives: bytes over the bandwidth of a chip's links, a lower bound, kept apart because compute can hide it;
+* copies and fusions without an estimate: bytes over the bandwidth of the memory (HBM);
+* custom kernels: the cycles of their static schedule, given by whoever knows them; a kernel that nobody knows is listed as unpriced.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+# Operations that move nothing: names for parts of buffers, constants, and the ends of what was counted at its start.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "iota",
+        "add-dependency",
+    ]
+)
+_ASYNC_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+_KERNEL = "tpu_custom_call"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name, opcode: as in the text.
+      result: its type, as text.
+      operands: names of other instructions.
+      attributes: everything after the operands, as text.
+    """
+
+    name: str
+    opcode: str
+    result: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Size of the result, all arrays of a tuple together."""
+        return type_bytes(self.result)
+
+    @property
+    def estimated_cycles(self) -> int | None:
+        """The compiler's estimate, None where it has none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    def called(self, *keys: str) -> list[str]:
+        """Names of the computations given by attributes like `calls=` or `branch_computations={…}`."""
+        names = []
+        for key in keys:
+            found = re.search(key + r"=(\{[^}]*\}|%?[\w.\-]+)", self.attributes)
+            names += re.findall(r"[\w.\-]+", found[1]) if found else []
+        return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A parsed program: computations by name, each a list of instructions in the order of their schedule.
+
+    Attributes:
+      entry: name of the computation where it starts.
+      computations: all of them.
+      sources: stack frame id → "file:line" of the innermost frame.
+    """
+
+    entry: str
+    computations: Mapping[str, Sequence[Instruction]]
+    sources: Mapping[int, str]
+
+    def source(self, instruction: Instruction) -> str:
+        """Where in the source an instruction comes from, and in which part of the network; "" if unknown."""
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        inline = re.search(r'source_file="([^"]+)"(?: source_line=(\d+))?', instruction.attributes)
+        return self.sources.get(int(frame[1]), "") if frame else f"{inline[1]}:{inline[2] or '?'}" if inline else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Something that takes time, as often as it runs in one execution of the program.
+
+    Attributes:
+      name, opcode: of the instruction.
+      where: path of the operation in the traced program, such as `…/attention/dot_general`.
+      source: file:line.
+      cycles: of all runs together.
+      times: how often it runs.
+      estimated: whether the compiler estimated it; otherwise it is priced by its bytes, or by a kernel's schedule.
+    """
+
+    name: str
+    opcode: str
+    where: str
+    source: str
+    cycles: float
+    times: float
+    estimated: bool
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one execution of a program costs on one chip.
+
+    Attributes:
+      operations: everything that was priced.
+      collectives: kind → [how often, bytes that leave or enter the chip].
+      async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside other operations.
+      unpriced: name of a custom kernel without a known schedule → how often it runs.
+      unknown_loops: loops whose trip count could not be found; they count once.
+    """
+
+    operations: list[Operation] = dataclasses.field(default_factory=list)
+    collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    async_copies: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
+    unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def cycles(self) -> float:
+        """Of all operations, one after the other; without collectives."""
+        return sum(operation.cycles for operation in self.operations)
+
+    @property
+    def cycles_by_bytes(self) -> float:
+        """The part of `cycles` that the compiler did not estimate."""
+        return sum(operation.cycles for operation in self.operations if not operation.estimated)
+
+    @property
+    def collective_bytes(self) -> float:
+        return sum(size for _, size in self.collectives.values())
+
+    def dearest(self, count: int) -> list[Operation]:
+        """The costliest operations; those of one place in the source and one kind are added up."""
+        groups = collections.defaultdict(list)
+        for operation in self.operations:
+            groups[operation.source, operation.where, operation.opcode].append(operation)
+        merged = [
+            dataclasses.replace(max(group, key=lambda o: o.cycles), cycles=sum(o.cycles for o in group), times=sum(o.times for o in group))
+            for group in groups.values()
+        ]
+        return sorted(merged, key=lambda operation: -operation.cycles)[:count]
+
+
+def type_bytes(text: str) -> int:
+    """Bytes of a type such as `f32[3,4]{1,0}` or a tuple of them, without padding.
+
+    A bool counts one byte; what is not an array (tokens) none.
+    """
+    total = 0
+    for dtype, shape in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", text):
+        total += BYTES.get(dtype, 1 if dtype.startswith("f8") else 0) * math.prod(int(size) for size in shape.split(",") if size)
+    return total
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a scheduled program."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    tables: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    table = None
+    for line in text.splitlines():
+        if current is not None:
+            if line.startswith("}"):
+                current = None
+            elif " = " in line:
+                current.append(_instruction(line))
+            continue
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header and "->" in line:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            table = tables[line]
+        elif table is not None and (row := re.match(r"(\d+) (.*)", line)):
+            table[int(row[1])] = row[2]
+    return Program(entry, computations, _sources(tables))
+
+
+def cost(
+    program: Program,
+    bytes_per_cycle: float,
+    kernels: Mapping[str, float] | None = None,
+    frequencies: Mapping[str, Sequence[float]] | None = None,
+) -> Cost:
+    """Prices a program.
+
+    Args:
+      program: from `parse`.
+      bytes_per_cycle: bandwidth of the chip's memory, for operations that the compiler did not estimate.
+      kernels: name of a custom kernel → cycles of one call.
+      frequencies: name of a conditional, or a pattern found in its metadata → how often each of its branches is taken, as shares. Others:
+        all branches alike.
+    """
+    return _Walk(program, bytes_per_cycle, kernels or {}, frequencies or {}).run()
+
+
+class _Walk:
+    def __init__(self, program: Program, bytes_per_cycle: float, kernels: Mapping, frequencies: Mapping):
+        self._program, self._bytes_per_cycle, self._kernels, self._frequencies = program, bytes_per_cycle, kernels, frequencies
+        self._cost = Cost()
+
+    def run(self) -> Cost:
+        self._computation(self._program.entry, 1.0)
+        return self._cost
+
+    def _computation(self, name: str, times: float) -> None:
+        instructions = self._program.computations[name]
+        by_name = {instruction.name: instruction for instruction in instructions}
+        chains: set[str] = set()  # collectives spread over several fusions of this computation; each counts once
+        for instruction in instructions:
+            self._instruction(instruction, times, by_name, chains)
+
+    def _instruction(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            return
+        if opcode == "while":
+            trips = self._trip_count(instruction)
+            if trips is None:
+                self._cost.unknown_loops.append(instruction.name)
+            for called in instruction.called("condition", "body"):
+                self._computation(called, times * (trips or 1))
+        elif opcode == "conditional":
+            branches = instruction.called("branch_computations", "true_computation", "false_computation")
+            for branch, share in zip(branches, self._shares(instruction, len(branches)), strict=True):
+                self._computation(branch, times * share)
+        elif opcode == "call" or (opcode == "async-start" and instruction.called("calls")):
+            for called in instruction.called("to_apply", "calls"):
+                self._computation(called, times)
+        elif opcode.removesuffix("-start") in COLLECTIVES:
+            self._collective(instruction, times, by_name, chains)
+        elif opcode in _ASYNC_COPIES:
+            self._cost.async_copies[0] += times
+            self._cost.async_copies[1] += times * max((type_bytes(part) for part in _parts(instruction.result)), default=0)
+        elif opcode == "custom-call":
+            self._custom_call(instruction, times)
+        else:
+            self._plain(instruction, times, by_name, chains)
+
+    def _plain(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+        """A fusion, copy or single operation: the compiler's estimate, or its bytes."""
+        inner = [i for name in instruction.called("calls") for i in self._program.computations.get(name, ())]
+        for collective in (i for i in inner if i.opcode.removesuffix("-start") in COLLECTIVES):
+            self._collective(collective, times, by_name, chains)
+        cycles = instruction.estimated_cycles
+        estimated = cycles is not None
+        if not estimated:
+            # A fusion of fusions may have estimates inside.
+            inside = [i.estimated_cycles for i in inner if i.estimated_cycles is not None]
+            moved = instruction.bytes + sum(by_name[name].bytes for name in instruction.operands if name in by_name)
+            cycles = sum(inside) if inside else moved / self._bytes_per_cycle
+            estimated = bool(inside)
+        self._add(instruction, cycles, times, estimated)
+
+    def _custom_call(self, instruction: Instruction, times: float) -> None:
+        target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+        if not target or target[1] != _KERNEL:
+            cycles = instruction.estimated_cycles
+            if cycles is not None:
+                self._add(instruction, cycles, times, True)
+            return  # the compiler's own markers
+        kernel = self.kernel_name(instruction)
+        if kernel in self._kernels:
+            self._add(instruction, self._kernels[kernel], times, False)
+        else:
+            self._cost.unpriced[kernel] = self._cost.unpriced.get(kernel, 0) + times
+
+    @staticmethod
+    def kernel_name(instruction: Instruction) -> str:
+        found = re.search(r'kernel_name\W+([\w.\-]+)|op_name="[^"]*/([^/"]+)"', instruction.attributes)
+        return (found[1] or found[2]) if found else instruction.name
+
+    def _collective(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if channel and channel[1] in chains:
+            return
+        chains.add(channel[1] if channel else instruction.name)
+        kind = instruction.opcode.removesuffix("-start")
+        parts = [type_bytes(part) for part in _parts(instruction.result)] or [0]
+        # The larger side of what it turns into what: the whole that is gathered, or that was scattered.
+        operand = max((by_name[name].bytes for name in instruction.operands if name in by_name), default=0)
+        size = max(max(parts), operand)
+        entry = self._cost.collectives.setdefault(kind, [0.0, 0.0])
+        entry[0] += times
+        # A ring sends the whole once for a gather or a scatter, and twice for a sum that everyone gets.
+        entry[1] += times * size * (2 if kind == "all-reduce" else 1)
+
+    def _add(self, instruction: Instruction, cycles: float, times: float, estimated: bool) -> None:
+        if not cycles:
+            return
+        found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        where = found[1] if found else ""
+        source = self._program.source(instruction)
+        self._cost.operations.append(Operation(instruction.name, instruction.opcode, where, source, cycles * times, times, estimated))
+
+    def _trip_count(self, loop: Instruction) -> int | None:
+        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
+        (condition,) = loop.called("condition")
+        # The bound is the only constant that the condition compares with.
+        constants = {
+            int(value[1])
+            for instruction in self._reach(condition)
+            if instruction.opcode == "constant" and (value := re.match(r"constant\((\d+)\)", instruction.attributes))
+        }
+        return constants.pop() if len(constants) == 1 else None
+
+    def _reach(self, name: str) -> Iterator[Instruction]:
+        for instruction in self._program.computations.get(name, ()):
+            yield instruction
+            for called in instruction.called("calls", "to_apply"):
+                yield from self._reach(called)
+
+    def _shares(self, conditional: Instruction, count: int) -> Sequence[float]:
+        for pattern, shares in self._frequencies.items():
+            if len(shares) == count and re.search(pattern, f"{conditional.name} {conditional.attributes}"):
+                return shares
+        return [1 / count] * count
+
+
+def _instruction(line: str) -> Instruction:
+    left, _, right = line.partition(" = ")
+    name = left.split()[-1].lstrip("%")
+    result, rest = _leading_type(right)
+    opcode, _, rest = rest.partition("(")
+    operands, rest = _balanced("(" + rest)
+    attributes = rest.lstrip(", ")
+    if opcode == "constant":
+        attributes = f"constant({operands}) {attributes}"
+    return Instruction(name, opcode.strip(), result, tuple(re.findall(r"%([\w.\-]+)", operands)), attributes)
+
+
+def _leading_type(text: str) -> tuple[str, str]:
+    """Splits "TYPE opcode(…" into the type and the rest."""
+    if text.startswith("("):
+        inside, rest = _balanced(text)
+        return f"({inside})", rest.strip()
+    result, _, rest = text.partition(" ")
+    return result, rest
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """The inside of the parenthesis that `text` begins with, and what follows it."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return text[1 : match.start()], text[match.end() :]
+    return text[1:], ""
+
+
+def _parts(result: str) -> list[str]:
+    """The arrays of a type."""
+    return re.findall(r"[a-z]+\d*[a-z0-9]*\[[\d,]*\]", result)
+
+
+def _sources(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
+    """Stack frame id → "file:line" of its innermost frame."""
+
+    def number(text: str, key: str) -> int:
+        found = re.search(rf"{key}=(\d+)", text)
+        return int(found[1]) if found else 0
+
+    sources = {}
+    for frame, text in tables.get("StackFrames", {}).items():
+        location = tables["FileLocations"].get(number(text, "file_location_id"), "")
+        name = tables["FileNames"].get(number(location, "file_name_id"), "").strip('"')
+        sources[frame] = f"{name}:{number(location, 'line')}" if name else ""
+    return sources
