@@ -28,6 +28,7 @@ def get_config(size: str = "XL/2") -> ConfigDict:
             learn_sigma=True,  # ADM's learned-range variance, appendix I.2
             slim_tmsa=False,  # as released
             scan_unroll=1,  # one compiled block for all
+            attention="auto",  # the kernel on TPUs; the same function
             remat="dots",  # not from the paper: keep the results of matrix products, compute the rest again
             dtype="bfloat16",  # of the matrix products, not stated in the paper; parameters, softmax, losses and averages are float32
         )

@@ -77,6 +77,13 @@ class Sampler:
         options = {"churn": settings.churn} if settings.sampler == "heun" else {}
         return _EDM_SAMPLERS[settings.sampler](guided, noise, conditioning, process.sigmas(settings.num_steps), **options)
 
+    def lower(self, variables: Variables) -> jax.stages.Lowered:
+        """The function that draws a batch, without autoguidance, ready to be compiled for variables of these shapes and shardings."""
+        sharding, size = parallel.batch_sharding(self._mesh), self._settings.batch_size
+        shapes = {"seed": np.uint32, "label": np.int32}
+        batch = {name: jax.ShapeDtypeStruct((size,), dtype, sharding=sharding) for name, dtype in shapes.items()}
+        return self._draw.lower(variables, None, batch)
+
     def draw_batch(self, variables: Variables, seeds: Sequence[int], labels: Sequence[int], weaker: Variables | None = None) -> np.ndarray:
         """Draws one sample per seed, for at most a batch of them.
 

@@ -11,18 +11,13 @@ from jax.sharding import Mesh
 
 from diffit_jax.experiment import Experiment
 from diffit_jax.models.cost import traced_multiply_adds
+from diffit_jax.tpu.chips import CHIPS
 
 log = logging.getLogger(__name__)
 
 # Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what `device_kind` begins with.
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    **{chip.device_kind: chip.peak_flops for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))},
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

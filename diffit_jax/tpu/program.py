@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 COLLECTIVES = (
@@ -101,6 +101,21 @@ class Program:
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         inline = re.search(r'source_file="([^"]+)"(?: source_line=(\d+))?', instruction.attributes)
         return self.sources.get(int(frame[1]), "") if frame else f"{inline[1]}:{inline[2] or '?'}" if inline else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A custom kernel (Pallas) as a program calls it.
+
+    Attributes:
+      name: that it was given.
+      operands: their types, such as `bf16[4,9,1024,128]`.
+      bytes: of operands and results.
+    """
+
+    name: str
+    operands: tuple[str, ...]
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +222,7 @@ def parse(text: str) -> Program:
 def cost(
     program: Program,
     bytes_per_cycle: float,
-    kernels: Mapping[str, float] | None = None,
+    kernels: Callable[["Kernel"], float | None] = lambda _: None,
     frequencies: Mapping[str, Sequence[float]] | None = None,
 ) -> Cost:
     """Prices a program.
@@ -215,15 +230,32 @@ def cost(
     Args:
       program: from `parse`.
       bytes_per_cycle: bandwidth of the chip's memory, for operations that the compiler did not estimate.
-      kernels: name of a custom kernel → cycles of one call.
+      kernels: a custom kernel → cycles of one call, None if they are not known.
       frequencies: name of a conditional, or a pattern found in its metadata → how often each of its branches is taken, as shares. Others:
         all branches alike.
     """
-    return _Walk(program, bytes_per_cycle, kernels or {}, frequencies or {}).run()
+    return _Walk(program, bytes_per_cycle, kernels, frequencies or {}).run()
+
+
+def kernels(program: Program) -> set[Kernel]:
+    """The custom kernels that a program calls."""
+    found = set()
+    for instructions in program.computations.values():
+        by_name = {instruction.name: instruction for instruction in instructions}
+        found |= {kernel_of(i, by_name) for i in instructions if f'custom_call_target="{_KERNEL}"' in i.attributes}
+    return found
+
+
+def kernel_of(instruction: Instruction, by_name: Mapping[str, Instruction]) -> Kernel:
+    """The kernel that an instruction calls."""
+    named = re.search(r'op_name="(?:[^"]*[/(])?([\w.\-]+)\)*/pallas_call', instruction.attributes)
+    operands = tuple(part for name in instruction.operands if name in by_name for part in _parts(by_name[name].result))
+    size = instruction.bytes + sum(type_bytes(part) for part in operands)
+    return Kernel(named[1] if named else instruction.name, operands, size)
 
 
 class _Walk:
-    def __init__(self, program: Program, bytes_per_cycle: float, kernels: Mapping, frequencies: Mapping):
+    def __init__(self, program: Program, bytes_per_cycle: float, kernels: Callable, frequencies: Mapping):
         self._program, self._bytes_per_cycle, self._kernels, self._frequencies = program, bytes_per_cycle, kernels, frequencies
         self._cost = Cost()
 
@@ -261,7 +293,7 @@ class _Walk:
             self._cost.async_copies[0] += times
             self._cost.async_copies[1] += times * max((type_bytes(part) for part in _parts(instruction.result)), default=0)
         elif opcode == "custom-call":
-            self._custom_call(instruction, times)
+            self._custom_call(instruction, times, by_name)
         else:
             self._plain(instruction, times, by_name, chains)
 
@@ -272,6 +304,8 @@ class _Walk:
             self._collective(collective, times, by_name, chains)
         cycles = instruction.estimated_cycles
         estimated = cycles is not None
+        if not estimated and any(i.opcode.removesuffix("-start") in COLLECTIVES for i in inner):
+            return  # the start or end of a collective, nothing else
         if not estimated:
             # A fusion of fusions may have estimates inside.
             inside = [i.estimated_cycles for i in inner if i.estimated_cycles is not None]
@@ -280,23 +314,19 @@ class _Walk:
             estimated = bool(inside)
         self._add(instruction, cycles, times, estimated)
 
-    def _custom_call(self, instruction: Instruction, times: float) -> None:
+    def _custom_call(self, instruction: Instruction, times: float, by_name: Mapping) -> None:
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
         if not target or target[1] != _KERNEL:
             cycles = instruction.estimated_cycles
             if cycles is not None:
                 self._add(instruction, cycles, times, True)
             return  # the compiler's own markers
-        kernel = self.kernel_name(instruction)
-        if kernel in self._kernels:
-            self._add(instruction, self._kernels[kernel], times, False)
+        kernel = kernel_of(instruction, by_name)
+        cycles = self._kernels(kernel)
+        if cycles is None:
+            self._cost.unpriced[kernel.name] = self._cost.unpriced.get(kernel.name, 0) + times
         else:
-            self._cost.unpriced[kernel] = self._cost.unpriced.get(kernel, 0) + times
-
-    @staticmethod
-    def kernel_name(instruction: Instruction) -> str:
-        found = re.search(r'kernel_name\W+([\w.\-]+)|op_name="[^"]*/([^/"]+)"', instruction.attributes)
-        return (found[1] or found[2]) if found else instruction.name
+            self._add(instruction, cycles, times, False)
 
     def _collective(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
@@ -305,9 +335,9 @@ class _Walk:
         chains.add(channel[1] if channel else instruction.name)
         kind = instruction.opcode.removesuffix("-start")
         parts = [type_bytes(part) for part in _parts(instruction.result)] or [0]
-        # The larger side of what it turns into what: the whole that is gathered, or that was scattered.
-        operand = max((by_name[name].bytes for name in instruction.operands if name in by_name), default=0)
-        size = max(max(parts), operand)
+        # An asynchronous one shows its operand beside its result. The larger side counts: the whole that is gathered, or was scattered.
+        result = max(parts) if instruction.opcode.endswith("-start") else sum(parts)
+        size = max(result, sum(by_name[name].bytes for name in instruction.operands if name in by_name))
         entry = self._cost.collectives.setdefault(kind, [0.0, 0.0])
         entry[0] += times
         # A ring sends the whole once for a gather or a scatter, and twice for a sum that everyone gets.

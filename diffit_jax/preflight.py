@@ -1,0 +1,380 @@
+"""The verb `preflight`: what a config will do on a TPU pod, found out by the TPU's compiler on any machine before the pod is rented.
+
+The programs of training and sampling are compiled for a topology with their real shardings; nothing is allocated. Every time here is the
+compiler's estimate, not a measurement; `tpu_program` says how it is added up.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from diffit_jax import files, parallel
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment, build
+from diffit_jax.models.attention import choose_backend
+from diffit_jax.models.cost import traced_multiply_adds
+from diffit_jax.sampling import Sampler
+from diffit_jax.tpu import program as tpu_program
+from diffit_jax.tpu.chips import CHIPS_PER_HOST, KNOWN_TOPOLOGIES, SLICE_BANDWIDTH, Chip, chip_of
+from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
+from diffit_jax.training.loop import lower_train_step
+from diffit_jax.training.state import TrainState, abstract_state
+
+log = logging.getLogger(__name__)
+
+DEAREST = 10
+CACHE = Path("~/.cache/diffit_jax/preflight")
+# What `--sweep` varies, and over which values where none are given; batch is per chip.
+SWEEPS = {
+    "batch": ("2", "4", "8", "16", "32"),
+    "remat": ("none", "attention", "dots", "full"),
+    "mesh": ("fsdp=1", "fsdp=4", "fsdp=16", "fsdp=64"),
+    "num_heads": ("16", "9"),
+}
+
+
+def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: Sequence[str] = ("train", "sample")) -> dict[str, Any]:
+    """Compiles the programs of a config for a topology and says what they need and take.
+
+    Args:
+      config: of the experiment; its data and weights need not be there.
+      topology: chip and grid of a slice, such as `v5e:16x16`.
+      num_slices: how many slices.
+      programs: which of "train" and "sample".
+
+    Returns:
+      The report, JSON values only: `setting` (what was compiled), `memory` (bytes per chip), `fits`, `train` and `sample` (see
+      `_figures`), and what follows for the whole run: `run`. Times are in seconds, sizes in bytes, rates per second.
+
+    Raises:
+      UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
+    """
+    for program in programs:
+        if program not in ("train", "sample"):
+            raise UserError(f"--programs has {program!r}: use train, sample or both")
+    chip, devices = chip_of(topology), topology_devices(topology, num_slices)
+    config = ConfigDict(config.to_dict())
+    if num_slices > 1:
+        config.mesh = ConfigDict(dict(config.get("mesh") or {}))
+        config.mesh.num_slices = num_slices
+    experiment = build(config)
+    settings, model = experiment.training, experiment.model
+    mesh = parallel.make_mesh(devices, experiment.mesh)
+    parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
+    state = abstract_state(experiment, mesh)
+    parallel.check_axes(mesh, state.params)
+    chips = len(devices) // chip.devices
+    heads = getattr(model, "num_heads", None)
+    report: dict[str, Any] = {
+        "setting": {
+            "topology": topology,
+            "num_slices": num_slices,
+            "chips": chips,
+            "calibrated": chip.calibrated,
+            "mesh": dict(mesh.shape),
+            "batch_size": settings.batch_size,
+            "batch_per_chip": settings.batch_size / chips,
+            "accumulation": settings.accumulation,
+            "remat": getattr(model, "remat", "none"),
+            "num_heads": heads,
+            "attention": _attention(experiment),
+            "averages": 1 + len(state.power_emas),
+            "jax": jax.__version__,
+            "libtpu": _libtpu_version(),
+        },
+        "memory": {"limit": chip.memory / chip.devices} | _held(state),
+        "fits": True,
+    }
+    flops = 3 * 2 * traced_multiply_adds(model) * settings.batch_size
+    for program in programs:
+        started = time.monotonic()
+        log.info("compiling the %s step for %d chips", program, chips)
+        if program == "train":
+            lowered = lower_train_step(experiment, mesh, state, _batch(experiment, mesh))
+            images, work = settings.batch_size, flops
+        else:
+            lowered, images = _lower_sampling(experiment, mesh, state)
+            work = None
+        compiled = _compile(lowered, topology, num_slices)
+        report["fits"] &= compiled["fits"]
+        report[program] = _figures(compiled, chip, chips, images, work) | {"seconds_to_compile": time.monotonic() - started}
+        if program == "train" and num_slices > 1:
+            # Every chip's share of the gradient crosses, in bfloat16, there and back.
+            report[program]["between_slices_s"] = report["memory"]["parameters"] / SLICE_BANDWIDTH
+    if report.get("train", {}).get("fits"):
+        report["memory"] |= _planned(report["memory"], report["train"]["memory"])
+        report["run"] = _run(experiment, chips, report["train"]["step_s"])
+    if heads:
+        report["head_width"] = model.hidden_size // heads
+    report["checkpoint_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return report
+
+
+def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
+    """Descriptions of the devices of a topology.
+
+    Raises:
+      UserError: no TPU compiler, or a topology that it does not know.
+    """
+    chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not installed: bash launch/setup_env.sh test (or pip install -c constraints.txt libtpu)")
+    for name, value in COMPILER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Programs for other machines are of no use in this one's cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu", **more).devices
+    except Exception as error:  # the compiler's own errors, of several types
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--topology {topology} is unknown to the TPU compiler ({reason}): use {KNOWN_TOPOLOGIES}") from error
+
+
+def count_chips(topology: str, num_slices: int = 1) -> int:
+    """Chips of a topology, all slices together; errors as in `topology_devices`."""
+    return len(topology_devices(topology, num_slices)) // chip_of(topology).devices
+
+
+def sweep(config: ConfigDict, topology: str, num_slices: int, dimensions: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """Reports of the training step for all combinations of settings, one by one.
+
+    Args:
+      config, topology, num_slices: as for `preflight`.
+      dimensions: name in `SWEEPS` → values, see `parse_sweep`.
+
+    Yields:
+      The report of each, with `varied`: its settings; or {"varied": …, "error": why it cannot be}.
+    """
+    chips = count_chips(topology, num_slices)
+    for values in itertools.product(*dimensions.values()):
+        varied = dict(zip(dimensions, values, strict=True))
+        changed = ConfigDict(config.to_dict())
+        for name, value in varied.items():
+            if name == "batch":
+                changed.training.batch_size = int(value) * chips
+            elif name == "mesh":
+                sizes = dict(part.split("=") for part in value.split("+"))
+                changed.mesh = ConfigDict({"data": -1} | {axis: int(size) for axis, size in sizes.items()})
+            else:
+                changed.model[name] = type(changed.model.get(name, value))(value)
+        try:
+            yield preflight(changed, topology, num_slices, programs=["train"]) | {"varied": varied}
+        except UserError as error:
+            yield {"varied": varied, "fits": False, "error": str(error)}
+
+
+def parse_sweep(text: str) -> dict[str, Sequence[str]]:
+    """`batch,remat` or `batch=4/8/16,mesh=fsdp=4/fsdp=16` → name → values.
+
+    Raises:
+      UserError: an unknown name or a value that cannot be.
+    """
+    dimensions = {}
+    for part in text.split(","):
+        name, _, values = part.strip().partition("=")
+        if name not in SWEEPS:
+            raise UserError(f"--sweep has {name!r}: use {', '.join(SWEEPS)}, with values as in batch=4/8/16 or mesh=fsdp=4/fsdp=16")
+        dimensions[name] = values.split("/") if values else SWEEPS[name]
+        numbers = {"batch": r"\d+", "num_heads": r"\d+", "mesh": r"((data|fsdp|tensor)=-?\d+\+?)+"}.get(name, r"\w+")
+        for value in dimensions[name]:
+            if not re.fullmatch(numbers, value):
+                raise UserError(f"--sweep has {name}={value}: write values as in batch=4/8/16 or mesh=fsdp=4/fsdp=16+tensor=2")
+    return dimensions
+
+
+def calibrate(topology: str) -> list[dict[str, Any]]:
+    """The estimate for large bfloat16 matrix products against the peak: how far the compiler's estimates can be trusted on a chip.
+
+    Returns:
+      For a product of 8192³ and two of the XL/2 network's: `product`, `seconds` and `share_of_peak`.
+    """
+    chip = chip_of(topology).device()
+    device = topology_devices(chip.example)[:1]
+    mesh = parallel.make_mesh(device)
+    rows = []
+    for m, k, n in ((8192, 8192, 8192), (8192, 1152, 4608), (8192, 4608, 1152)):
+        a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parallel.replicated(mesh)) for shape in ((m, k), (k, n)))
+        text = jax.jit(jnp.matmul).lower(a, b).compile().as_text()
+        seconds = tpu_program.cost(tpu_program.parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
+        share = 2 * m * k * n / seconds / chip.peak_flops
+        rows.append({"product": f"{m} x {k} x {n}", "seconds": seconds, "share_of_peak": share})
+    return rows
+
+
+def _attention(experiment: Experiment) -> str:
+    model = experiment.model
+    if not hasattr(model, "attention"):
+        return "xla"
+    backend, reason = choose_backend(model.attention, "tpu", model.grid, model.dtype)
+    return f"{backend} ({reason})" if reason else backend
+
+
+def _libtpu_version() -> str:
+    return importlib.metadata.version("libtpu")
+
+
+def _batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch, whatever the data set."""
+    size, shape = experiment.training.batch_size, experiment.model.sample_shape
+    latents = bool(experiment.data.autoencoder) or experiment.data.name == "imagenet_latents"
+    sharding = parallel.batch_sharding(mesh)
+    example = {"latent": jnp.float32} if latents else {"image": jnp.uint8}
+    batch = {name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for name, dtype in example.items()}
+    return batch | {"label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)}
+
+
+def _lower_sampling(experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState) -> tuple[jax.stages.Lowered, int]:
+    """One batch of the sampler; autoguidance needs a second network, whose cost is not known here."""
+    size = parallel.next_batch_size(mesh, experiment.sampling.batch_size)
+    guidance = "none" if experiment.sampling.guidance == "autoguidance" else experiment.sampling.guidance
+    sampler = Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size, guidance=guidance))
+    return sampler.lower({"params": state.ema, "constants": state.constants}), size
+
+
+def _held(state: TrainState) -> dict[str, int]:
+    """Bytes that each device holds between steps, by what they are for."""
+    parts = {"parameters": (state.params, state.constants), "optimizer": state.opt_state, "ema": state.ema}
+    parts |= {f"power_ema_{index}": one for index, one in enumerate(state.power_emas)}
+    return {name: sum(map(_bytes_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
+
+
+def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _planned(memory: Mapping[str, float], plan: Mapping[str, int]) -> dict[str, float]:
+    """What the compiler plans beside what is held: activations and other temporaries, and the program itself."""
+    held = sum(size for name, size in memory.items() if name != "limit")
+    batch = plan["arguments"] - held
+    total = plan["arguments"] + plan["outputs"] - plan["aliased"] + plan["temporaries"] + plan["program"]
+    planned = {"batch and padding": max(batch, 0), "activations": plan["temporaries"], "program": plan["program"]}
+    return planned | {"total": total, "headroom": memory["limit"] - total}
+
+
+def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dict[str, Any]:
+    """What the compiler says about a program: its memory plan, and its cost in cycles; from the cache if it was asked before."""
+    text = lowered.as_text()
+    here = Path(__file__).parent
+    ours = b"".join(path.read_bytes() for path in (Path(__file__), *sorted(here.glob("tpu/*.py")), here / "models" / "attention_kernel.py"))
+    facts = f"{topology} {num_slices} {_libtpu_version()} {jax.__version__} {text}"
+    cached = CACHE.expanduser() / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
+    answer = _ask(lowered, topology)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(cached, json.dumps(answer).encode())
+    return answer
+
+
+def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False} | _shortage(str(error))
+    chip = chip_of(topology).device()
+    program = tpu_program.parse(compiled.as_text())
+    cost = tpu_program.cost(program, chip.memory_bandwidth / chip.clock, lambda kernel: kernel_cycles(kernel, topology))
+    kernels = sum(operation.cycles for operation in cost.operations if operation.opcode == "custom-call" and not operation.estimated)
+    plan = compiled.memory_analysis()
+    return {
+        "fits": True,
+        "memory": {
+            "arguments": plan.argument_size_in_bytes,
+            "outputs": plan.output_size_in_bytes,
+            "aliased": plan.alias_size_in_bytes,
+            "temporaries": plan.temp_size_in_bytes,
+            "program": plan.generated_code_size_in_bytes,
+        },
+        "compute_s": cost.cycles / chip.clock,
+        "kernels_s": kernels / chip.clock,
+        "by_bytes_s": (cost.cycles_by_bytes - kernels) / chip.clock,
+        "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in sorted(cost.collectives.items())},
+        "async_copies": {"count": cost.async_copies[0], "bytes": cost.async_copies[1]},
+        "unpriced_kernels": cost.unpriced,
+        "unknown_loops": cost.unknown_loops,
+        "dearest": [
+            {"seconds": o.cycles / chip.clock, "times": o.times, "operation": _short(o.where) or o.name, "source": _relative(o.source)}
+            for o in cost.dearest(DEAREST)
+        ],
+    }
+
+
+def _shortage(message: str) -> dict[str, float]:
+    """How much memory a program that does not fit needs, from the compiler's message."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+    found = re.search(r"temporaries \(([\d.]+)([KMGTP]?)\) exceeds available HBM", message) or re.search(
+        r"Used ([\d.]+)([KMGTP]?) of", message
+    )
+    return {"needed": float(found[1]) * units[found[2]]} if found else {}
+
+
+def _figures(compiled: Mapping[str, Any], chip: Chip, chips: int, images: int, flops: float | None) -> dict[str, Any]:
+    """A program's report: what the compiler said, and what follows from it.
+
+    `step_s` is the larger of `compute_s` and `collectives_s`, since the two can run at the same time; `serial_s` is their sum.
+    """
+    if not compiled["fits"]:
+        return dict(compiled)
+    moved = sum(entry["bytes"] for entry in compiled["collectives"].values())
+    collectives_s = moved / (chip.link_bandwidth / chip.devices)
+    step_s = max(compiled["compute_s"], collectives_s)
+    figures = dict(compiled) | {
+        "images": images,
+        "collectives_s": collectives_s,
+        "step_s": step_s,
+        "serial_s": compiled["compute_s"] + collectives_s,
+        "images_per_s_per_chip": images / step_s / chips,
+    }
+    if flops is not None:
+        figures |= {"flops": flops, "mfu": flops / step_s / chips / chip.peak_flops}
+    return figures
+
+
+def _run(experiment: Experiment, chips: int, step_s: float) -> dict[str, float]:
+    settings, shape = experiment.training, experiment.model.sample_shape
+    per_image = math.prod(shape) * (4 if experiment.data.autoencoder else 1) + 4
+    hours = settings.total_steps * step_s / 3600
+    hosts = max(chips // CHIPS_PER_HOST, 1)
+    return {
+        "steps": settings.total_steps,
+        "hours": hours,
+        "chip_hours": hours * chips,
+        "hosts": hosts,
+        "data_bytes_per_s_per_host": settings.batch_size / step_s * per_image / hosts,
+    }
+
+
+def _short(where: str) -> str:
+    """The end of an operation's path, from the last part of the network on."""
+    steps = [step for step in where.split("/") if step not in ("while", "body", "closed_call", "checkpoint", "shard_map", "pallas_call")]
+    phase = "backward " if "transpose(" in where else ""
+    again = "again " if "rematted_computation" in where else ""
+    return again + phase + "/".join(steps[-2:])
+
+
+def _relative(source: str) -> str:
+    """`diffit_jax/models/blocks.py:69`, not where it is installed."""
+    parts = source.split("/")
+    for root in ("diffit_jax", "flax", "jax", "optax"):
+        if root in parts:
+            return "/".join(parts[len(parts) - 1 - parts[::-1].index(root) :])
+    return parts[-1]

@@ -1,0 +1,70 @@
+"""What a config will need and take on a TPU pod, without one: python launch/preflight.py --config configs/X.py --topology v5e:16x16"""
+
+import json
+import os
+
+# The TPU's compiler runs beside jax's CPU backend, and looks for no TPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+from absl import flags
+
+from diffit_jax import cli
+
+CONFIG = cli.define_config()
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and grid of a slice, such as v5e:16x16 or v5p:4x4x8.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, connected by the data-centre network.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_per_chip", None, "Instead of the config's batch size: images per chip.", lower_bound=1)
+PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which programs to compile.")
+SWEEP = flags.DEFINE_string("sweep", None, "Settings to compare, such as batch,remat or batch=4/8/16,num_heads=16/9,mesh=fsdp=4/fsdp=16.")
+EXPLAIN = flags.DEFINE_bool("explain", False, "Add a paragraph of advice.")
+CALIBRATE = flags.DEFINE_bool("calibrate", False, "Instead: estimates of large matrix products against the peak.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+flags.mark_flag_as_required("topology")
+
+
+def main() -> None:
+    from diffit_jax import files, preflight, preflight_report
+
+    if CALIBRATE.value:
+        result = preflight.calibrate(TOPOLOGY.value)
+        for row in result:
+            print(f"{row['product']:22} {row['seconds'] * 1e3:9.4f} ms   {row['share_of_peak']:.3f} of the peak (estimate)")
+        fits = True
+    elif CONFIG.value is None:
+        cli.fail("--config is missing: name a file with get_config()")
+    elif SWEEP.value:
+        dimensions = preflight.parse_sweep(SWEEP.value)
+        print(preflight_report.sweep_header(dimensions))
+        result = []
+        for report in preflight.sweep(config(), TOPOLOGY.value, NUM_SLICES.value, dimensions):
+            print(preflight_report.sweep_row(report), flush=True)
+            result.append(report)
+        best = preflight_report.best_of(result)
+        fits = best is not None
+        print("\n" + (preflight_report.sweep_row(result[best], best=True) if fits else "none fits"))
+    else:
+        result = preflight.preflight(config(), TOPOLOGY.value, NUM_SLICES.value, PROGRAMS.value)
+        fits = result["fits"]
+        print(preflight_report.render(result))
+        if EXPLAIN.value:
+            print("\n" + preflight_report.explain(result))
+    if JSON.value:
+        files.write_bytes(JSON.value, (json.dumps(result, indent=2) + "\n").encode())
+    if not fits:
+        cli.fail("it does not fit (see above)")
+
+
+def config():
+    """The config, with the batch that was asked for."""
+    from diffit_jax import preflight
+
+    if BATCH.value is None:
+        return CONFIG.value
+    changed = CONFIG.value.copy_and_resolve_references()
+    changed.training.batch_size = BATCH.value * preflight.count_chips(TOPOLOGY.value, NUM_SLICES.value)
+    return changed
+
+
+if __name__ == "__main__":
+    cli.run(main)
