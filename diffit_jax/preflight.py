@@ -43,7 +43,7 @@ CACHE = Path("~/.cache/diffit_jax/preflight")
 # What `--sweep` varies, and over which values where none are given; batch is per chip.
 SWEEPS = {
     "batch": ("2", "4", "8", "16", "32"),
-    "remat": ("none", "attention", "dots", "full"),
+    "remat": ("none", "dots", "full"),
     "mesh": ("fsdp=1", "fsdp=4", "fsdp=16", "fsdp=64"),
     "num_heads": ("16", "9"),
 }
