@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention_kernel
@@ -151,6 +152,7 @@ class TMSA(nn.Module):
         )
 
         q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
+        q_BNHLD, k_BNHLD, v_BNHLD = (checkpoint_name(x, "qkv") for x in (q_BNHLD, k_BNHLD, v_BNHLD))
         backend, _ = choose_backend(self.backend, platform(), self.window, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
             bias_LLH = bias_table[relative_position_index(self.window)]
@@ -161,7 +163,7 @@ class TMSA(nn.Module):
         else:
             attend = per_shard(functools.partial(_softmax_attention, window=self.window, backend=backend))
             windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
-            out_BNHLD = attend(*windows, bias_table).reshape(q_BNHLD.shape)
+            out_BNHLD = checkpoint_name(attend(*windows, bias_table).reshape(q_BNHLD.shape), "attention")
         out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
 
         out_kernel = self.param(

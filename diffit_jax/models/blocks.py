@@ -6,6 +6,7 @@ Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
 from diffit_jax.models.layout import dense, laid_out
@@ -64,9 +65,10 @@ class DiffiTBlock(nn.Module):
         """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
         channels = x_BNLC.shape[-1]
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
-        x_BNLC = x_BNLC + TMSA(self.num_heads, self.window, self.dtype, self.slim_tmsa, self.attention, name="attention")(normed, time_BT)
+        attention = TMSA(self.num_heads, self.window, self.dtype, self.slim_tmsa, self.attention, name="attention")
+        x_BNLC = x_BNLC + checkpoint_name(attention(normed, time_BT), "attention_out")
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
-        hidden = dense(self.mlp_ratio * channels, self.dtype, "mlp_in")(normed)
+        hidden = checkpoint_name(dense(self.mlp_ratio * channels, self.dtype, "mlp_in")(normed), "mlp_in")
         return x_BNLC + dense(channels, self.dtype, "mlp_out")(gelu(hidden))
 
 
@@ -131,7 +133,8 @@ class Upsample(nn.Module):
 # What a block keeps for the backward pass; everything else is computed again.
 REMAT_POLICIES = {
     "none": None,  # everything is kept
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products with weights are kept
+    # Results of matrix products with weights are kept, and of attention where a kernel computes it.
+    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "attention_out", "mlp_in"),
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input is kept
 }
 
