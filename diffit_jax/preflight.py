@@ -96,7 +96,7 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
             "attention": _attention(experiment),
             "averages": 1 + len(state.power_emas),
             "jax": jax.__version__,
-            "libtpu": _libtpu_version(),
+            "libtpu": libtpu_version(),
         },
         "memory": {"limit": chip.memory / chip.devices} | _held(state),
         "fits": True,
@@ -226,7 +226,8 @@ def _attention(experiment: Experiment) -> str:
     return f"{backend} ({reason})" if reason else backend
 
 
-def _libtpu_version() -> str:
+def libtpu_version() -> str:
+    """Of the TPU compiler at hand."""
     return importlib.metadata.version("libtpu")
 
 
@@ -273,7 +274,7 @@ def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dic
     text = lowered.as_text()
     here = Path(__file__).parent
     ours = b"".join(path.read_bytes() for path in (Path(__file__), *sorted(here.glob("tpu/*.py")), here / "models" / "attention_kernel.py"))
-    facts = f"{topology} {num_slices} {_libtpu_version()} {jax.__version__} {text}"
+    facts = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
     cached = CACHE.expanduser() / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
     if cached.exists():
         return json.loads(cached.read_text())

@@ -1,0 +1,33 @@
+"""Writes the estimates that tests/test_preflight.py compares with, for the version of libtpu at hand: python tests/studies/estimates.py
+
+Run it after a change that is meant to change them, or with a new libtpu; the file keeps those of other versions.
+"""
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+from diffit_jax import preflight
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "tests" / "golden" / "estimates.json"
+TOPOLOGIES = {
+    "digits": "v5e:2x2",
+    "digits_latent": "v5e:2x2",
+    "imagenet256_latent": "v5p:2x2x4",
+    "imagenet512_latent": "v5e:8x8",
+    "imagenet512_latent_large_batch": "v5e:16x16",
+}
+
+estimates = {}
+for name, topology in TOPOLOGIES.items():
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    report = preflight.preflight(config, topology, programs=["train"])
+    estimates[name] = [topology, report["train"]["step_s"]]
+    print(f"{name:32} {topology:10} {report['train']['step_s']:.5f} s")
+known = json.loads(FILE.read_text()) if FILE.exists() else {}
+FILE.write_text(json.dumps(known | {preflight.libtpu_version(): estimates}, indent=2) + "\n")
