@@ -9,12 +9,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffit_jax import parallel
+from diffit_jax import models, parallel
 from diffit_jax.console import Progress
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
 from diffit_jax.training.loop import compile_train_step, open_training_data
 from diffit_jax.training.state import create_state
+from diffit_jax.training.watch import peak_flops, training_flops
 
 
 def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
     Returns:
       `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step; `step_ms_median`, `step_ms_min`:
       milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median; `data_wait_share`: share of the time spent
-      waiting for a batch; `peak_memory_gb`: of the process on a CPU, else of the first device.
+      waiting for a batch; `mfu`: share of the devices' bfloat16 peak, where it is known; `attention`: how it is computed;
+      `peak_memory_gb`: of the process on a CPU, else of the first device.
     """
     experiment = build(config)
     settings, mesh = experiment.training, parallel.make_mesh(shape=experiment.mesh)
@@ -49,8 +51,10 @@ def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
             progress.advance()
     median = statistics.median(times[3:])
+    device = mesh.devices.flat[0]
+    peak, flops = peak_flops(device), training_flops(experiment.model) * settings.batch_size / median / mesh.size
     return {
-        "device": mesh.devices.flat[0].device_kind,
+        "device": device.device_kind,
         "devices": mesh.size,
         "jax": jax.__version__,
         "compile_s": compile_s,
@@ -59,7 +63,9 @@ def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
         "steps_per_s": 1 / median,
         "images_per_s": settings.batch_size / median,
         "data_wait_share": sum(waits[3:]) / sum(times[3:]),
-        "peak_memory_gb": _peak_memory(mesh.devices.flat[0]) / 1e9,
+        **({"mfu": flops / peak} if peak else {}),
+        "attention": models.attention_in_words(experiment.model, device.platform),
+        "peak_memory_gb": _peak_memory(device) / 1e9,
     }
 
 

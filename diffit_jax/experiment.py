@@ -60,6 +60,7 @@ _FREE_KEYS = (
     "data.data_dir",
     "ema.snapshot_steps",
     "mesh",
+    "model.attention",
     "model.remat",
     "model.scan_unroll",
     "sampling",

@@ -24,17 +24,16 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from diffit_jax import files, parallel
+from diffit_jax import files, models, parallel
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build
-from diffit_jax.models.attention import choose_backend
-from diffit_jax.models.cost import traced_multiply_adds
 from diffit_jax.sampling import Sampler
 from diffit_jax.tpu import program as tpu_program
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, KNOWN_TOPOLOGIES, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
 from diffit_jax.training.loop import lower_train_step
 from diffit_jax.training.state import TrainState, abstract_state
+from diffit_jax.training.watch import training_flops
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
             "accumulation": settings.accumulation,
             "remat": getattr(model, "remat", "none"),
             "num_heads": heads,
-            "attention": _attention(experiment),
+            "attention": models.attention_in_words(model, "tpu"),
             "averages": 1 + len(state.power_emas),
             "jax": jax.__version__,
             "libtpu": libtpu_version(),
@@ -101,7 +100,7 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
         "memory": {"limit": chip.memory / chip.devices} | _held(state),
         "fits": True,
     }
-    flops = 3 * 2 * traced_multiply_adds(model) * settings.batch_size
+    flops = training_flops(model) * settings.batch_size
     for program in programs:
         started = time.monotonic()
         log.info("compiling the %s step for %d chips", program, chips)
@@ -216,14 +215,6 @@ def calibrate(topology: str) -> list[dict[str, Any]]:
         share = 2 * m * k * n / seconds / chip.peak_flops
         rows.append({"product": f"{m} x {k} x {n}", "seconds": seconds, "share_of_peak": share})
     return rows
-
-
-def _attention(experiment: Experiment) -> str:
-    model = experiment.model
-    if not hasattr(model, "attention"):
-        return "xla"
-    backend, reason = choose_backend(model.attention, "tpu", model.grid, model.dtype)
-    return f"{backend} ({reason})" if reason else backend
 
 
 def libtpu_version() -> str:

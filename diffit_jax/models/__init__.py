@@ -31,3 +31,9 @@ def as_network(model: nn.Module, variables: Mapping[str, Any]) -> Callable[[jax.
     become constants of the program.
     """
     return lambda x_BHWC, noise_level_B, conditioning: model.apply(variables, x_BHWC, noise_level_B, conditioning)
+
+
+def attention_in_words(model: nn.Module, platform: str) -> str:
+    """How a network computes attention on a platform ("tpu", "gpu", "cpu"), for people: "xla (why it is not what was asked for)"."""
+    backend, reason = model.attention_backend(platform) if hasattr(model, "attention_backend") else ("xla", "")
+    return f"{backend} ({reason})" if reason else backend

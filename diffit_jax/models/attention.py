@@ -85,7 +85,7 @@ def choose_backend(wanted: str, platform: str, window: int, dtype: jnp.dtype) ->
             return "xla", ""
         reason = attention_kernel.supports(window)
         return ("xla", f"the kernel does not serve it: {reason}") if reason else ("pallas", "")
-    if wanted == "cudnn" and (platform != "gpu" or dtype != jnp.bfloat16):
+    if wanted == "cudnn" and (platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16):
         return "xla", "cuDNN serves bfloat16 on GPUs"
     return wanted, ""
 

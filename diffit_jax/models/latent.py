@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import BACKENDS
+from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
 from diffit_jax.models.layout import dense
@@ -89,6 +89,10 @@ class LatentDiffiT(nn.Module):
     def grid(self) -> int:
         """Tokens along each side; attention sees the whole grid."""
         return self.input_size // self.patch_size
+
+    def attention_backend(self, platform: str) -> tuple[str, str]:
+        """How attention is computed on a platform, and why not as asked for: `attention.choose_backend`."""
+        return choose_backend(self.attention, platform, self.grid, self.dtype)
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""

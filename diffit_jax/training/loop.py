@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from diffit_jax import distributed, parallel
+from diffit_jax import distributed, models, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
@@ -70,6 +70,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
         checkpoints.set_aside_after(int(state.step))
     first_step = int(state.step)
     log.info("model %s: %s parameters", type(model).__name__, f"{parameter_overview.count_parameters(state.params):,}")
+    log.info("attention: %s", models.attention_in_words(model, mesh.devices.flat[0].platform))
     log.info("%s step %d of %d in %s", "resuming at" if first_step else "starting at", first_step, settings.total_steps, workdir)
     if first_step >= settings.total_steps:
         return state

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 
+import flax.linen as nn
 import jax
 from etils import epath
 from jax.sharding import Mesh
@@ -24,16 +25,27 @@ PEAK_FLOPS = {
 }
 
 
+def training_flops(model: nn.Module) -> int:
+    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs two.
+
+    What is computed again in the backward pass, to save memory, is not counted.
+    """
+    return 3 * 2 * traced_multiply_adds(model)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, None if it is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
+
+
 class Watch:
     """Measures intervals of a run. `data_wait` goes around every wait for a batch; `report` ends one interval and begins the next."""
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._device, self._devices = mesh.local_mesh.devices.flat[0], mesh.size
         self._batch_size = experiment.training.batch_size
-        # The backward pass costs twice the forward pass; what `remat` computes again is not counted.
-        self._flops_per_image = 3 * 2 * traced_multiply_adds(experiment.model)
-        kind = self._device.device_kind
-        self._peak = next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+        self._flops_per_image = training_flops(experiment.model)
+        self._peak = peak_flops(self._device)
         self._compilations = Compilations()
         self.begin_interval(0)
 
