@@ -4,6 +4,7 @@ The programs of training and sampling are compiled for a topology with their rea
 compiler's estimate, not a measurement; `tpu_program` says how it is added up.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -28,8 +29,9 @@ from diffit_jax import files, models, parallel
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build
 from diffit_jax.sampling import Sampler
-from diffit_jax.tpu import program as tpu_program
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, KNOWN_TOPOLOGIES, SLICE_BANDWIDTH, Chip, chip_of
+from diffit_jax.tpu.cost import cost
+from diffit_jax.tpu.program import parse
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
 from diffit_jax.training.loop import lower_train_step
 from diffit_jax.training.state import TrainState, abstract_state
@@ -136,8 +138,6 @@ def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
         raise UserError("the TPU compiler is not installed: bash launch/setup_env.sh test (or pip install -c constraints.txt libtpu)")
     for name, value in COMPILER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Programs for other machines are of no use in this one's cache.
-    jax.config.update("jax_enable_compilation_cache", False)
     more = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **more).devices
@@ -210,8 +210,9 @@ def calibrate(topology: str) -> list[dict[str, Any]]:
     rows = []
     for m, k, n in ((8192, 8192, 8192), (8192, 1152, 4608), (8192, 4608, 1152)):
         a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parallel.replicated(mesh)) for shape in ((m, k), (k, n)))
-        text = jax.jit(jnp.matmul).lower(a, b).compile().as_text()
-        seconds = tpu_program.cost(tpu_program.parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
+        with _uncached():
+            text = jax.jit(jnp.matmul).lower(a, b).compile().as_text()
+        seconds = cost(parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
         share = 2 * m * k * n / seconds / chip.peak_flops
         rows.append({"product": f"{m} x {k} x {n}", "seconds": seconds, "share_of_peak": share})
     return rows
@@ -277,15 +278,16 @@ def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dic
 
 def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
     try:
-        compiled = lowered.compile()
+        with _uncached():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False} | _shortage(str(error))
     chip = chip_of(topology).device()
-    program = tpu_program.parse(compiled.as_text())
-    cost = tpu_program.cost(program, chip.memory_bandwidth / chip.clock, lambda kernel: kernel_cycles(kernel, topology))
-    kernels = sum(operation.cycles for operation in cost.operations if operation.opcode == "custom-call" and not operation.estimated)
+    program = parse(compiled.as_text())
+    total = cost(program, chip.memory_bandwidth / chip.clock, lambda kernel: kernel_cycles(kernel, topology))
+    kernels = sum(operation.cycles for operation in total.operations if operation.opcode == "custom-call" and not operation.estimated)
     plan = compiled.memory_analysis()
     return {
         "fits": True,
@@ -296,18 +298,30 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
             "temporaries": plan.temp_size_in_bytes,
             "program": plan.generated_code_size_in_bytes,
         },
-        "compute_s": cost.cycles / chip.clock,
+        "compute_s": total.cycles / chip.clock,
         "kernels_s": kernels / chip.clock,
-        "by_bytes_s": (cost.cycles_by_bytes - kernels) / chip.clock,
-        "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in sorted(cost.collectives.items())},
-        "async_copies": {"count": cost.async_copies[0], "bytes": cost.async_copies[1]},
-        "unpriced_kernels": cost.unpriced,
-        "unknown_loops": cost.unknown_loops,
+        "by_bytes_s": (total.cycles_by_bytes - kernels) / chip.clock,
+        "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in sorted(total.collectives.items())},
+        "async_copies": {"count": total.async_copies[0], "bytes": total.async_copies[1]},
+        "unpriced_kernels": total.unpriced,
+        "unknown_loops": total.unknown_loops,
         "dearest": [
             {"seconds": o.cycles / chip.clock, "times": o.times, "operation": _short(o.where) or o.name, "source": _relative(o.source)}
-            for o in cost.dearest(DEAREST)
+            for o in total.dearest(DEAREST)
         ],
     }
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Keeps jax from writing a program for another machine into its cache, from which it could not be read again."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _shortage(message: str) -> dict[str, float]:

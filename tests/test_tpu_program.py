@@ -8,7 +8,8 @@ import pytest
 
 from diffit_jax import parallel, preflight
 from diffit_jax.tpu.chips import CHIPS, chip_of
-from diffit_jax.tpu.program import Kernel, cost, kernels, parse, type_bytes
+from diffit_jax.tpu.cost import Kernel, cost, kernels
+from diffit_jax.tpu.program import parse, type_bytes
 
 
 def estimate(cycles):

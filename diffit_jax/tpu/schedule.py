@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffit_jax.errors import UserError
 from diffit_jax.tpu.chips import chip_of
-from diffit_jax.tpu.program import Kernel
+from diffit_jax.tpu.cost import Kernel
 
 
 def kernel_cycles(kernel: Kernel, topology: str) -> float | None:

@@ -1,0 +1,283 @@
+"""What a compiled TPU program costs, by the compiler's own estimate.
+
+The compiler notes `estimated_cycles` on most scheduled operations. A step's estimate walks the entry computation and multiplies the
+body of a loop by its trip count, weighs the branches of a conditional, and adds up. What has no estimate is never silently free:
+
+* collectives: bytes over the bandwidth of a chip's links, a lower bound, kept apart because compute can hide it;
+* copies and fusions without an estimate: bytes over the bandwidth of the memory (HBM);
+* custom kernels: the cycles of their static schedule, given by whoever knows them; a kernel that nobody knows is listed as unpriced.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from diffit_jax.tpu.program import Instruction, Program, parts, type_bytes
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+# Operations that move nothing: names for parts of buffers, constants, and the ends of what was counted at its start.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "iota",
+        "add-dependency",
+    ]
+)
+_ASYNC_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+_KERNEL = "tpu_custom_call"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A custom kernel (Pallas) as a program calls it.
+
+    Attributes:
+      name: that it was given.
+      operands: their types, such as `bf16[4,9,1024,128]`.
+      bytes: of operands and results.
+    """
+
+    name: str
+    operands: tuple[str, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Something that takes time, as often as it runs in one execution of the program.
+
+    Attributes:
+      name, opcode: of the instruction.
+      where: path of the operation in the traced program, such as `…/attention/dot_general`.
+      source: file:line.
+      cycles: of all runs together.
+      times: how often it runs.
+      estimated: whether the compiler estimated it; otherwise it is priced by its bytes, or by a kernel's schedule.
+    """
+
+    name: str
+    opcode: str
+    where: str
+    source: str
+    cycles: float
+    times: float
+    estimated: bool
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one execution of a program costs on one chip.
+
+    Attributes:
+      operations: everything that was priced.
+      collectives: kind → [how often, bytes that leave or enter the chip].
+      async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside other operations.
+      unpriced: name of a custom kernel without a known schedule → how often it runs.
+      unknown_loops: loops whose trip count could not be found; they count once.
+    """
+
+    operations: list[Operation] = dataclasses.field(default_factory=list)
+    collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    async_copies: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
+    unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def cycles(self) -> float:
+        """Of all operations, one after the other; without collectives."""
+        return sum(operation.cycles for operation in self.operations)
+
+    @property
+    def cycles_by_bytes(self) -> float:
+        """The part of `cycles` that the compiler did not estimate."""
+        return sum(operation.cycles for operation in self.operations if not operation.estimated)
+
+    @property
+    def collective_bytes(self) -> float:
+        return sum(size for _, size in self.collectives.values())
+
+    def dearest(self, count: int) -> list[Operation]:
+        """The costliest operations; those of one place in the source and one kind are added up."""
+        groups = collections.defaultdict(list)
+        for operation in self.operations:
+            groups[operation.source, operation.where, operation.opcode].append(operation)
+        merged = [
+            dataclasses.replace(max(group, key=lambda o: o.cycles), cycles=sum(o.cycles for o in group), times=sum(o.times for o in group))
+            for group in groups.values()
+        ]
+        return sorted(merged, key=lambda operation: -operation.cycles)[:count]
+
+
+def cost(
+    program: Program,
+    bytes_per_cycle: float,
+    kernels: Callable[["Kernel"], float | None] = lambda _: None,
+    frequencies: Mapping[str, Sequence[float]] | None = None,
+) -> Cost:
+    """Prices a program.
+
+    Args:
+      program: from `parse`.
+      bytes_per_cycle: bandwidth of the chip's memory, for operations that the compiler did not estimate.
+      kernels: a custom kernel → cycles of one call, None if they are not known.
+      frequencies: name of a conditional, or a pattern found in its metadata → how often each of its branches is taken, as shares. Others:
+        all branches alike.
+    """
+    return _Walk(program, bytes_per_cycle, kernels, frequencies or {}).run()
+
+
+def kernels(program: Program) -> set[Kernel]:
+    """The custom kernels that a program calls."""
+    found = set()
+    for instructions in program.computations.values():
+        by_name = {instruction.name: instruction for instruction in instructions}
+        found |= {kernel_of(i, by_name) for i in instructions if f'custom_call_target="{_KERNEL}"' in i.attributes}
+    return found
+
+
+def kernel_of(instruction: Instruction, by_name: Mapping[str, Instruction]) -> Kernel:
+    """The kernel that an instruction calls."""
+    named = re.search(r'op_name="(?:[^"]*[/(])?([\w.\-]+)\)*/pallas_call', instruction.attributes)
+    operands = tuple(part for name in instruction.operands if name in by_name for part in parts(by_name[name].result))
+    size = instruction.bytes + sum(type_bytes(part) for part in operands)
+    return Kernel(named[1] if named else instruction.name, operands, size)
+
+
+class _Walk:
+    def __init__(self, program: Program, bytes_per_cycle: float, kernels: Callable, frequencies: Mapping):
+        self._program, self._bytes_per_cycle, self._kernels, self._frequencies = program, bytes_per_cycle, kernels, frequencies
+        self._cost = Cost()
+
+    def run(self) -> Cost:
+        self._computation(self._program.entry, 1.0)
+        return self._cost
+
+    def _computation(self, name: str, times: float) -> None:
+        instructions = self._program.computations[name]
+        by_name = {instruction.name: instruction for instruction in instructions}
+        chains: set[str] = set()  # collectives spread over several fusions of this computation; each counts once
+        for instruction in instructions:
+            self._instruction(instruction, times, by_name, chains)
+
+    def _instruction(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            return
+        if opcode == "while":
+            trips = self._trip_count(instruction)
+            if trips is None:
+                self._cost.unknown_loops.append(instruction.name)
+            for called in instruction.called("condition", "body"):
+                self._computation(called, times * (trips or 1))
+        elif opcode == "conditional":
+            branches = instruction.called("branch_computations", "true_computation", "false_computation")
+            for branch, share in zip(branches, self._shares(instruction, len(branches)), strict=True):
+                self._computation(branch, times * share)
+        elif opcode == "call" or (opcode == "async-start" and instruction.called("calls")):
+            for called in instruction.called("to_apply", "calls"):
+                self._computation(called, times)
+        elif opcode.removesuffix("-start") in COLLECTIVES:
+            self._collective(instruction, times, by_name, chains)
+        elif opcode in _ASYNC_COPIES:
+            self._cost.async_copies[0] += times
+            self._cost.async_copies[1] += times * max((type_bytes(part) for part in parts(instruction.result)), default=0)
+        elif opcode == "custom-call":
+            self._custom_call(instruction, times, by_name)
+        else:
+            self._plain(instruction, times, by_name, chains)
+
+    def _plain(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+        """A fusion, copy or single operation: the compiler's estimate, or its bytes."""
+        inner = [i for name in instruction.called("calls") for i in self._program.computations.get(name, ())]
+        for collective in (i for i in inner if i.opcode.removesuffix("-start") in COLLECTIVES):
+            self._collective(collective, times, by_name, chains)
+        cycles = instruction.estimated_cycles
+        estimated = cycles is not None
+        if not estimated and any(i.opcode.removesuffix("-start") in COLLECTIVES for i in inner):
+            return  # the start or end of a collective, nothing else
+        if not estimated:
+            # A fusion of fusions may have estimates inside.
+            inside = [i.estimated_cycles for i in inner if i.estimated_cycles is not None]
+            moved = instruction.bytes + sum(by_name[name].bytes for name in instruction.operands if name in by_name)
+            cycles = sum(inside) if inside else moved / self._bytes_per_cycle
+            estimated = bool(inside)
+        self._add(instruction, cycles, times, estimated)
+
+    def _custom_call(self, instruction: Instruction, times: float, by_name: Mapping) -> None:
+        target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+        if not target or target[1] != _KERNEL:
+            cycles = instruction.estimated_cycles
+            if cycles is not None:
+                self._add(instruction, cycles, times, True)
+            return  # the compiler's own markers
+        kernel = kernel_of(instruction, by_name)
+        cycles = self._kernels(kernel)
+        if cycles is None:
+            self._cost.unpriced[kernel.name] = self._cost.unpriced.get(kernel.name, 0) + times
+        else:
+            self._add(instruction, cycles, times, False)
+
+    def _collective(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        if channel and channel[1] in chains:
+            return
+        chains.add(channel[1] if channel else instruction.name)
+        kind = instruction.opcode.removesuffix("-start")
+        sizes = [type_bytes(part) for part in parts(instruction.result)] or [0]
+        # An asynchronous one shows its operand beside its result. The larger side counts: the whole that is gathered, or was scattered.
+        result = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
+        size = max(result, sum(by_name[name].bytes for name in instruction.operands if name in by_name))
+        entry = self._cost.collectives.setdefault(kind, [0.0, 0.0])
+        entry[0] += times
+        # A ring sends the whole once for a gather or a scatter, and twice for a sum that everyone gets.
+        entry[1] += times * size * (2 if kind == "all-reduce" else 1)
+
+    def _add(self, instruction: Instruction, cycles: float, times: float, estimated: bool) -> None:
+        if not cycles:
+            return
+        found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        where = found[1] if found else ""
+        source = self._program.source(instruction)
+        self._cost.operations.append(Operation(instruction.name, instruction.opcode, where, source, cycles * times, times, estimated))
+
+    def _trip_count(self, loop: Instruction) -> int | None:
+        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
+        (condition,) = loop.called("condition")
+        # The bound is the only constant that the condition compares with.
+        constants = {
+            int(value[1])
+            for instruction in self._reach(condition)
+            if instruction.opcode == "constant" and (value := re.match(r"constant\((\d+)\)", instruction.attributes))
+        }
+        return constants.pop() if len(constants) == 1 else None
+
+    def _reach(self, name: str) -> Iterator[Instruction]:
+        for instruction in self._program.computations.get(name, ()):
+            yield instruction
+            for called in instruction.called("calls", "to_apply"):
+                yield from self._reach(called)
+
+    def _shares(self, conditional: Instruction, count: int) -> Sequence[float]:
+        for pattern, shares in self._frequencies.items():
+            if len(shares) == count and re.search(pattern, f"{conditional.name} {conditional.attributes}"):
+                return shares
+        return [1 / count] * count
