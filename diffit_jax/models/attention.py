@@ -145,7 +145,7 @@ class TMSA(nn.Module):
 
         x_BNLC, qkv_kernel = x_BNLC.astype(self.dtype), weight("attention/qkv_kernel", qkv_kernel, self.dtype)
         time_kernel = weight(f"attention/time_{letters}_kernel", time_kernel, self.dtype)
-        q_BNHLD, k_BNHLD, v_BNHLD = jnp.einsum("bnlc,cihd->ibnhld", x_BNLC, qkv_kernel)
+        q_BNHLD, k_BNHLD, v_BNHLD = (jnp.einsum("bnlc,chd->bnhld", x_BNLC, qkv_kernel[:, i]) for i in range(3))
         q_time_BHD, v_time_BHD = (
             jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i]) + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
             for i in (query, value)
