@@ -98,12 +98,12 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Me
     """
     devices = list(devices or jax.devices())
     sizes = shape.sizes(len(devices))
+    slices = {getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"} or {0}
+    if len(slices) != shape.num_slices:
+        raise UserError(f"config key mesh.num_slices is {shape.num_slices}, but the devices form {len(slices)}: set it to {len(slices)}")
     if shape.num_slices > 1:
-        within = (sizes[0] // shape.num_slices, *sizes[1:])
-        granules = {getattr(device, "slice_index", None) for device in devices}
-        if len(granules) != shape.num_slices or None in granules:
-            raise UserError(f"config key mesh.num_slices is {shape.num_slices}, but the devices form {len(granules)}: change it")
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (shape.num_slices, 1, 1), devices), AXES)
+        within, between = (sizes[0] // shape.num_slices, *sizes[1:]), (shape.num_slices, 1, 1)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True), AXES)
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
 
 

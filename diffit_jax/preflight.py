@@ -66,6 +66,8 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
     Raises:
       UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
     """
+    if not programs:
+        raise UserError("--programs is empty: use train, sample or both")
     for program in programs:
         if program not in ("train", "sample"):
             raise UserError(f"--programs has {program!r}: use train, sample or both")
@@ -95,6 +97,7 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
             "remat": getattr(model, "remat", "none"),
             "num_heads": heads,
             "attention": models.attention_in_words(model, "tpu"),
+            "sampled_without": "autoguidance" if experiment.sampling.guidance == "autoguidance" else "",
             "averages": 1 + len(state.power_emas),
             "jax": jax.__version__,
             "libtpu": libtpu_version(),
@@ -104,7 +107,6 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
     }
     flops = training_flops(model) * settings.batch_size
     for program in programs:
-        started = time.monotonic()
         log.info("compiling the %s step for %d chips", program, chips)
         if program == "train":
             lowered = lower_train_step(experiment, mesh, state, _batch(experiment, mesh))
@@ -114,10 +116,9 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
             work = None
         compiled = _compile(lowered, topology, num_slices)
         report["fits"] &= compiled["fits"]
-        report[program] = _figures(compiled, chip, chips, images, work) | {"seconds_to_compile": time.monotonic() - started}
-        if program == "train" and num_slices > 1:
-            # Every chip's share of the gradient crosses, in bfloat16, there and back.
-            report[program]["between_slices_s"] = report["memory"]["parameters"] / SLICE_BANDWIDTH
+        # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
+        crossing = report["memory"]["parameters"] if program == "train" and num_slices > 1 else 0
+        report[program] = _figures(compiled, chip, chips, images, work, crossing / (SLICE_BANDWIDTH / chip.devices))
     if report.get("train", {}).get("fits"):
         report["memory"] |= _planned(report["memory"], report["train"]["memory"])
         report["run"] = _run(experiment, chips, report["train"]["step_s"])
@@ -172,7 +173,7 @@ def sweep(config: ConfigDict, topology: str, num_slices: int, dimensions: Mappin
                 sizes = dict(part.split("=") for part in value.split("+"))
                 changed.mesh = ConfigDict({"data": -1} | {axis: int(size) for axis, size in sizes.items()})
             else:
-                changed.model[name] = type(changed.model.get(name, value))(value)
+                changed.model[name] = int(value) if name == "num_heads" else value
         try:
             yield preflight(changed, topology, num_slices, programs=["train"]) | {"varied": varied}
         except UserError as error:
@@ -191,7 +192,7 @@ def parse_sweep(text: str) -> dict[str, Sequence[str]]:
         if name not in SWEEPS:
             raise UserError(f"--sweep has {name!r}: use {', '.join(SWEEPS)}, with values as in batch=4/8/16 or mesh=fsdp=4/fsdp=16")
         dimensions[name] = values.split("/") if values else SWEEPS[name]
-        numbers = {"batch": r"\d+", "num_heads": r"\d+", "mesh": r"((data|fsdp|tensor)=-?\d+\+?)+"}.get(name, r"\w+")
+        numbers = {"batch": r"\d+", "num_heads": r"\d+", "mesh": r"(data|fsdp|tensor)=-?\d+(\+(data|fsdp|tensor)=-?\d+)*"}.get(name, r"\w+")
         for value in dimensions[name]:
             if not re.fullmatch(numbers, value):
                 raise UserError(f"--sweep has {name}={value}: write values as in batch=4/8/16 or mesh=fsdp=4/fsdp=16+tensor=2")
@@ -234,7 +235,7 @@ def _batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Sha
 
 
 def _lower_sampling(experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState) -> tuple[jax.stages.Lowered, int]:
-    """One batch of the sampler; autoguidance needs a second network, whose cost is not known here."""
+    """One batch of the sampler; without autoguidance, whose second network is not known here (the report says so)."""
     size = parallel.next_batch_size(mesh, experiment.sampling.batch_size)
     guidance = "none" if experiment.sampling.guidance == "autoguidance" else experiment.sampling.guidance
     sampler = Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size, guidance=guidance))
@@ -277,6 +278,7 @@ def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dic
 
 
 def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
+    started = time.monotonic()
     try:
         with _uncached():
             compiled = lowered.compile()
@@ -284,6 +286,7 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False} | _shortage(str(error))
+    seconds = time.monotonic() - started
     chip = chip_of(topology).device()
     program = parse(compiled.as_text())
     total = cost(program, chip.memory_bandwidth / chip.clock, lambda kernel: kernel_cycles(kernel, topology))
@@ -291,6 +294,7 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
     plan = compiled.memory_analysis()
     return {
         "fits": True,
+        "seconds_to_compile": seconds,
         "memory": {
             "arguments": plan.argument_size_in_bytes,
             "outputs": plan.output_size_in_bytes,
@@ -302,7 +306,12 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
         "kernels_s": kernels / chip.clock,
         "by_bytes_s": (total.cycles_by_bytes - kernels) / chip.clock,
         "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size) in sorted(total.collectives.items())},
-        "async_copies": {"count": total.async_copies[0], "bytes": total.async_copies[1]},
+        "async_copies": {
+            "count": total.async_copies[0],
+            "bytes": total.async_copies[1],
+            "seconds": total.async_copies[1] / chip.memory_bandwidth,
+        },
+        "even_conditionals": total.even_conditionals,
         "unpriced_kernels": total.unpriced,
         "unknown_loops": total.unknown_loops,
         "dearest": [
@@ -327,27 +336,36 @@ def _uncached() -> Iterator[None]:
 def _shortage(message: str) -> dict[str, float]:
     """How much memory a program that does not fit needs, from the compiler's message."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
-    found = re.search(r"temporaries \(([\d.]+)([KMGTP]?)\) exceeds available HBM", message) or re.search(
-        r"Used ([\d.]+)([KMGTP]?) of", message
+    size = r"([\d.]+)([KMGTP]?)"
+    found = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message) or re.search(
+        rf"Used {size} of {size} hbm", message
     )
-    return {"needed": float(found[1]) * units[found[2]]} if found else {}
+    if not found:
+        return {"reason": " ".join(message.split())[:200]}
+    needed, available = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return {"needed": needed, "available": available}
 
 
-def _figures(compiled: Mapping[str, Any], chip: Chip, chips: int, images: int, flops: float | None) -> dict[str, Any]:
+def _figures(
+    compiled: Mapping[str, Any], chip: Chip, chips: int, images: int, flops: float | None, between_slices_s: float
+) -> dict[str, Any]:
     """A program's report: what the compiler said, and what follows from it.
 
-    `step_s` is the larger of `compute_s` and `collectives_s`, since the two can run at the same time; `serial_s` is their sum.
+    `step_s` is the largest of `compute_s`, `collectives_s` and `between_slices_s`, since they can run at the same time; `serial_s` is
+    their sum.
     """
     if not compiled["fits"]:
         return dict(compiled)
     moved = sum(entry["bytes"] for entry in compiled["collectives"].values())
     collectives_s = moved / (chip.link_bandwidth / chip.devices)
-    step_s = max(compiled["compute_s"], collectives_s)
+    times = compiled["compute_s"], collectives_s, between_slices_s
+    step_s = max(times)
     figures = dict(compiled) | {
         "images": images,
         "collectives_s": collectives_s,
         "step_s": step_s,
-        "serial_s": compiled["compute_s"] + collectives_s,
+        "between_slices_s": between_slices_s,
+        "serial_s": sum(times),
         "images_per_s_per_chip": images / step_s / chips,
     }
     if flops is not None:

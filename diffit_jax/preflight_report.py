@@ -20,6 +20,8 @@ def render(report: Mapping[str, Any]) -> str:
     for name in ("train", "sample"):
         if name in report:
             lines += ["", *_program(name, report[name])]
+    if setting["sampled_without"]:
+        lines += [f"NOT PRICED: sampling's {setting['sampled_without']}, which evaluates a second network"]
     if "run" in report and train:
         run = report["run"]
         lines += [
@@ -37,10 +39,11 @@ def shortage(report: Mapping[str, Any]) -> str:
     for name in ("train", "sample"):
         program = report.get(name, {"fits": True})
         if not program["fits"]:
-            needed, limit = program.get("needed"), report["memory"]["limit"]
-            more = (
-                f"needs {_bytes(needed)} for temporaries alone, {_bytes(needed - limit)} more than there are" if needed else "is too large"
-            )
+            if "needed" in program:
+                needed, available = program["needed"], program["available"]
+                more = f"needs {_bytes(needed)} where {_bytes(available)} are free, {_bytes(needed - available)} too much"
+            else:
+                more = f"is too large ({program['reason']})"
             parts.append(f"the {name} step {more}")
     return "; ".join(parts)
 
@@ -140,13 +143,18 @@ def _program(name: str, program: Mapping[str, Any]) -> list[str]:
         f"  {'moving between chips, at least':32} {program['collectives_s']:.4f} s",
     ]
     rows += [f"    {kind:30} {entry['count']:,.0f} times, {_bytes(entry['bytes'])}" for kind, entry in program["collectives"].items()]
-    if "between_slices_s" in program:
-        rows.append(f"  {'between slices, at least':32} {program['between_slices_s']:.4f} s (not in the estimate of the step)")
+    if program["between_slices_s"]:
+        rows.append(f"  {'between slices, at least':32} {program['between_slices_s']:.4f} s")
+    copies = program["async_copies"]
+    moved = f"{copies['count']:,.0f} copies, {_bytes(copies['bytes'])}"
+    rows.append(f"  {'beside it, fetching from memory':32} {copies['seconds']:.4f} s   ({moved})")
     rows.append(f"  {'estimated time':32} {program['step_s']:.4f} s   (one after the other: {program['serial_s']:.4f} s)")
     rate = f"  {'estimated images/s/chip':32} {program['images_per_s_per_chip']:.2f}"
     rows.append(rate + (f"   estimated MFU {program['mfu']:.3f}" if "mfu" in program else ""))
     for kernel, times in program["unpriced_kernels"].items():
-        rows.append(f"  NOT PRICED: kernel {kernel}, {times:,.0f} times")
+        rows.append(f"  NOT PRICED: {kernel}, {times:,.0f} times")
+    if program["even_conditionals"]:
+        rows.append(f"  all branches alike: {', '.join(program['even_conditionals'])}")
     for loop in program["unknown_loops"]:
         rows.append(f"  NOT PRICED: loop {loop} has an unknown trip count and counts once")
     rows.append("  dearest operations")

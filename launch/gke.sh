@@ -33,7 +33,8 @@ need_run "$@"
 need_program kubectl "see https://kubernetes.io/docs/tasks/tools"
 
 chip="${topology%%:*}" grid="${topology#*:}"
-[[ "$grid" =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "--topology $topology is none: write CHIP:GRID, such as v5e:16x16 or v5p:4x4x8"
+[[ "$num_slices" =~ ^[1-9][0-9]*$ ]] || fail "--num_slices $num_slices is no number of slices"
+[[ "$grid" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || fail "--topology $topology is none: write CHIP:GRID, such as v5e:16x16 or v5p:4x4x8"
 chips=$((${grid//x/*}))
 case "$chip" in
   v4) accelerator=tpu-v4-podslice ;;
@@ -46,6 +47,9 @@ chips_per_host=$((chips < 4 ? chips : 4))
 [ $((chips % chips_per_host)) -eq 0 ] || fail "--topology $topology has $chips chips, which hosts of $chips_per_host do not make up: change it"
 hosts=$((chips / chips_per_host))
 
+if [ "$num_slices" -gt 1 ]; then
+  set -- "$@" "--config.mesh.num_slices=$num_slices"
+fi
 command="[bash, launch/local.sh, --extra, tpu, --"
 for argument in "$@"; do
   command+=", '${argument//\'/\'\'}'"

@@ -37,7 +37,7 @@ if [ -n "$dry_run" ]; then
 fi
 # A signal to this script is for the run, which saves and ends with 75; then nothing may start again.
 stopping="" child=""
-trap 'stopping=1; [ -z "$child" ] || kill -TERM "$child"' TERM INT
+trap 'stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 while true; do
   .venv/bin/python launch/train.py "$@" &
   child=$!

@@ -4,7 +4,7 @@
 #   bash launch/tpu_pod.sh copy   --name N --zone Z                                  copies the committed code, installs it on all hosts
 #   bash launch/tpu_pod.sh run    --name N --zone Z -- --config configs/X.py --workdir gs://B/run [--config.key=value …]
 #   bash launch/tpu_pod.sh logs   --name N --zone Z                                  follows the log of the first host; Ctrl-C leaves the run alone
-#   bash launch/tpu_pod.sh stop   --name N --zone Z                                  lets the run save a checkpoint and end
+#   bash launch/tpu_pod.sh stop   --name N --zone Z                                  lets the run save a checkpoint and end, and waits for it
 #   bash launch/tpu_pod.sh delete --name N --zone Z
 # Also: --project P, --runtime VERSION (default: that of the type), --dry_run (prints the commands and runs none).
 set -euo pipefail
@@ -85,10 +85,15 @@ mkdir -p diffit_jax && tar -xzf diffit_jax.tar.gz -C diffit_jax && PYTHON=python
     ;;
   run)
     need_run "$@"
-    on_hosts all "cd diffit_jax && nohup bash launch/local.sh --extra tpu -- ${*@Q} >train.log 2>&1 </dev/null &"
+    # In braces: the shell that ssh started must not wait.
+    on_hosts all "cd diffit_jax || exit 1; \
+if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way: stop it first' >&2; exit 1; fi; \
+{ nohup bash launch/local.sh --extra tpu -- ${*@Q} >>train.log 2>&1 </dev/null & echo \$! >run.pid; }"
     ;;
   logs) on_hosts 0 "tail -n 100 -F diffit_jax/train.log" ;;
-  stop) on_hosts all "pkill -TERM -f '[l]aunch/local.sh' || true" ;;
+  stop)
+    on_hosts all "pid=\"\$(cat diffit_jax/run.pid)\" && kill -TERM \"\$pid\"; while kill -0 \"\$pid\" 2>/dev/null; do sleep 1; done"
+    ;;
   delete) run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ;;
   *) fail "action $action is unknown: $usage" ;;
 esac

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_latent_config
+from test_configs import config_of
 
 from diffit_jax import models, parallel
 from diffit_jax.experiment import build
 from diffit_jax.models import attention_kernel
 from diffit_jax.models.attention import BACKENDS, TMSA, choose_backend, relative_position_index
+from diffit_jax.models.cost import traced_multiply_adds
 from diffit_jax.models.layout import Layout, layout
 from diffit_jax.parallel import MeshShape
 from diffit_jax.training.loop import lower_train_step
@@ -84,23 +86,24 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "platform", "window", "dtype", "chosen", "reason"),
+    ("wanted", "platform", "window", "width", "dtype", "chosen", "reason"),
     [
-        ("auto", "tpu", 16, "bfloat16", "pallas", ""),
-        ("auto", "tpu", 32, "bfloat16", "pallas", ""),
-        ("auto", "tpu", 4, "float32", "xla", "4 x 4 tokens are not made of blocks of 128"),
-        ("auto", "tpu", 24, "float32", "xla", "24 x 24 tokens are not made of blocks of 128"),
-        ("pallas", "tpu", 64, "bfloat16", "xla", "do not fit into a TPU's fast memory"),
-        ("auto", "cpu", 16, "bfloat16", "xla", ""),
-        ("auto", "gpu", 16, "bfloat16", "xla", ""),
-        ("xla", "tpu", 16, "bfloat16", "xla", ""),
-        ("cudnn", "gpu", 16, "bfloat16", "cudnn", ""),
-        ("cudnn", "gpu", 16, "float32", "xla", "bfloat16 on GPUs"),
-        ("cudnn", "cpu", 16, "bfloat16", "xla", "bfloat16 on GPUs"),
+        ("auto", "tpu", 16, 72, "bfloat16", "pallas", ""),
+        ("auto", "tpu", 32, 72, "bfloat16", "pallas", ""),
+        ("auto", "tpu", 4, 72, "float32", "xla", "4 x 4 tokens are not made of blocks of 128"),
+        ("auto", "tpu", 24, 72, "float32", "xla", "24 x 24 tokens are not made of blocks of 128"),
+        ("pallas", "tpu", 64, 72, "bfloat16", "xla", "do not fit into a TPU's fast memory"),
+        ("auto", "cpu", 16, 72, "bfloat16", "xla", ""),
+        ("auto", "gpu", 16, 72, "bfloat16", "xla", ""),
+        ("xla", "tpu", 16, 72, "bfloat16", "xla", ""),
+        ("cudnn", "gpu", 16, 72, "bfloat16", "cudnn", ""),
+        ("cudnn", "gpu", 16, 72, "float32", "xla", "bfloat16 on GPUs"),
+        ("cudnn", "gpu", 16, 144, "bfloat16", "xla", "heads of up to 128 channels"),
+        ("cudnn", "cpu", 16, 72, "bfloat16", "xla", "bfloat16 on GPUs"),
     ],
 )
-def test_what_cannot_be_served_falls_back_and_says_why(wanted, platform, window, dtype, chosen, reason):
-    backend, why = choose_backend(wanted, platform, window, jnp.dtype(dtype))
+def test_what_cannot_be_served_falls_back_and_says_why(wanted, platform, window, width, dtype, chosen, reason):
+    backend, why = choose_backend(wanted, platform, window, width, dtype)
     assert backend == chosen and reason in why and bool(why) == bool(reason) and wanted in BACKENDS
 
 
@@ -137,6 +140,14 @@ def test_network_on_two_devices(shape, remat):
         scale = max(np.abs(theirs).max(), 1e-7)
         assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() <= 2e-5 * scale, jax.tree_util.keystr(path)
     assert np.abs(gradient["blocks"]["attention"]["relative_position_bias"]).max() > 0
+
+
+def test_flops_are_the_same_for_kernel_and_xla():
+    """MFU on a TPU must not depend on how attention is computed: the count equals the closed form."""
+    model = build(config_of("imagenet256_latent")).model
+    with layout(Layout(platform="tpu")):
+        counts = {backend: traced_multiply_adds(model.clone(attention=backend)) for backend in ("auto", "xla")}
+    assert counts["auto"] == counts["xla"] == pytest.approx(sum(model.multiply_adds().values()), rel=1e-3)
 
 
 def test_training_step_contains_the_kernel_only_where_it_is_asked_for():

@@ -110,7 +110,34 @@ def test_tpu_pod_copies_and_runs_on_all_hosts():
     (line,), _ = launch("tpu_pod", "run", *PLACE, "--dry_run", "--", *TRAIN)
     *_, workers, command = shlex.split(line)
     inner = shlex.split(command.removeprefix("--command="))
-    assert workers == "--worker=all" and inner[inner.index("launch/local.sh") + 3 :][: 1 + len(TRAIN)] == ["--", *TRAIN]
+    start = inner.index("--extra")
+    assert workers == "--worker=all" and inner[start + 2 :][: 1 + len(TRAIN)] == ["--", *TRAIN]
+
+
+def on_the_host(home, command):
+    """Runs what a host would be told, with the output in a pipe, as ssh has it."""
+    return subprocess.run(["bash", "-c", command], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+
+
+def test_tpu_pod_run_and_stop_on_a_host(project):
+    """`run` returns at once and refuses a second run; `stop` waits until the first has saved and ended."""
+    home = project / "home"
+    shutil.copytree(project / "launch", home / "diffit_jax" / "launch")
+    python = home / "diffit_jax" / ".venv" / "bin"
+    program(python, "python", f"trap 'sleep 0.3; echo saved >>{home}/saved; exit 75' TERM; for _ in $(seq 100); do sleep 0.1; done")
+    told = {}
+    for action in ("run", "stop"):
+        (line,), _ = launch("tpu_pod", action, *PLACE, "--dry_run", *(["--", *TRAIN] if action == "run" else []))
+        told[action] = shlex.split(line)[-1].removeprefix("--command=")
+    assert on_the_host(home, told["run"]).returncode == 0
+    deadline = time.monotonic() + 20
+    while not (python / "calls").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    again = on_the_host(home, told["run"])
+    assert again.returncode == 1 and "a run is under way: stop it first" in again.stdout
+    on_the_host(home, told["stop"])
+    assert (home / "saved").read_text() == "saved\n" and len(calls(python)) == 1
 
 
 def test_tpu_pod_waits_until_it_is_there(project):
@@ -131,7 +158,7 @@ def test_tpu_pod_waits_until_it_is_there(project):
 def test_slurm_dry_run():
     lines, _ = launch("slurm", "--nodes", "4", "--gpus", "2", "--dry_run", "--", *TRAIN)
     sbatch, srun = shlex.split(lines[0]), shlex.split(lines[1])
-    assert {"--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--signal=TERM@120", "--requeue"} <= set(sbatch)
+    assert {"--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=8", "--signal=TERM@120", "--requeue"} <= set(sbatch)
     assert sbatch[-len(TRAIN) - 2 :] == ["launch/slurm.sh", "--", *TRAIN] and srun[-len(TRAIN) :] == TRAIN
 
 
@@ -171,7 +198,7 @@ def test_gke_manifest(topology, hosts, chips, accelerator):
     }
     (container,) = pod["containers"]
     assert container["image"] == "registry/image:1" and container["resources"]["limits"] == {"google.com/tpu": chips}
-    assert container["command"] == ["bash", "launch/local.sh", "--extra", "tpu", "--", *TRAIN]
+    assert container["command"] == ["bash", "launch/local.sh", "--extra", "tpu", "--", *TRAIN, "--config.mesh.num_slices=2"]
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 100 and pod["restartPolicy"] == "Never"
 
 
@@ -186,6 +213,7 @@ def test_gke_manifest(topology, hosts, chips, accelerator):
         ("tpu_pod", ["create", "--name", "n", "--dry_run"], "--zone is missing"),
         ("tpu_pod", ["create", *PLACE, "--type", "v9-8", "--dry_run"], "no runtime is known for --type v9-8"),
         ("gke", ["--name", "n", "--image", "i", "--topology", "v5e", "--dry_run", "--", *TRAIN], "--topology v5e is none"),
+        ("gke", ["--name", "n", "--image", "i", "--topology", "v5e:0x4", "--dry_run", "--", *TRAIN], "--topology v5e:0x4 is none"),
         ("gke", ["--name", "n", "--image", "i", "--topology", "v7:2x2", "--dry_run", "--", *TRAIN], "chip v7 is unknown"),
     ],
 )

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
 from processes import write_config
 from test_configs import config_of
 
-from diffit_jax import models, preflight, preflight_report
+from diffit_jax import models, parallel, preflight, preflight_report
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
+from diffit_jax.parallel import MeshShape
 from diffit_jax.training.state import fresh_state
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +55,9 @@ def test_report():
     work = 3 * 2 * sum(experiment.model.multiply_adds().values()) * 32
     assert train["flops"] == pytest.approx(work, rel=0.01)
     assert train["mfu"] == pytest.approx(train["flops"] / train["step_s"] / 4 / 197e12)
-    assert train["step_s"] == max(train["compute_s"], train["collectives_s"]) and train["images_per_s_per_chip"] == 8 / train["step_s"]
+    assert train["step_s"] == max(train["compute_s"], train["collectives_s"]) and train["between_slices_s"] == 0
+    assert train["serial_s"] == train["compute_s"] + train["collectives_s"]
+    assert train["images_per_s_per_chip"] == 8 / train["step_s"]
     assert 0 < train["kernels_s"] < train["compute_s"] and not train["unpriced_kernels"] and not train["unknown_loops"]
     # fsdp divides all that is large: parameters, two moments, one average.
     assert memory["optimizer"] == pytest.approx(2 * memory["ema"], rel=0.01) and memory["ema"] < memory["parameters"]
@@ -84,6 +88,7 @@ def test_kinds_of_experiments():
     config.ema.power_lengths = (0.05, 0.10)
     report = preflight.preflight(config, "v5e:2x4", num_slices=2, programs=["train"])
     assert report["setting"]["chips"] == 16 and report["setting"]["averages"] == 3 and report["setting"]["num_heads"] is None
+    assert report["train"]["step_s"] >= report["train"]["between_slices_s"]
     assert {"power_ema_0", "power_ema_1"} <= report["memory"].keys() and report["train"]["between_slices_s"] > 0
     assert "2 slices of v5e:2x4" in preflight_report.render(report)
     assert "not calibrated" in preflight_report.render(report | {"setting": report["setting"] | {"calibrated": False}})
@@ -107,7 +112,33 @@ def test_a_config_that_does_not_fit_says_by_how_much(tmp_path):
     process = command(tmp_path, "--topology", "v5e:2x2", "--batch_per_chip", 32, "--programs", "train", "--explain", config=config)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and errors.rstrip().endswith("error: it does not fit (see above)"), errors
-    assert "DOES NOT FIT: the train step needs" in out and "more than there are" in out and "remat=full" in out
+    assert "DOES NOT FIT: the train step needs" in out and "too much" in out and "remat=full" in out
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (12.00G) exceeds available HBM (9.50G).", (12, 9.5)),
+        ("Ran out of memory in memory space hbm. Used 18.20G of 15.75G hbm. Exceeded hbm capacity by 2.45G.", (18.2, 15.75)),
+    ],
+)
+def test_shortages_are_read_from_the_compilers_messages(message, expected):
+    shortage = preflight._shortage(f"RESOURCE_EXHAUSTED: {message}")
+    assert (shortage["needed"], shortage["available"]) == tuple(size * 2**30 for size in expected)
+    vmem = preflight._shortage("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 80.20M of 64.00M vmem.")
+    assert "vmem" in vmem["reason"] and "needed" not in vmem
+
+
+@pytest.mark.parametrize(
+    ("topology", "shape"), [("v5e:4x4", MeshShape(fsdp=2, num_slices=2)), ("v5e:8x8", MeshShape(-1, -1, num_slices=2))]
+)
+def test_meshes_of_several_slices(topology, shape):
+    """`data` goes over the slices, the other axes stay within one, also where they divide a physical axis."""
+    mesh = parallel.make_mesh(preflight.topology_devices(topology, 2), shape)
+    for position, slice_ in enumerate(np.split(mesh.devices, 2)):
+        assert {device.slice_index for device in slice_.flat} == {position}
+    with pytest.raises(UserError, match=r"mesh.num_slices is 1, but the devices form 2: set it to 2"):
+        parallel.make_mesh(preflight.topology_devices(topology, 2), MeshShape())
 
 
 def test_sweep():
@@ -129,6 +160,7 @@ def test_sweep():
         (dict(topology="v5e"), "--topology v5e is unknown to the TPU compiler"),
         (dict(topology="v5e:3x5"), "--topology v5e:3x5 is unknown to the TPU compiler .*: use v4"),
         (dict(topology="v5e:2x2", programs=["evaluate"]), "--programs has 'evaluate'"),
+        (dict(topology="v5e:2x2", programs=[]), "--programs is empty"),
         (dict(topology="v5e:2x2", config=small_config(mesh={"data": 3})), "does not make 4 devices"),
         (dict(topology="v5e:4x4"), "training.batch_size 8 does not divide over 16 devices"),
     ],
@@ -139,7 +171,13 @@ def test_mistakes_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("colour", "--sweep has 'colour': use batch"), ("batch=four", "batch=four"), ("mesh=16", "mesh=16: write values")]
+    ("text", "message"),
+    [
+        ("colour", "--sweep has 'colour': use batch"),
+        ("batch=four", "batch=four"),
+        ("mesh=16", "mesh=16: write values"),
+        ("mesh=fsdp=4+", "write values"),
+    ],
 )
 def test_impossible_sweeps(text, message):
     with pytest.raises(UserError, match=message):
@@ -152,6 +190,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
         preflight.preflight(small_config(), "v5e:2x2")
 
 
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", sorted(next(iter(BASELINES.values()))))
 def test_configs_still_fit_and_are_no_slower(name):
     """Each config's training step on its topology: it fits, and the estimate is at most 5 % above that of this version of libtpu.
@@ -163,4 +202,7 @@ def test_configs_still_fit_and_are_no_slower(name):
     topology, seconds = baselines[name]
     report = preflight.preflight(config_of(name), topology, programs=["train"])
     assert report["fits"] and report["memory"]["headroom"] > 0
-    assert report["train"]["step_s"] <= TOLERATED * seconds, f"it was {seconds:.4f} s"
+    train = report["train"]
+    assert not train["unpriced_kernels"] and not train["unknown_loops"] and not train["even_conditionals"]
+    # Much less than before would mean that something is not counted any more, or that the file is old.
+    assert 0.8 * seconds <= train["step_s"] <= TOLERATED * seconds, f"it was {seconds:.4f} s"

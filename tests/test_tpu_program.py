@@ -8,7 +8,7 @@ import pytest
 
 from diffit_jax import parallel, preflight
 from diffit_jax.tpu.chips import CHIPS, chip_of
-from diffit_jax.tpu.cost import Kernel, cost, kernels
+from diffit_jax.tpu.cost import Kernel, cost, group_size, kernels
 from diffit_jax.tpu.program import parse, type_bytes
 
 
@@ -96,8 +96,9 @@ ENTRY %main (x: f32[8], i: s32[]) -> f32[8] {{
 
 
 def test_conditionals_are_weighed_by_how_often_a_branch_is_taken():
-    assert priced(CONDITIONAL).cycles == 505
+    assert priced(CONDITIONAL).cycles == 505 and priced(CONDITIONAL).even_conditionals == ["c"]
     assert priced(CONDITIONAL, frequencies={"guidance/cond": (0.1, 0.9)}).cycles == pytest.approx(109)
+    assert not priced(CONDITIONAL, frequencies={"guidance/cond": (0.1, 0.9)}).even_conditionals
     assert priced(CONDITIONAL, frequencies={"another": (0.1, 0.9)}).cycles == 505
 
 
@@ -116,7 +117,7 @@ ASYNC = f"""
 ENTRY %main (x: bf16[4,8], y: f32[100]) -> f32[100] {{
   %x = bf16[4,8] parameter(0)
   %y = f32[100] parameter(1)
-  %start = (bf16[4,8], bf16[64,8]) all-gather-start(%x), channel_id=1, dimensions={{0}}
+  %start = (bf16[4,8], bf16[64,8]) all-gather-start(%x), channel_id=1, replica_groups=[2,16]<=[32], dimensions={{0}}
   %between = f32[100] fusion(%y), kind=kLoop, calls=%nothing, {estimate(50)}
   %done = bf16[64,8] all-gather-done(%start)
   %first = (bf16[64,8], u32[]) fusion(%x), kind=kCustom, calls=%gathered
@@ -132,7 +133,8 @@ ENTRY %main (x: bf16[4,8], y: f32[100]) -> f32[100] {{
 def test_collectives_and_asynchronous_pairs_count_once():
     """A pair counts at its start; a collective that two fusions share counts once; a sum is sent twice."""
     result = priced(ASYNC)
-    assert result.collectives == {"all-gather": [2, 2 * 64 * 8 * 2], "all-reduce": [1, 2 * (100 + 100) * 4]}
+    # Sixteen members gather: each has a sixteenth already. The sum does not say how many take part.
+    assert result.collectives == {"all-gather": [2, (64 * 8 * 2) * 15 / 16 + 64 * 8 * 2], "all-reduce": [1, 2 * (100 + 100) * 4]}
     assert result.async_copies == [1, 400]
     # The last copy has no estimate: 400 bytes in, 400 out, 100 a cycle.
     assert result.cycles == 50 + 20 + 8 and result.cycles_by_bytes == 8
@@ -161,6 +163,7 @@ ENTRY %main (x: bf16[2,4,8,16]) -> bf16[2,4,8,16] {
   %x = bf16[2,4,8,16]{3,2,1,0:T(8,128)(2,1)} parameter(0)
   %a = bf16[2,4,8,16] custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(tmsa_forward)/pallas_call"}
   %m = bf16[2,4,8,16] custom-call(%a), custom_call_target="ConcatBitcast"
+  %t = bf16[2,4,8,16] custom-call(%a), custom_call_target="TopK"
   ROOT %b = bf16[2,4,8,16] custom-call(%m), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/shard_map/other/pallas_call"}
 }
 """
@@ -172,7 +175,21 @@ def test_kernels_are_priced_by_their_schedule_or_listed():
     size = 2 * 4 * 8 * 16 * 2
     assert found == {name: Kernel(name, ("bf16[2,4,8,16]",), 2 * size) for name in ("tmsa_forward", "other")}
     result = priced(KERNELS, kernels=lambda kernel: {"tmsa_forward": 77.0}.get(kernel.name))
-    assert result.cycles == 77 and result.unpriced == {"other": 1}
+    assert result.cycles == 77 and result.unpriced == {"other": 1, "TopK": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}, x={}", 3),
+        ("replica_groups=[16,8]<=[8,16]T(1,0)", 8),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=16,'axis_2'=4] {'axis_1'}, use", 16),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=16,'axis_2'=4] {'axis_0','axis_2'}", 8),
+        ("channel_id=4", None),
+    ],
+)
+def test_who_takes_part_in_a_collective(text, size):
+    assert group_size(text) == size
 
 
 @pytest.mark.parametrize(

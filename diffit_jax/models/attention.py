@@ -67,13 +67,14 @@ def _xavier_to_heads(scale: float = 1.0):
 BACKENDS = ("auto", "xla", "pallas", "cudnn")
 
 
-def choose_backend(wanted: str, platform: str, window: int, dtype: jnp.dtype) -> tuple[str, str]:
+def choose_backend(wanted: str, platform: str, window: int, head_width: int, dtype: jnp.dtype) -> tuple[str, str]:
     """How attention is computed for a platform.
 
     Args:
       wanted: a name in `BACKENDS`.
       platform: "tpu", "gpu" or "cpu".
       window: side of the window.
+      head_width: channels of a head.
       dtype: of the matrix products.
 
     Returns:
@@ -85,8 +86,8 @@ def choose_backend(wanted: str, platform: str, window: int, dtype: jnp.dtype) ->
             return "xla", ""
         reason = attention_kernel.supports(window)
         return ("xla", f"the kernel does not serve it: {reason}") if reason else ("pallas", "")
-    if wanted == "cudnn" and (platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16):
-        return "xla", "cuDNN serves bfloat16 on GPUs"
+    if wanted == "cudnn" and (platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128):
+        return "xla", "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8"
     return wanted, ""
 
 
@@ -153,7 +154,7 @@ class TMSA(nn.Module):
 
         q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
         q_BNHLD, k_BNHLD, v_BNHLD = (checkpoint_name(x, "qkv") for x in (q_BNHLD, k_BNHLD, v_BNHLD))
-        backend, _ = choose_backend(self.backend, platform(), self.window, self.dtype)
+        backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
             bias_LLH = bias_table[relative_position_index(self.window)]
             logits = jnp.einsum("bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32)

@@ -92,7 +92,7 @@ class LatentDiffiT(nn.Module):
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """How attention is computed on a platform, and why not as asked for: `attention.choose_backend`."""
-        return choose_backend(self.attention, platform, self.grid, self.dtype)
+        return choose_backend(self.attention, platform, self.grid, self.hidden_size // self.num_heads, self.dtype)
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""

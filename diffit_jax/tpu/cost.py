@@ -10,6 +10,7 @@ body of a loop by its trip count, weighs the branches of a conditional, and adds
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -42,6 +43,10 @@ _FREE = frozenset(
 )
 _ASYNC_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 _KERNEL = "tpu_custom_call"
+# What the compiler says to itself in the form of calls.
+_MARKERS = frozenset(
+    ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "ZeroCrop", "Sharding")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Cost:
       operations: everything that was priced.
       collectives: kind → [how often, bytes that leave or enter the chip].
       async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside other operations.
-      unpriced: name of a custom kernel without a known schedule → how often it runs.
+      unpriced: name of a custom kernel or call without a known price → how often it runs.
+      even_conditionals: conditionals of which it was not said how often each branch is taken; all branches count alike.
       unknown_loops: loops whose trip count could not be found; they count once.
     """
 
@@ -97,6 +103,7 @@ class Cost:
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     async_copies: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
     unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
+    even_conditionals: list[str] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -160,6 +167,18 @@ def kernel_of(instruction: Instruction, by_name: Mapping[str, Instruction]) -> K
     return Kernel(named[1] if named else instruction.name, operands, size)
 
 
+def group_size(attributes: str) -> int | None:
+    """How many devices take part in a collective together; None if it does not say."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]) if name in sizes)
+    return None
+
+
 class _Walk:
     def __init__(self, program: Program, bytes_per_cycle: float, kernels: Callable, frequencies: Mapping):
         self._program, self._bytes_per_cycle, self._kernels, self._frequencies = program, bytes_per_cycle, kernels, frequencies
@@ -188,7 +207,11 @@ class _Walk:
                 self._computation(called, times * (trips or 1))
         elif opcode == "conditional":
             branches = instruction.called("branch_computations", "true_computation", "false_computation")
-            for branch, share in zip(branches, self._shares(instruction, len(branches)), strict=True):
+            shares = self._shares(instruction, len(branches))
+            if shares is None:
+                self._cost.even_conditionals.append(instruction.name)
+                shares = [1 / len(branches)] * len(branches)
+            for branch, share in zip(branches, shares, strict=True):
                 self._computation(branch, times * share)
         elif opcode == "call" or (opcode == "async-start" and instruction.called("calls")):
             for called in instruction.called("to_apply", "calls"):
@@ -226,7 +249,9 @@ class _Walk:
             cycles = instruction.estimated_cycles
             if cycles is not None:
                 self._add(instruction, cycles, times, True)
-            return  # the compiler's own markers
+            elif target and target[1] not in _MARKERS:
+                self._cost.unpriced[target[1]] = self._cost.unpriced.get(target[1], 0) + times
+            return
         kernel = kernel_of(instruction, by_name)
         cycles = self._kernels(kernel)
         if cycles is None:
@@ -244,10 +269,12 @@ class _Walk:
         # An asynchronous one shows its operand beside its result. The larger side counts: the whole that is gathered, or was scattered.
         result = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
         size = max(result, sum(by_name[name].bytes for name in instruction.operands if name in by_name))
+        members = group_size(instruction.attributes)
         entry = self._cost.collectives.setdefault(kind, [0.0, 0.0])
         entry[0] += times
-        # A ring sends the whole once for a gather or a scatter, and twice for a sum that everyone gets.
-        entry[1] += times * size * (2 if kind == "all-reduce" else 1)
+        # Each of n members has an n-th already. A ring sends the rest once for a gather or a scatter, twice for a sum that all get.
+        share = 1.0 if kind == "collective-permute" or members is None else (members - 1) / members
+        entry[1] += times * size * share * (2 if kind == "all-reduce" else 1)
 
     def _add(self, instruction: Instruction, cycles: float, times: float, estimated: bool) -> None:
         if not cycles:
@@ -276,8 +303,8 @@ class _Walk:
             for called in instruction.called("calls", "to_apply"):
                 yield from self._reach(called)
 
-    def _shares(self, conditional: Instruction, count: int) -> Sequence[float]:
+    def _shares(self, conditional: Instruction, count: int) -> Sequence[float] | None:
         for pattern, shares in self._frequencies.items():
             if len(shares) == count and re.search(pattern, f"{conditional.name} {conditional.attributes}"):
                 return shares
-        return [1 / count] * count
+        return None

@@ -55,7 +55,8 @@ def _schedule(topology: str, dtype: str, shape: Sequence[int]) -> dict[str, tupl
             root = str(Path(__file__).parents[2])
             result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
             if result.returncode:
-                raise UserError(f"the attention kernel does not compile for {topology} ({result.stderr.strip().splitlines()[-1][:200]})")
+                last = (result.stderr.strip().splitlines() or ["it was killed"])[-1]
+                raise UserError(f"the attention kernel does not compile for {topology} ({last[:200]})")
             grid = tuple(json.loads(result.stdout.splitlines()[-1]))
             _known[key] = {name: (_bundles(Path(folder), name), grid) for name in ("tmsa_forward", "tmsa_backward")}
     return _known[key]
