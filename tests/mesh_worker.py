@@ -2,8 +2,8 @@
 
 python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume] …
 
-With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there is
-no image run.
+With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there are
+no image run and no samples.
 
 CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES.
 """
@@ -58,8 +58,10 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
         state, collected = step(state, empty, batch)
         losses.append(float(collected.compute()["loss"]))
         batch = parallel.put_batch(mesh, next(data))
-    samples = Sampler(experiment, mesh).draw(state.ema_variables, SEEDS, SEEDS % 10)
-    return {"losses": np.array(losses), "first": first, "last": flat(state.params), "samples": samples}
+    results = {"losses": np.array(losses), "first": first, "last": flat(state.params)}
+    if not resume:
+        results["samples"] = Sampler(experiment, mesh).draw(state.ema_variables, SEEDS, SEEDS % 10)
+    return results
 
 
 def main() -> None:

@@ -113,19 +113,14 @@ attention.defvjp(_forward, lambda *args: tuple(_backward(*args)))
 def _blocks(q_BHLD: jax.Array, strips: jax.Array) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """What a step of the grid works on: one head of a few examples, and the strips of the head."""
     _, _, tokens, width = q_BHLD.shape
-    head = pl.BlockSpec((_examples(q_BHLD), 1, tokens, width), lambda h, b: (b, h, 0, 0))
+    head = pl.BlockSpec((examples_per_step(len(q_BHLD), tokens), 1, tokens, width), lambda h, b: (b, h, 0, 0))
     return head, pl.BlockSpec((1, *strips.shape[1:]), lambda h, _: (h, 0, 0))
 
 
-def grid(q_BHLD: jax.Array) -> tuple[int, int]:
-    """Steps of the grid: heads, and groups of examples."""
-    return q_BHLD.shape[1], q_BHLD.shape[0] // _examples(q_BHLD)
-
-
-def _examples(q_BHLD: jax.Array) -> int:
+def examples_per_step(batch: int, tokens: int) -> int:
     """Examples per step of the grid. With 1,024 queries at hand, one block's matrix products fill the gaps of another's softmax."""
-    most = max(1024 // q_BHLD.shape[2], 1)
-    return max(count for count in range(1, most + 1) if q_BHLD.shape[0] % count == 0)
+    most = max(1024 // tokens, 1)
+    return max(count for count in range(1, most + 1) if batch % count == 0)
 
 
 def _options(name: str, order: tuple[str, str], products: int, arrays: tuple, interpret: bool) -> dict:
@@ -136,7 +131,13 @@ def _options(name: str, order: tuple[str, str], products: int, arrays: tuple, in
     )
     # Beside two copies of each block (one at work, one under way) there are logits of 128 × L, a few times.
     compiler_params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=64 * 2**20)
-    return dict(grid=grid(arrays[0]), compiler_params=compiler_params, cost_estimate=estimate, interpret=interpret, name=name)
+    return dict(
+        grid=(heads, batch // examples_per_step(batch, tokens)),
+        compiler_params=compiler_params,
+        cost_estimate=estimate,
+        interpret=interpret,
+        name=name,
+    )
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, strips_ref, out_ref):

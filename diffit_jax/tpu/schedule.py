@@ -5,16 +5,15 @@ times the steps of its grid are its cycles, as long as memory keeps up. The comp
 such orders only when it starts.
 """
 
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from diffit_jax.errors import UserError
+from diffit_jax.models import attention_kernel
 from diffit_jax.tpu.chips import chip_of
 from diffit_jax.tpu.cost import Kernel
 
@@ -37,28 +36,29 @@ def kernel_cycles(kernel: Kernel, topology: str) -> float | None:
         return None
     dtype, shape = re.match(r"(\w+)\[([\d,]+)\]", kernel.operands[0]).groups()
     chip = chip_of(topology).device()
-    bundles, (heads, steps) = _schedule(chip.example, dtype, tuple(map(int, shape.split(","))))[kernel.name]
+    batch, heads, tokens, width = map(int, shape.split(","))
+    steps = batch // attention_kernel.examples_per_step(batch, tokens)
+    bundles = _schedule(chip.example, dtype, batch // steps, tokens, width)[kernel.name]
     return max(bundles * -(-heads // chip.cores) * steps, kernel.bytes / chip.memory_bandwidth * chip.clock)
 
 
 _known: dict[tuple, dict] = {}
 
 
-def _schedule(topology: str, dtype: str, shape: Sequence[int]) -> dict[str, tuple[int, tuple[int, int]]]:
-    """Kernel → (bundles, grid) for queries of a dtype and shape (B, H, L, D)."""
-    key = topology, dtype, shape
+def _schedule(topology: str, dtype: str, examples: int, tokens: int, width: int) -> dict[str, int]:
+    """Kernel → bundles of one step of its grid: a head of some examples, with so many tokens and channels."""
+    key = topology, dtype, examples, tokens, width
     if key not in _known:
         with tempfile.TemporaryDirectory(prefix="diffit_jax_schedule_") as folder:
             orders = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
             environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": orders}
-            command = [sys.executable, "-m", "diffit_jax.tpu.schedule", topology, dtype, *map(str, shape)]
+            command = [sys.executable, "-m", "diffit_jax.tpu.schedule", *map(str, key)]
             root = str(Path(__file__).parents[2])
             result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
             if result.returncode:
                 last = (result.stderr.strip().splitlines() or ["it was killed"])[-1]
                 raise UserError(f"the attention kernel does not compile for {topology} ({last[:200]})")
-            grid = tuple(json.loads(result.stdout.splitlines()[-1]))
-            _known[key] = {name: (_bundles(Path(folder), name), grid) for name in ("tmsa_forward", "tmsa_backward")}
+            _known[key] = {name: _bundles(Path(folder), name) for name in ("tmsa_forward", "tmsa_backward")}
     return _known[key]
 
 
@@ -72,27 +72,25 @@ def _bundles(folder: Path, name: str) -> int:
     raise UserError(f"the TPU compiler wrote no schedule of {name}: its price is unknown with this version of libtpu")
 
 
-def _compile(topology: str, dtype: str, *shape: str) -> None:
+def _compile(topology: str, dtype: str, *sizes: str) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from diffit_jax.models import attention_kernel
-
     device = topologies.get_topology_desc(topology, platform="tpu").devices[:1]
     whole = NamedSharding(Mesh(np.array(device), ("x",)), PartitionSpec())
-    batch, heads, tokens, width = map(int, shape)
-    q = jax.ShapeDtypeStruct((batch, heads, tokens, width), {"bf16": jnp.bfloat16, "f32": jnp.float32}[dtype], sharding=whole)
-    strips = jax.ShapeDtypeStruct((heads, attention_kernel.BLOCK, 2 * tokens - attention_kernel.BLOCK), jnp.float32, sharding=whole)
+    examples, tokens, width = map(int, sizes)
+    # Several steps in both directions of the grid, as in a real one; five groups, so that no larger group divides the batch.
+    q = jax.ShapeDtypeStruct((5 * examples, 2, tokens, width), {"bf16": jnp.bfloat16, "f32": jnp.float32}[dtype], sharding=whole)
+    strips = jax.ShapeDtypeStruct((2, attention_kernel.BLOCK, 2 * tokens - attention_kernel.BLOCK), jnp.float32, sharding=whole)
 
     def both(q, k, v, strips, gradient):
         out, pullback = jax.vjp(attention_kernel.attention, q, k, v, strips)
         return out, pullback(gradient)
 
     jax.jit(both).lower(q, q, q, strips, q).compile()
-    print(json.dumps(attention_kernel.grid(q)))
 
 
 if __name__ == "__main__":
