@@ -59,7 +59,7 @@ def test_forward_and_all_gradients(window, width, batch, heads):
 
 
 def test_bfloat16():
-    """Against float32 with the same rounded inputs: within 2e-2, bfloat16 having 8 bits. Measured 5e-3."""
+    """Against float32 with the same rounded inputs: within 2e-2, bfloat16 having 8 bits. Measured 6e-3."""
     q, k, v, table, gradient = inputs(16, 72, 4, 2, jnp.bfloat16)
     exact = both(reference, 16, *(x.astype(jnp.float32) for x in (q, k, v)), table, gradient)
     ours = both(kernel, 16, q, k, v, table, gradient)
@@ -131,14 +131,14 @@ def loss_and_gradient(backend, mesh, remat="none"):
     ("shape", "remat"), [(MeshShape(data=2), "none"), (MeshShape(data=1, fsdp=2), "dots"), (MeshShape(data=1, tensor=2), "full")]
 )
 def test_network_on_two_devices(shape, remat):
-    """Kernel and XLA give the same loss and gradients, whichever way two devices share the work. 1e-5 of each array's largest value."""
+    """The same loss and gradients as XLA, however two devices share the work: 1e-5 of each array's largest value (measured 4e-7)."""
     reference_value, reference_gradient = loss_and_gradient("xla", parallel.make_mesh(jax.devices()[:1]))
     value, gradient = loss_and_gradient("pallas", parallel.make_mesh(shape=shape), remat)
     np.testing.assert_allclose(value, reference_value, rtol=1e-5)
     paths, _ = jax.tree_util.tree_flatten_with_path(reference_gradient)
     for (path, theirs), ours in zip(paths, jax.tree.leaves(gradient), strict=True):
         scale = max(np.abs(theirs).max(), 1e-7)
-        assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() <= 2e-5 * scale, jax.tree_util.keystr(path)
+        assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() <= 1e-5 * scale, jax.tree_util.keystr(path)
     assert np.abs(gradient["blocks"]["attention"]["relative_position_bias"]).max() > 0
 
 
