@@ -11,25 +11,11 @@ source launch/common.sh
 
 usage="bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--dry_run] -- FLAGS OF launch/train.py"
 name="" image="" topology="" num_slices=1 max_restarts=100
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --dry_run) dry_run=1 ;;
-    --name | --image | --topology | --num_slices | --max_restarts)
-      take "$@"
-      shift
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "argument $1 is unknown: $usage" ;;
-  esac
-  shift
-done
+parse "$usage" "name image topology num_slices max_restarts" "" "$@"
 for needed in name image topology; do
   [ -n "${!needed}" ] || fail "--$needed is missing: $usage"
 done
-need_run "$@"
+need_run
 need_program kubectl "see https://kubernetes.io/docs/tasks/tools"
 
 chip="${topology%%:*}" grid="${topology#*:}"
@@ -48,10 +34,10 @@ chips_per_host=$((chips < 4 ? chips : 4))
 hosts=$((chips / chips_per_host))
 
 if [ "$num_slices" -gt 1 ]; then
-  set -- "$@" "--config.mesh.num_slices=$num_slices"
+  train+=("--config.mesh.num_slices=$num_slices")
 fi
 command="[bash, launch/local.sh, --extra, tpu, --"
-for argument in "$@"; do
+for argument in "${train[@]}"; do
   command+=", '${argument//\'/\'\'}'"
 done
 command+="]"

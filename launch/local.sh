@@ -12,26 +12,12 @@ if compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/nu
 elif command -v nvidia-smi >/dev/null; then
   extra=cuda
 fi
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --dry_run) dry_run=1 ;;
-    --extra)
-      take "$@"
-      shift
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "argument $1 is unknown: launch/local.sh [--dry_run] [--extra tpu|cuda] -- FLAGS OF launch/train.py" ;;
-  esac
-  shift
-done
-need_run "$@"
+parse "launch/local.sh [--dry_run] [--extra tpu|cuda] -- FLAGS OF launch/train.py" "extra" "" "$@"
+need_run
 
 run bash launch/setup_env.sh ${extra:+"$extra"}
 if [ -n "$dry_run" ]; then
-  run .venv/bin/python launch/train.py "$@"
+  run .venv/bin/python launch/train.py "${train[@]}"
   echo "# … again as long as it ends with status 75 (preempted, everything saved)"
   exit 0
 fi
@@ -39,7 +25,7 @@ fi
 stopping="" child=""
 trap 'stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 while true; do
-  .venv/bin/python launch/train.py "$@" &
+  .venv/bin/python launch/train.py "${train[@]}" &
   child=$!
   status=0
   wait "$child" || status=$?

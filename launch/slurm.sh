@@ -9,22 +9,8 @@ cd "$DIFFIT_JAX_ROOT"
 
 nodes=1 gpus=8 cpus=8 time=24:00:00 partition=""
 usage="bash launch/slurm.sh [--nodes 1] [--gpus 8] [--cpus 8] [--time 24:00:00] [--partition P] [--dry_run] -- FLAGS OF launch/train.py"
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --dry_run) dry_run=1 ;;
-    --nodes | --gpus | --cpus | --time | --partition)
-      take "$@"
-      shift
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "argument $1 is unknown: $usage" ;;
-  esac
-  shift
-done
-need_run "$@"
+parse "$usage" "nodes gpus cpus time partition" "" "$@"
+need_run
 
 if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "$dry_run" ]; then
   need_program sbatch "run this on the cluster's login node"
@@ -32,12 +18,12 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ -n "$dry_run" ]; then
   # --signal reaches all processes of the job's step.
   run sbatch --job-name=diffit_jax --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" --cpus-per-task="$cpus" --time="$time" \
     ${partition:+--partition="$partition"} --signal=TERM@120 --requeue --open-mode=append --output=diffit_jax-%j.log \
-    --export="ALL,DIFFIT_JAX_ROOT=$DIFFIT_JAX_ROOT" launch/slurm.sh -- "$@"
+    --export="ALL,DIFFIT_JAX_ROOT=$DIFFIT_JAX_ROOT" launch/slurm.sh -- "${train[@]}"
   [ -n "$dry_run" ] || exit 0
 fi
 
 status=0
-run srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-$cpus}" --kill-on-bad-exit=0 .venv/bin/python launch/train.py "$@" || status=$?
+run srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-$cpus}" --kill-on-bad-exit=0 .venv/bin/python launch/train.py "${train[@]}" || status=$?
 if [ -n "$dry_run" ]; then
   echo "# … and where it ends with status 75 (preempted, everything saved):"
   run scontrol requeue "${SLURM_JOB_ID:-JOB}"

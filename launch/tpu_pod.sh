@@ -16,22 +16,7 @@ usage="bash launch/tpu_pod.sh create|copy|run|logs|stop|delete --name N --zone Z
 action="$1"
 shift
 name="" zone="" project="" type="" runtime="" spot=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --dry_run) dry_run=1 ;;
-    --spot) spot=1 ;;
-    --name | --zone | --project | --type | --runtime)
-      take "$@"
-      shift
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "argument $1 is unknown: $usage" ;;
-  esac
-  shift
-done
+parse "$usage" "name zone project type runtime" "spot" "$@"
 for needed in name zone; do
   [ -n "${!needed}" ] || fail "--$needed is missing: $usage"
 done
@@ -84,11 +69,11 @@ case "$action" in
 mkdir -p diffit_jax && tar -xzf diffit_jax.tar.gz -C diffit_jax && PYTHON=python3.11 bash diffit_jax/launch/setup_env.sh tpu"
     ;;
   run)
-    need_run "$@"
+    need_run
     # In braces: the shell that ssh started must not wait.
     on_hosts all "cd diffit_jax || exit 1; \
 if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way: stop it first' >&2; exit 1; fi; \
-{ nohup bash launch/local.sh --extra tpu -- ${*@Q} >>train.log 2>&1 </dev/null & echo \$! >run.pid; }"
+{ nohup bash launch/local.sh --extra tpu -- ${train[*]@Q} >>train.log 2>&1 </dev/null & echo \$! >run.pid; }"
     ;;
   logs) on_hosts 0 "tail -n 100 -F diffit_jax/train.log" ;;
   stop)
