@@ -5,7 +5,6 @@ compiler's estimate, not a measurement; `tpu_program` says how it is added up.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict
 from diffit_jax import files, models, parallel
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build
-from diffit_jax.sampling import Sampler
+from diffit_jax.sampling import sampler_without_autoguidance
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, KNOWN_TOPOLOGIES, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.cost import cost
 from diffit_jax.tpu.program import parse
@@ -112,7 +111,9 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
             lowered = lower_train_step(experiment, mesh, state, _batch(experiment, mesh))
             images, work = settings.batch_size, flops
         else:
-            lowered, images = _lower_sampling(experiment, mesh, state)
+            # Autoguidance's second network is not known here; the report says so.
+            lowered = sampler_without_autoguidance(experiment, mesh, experiment.sampling.batch_size).lower(state.ema_variables)
+            images = parallel.next_batch_size(mesh, experiment.sampling.batch_size)
             work = None
         compiled = _compile(lowered, topology, num_slices)
         report["fits"] &= compiled["fits"]
@@ -147,6 +148,25 @@ def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
         raise UserError(f"--topology {topology} is unknown to the TPU compiler ({reason}): use {KNOWN_TOPOLOGIES}") from error
 
 
+def vary(config: ConfigDict, topology: str, num_slices: int, settings: Mapping[str, str]) -> ConfigDict:
+    """A copy of a config with some settings changed.
+
+    Args:
+      config, topology, num_slices: as for `preflight`.
+      settings: name in `SWEEPS` → value as on the command line: "8" images per chip, "fsdp=16+tensor=2" for the mesh.
+    """
+    changed = ConfigDict(config.to_dict())
+    for name, value in settings.items():
+        if name == "batch":
+            changed.training.batch_size = int(value) * count_chips(topology, num_slices)
+        elif name == "mesh":
+            sizes = dict(part.split("=") for part in value.split("+"))
+            changed.mesh = ConfigDict({"data": -1} | {axis: int(size) for axis, size in sizes.items()})
+        else:
+            changed.model[name] = int(value) if name == "num_heads" else value
+    return changed
+
+
 def count_chips(topology: str, num_slices: int = 1) -> int:
     """Chips of a topology, all slices together; errors as in `topology_devices`."""
     return len(topology_devices(topology, num_slices)) // chip_of(topology).devices
@@ -162,18 +182,9 @@ def sweep(config: ConfigDict, topology: str, num_slices: int, dimensions: Mappin
     Yields:
       The report of each, with `varied`: its settings; or {"varied": …, "error": why it cannot be}.
     """
-    chips = count_chips(topology, num_slices)
     for values in itertools.product(*dimensions.values()):
         varied = dict(zip(dimensions, values, strict=True))
-        changed = ConfigDict(config.to_dict())
-        for name, value in varied.items():
-            if name == "batch":
-                changed.training.batch_size = int(value) * chips
-            elif name == "mesh":
-                sizes = dict(part.split("=") for part in value.split("+"))
-                changed.mesh = ConfigDict({"data": -1} | {axis: int(size) for axis, size in sizes.items()})
-            else:
-                changed.model[name] = int(value) if name == "num_heads" else value
+        changed = vary(config, topology, num_slices, varied)
         try:
             yield preflight(changed, topology, num_slices, programs=["train"]) | {"varied": varied}
         except UserError as error:
@@ -232,14 +243,6 @@ def _batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Sha
     example = {"latent": jnp.float32} if latents else {"image": jnp.uint8}
     batch = {name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for name, dtype in example.items()}
     return batch | {"label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)}
-
-
-def _lower_sampling(experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState) -> tuple[jax.stages.Lowered, int]:
-    """One batch of the sampler; without autoguidance, whose second network is not known here (the report says so)."""
-    size = parallel.next_batch_size(mesh, experiment.sampling.batch_size)
-    guidance = "none" if experiment.sampling.guidance == "autoguidance" else experiment.sampling.guidance
-    sampler = Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size, guidance=guidance))
-    return sampler.lower({"params": state.ema, "constants": state.constants}), size
 
 
 def _held(state: TrainState) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """From seed numbers to samples: the jitted, sharded sampler."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -114,6 +115,13 @@ class Sampler:
     def draw(self, variables: Variables, seeds: Sequence[int], labels: Sequence[int], weaker: Variables | None = None) -> np.ndarray:
         """All of `batches` as one (n, H, W, C) float32 array."""
         return np.concatenate(list(self.batches(variables, seeds, labels, weaker)))
+
+
+def sampler_without_autoguidance(experiment: Experiment, mesh: jax.sharding.Mesh, num_images: int) -> Sampler:
+    """The experiment's sampler for batches of at least `num_images`, where no weaker network is at hand."""
+    settings, size = experiment.sampling, parallel.next_batch_size(mesh, num_images)
+    guidance = "none" if settings.guidance == "autoguidance" else settings.guidance
+    return Sampler(experiment, mesh, dataclasses.replace(settings, batch_size=size, guidance=guidance))
 
 
 def default_labels(seeds: Sequence[int], num_classes: int) -> np.ndarray:

@@ -26,25 +26,28 @@ flags.mark_flag_as_required("topology")
 def main() -> None:
     from diffit_jax import files, preflight, preflight_report
 
+    config = CONFIG.value
+    if config is not None and BATCH.value is not None:
+        config = preflight.vary(config, TOPOLOGY.value, NUM_SLICES.value, {"batch": str(BATCH.value)})
     if CALIBRATE.value:
         result = preflight.calibrate(TOPOLOGY.value)
         for row in result:
             print(f"{row['product']:22} {row['seconds'] * 1e3:9.4f} ms   {row['share_of_peak']:.3f} of the peak (estimate)")
         fits = True
-    elif CONFIG.value is None:
+    elif config is None:
         cli.fail("--config is missing: name a file with get_config()")
     elif SWEEP.value:
         dimensions = preflight.parse_sweep(SWEEP.value)
         print(preflight_report.sweep_header(dimensions))
         result = []
-        for report in preflight.sweep(config(), TOPOLOGY.value, NUM_SLICES.value, dimensions):
+        for report in preflight.sweep(config, TOPOLOGY.value, NUM_SLICES.value, dimensions):
             print(preflight_report.sweep_row(report), flush=True)
             result.append(report)
         best = preflight_report.best_of(result)
         fits = best is not None
         print("\n" + (preflight_report.sweep_row(result[best], best=True) if fits else "none fits"))
     else:
-        result = preflight.preflight(config(), TOPOLOGY.value, NUM_SLICES.value, PROGRAMS.value)
+        result = preflight.preflight(config, TOPOLOGY.value, NUM_SLICES.value, PROGRAMS.value)
         fits = result["fits"]
         print(preflight_report.render(result))
         if EXPLAIN.value:
@@ -53,17 +56,6 @@ def main() -> None:
         files.write_bytes(JSON.value, (json.dumps(result, indent=2) + "\n").encode())
     if not fits:
         cli.fail("it does not fit (see above)")
-
-
-def config():
-    """The config, with the batch that was asked for."""
-    from diffit_jax import preflight
-
-    if BATCH.value is None:
-        return CONFIG.value
-    changed = CONFIG.value.copy_and_resolve_references()
-    changed.training.batch_size = BATCH.value * preflight.count_chips(TOPOLOGY.value, NUM_SLICES.value)
-    return changed
 
 
 if __name__ == "__main__":

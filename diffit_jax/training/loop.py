@@ -21,7 +21,7 @@ from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, build, claim_workdir
-from diffit_jax.sampling import Sampler, default_labels
+from diffit_jax.sampling import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.state import TrainState, abstract_state, create_state
 from diffit_jax.training.step import Batch, make_train_step, step_metrics
 from diffit_jax.training.watch import Tracer, Watch, cache_report
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
     parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
     abstract = abstract_state(experiment, mesh)
     parallel.check_axes(mesh, abstract.params)
-    grid_sampler = _grid_sampler(experiment, mesh)
+    grid_sampler = sampler_without_autoguidance(experiment, mesh, settings.grid_images)
     source = distributed.first_then_all(lambda: open_training_data(experiment))
     distributed.check_agreement({"config": config.to_json, "code version": distributed.code_version})
     workdir = distributed.first_then_all(lambda: claim_workdir(workdir, config), lambda: epath.Path(workdir))
@@ -205,13 +205,6 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _named(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """("0", tree), ("1", tree) …: how several averages are named in a checkpoint."""
     return ((str(index), tree) for index, tree in enumerate(trees))
-
-
-def _grid_sampler(experiment: Experiment, mesh: jax.sharding.Mesh) -> Sampler:
-    """Training knows no weaker network, so grids are drawn without autoguidance."""
-    size = parallel.next_batch_size(mesh, experiment.training.grid_images)
-    guidance = "none" if experiment.sampling.guidance == "autoguidance" else experiment.sampling.guidance
-    return Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=size, guidance=guidance))
 
 
 def _write_grid(path: epath.Path, sampler: Sampler, state: TrainState, experiment: Experiment) -> None:
