@@ -73,7 +73,7 @@ def get_config(size: str = "XL/2") -> ConfigDict:
             guide_channels=3,  # the release: three of the four latent channels
             skip_tolerance=1e-3,  # a third of the unconditional evaluations saved; configs/README.md has the deviation
             pixel_rounding="adm",  # the release: (x + 1) · 127.5, truncated
-            batch_size=64,
+            batch_size=-64,  # on each device; launch/PERFORMANCE.md has others
         )
     )
     return config.lock()

@@ -4,55 +4,59 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from diffit_jax import models, parallel
+from diffit_jax import distributed, models, parallel
 from diffit_jax.console import Progress
 from diffit_jax.data.pipeline import batches
-from diffit_jax.experiment import build
 from diffit_jax.training.loop import compile_train_step, open_training_data
-from diffit_jax.training.state import create_state
+from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.training.watch import peak_flops, training_flops
 
 
-def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
+def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
     """Compiles the training step of a config and times updates on its own data, the loader included.
 
     Args:
       config: as for training; nothing is written.
       steps: updates to time, after three that are not.
+      devices: to use; None: all of all processes, which take part together.
 
     Returns:
       `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step; `step_ms_median`, `step_ms_min`:
       milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median; `data_wait_share`: share of the time spent
       waiting for a batch; `mfu`: share of the devices' bfloat16 peak, where it is known; `attention`: how it is computed;
-      `peak_memory_gb`: of the process on a CPU, else of the first device.
+      `peak_memory_gb`: of the process on a CPU, else of this process's first device.
     """
-    experiment = build(config)
-    settings, mesh = experiment.training, parallel.make_mesh(shape=experiment.mesh)
-    data = batches(open_training_data(experiment), settings.batch_size, experiment.seed)
+    opened = open_experiment(config, devices)
+    experiment, mesh, size = opened.experiment, opened.mesh, opened.experiment.training.batch_size
+    source = distributed.first_then_all(lambda: open_training_data(experiment))
+    distributed.check_agreement({"config": config.to_json, "code version": distributed.code_version})
+    parallel.prove_rows(mesh, size)
+    data = batches(source, size, experiment.seed, rows=parallel.local_rows(mesh, size))
     state = create_state(experiment, mesh)
-    batch = parallel.put_batch(mesh, next(data))
+    batch = parallel.put_batch(mesh, next(data), size)
     train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
 
     times, waits = [], []
-    with Progress("benchmark", steps + 3) as progress:
+    with Progress("benchmark", steps + 3, shown=distributed.is_first()) as progress, distributed.lost_processes():
         for _ in range(steps + 3):
             start = time.perf_counter()
             state, collected = train_step(state, collected, batch)
             asked = time.perf_counter()
             host_batch = next(data)
             waits.append(time.perf_counter() - asked)
-            batch = parallel.put_batch(mesh, host_batch)
+            batch = parallel.put_batch(mesh, host_batch, size)
             jax.block_until_ready(state)
             times.append(time.perf_counter() - start)
             progress.advance()
     median = statistics.median(times[3:])
-    device = mesh.devices.flat[0]
-    peak, flops = peak_flops(device), training_flops(experiment.model) * settings.batch_size / median / mesh.size
+    device = parallel.local_device(mesh)
+    peak, flops = peak_flops(device), training_flops(experiment.model) * size / median / mesh.size
     return {
         "device": device.device_kind,
         "devices": mesh.size,
@@ -61,7 +65,7 @@ def measure(config: ConfigDict, steps: int) -> dict[str, Any]:
         "step_ms_median": median * 1e3,
         "step_ms_min": min(times[3:]) * 1e3,
         "steps_per_s": 1 / median,
-        "images_per_s": settings.batch_size / median,
+        "images_per_s": size / median,
         "data_wait_share": sum(waits[3:]) / sum(times[3:]),
         **({"mfu": flops / peak} if peak else {}),
         "attention": models.attention_in_words(experiment.model, device.platform),

@@ -3,8 +3,9 @@
 import contextlib
 import gc
 import logging
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffit_jax import distributed
+from diffit_jax import distributed, files
 from diffit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,10 @@ class Checkpoints:
     """The checkpoints in one directory, each a step number with several named pytrees ("items").
 
     A checkpoint is written in the background and appears under its name when it is complete, with all its items.
+
+    Three of its facts say whether it is a good one: `finite`, whether its arrays are; `skipped_in_row`, 0 if the loss of its step was
+    finite; and `updates`, how many of its steps changed the parameters. One that has fewer of them than there are by now was followed by
+    a finite loss of its own parameters. Where a fact is not there, as in checkpoints of other kinds, nothing speaks against it.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int | None = None):
@@ -29,13 +34,15 @@ class Checkpoints:
 
         Args:
           directory: local or `gs://`.
-          keep: how many of the newest checkpoints stay.
+          keep: how many checkpoints stay: the newest, and the newest good ones before it, at least one of these and one that was followed
+            by a finite loss.
           keep_every: those whose step is a multiple of this stay too.
         """
-        self.directory = epath.Path(directory)
+        self.directory = files.resolve(directory, "directory of checkpoints")
+        self._keep, self._keep_every, self._facts = keep, keep_every, {}
         # Orbax would create a directory that is only read from.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=keep is not None, cleanup_tmp_directories=keep is not None
+            preservation_policy=self if keep is not None else None, create=keep is not None, cleanup_tmp_directories=keep is not None
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options) if keep or self.directory.exists() else None
 
@@ -47,14 +54,42 @@ class Checkpoints:
         """Starts writing pytrees of arrays under a step number; returns when the arrays have been copied.
 
         Args:
-          step: number of the checkpoint; the oldest beyond `keep` are deleted once it is complete.
+          step: number of the checkpoint; what need not stay (see `keep`) is deleted once it is complete.
           items: name → pytree of `jax.Array`.
           facts: JSON values kept beside the items.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._facts[step] = dict(facts)
         with self._writing():
             if not self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))):
                 raise UserError(f"checkpoint {step} was not written: {self.directory} holds it or a newer one; move these away")
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Orbax asks: which of these, the newest one included, stay?"""
+        steps = sorted(info.step for info in checkpoints)
+        stay = set(steps)
+        if len(steps) > self._keep:
+            *older, newest = steps
+            good, followed = ([step for step in self.good_steps(steps, which) if step in older] for which in (None, self._updates(newest)))
+            stay = {newest, *good[-max(self._keep - 1, 1) :], *followed[-1:]}
+        return [info.step in stay or bool(self._keep_every and info.step % self._keep_every == 0) for info in checkpoints]
+
+    def good_steps(self, steps: Sequence[int] | None = None, updates: int | None = None) -> list[int]:
+        """The good ones among checkpoints, ascending: finite, with a finite loss.
+
+        Args:
+          steps: their step numbers; None: all complete ones.
+          updates: how many updates there have been by now: only those that were followed by one; None: all.
+        """
+        good = []
+        for step in self.steps() if steps is None else sorted(steps):
+            facts = self.facts(step)
+            if facts.get("finite", True) and not facts.get("skipped_in_row") and (updates is None or self._updates(step) < updates):
+                good.append(step)
+        return good
+
+    def _updates(self, step: int) -> int:
+        return self.facts(step).get("updates", step)
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
@@ -89,6 +124,8 @@ class Checkpoints:
         for step in reversed(self.steps()):
             items, reason = None, None
             try:
+                if not self.facts(step).get("finite", True):
+                    raise ValueError("it has parameters or averages that are not finite: the run had diverged")
                 items = self.restore_step(step, abstract_items)
             except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
                 reason = self._differences(step, abstract_items) or _first_line(error)
@@ -114,7 +151,7 @@ class Checkpoints:
                 target = damaged / str(newer)
                 if target.exists():
                     target.rmtree()
-                (self.directory / str(newer)).rename(target)
+                shutil.move(self.directory / str(newer), target) if files.is_local(target) else (self.directory / str(newer)).rename(target)
                 log.warning("checkpoint %d was moved to %s", newer, target)
 
         distributed.first_then_all(move, lambda: None)
@@ -136,8 +173,13 @@ class Checkpoints:
         return f"it is of another model: {'; '.join(differences[:3])}{more}" if differences else ""
 
     def facts(self, step: int) -> dict[str, Any]:
-        """The facts of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        """The facts of a checkpoint; {} if they cannot be read."""
+        if step not in self._facts:
+            try:
+                self._facts[step] = dict(self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"])
+            except Exception:  # a damaged checkpoint, or a foreign one: whoever restores it says so
+                return {}
+        return self._facts[step]
 
     def restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
         """The items of one checkpoint, see `restore`; whatever goes wrong inside Orbax is raised."""

@@ -1,22 +1,45 @@
 """What all commands in `launch/` share: flags, logging, and one-line errors."""
 
 import logging
+import os
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from diffit_jax.distributed import Cluster, Preempted, initialize
+from diffit_jax import interruption
 from diffit_jax.errors import UserError
 
-EXIT_RESUME = 75
+if TYPE_CHECKING:
+    from diffit_jax.distributed import Cluster
+
+interruption.listen()  # jax and what stands on it are imported later: they take seconds
+
+
+class _PathParser(flags.ArgumentParser):
+    """A path as it is meant: absolute, with `~` and `file://` resolved."""
+
+    def __init__(self, flag: str):
+        self._flag = flag
+
+    def parse(self, argument: str) -> str:
+        from diffit_jax.files import resolve  # brings etils
+
+        try:
+            return str(resolve(argument, self._flag))
+        except UserError as error:
+            fail(str(error))  # absl would add the flag's name and a hint of its own
+
+
+def define_path(name: str, help_text: str) -> flags.FlagHolder[str]:
+    """A flag that takes a path, None if it is not given: the one door by which paths come in, see `files.resolve`."""
+    return flags.DEFINE(_PathParser(f"--{name}"), name, None, help_text, serializer=flags.ArgumentSerializer())
 
 
 def define_config(help_text: str = "File with get_config(); override keys by --config.section.key=value.") -> flags.FlagHolder[ConfigDict]:
@@ -49,16 +72,39 @@ def require_one(**flag_values: str | None) -> None:
         fail(f"exactly one of {', '.join(f'--{name}' for name in flag_values)} is needed (--help lists the flags)")
 
 
-def define_cluster() -> Callable[[], Cluster]:
+def define_cluster() -> "Callable[[], Cluster]":
     """The flags by which several processes find each other; what it returns reads them."""
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0; not needed on TPU pods and under Slurm.")
     num_processes = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1)
     process_id = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0)
     timeout = flags.DEFINE_integer("cluster_timeout", 300, "Seconds to wait until all processes have come.", lower_bound=1)
-    return lambda: Cluster(coordinator.value, num_processes.value, process_id.value, timeout.value)
+
+    def cluster() -> "Cluster":
+        from diffit_jax.distributed import Cluster
+
+        return Cluster(coordinator.value, num_processes.value, process_id.value, timeout.value)
+
+    return cluster
 
 
-def run(main: Callable[[], None], cluster: Callable[[], Cluster] | None = None) -> None:
+def define_fewer_devices() -> Callable[[ConfigDict], Any]:
+    """The flag that leaves devices out; what it returns takes a config and gives the devices to train it on, None for all."""
+    fewer = flags.DEFINE_bool(
+        "fewer_devices", False, "Where training.batch_size does not divide over all devices, use as many as it does (one process)."
+    )
+
+    def devices(config: ConfigDict) -> Any:
+        if not fewer.value:
+            return None
+        from diffit_jax import experiment, parallel
+
+        built = experiment.build(config)
+        return parallel.fitting_devices(built.training.batch_size, built.mesh, built.training.accumulation)
+
+    return devices
+
+
+def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None) -> None:
     """Parses the flags, joins the other processes if `cluster` is given, and calls `main`.
 
     A mistake of the user's ends in one line on stderr and exit status 1; a preemption, after everything is saved, in exit status 75
@@ -72,27 +118,47 @@ def run(main: Callable[[], None], cluster: Callable[[], Cluster] | None = None) 
         handler.setFormatter(_Plain())
         logging.getLogger("diffit_jax").handlers = [handler]
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file that it touches
-        if not jax.config.jax_compilation_cache_dir:
-            jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/diffit_jax/compiled").expanduser()))
         try:
+            _cache_programs()
             if cluster:
+                from diffit_jax.distributed import initialize
+
                 initialize(cluster())
             main()
         except UserError as error:
             fail(str(error))
-        except Preempted as notice:
+        except interruption.Preempted as notice:
+            interruption.finished()
             print(f"preempted: {notice}; run the same command again to go on", file=sys.stderr)
-            sys.exit(EXIT_RESUME)
-        except KeyboardInterrupt:
-            print("interrupted: run the same command again to go on", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(interruption.EXIT_RESUME)
+        except KeyboardInterrupt as notice:
+            line = f"interrupted: {notice}; run the same command again to go on".replace(": ; ", ": ")
+            if interruption.pressed() != 1:
+                interruption.end(interruption.EXIT_INTERRUPTED, line)  # does not wait for saves under way, as `sys.exit` would
+            interruption.finished()
+            print(line, file=sys.stderr)
+            sys.exit(interruption.EXIT_INTERRUPTED)
+        interruption.finished()
 
-    app.run(guarded, flags_parser=_parse)
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except KeyboardInterrupt:  # while flags and configs were read
+        interruption.end(interruption.EXIT_INTERRUPTED, "interrupted: run the same command again to go on")
+
+
+def _cache_programs() -> None:
+    """Compiled programs are kept in the home directory, unless the environment says where, or there is no such directory."""
+    import jax
+
+    from diffit_jax.files import home
+
+    if not jax.config.jax_compilation_cache_dir and home():
+        jax.config.update("jax_compilation_cache_dir", str(home() / ".cache/diffit_jax/compiled"))
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_home(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.items()  # a config file that could not be loaded only says so when it is used
     except flags.Error as error:
@@ -116,6 +182,16 @@ def fail(message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit status 1."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
+
+
+def _with_home(argv: list[str]) -> list[str]:
+    """The arguments with `~` in the path of a config resolved, which the shell leaves alone after `=`."""
+    resolved = list(argv)
+    for index, argument in enumerate(argv[1:], 1):
+        if re.match(r"--?config=~", argument):
+            name, _, path = argument.partition("=")
+            resolved[index] = f"{name}={os.path.expanduser(path)}"
+    return resolved
 
 
 class _Plain(logging.Formatter):

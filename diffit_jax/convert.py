@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import experiment, files, parallel
+from diffit_jax import experiment, files, lock, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, Experiment
@@ -16,7 +16,7 @@ from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.training.loop import restore_state, save_state
-from diffit_jax.training.state import TrainState, abstract_state, fresh_state
+from diffit_jax.training.state import Opened, TrainState, fresh_state, open_experiment
 
 
 def weights_to_workdir(
@@ -34,9 +34,10 @@ def weights_to_workdir(
     Raises:
       UserError: a file that cannot be read, a config that cannot be, a directory that holds a run or cannot be written.
     """
+    weights, workdir = files.resolve(weights, "--weights"), files.resolve(workdir, "--to_workdir")
     change = {"slim_tmsa": slim} | ({} if input_size is None else {"input_size": input_size})
     config = official.fit_config(config, weights, **change)
-    loaded = experiment.build(config)
+    loaded = open_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
     _, variables = official.load(weights, input_size)
     if slim:
@@ -51,9 +52,10 @@ def workdir_to_weights(workdir: epath.PathLike, weights: epath.PathLike, index_b
     Raises:
       UserError: no run or checkpoint there, a model of another kind, a file that cannot be written.
     """
-    loaded = _latent(workdir)
-    _, variables = restore_variables(workdir, loaded, parallel.make_mesh())
-    official.save(weights, loaded.model, variables, index_buffers)
+    weights = files.resolve(weights, "--to_weights")
+    workdir, opened = _open_latent(workdir)
+    _, variables = restore_variables(workdir, opened.state)
+    official.save(weights, opened.experiment.model, variables, index_buffers)
 
 
 def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bool | None) -> None:
@@ -69,37 +71,48 @@ def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bo
     Raises:
       UserError: as `workdir_to_weights`, or a target that holds a run.
     """
-    loaded, config = _latent(workdir), experiment.read_config(workdir)
+    target = files.resolve(target, "--to_workdir")
+    workdir, opened = _open_latent(workdir)
+    config = experiment.read_config(workdir)
     _refuse_run(target)
-    mesh = parallel.make_mesh()
-    checkpoints = Checkpoints(epath.Path(workdir) / CHECKPOINTS)
-    state = restore_state(checkpoints, abstract_state(loaded, mesh))
+    state = restore_state(Checkpoints(workdir / CHECKPOINTS), opened.state)
     if state is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
-    was_slim = loaded.model.slim_tmsa
-    if slim is not None and slim != was_slim:
+    if slim is not None and slim != opened.experiment.model.slim_tmsa:
         state = (to_slim if slim else to_released)(state)
-        state = jax.device_put(state, parallel.shardings(mesh, state))
+        state = jax.device_put(state, parallel.shardings(opened.mesh, state))
         config["model"]["slim_tmsa"] = slim
-    _write(target, config, loaded, state)
+    _write(target, config, opened.experiment, state)
 
 
-def _write(workdir: epath.PathLike, config: Mapping[str, Any], loaded: Experiment, state: TrainState) -> None:
-    directory = files.make_directory(workdir, "--to_workdir")
-    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
-    save_state(checkpoints, state, loaded.training.batch_size)
-    checkpoints.wait()
-    experiment.claim_workdir(workdir, ConfigDict(config))  # last: with it, the directory holds a run
+def _write(workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, state: TrainState) -> None:
+    """A work directory with one checkpoint; if it cannot be written, what was begun goes away."""
+    with lock.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
+        _refuse_run(workdir)  # another conversion may have been faster
+        try:
+            checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
+            save_state(checkpoints, state, loaded.training.batch_size)
+            checkpoints.wait()
+            experiment.claim_workdir(workdir, ConfigDict(config))  # last: with it, the directory holds a run
+        except BaseException:
+            if (workdir / CHECKPOINTS).exists():
+                (workdir / CHECKPOINTS).rmtree()
+            raise
 
 
-def _latent(workdir: epath.PathLike) -> Experiment:
-    loaded = experiment.build(experiment.read_config(workdir))
-    if not isinstance(loaded.model, LatentDiffiT):
+def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
+    workdir = files.resolve(workdir, "--workdir")
+    opened = open_experiment(experiment.read_config(workdir), to_train=False)
+    if not isinstance(opened.experiment.model, LatentDiffiT):
         raise UserError(f"workdir {workdir} holds no latent_diffit: only that model can be converted")
-    return loaded
+    return workdir, opened
 
 
-def _refuse_run(workdir: epath.PathLike) -> None:
-    path = epath.Path(workdir)
-    if (path / experiment.CONFIG_FILE).exists() or (path / CHECKPOINTS).exists():
+def _refuse_run(workdir: epath.Path) -> None:
+    if (workdir / experiment.CONFIG_FILE).exists():
         raise UserError(f"--to_workdir {workdir} holds a run already: choose another directory")
+    folder = workdir / CHECKPOINTS  # a conversion that was killed leaves it empty
+    if folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir()):
+        raise UserError(
+            f"--to_workdir {workdir} holds a run already, though without its config: move {folder} away, or choose another directory"
+        )

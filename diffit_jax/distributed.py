@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from diffit_jax import interruption
 from diffit_jax.errors import UserError
 
 T = TypeVar("T")
@@ -33,8 +33,9 @@ class Cluster:
     """How the processes find each other.
 
     Attributes:
-      coordinator: host:port of process 0; None: found out on TPU pods and under Slurm, otherwise there is one process.
-      num_processes, process_id: how many processes, and which this one is, if a coordinator is given.
+      coordinator: host:port of process 0; None: found out on TPU pods and in a Slurm step of several tasks, otherwise there is one process.
+      num_processes, process_id: how many processes, and which this one is, if a coordinator is given. With `num_processes` 1 and no
+        coordinator there is one process, whatever the environment says.
       timeout_s: how long to wait until all have come.
     """
 
@@ -44,10 +45,6 @@ class Cluster:
     timeout_s: int = 300
 
 
-class Preempted(Exception):
-    """The machine is about to be taken away, everything is saved, and the same command goes on later."""
-
-
 def initialize(cluster: Cluster = Cluster()) -> None:
     """Connects this process to the others, before anything else uses jax. Does nothing where there is only one.
 
@@ -55,27 +52,38 @@ def initialize(cluster: Cluster = Cluster()) -> None:
       UserError: impossible flags, or not all processes came in time.
     """
     given = (cluster.coordinator, cluster.num_processes, cluster.process_id)
+    if given == (None, 1, None):
+        return
     if given == (None, None, None):
-        if not _on_tpu() and int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+        tasks = _slurm_tasks()
+        if tasks > 1:
+            given = (None, tasks, int(os.environ["SLURM_PROCID"]))
+        elif not _on_tpu():
             return
     elif None in given:
-        raise UserError("--coordinator, --num_processes and --process_id go together: give all three, or none on TPU pods and under Slurm")
+        raise UserError(
+            "--coordinator, --num_processes and --process_id go together: give all three, none on TPU pods and under Slurm, or "
+            "--num_processes=1 alone for one process anywhere"
+        )
     elif not 0 <= cluster.process_id < cluster.num_processes:
         raise UserError(f"--process_id {cluster.process_id} is not in 0-{cluster.num_processes - 1}: change it or --num_processes")
     else:
         _roll_call(cluster)
-    # Past its timeout, jax's runtime aborts the process; this thread has the last word before that.
-    warning = threading.Timer(max(cluster.timeout_s - 2, 1), _say_who_is_missing, [cluster])
+    # Past its timeout, jax's runtime aborts the process with a page of C++; this thread ends it before that.
+    warning = threading.Timer(max(cluster.timeout_s - 2, 1), _end_without_the_others, [cluster])
     warning.daemon = True
     warning.start()
     try:
         jax.distributed.initialize(
             *given, initialization_timeout=cluster.timeout_s, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, LookupError, OSError) as error:
         raise UserError(f"this process could not join the others ({' '.join(str(error).split())[:160]}): check the flags") from error
     finally:
         warning.cancel()
+    if jax.process_count() > 1:
+        # jax's service hears SIGTERM to any process and tells all of them; other signals reach it in that form.
+        interruption.forward_to(lambda: os.kill(os.getpid(), signal.SIGTERM))
     if not is_first():
         logging.getLogger("diffit_jax").setLevel(logging.WARNING)  # process 0 speaks for all
 
@@ -96,11 +104,17 @@ def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
     if jax.process_count() == 1:
         return
     digests = np.stack([np.frombuffer(hashlib.sha256(text().encode()).digest(), np.uint8) for text in facts.values()])
-    everyones = multihost_utils.process_allgather(digests)
+    everyones = _of_each_process(digests)
     for index, name in enumerate(facts):
-        others = [process for process in range(jax.process_count()) if (everyones[process, index] != everyones[0, index]).any()]
+        others = [process for process in sorted(everyones) if (everyones[process][index] != everyones[0][index]).any()]
         if others:
             raise UserError(f"process {others[0]} has another {name} than process 0: start all processes with the same command and code")
+
+
+def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:
+    """The value of every process by its number, whatever the order in which jax has gathered them."""
+    numbers = multihost_utils.process_allgather(np.array(jax.process_index()))
+    return dict(zip(np.ravel(numbers).tolist(), multihost_utils.process_allgather(value), strict=True))
 
 
 def code_version() -> str:
@@ -121,12 +135,20 @@ def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None)
                 result = (action if turn or then is None else then)()
             except UserError as failure:
                 error = failure
-        failed = multihost_utils.process_allgather(np.array(error is not None))
+        failed = [process for process, flag in sorted(_of_each_process(np.array(error is not None)).items()) if flag]
         if error is not None:
             raise error
-        if failed.any():
-            raise UserError(f"process {int(np.argmax(failed))} could not go on: its message says why")
+        if failed:
+            raise UserError(f"process {failed[0]} could not go on: its message says why")
     return result
+
+
+@contextlib.contextmanager
+def first_holds(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Process 0 enters a context (a lock, say) for all in this block; if it cannot, all fail."""
+    with contextlib.ExitStack() as stack:
+        first_then_all(lambda: stack.enter_context(context()), lambda: None)
+        yield
 
 
 def check_shared(directory: epath.Path) -> None:
@@ -140,12 +162,12 @@ def check_shared(directory: epath.Path) -> None:
     token = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
     mark = directory / f".shared-{bytes(np.asarray(token, np.uint8)).hex()}"
     first_then_all(lambda: mark.write_bytes(b""), lambda: None)
-    sees = multihost_utils.process_allgather(np.array(mark.exists()))
+    blind = [process for process, sees in sorted(_of_each_process(np.array(mark.exists())).items()) if not sees]
     if is_first():
         mark.unlink()
-    if not sees.all():
+    if blind:
         raise UserError(
-            f"workdir {directory} is not shared: process {int(np.argmin(sees))} does not see the files of process 0 there, but all write "
+            f"workdir {directory} is not shared: process {blind[0]} does not see the files of process 0 there, but all write "
             "into the same checkpoints: use gs:// or a shared disk"
         )
 
@@ -177,29 +199,28 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 class PreemptionNotice:
-    """Tells when this run is to be interrupted: SIGTERM to any process, or the platform's notice. Use it as a context manager."""
+    """Tells when this run is to be interrupted: a signal to any process, or the platform's notice. Use it as a context manager."""
 
-    def __init__(self):
-        self._signalled = False
+    def __init__(self, ctrl_c: bool = False):
+        """`ctrl_c`: whether Ctrl-C is such a signal too, and does not end the run at once."""
+        self._held = interruption.held(ctrl_c)
 
     def __enter__(self) -> "PreemptionNotice":
-        if jax.process_count() == 1:  # with several processes, jax's own service listens
-            with contextlib.suppress(ValueError):  # not in the main thread: nothing to listen to
-                self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._held.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        if hasattr(self, "_previous"):
-            signal.signal(signal.SIGTERM, self._previous)
+    def __exit__(self, *error) -> None:
+        self._held.__exit__(*error)
 
     def reached(self, step: int) -> bool:
         """Whether to save and end after this step; all processes get the same answer for the same step. Ask at every step."""
         if jax.process_count() == 1:
-            return self._signalled
+            return interruption.noticed()
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def _on_signal(self, *_) -> None:
-        self._signalled = True
+    def ending(self, what_is_kept: str) -> BaseException:
+        """What to raise when everything is saved."""
+        return (interruption.Interrupted if interruption.pressed() else interruption.Preempted)(what_is_kept)
 
 
 @contextlib.contextmanager
@@ -217,17 +238,25 @@ def lost_processes() -> Iterator[None]:
         raise
 
 
+def _slurm_tasks() -> int:
+    """Tasks of the Slurm step that started this process: of an allocation's tasks only those that srun started are processes of a run."""
+    text = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(text) if text.isdigit() and os.environ.get("SLURM_PROCID", "").isdigit() else 1
+
+
 def _on_tpu() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
     return "tpu" in wanted and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def _say_who_is_missing(cluster: Cluster) -> None:
-    print(
-        f"error: not all processes came within {cluster.timeout_s} s: start the same command on every host, and let them reach the "
+def _end_without_the_others(cluster: Cluster) -> None:
+    slurm = ""
+    if cluster.coordinator is None and _slurm_tasks() > 1:
+        slurm = f"Slurm's variables speak of a step of {_slurm_tasks()} tasks; for one process alone add --num_processes=1, otherwise "
+    interruption.end(
+        1,
+        f"error: not all processes came within {cluster.timeout_s} s: {slurm}start the same command on every host, and let them reach the "
         "coordinator's port",
-        file=sys.stderr,
-        flush=True,
     )
 
 
@@ -238,7 +267,7 @@ def _roll_call(cluster: Cluster) -> None:
       UserError: on every process that came, with the numbers of those that did not.
     """
     host, _, port = cluster.coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator {cluster.coordinator} is no address: write host:port")
     deadline = time.monotonic() + cluster.timeout_s
     everyone = set(range(cluster.num_processes))

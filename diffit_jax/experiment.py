@@ -4,19 +4,20 @@ Every section of a config becomes one frozen object: a model, a process, or sett
 all, so that a mistake in a config is reported before anything is allocated, compiled or written.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import files
+from diffit_jax import files, lock
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.errors import UserError
@@ -148,31 +149,55 @@ def _check_output(experiment: Experiment) -> None:
         )
 
 
-def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
+@contextlib.contextmanager
+def claimed_workdir(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
+    """Claims a work directory for a run of `config`, as `claim_workdir` does, and owns it for the length of the block.
+
+    Raises:
+      UserError: as `claim_workdir`, or another living process owns it.
+    """
+    with lock.owned(files.make_directory(workdir, "workdir"), "workdir"):
+        claim_workdir(workdir, config)
+        yield
+
+
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Creates a work directory for a run of `config`, or makes sure that it holds one already.
 
     Args:
-      workdir: local or `gs://`.
-      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`, sampling) may differ from the run's.
-
-    Returns:
-      The directory; it contains the config as `config.json`.
+      workdir: absolute; local or `gs://`.
+      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`, sampling) may differ from the run's, and
+        all of them as long as nothing has been trained there.
 
     Raises:
-      UserError: it cannot be written, or holds a run of another config.
+      UserError: it cannot be written, holds a run of another config, or one that is past `total_steps`.
     """
     path = files.make_directory(workdir, "workdir") / CONFIG_FILE
     text = config.to_json(indent=2)
-    if path.exists():
-        ours, theirs = _settings(config.to_dict()), _settings(read_config(workdir))
+    held = read_config(workdir) if path.exists() else None
+    if held is not None and not {"model", "process", "training"} <= held.keys():
+        raise UserError(f"workdir {workdir} holds a {CONFIG_FILE} of another program: choose another workdir")
+    if held is not None and _steps(workdir, CHECKPOINTS, f"{CHECKPOINTS}_damaged", SNAPSHOTS):
+        ours, theirs = _settings(config.to_dict()), _settings(held)
         for key in sorted(ours.keys() | theirs.keys()):
             if not key.startswith(_FREE_KEYS) and ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config has {ours.get(key)}: "
                     "choose another workdir or the config of that run"
                 )
+        newest = max(_steps(workdir, CHECKPOINTS), default=0)
+        if config.training.total_steps < newest:
+            raise UserError(
+                f"config key training.total_steps is {config.training.total_steps}, but workdir {workdir} holds step {newest}: set it "
+                f"to at least {newest}, or choose another workdir"
+            )
     files.write_bytes(path, text.encode())
-    return path.parent
+
+
+def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
+    """Step numbers of what some directories in a work directory hold."""
+    folders = [epath.Path(workdir) / name for name in names]
+    return [int(entry.name) for folder in folders if folder.exists() for entry in folder.iterdir() if entry.name.isdigit()]
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -183,9 +208,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+        return config
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"workdir {workdir} holds no run (no {CONFIG_FILE}): train first, or name the directory of a run") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): ask its owner for permission, or copy the run") from error
     except ValueError as error:
         raise UserError(f"{path} is not a config ({error}): restore it or choose another workdir") from error
 

@@ -9,18 +9,22 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.layout import Layout, layout
+
+log = logging.getLogger(__name__)
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 
@@ -97,14 +101,28 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Me
       UserError: the shape does not fit the devices.
     """
     devices = list(devices or jax.devices())
-    sizes = shape.sizes(len(devices))
-    slices = {getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"} or {0}
-    if len(slices) != shape.num_slices:
-        raise UserError(f"config key mesh.num_slices is {shape.num_slices}, but the devices form {len(slices)}: set it to {len(slices)}")
+    sizes, num_slices = shape.sizes(len(devices)), _count_slices(devices)
+    if num_slices != shape.num_slices:
+        raise UserError(f"config key mesh.num_slices is {shape.num_slices}, but the devices form {num_slices}: set it to {num_slices}")
     if shape.num_slices > 1:
         within, between = (sizes[0] // shape.num_slices, *sizes[1:]), (shape.num_slices, 1, 1)
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True), AXES)
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
+
+
+def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = MeshShape()) -> Mesh:
+    """The mesh of a shape, or where that does not fit the devices, one that divides the batch alone: for what needs no training batch."""
+    devices = list(devices or jax.devices())
+    num_slices = _count_slices(devices)
+    try:
+        return make_mesh(devices, dataclasses.replace(shape, num_slices=num_slices))
+    except UserError as error:
+        log.info("%s; going on with the batch divided over all devices", error)
+        return make_mesh(devices, MeshShape(num_slices=num_slices))
+
+
+def _count_slices(devices: Sequence[jax.Device]) -> int:
+    return len({getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"} or {0})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -154,16 +172,114 @@ def next_batch_size(mesh: Mesh, count: int) -> int:
     return -(-count // shares) * shares
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """(start, stop): the contiguous block of a global batch that this process's devices hold."""
-    slices = [index[0].indices(batch_size)[:2] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()]
-    return min(start for start, _ in slices), max(stop for _, stop in slices)
+def fitting_devices(batch_size: int, shape: MeshShape = MeshShape(), parts: int = 1) -> Sequence[jax.Device]:
+    """All devices, or as many of the first as divide a training batch in `parts` parts, with a line of the log that says so.
+
+    For one process: of several, some would be left without a device, and all devices are returned.
+    """
+    devices = jax.devices()
+    for count in range(len(devices), 0, -1):
+        try:
+            data, fsdp, _ = shape.sizes(count)
+        except UserError:
+            continue
+        if batch_size % (data * fsdp * parts) == 0 and jax.process_count() == 1:
+            if count < len(devices):
+                log.info("using %d of %d devices, which training.batch_size %d divides over", count, len(devices), batch_size)
+            return devices[:count]
+    return devices
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Host arrays with this process's block of a global batch (`local_rows`) → global arrays split over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def local_device(mesh: Mesh) -> jax.Device:
+    """The first device of the mesh that belongs to this process: the one whose memory can be asked for.
+
+    Not `mesh.local_mesh`, which a process whose devices have gaps on the mesh does not have.
+    """
+    return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+
+
+def memory_of(device: jax.Device) -> float | None:
+    """Bytes that programs may use on a device; None where it does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+@functools.lru_cache(maxsize=8)
+def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """Which rows of a global batch the devices of a process hold.
+
+    A mesh follows the pod's torus, so that the rows of a process have gaps, and more than one process may hold a row (with `tensor`).
+
+    Args:
+      mesh: the mesh.
+      batch_size: rows of the global batch, which the devices divide.
+      process: number of the process; None: this one.
+
+    Returns:
+      (n,) int64, ascending, each row once; not writeable.
+
+    Raises:
+      ValueError: the devices do not divide the batch.
+    """
+    process = jax.process_index() if process is None else process
+    shares = batch_sharding(mesh).devices_indices_map((batch_size,))
+    bounds = {share[0].indices(batch_size)[:2] for device, share in shares.items() if device.process_index == process}
+    rows = np.concatenate([np.arange(0), *(np.arange(*each) for each in sorted(bounds))])
+    rows.flags.writeable = False  # one array for all who ask
+    return rows
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """Host arrays with this process's rows of a global batch → global arrays split over the mesh.
+
+    Args:
+      mesh: the mesh.
+      batch: name → array (n, …), row i of which is row `local_rows(mesh, batch_size)[i]` of the batch.
+      batch_size: rows of the global batch.
+
+    Raises:
+      ValueError: an array has another number of rows.
+    """
+    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        if len(array) != len(rows):
+            raise ValueError(f"{name} has {len(array)} rows, but this process holds {len(rows)} of the {batch_size} of a batch")
+        shape = batch_size, *array.shape[1:]
+        devices, shares = [], []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            devices.append(device)
+            shares.append(array[first : first + stop - start])
+        return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(shares, devices))
+
+    return {name: put(name, array) for name, array in batch.items()}
+
+
+def prove_rows(mesh: Mesh, batch_size: int) -> None:
+    """Proves on the devices at hand that every row of a batch comes to its place, and nowhere else.
+
+    Row numbers go the way of data (`local_rows`, `put_batch`), and every device counts those that it should not have. All processes take
+    part.
+
+    Raises:
+      UserError: on every process; it names the first process that holds wrong rows.
+    """
+    share = batch_size // (mesh.shape[DATA] * mesh.shape[FSDP])
+
+    def count_wrong(row_B: jax.Array) -> jax.Array:
+        place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)
+        return jnp.sum(row_B != place * share + jnp.arange(share), keepdims=True)
+
+    everywhere = jax.shard_map(count_wrong, mesh=mesh, in_specs=batch_sharding(mesh).spec, out_specs=PartitionSpec(AXES), check_vma=False)
+    rows = put_batch(mesh, {"row": local_rows(mesh, batch_size).astype(np.int32)}, batch_size)["row"]
+    wrong = np.asarray(jax.jit(everywhere, out_shardings=replicated(mesh))(rows).addressable_data(0))
+    for device, count in zip(mesh.devices.flat, wrong, strict=True):
+        if count:
+            raise UserError(
+                f"process {device.process_index} has {count} of {share} rows of the batch in wrong places on device {device.id}: rows are "
+                f"divided wrongly over the mesh {dict(mesh.shape)}; use another mesh (config section mesh), and report this fault"
+            )
 
 
 @contextlib.contextmanager
@@ -185,6 +301,12 @@ def activations(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def whole(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
+    """Inside jit: a parameter, by its path, of which every device has all that `fsdp` would divide."""
+    spec = PartitionSpec(*(None if axis == FSDP else axis for axis in _rule_spec(mesh, name, weight.shape)))
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
+
+
 def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
     """A weight whose parts over `fsdp` are put together before it is used; its gradient is divided again at once.
 
@@ -193,15 +315,15 @@ def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
     """
     if mesh.shape[FSDP] == 1:
         return weight
-    divided = _rule_spec(mesh, name, weight.shape)
-    whole = PartitionSpec(*(None if axis == FSDP else axis for axis in divided))
-    constrain = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))  # noqa: E731
+    divided = NamedSharding(mesh, _rule_spec(mesh, name, weight.shape))
 
     @jax.custom_vjp
     def gather(x: jax.Array) -> jax.Array:
-        return constrain(x, whole)
+        return whole(mesh, name, x)
 
-    gather.defvjp(lambda x: (gather(x), None), lambda _, gradient: (constrain(constrain(gradient, whole), divided),))
+    gather.defvjp(
+        lambda x: (gather(x), None), lambda _, gradient: (jax.lax.with_sharding_constraint(whole(mesh, name, gradient), divided),)
+    )
     return gather(weight)
 
 

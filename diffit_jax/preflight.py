@@ -14,8 +14,9 @@ import logging
 import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,20 @@ from ml_collections import ConfigDict
 
 from diffit_jax import files, models, parallel
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment, build
-from diffit_jax.sampling import sampler_without_autoguidance
+from diffit_jax.experiment import Experiment
+from diffit_jax.sampling import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, KNOWN_TOPOLOGIES, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.cost import cost
 from diffit_jax.tpu.program import parse
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
 from diffit_jax.training.loop import lower_train_step
-from diffit_jax.training.state import TrainState, abstract_state
+from diffit_jax.training.state import Opened, TrainState, open_experiment
 from diffit_jax.training.watch import training_flops
 
 log = logging.getLogger(__name__)
 
 DEAREST = 10
-CACHE = Path("~/.cache/diffit_jax/preflight")
+CACHE = (files.home() or Path(tempfile.gettempdir())) / ".cache/diffit_jax/preflight"
 # What `--sweep` varies, and over which values where none are given; batch is per chip.
 SWEEPS = {
     "batch": ("2", "4", "8", "16", "32"),
@@ -60,7 +61,9 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
 
     Returns:
       The report, JSON values only: `setting` (what was compiled), `memory` (bytes per chip), `fits`, `train` and `sample` (see
-      `_figures`), and what follows for the whole run: `run`. Times are in seconds, sizes in bytes, rates per second.
+      `_figures`), and what follows for the whole run: `run`. `sample` is how this chip would draw; it has `copy_bytes`, of the copy of the
+      parameters that each device holds meanwhile (0: none), and `alternative`, the figures with it if it holds none, and without it if it
+      does. Times are in seconds, sizes in bytes, rates per second.
 
     Raises:
       UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
@@ -75,12 +78,9 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
     if num_slices > 1:
         config.mesh = ConfigDict(dict(config.get("mesh") or {}))
         config.mesh.num_slices = num_slices
-    experiment = build(config)
+    opened = open_experiment(config, devices)
+    experiment, mesh, state = opened.experiment, opened.mesh, opened.state
     settings, model = experiment.training, experiment.model
-    mesh = parallel.make_mesh(devices, experiment.mesh)
-    parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
-    state = abstract_state(experiment, mesh)
-    parallel.check_axes(mesh, state.params)
     chips = len(devices) // chip.devices
     heads = getattr(model, "num_heads", None)
     report: dict[str, Any] = {
@@ -104,22 +104,17 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
         "memory": {"limit": chip.memory / chip.devices} | _held(state),
         "fits": True,
     }
-    flops = training_flops(model) * settings.batch_size
+    # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
+    crossing_s = report["memory"]["parameters"] / (SLICE_BANDWIDTH / chip.devices) if num_slices > 1 else 0.0
     for program in programs:
         log.info("compiling the %s step for %d chips", program, chips)
         if program == "train":
-            lowered = lower_train_step(experiment, mesh, state, _batch(experiment, mesh))
-            images, work = settings.batch_size, flops
+            compiled = _compile(lower_train_step(experiment, mesh, state, _batch(experiment, mesh)), topology, num_slices)
+            flops = training_flops(model) * settings.batch_size
+            report["train"] = _figures(compiled, chip, chips, settings.batch_size, flops, crossing_s)
         else:
-            # Autoguidance's second network is not known here; the report says so.
-            lowered = sampler_without_autoguidance(experiment, mesh, experiment.sampling.batch_size).lower(state.ema_variables)
-            images = parallel.next_batch_size(mesh, experiment.sampling.batch_size)
-            work = None
-        compiled = _compile(lowered, topology, num_slices)
-        report["fits"] &= compiled["fits"]
-        # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
-        crossing = report["memory"]["parameters"] if program == "train" and num_slices > 1 else 0
-        report[program] = _figures(compiled, chip, chips, images, work, crossing / (SLICE_BANDWIDTH / chip.devices))
+            report["sample"] = _price_sampling(opened, chip, chips, lambda lowered: _compile(lowered, topology, num_slices))
+        report["fits"] &= report[program]["fits"]
     if report.get("train", {}).get("fits"):
         report["memory"] |= _planned(report["memory"], report["train"]["memory"])
         report["run"] = _run(experiment, chips, report["train"]["step_s"])
@@ -271,7 +266,7 @@ def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dic
     here = Path(__file__).parent
     ours = b"".join(path.read_bytes() for path in (Path(__file__), *sorted(here.glob("tpu/*.py")), here / "models" / "attention_kernel.py"))
     facts = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
-    cached = CACHE.expanduser() / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
+    cached = CACHE / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
     if cached.exists():
         return json.loads(cached.read_text())
     answer = _ask(lowered, topology)
@@ -349,9 +344,7 @@ def _shortage(message: str) -> dict[str, float]:
     return {"needed": needed, "available": available}
 
 
-def _figures(
-    compiled: Mapping[str, Any], chip: Chip, chips: int, images: int, flops: float | None, between_slices_s: float
-) -> dict[str, Any]:
+def _figures(compiled: Mapping[str, Any], chip: Chip, chips: int, images: int, flops: float, between_slices_s: float) -> dict[str, Any]:
     """A program's report: what the compiler said, and what follows from it.
 
     `step_s` is the largest of `compute_s`, `collectives_s` and `between_slices_s`, since they can run at the same time; `serial_s` is
@@ -363,17 +356,33 @@ def _figures(
     collectives_s = moved / (chip.link_bandwidth / chip.devices)
     times = compiled["compute_s"], collectives_s, between_slices_s
     step_s = max(times)
-    figures = dict(compiled) | {
+    return dict(compiled) | {
         "images": images,
         "collectives_s": collectives_s,
         "step_s": step_s,
         "between_slices_s": between_slices_s,
         "serial_s": sum(times),
         "images_per_s_per_chip": images / step_s / chips,
+        "flops": flops,
+        "mfu": flops / step_s / chips / chip.peak_flops,
     }
-    if flops is not None:
-        figures |= {"flops": flops, "mfu": flops / step_s / chips / chip.peak_flops}
-    return figures
+
+
+def _price_sampling(opened: Opened, chip: Chip, chips: int, compiled: Callable[[jax.stages.Lowered], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of drawing a batch as the chip would (autoguidance's second network is not known here; the report says so)."""
+    experiment, variables = opened.experiment, opened.state.ema_variables
+    size = copy_bytes(experiment.model, variables)
+    wanted = size > 0 and copy_fits(size, chip.memory / chip.devices)
+    priced = {}
+    for copy in {wanted, size > 0 and not wanted}:
+        sampler = sampler_without_autoguidance(experiment, opened.mesh, experiment.sampling.batch_size, copy)
+        flops = 2 * sampler.multiply_adds(variables)
+        figures = _figures(compiled(sampler.lower(variables)), chip, chips, sampler.batch_size, flops, 0.0)
+        if figures["fits"]:
+            figures["hours_for_50000"] = 50_000 / figures["images_per_s_per_chip"] / chips / 3600
+        priced[copy] = figures | {"copy_bytes": size if copy else 0}
+    alternative = {"alternative": priced[not wanted]} if (not wanted) in priced else {}
+    return priced[wanted] | alternative
 
 
 def _run(experiment: Experiment, chips: int, step_s: float) -> dict[str, float]:

@@ -135,8 +135,8 @@ def _program(name: str, program: Mapping[str, Any]) -> list[str]:
     if not program["fits"]:
         return [f"{title}: does not fit"]
     rows = [f"{title} of {program['images']} images (compiled in {program['seconds_to_compile']:.0f} s)"]
-    if "flops" in program:
-        rows.append(f"  {'FLOPs, 3 forward passes':32} {program['flops']:.3e}")
+    work = {"train": "FLOPs, 3 forward passes", "sample": "FLOPs, all evaluations"}[name]
+    rows.append(f"  {work:32} {program['flops']:.3e}")
     rows += [
         f"  {'computing':32} {program['compute_s']:.4f} s   (kernels by their schedule {program['kernels_s']:.4f} s, "
         f"without an estimate and priced by bytes {program['by_bytes_s']:.4f} s)",
@@ -149,8 +149,9 @@ def _program(name: str, program: Mapping[str, Any]) -> list[str]:
     moved = f"{copies['count']:,.0f} copies, {_bytes(copies['bytes'])}"
     rows.append(f"  {'beside it, fetching from memory':32} {copies['seconds']:.4f} s   ({moved})")
     rows.append(f"  {'estimated time':32} {program['step_s']:.4f} s   (one after the other: {program['serial_s']:.4f} s)")
-    rate = f"  {'estimated images/s/chip':32} {program['images_per_s_per_chip']:.2f}"
-    rows.append(rate + (f"   estimated MFU {program['mfu']:.3f}" if "mfu" in program else ""))
+    rows.append(f"  {'estimated images/s/chip':32} {program['images_per_s_per_chip']:.4g}   estimated MFU {program['mfu']:.3f}")
+    if name == "sample":
+        rows += _sampling(program)
     for kernel, times in program["unpriced_kernels"].items():
         rows.append(f"  NOT PRICED: {kernel}, {times:,.0f} times")
     if program["even_conditionals"]:
@@ -162,6 +163,20 @@ def _program(name: str, program: Mapping[str, Any]) -> list[str]:
         f"    {entry['seconds'] * 1e3:10.2f} ms  {entry['times']:8,.0f} x  {entry['operation']:44} {entry['source']}"
         for entry in program["dearest"]
     ]
+    return rows
+
+
+def _sampling(program: Mapping[str, Any]) -> list[str]:
+    """How the parameters get to the network, both ways, and how long the samples of a FID take."""
+
+    def way(copy_bytes: int) -> str:
+        return f"with a copy of the parameters ({_bytes(copy_bytes)})" if copy_bytes else "casting and gathering in each evaluation"
+
+    rows = [f"  {'50,000 samples':32} {program['hours_for_50000']:,.2f} hours, {way(program['copy_bytes'])} (estimate)"]
+    other = program.get("alternative")
+    if other:
+        told = f"{other['hours_for_50000']:,.2f} hours (estimate)" if other["fits"] else "does not fit"
+        rows.append(f"    {way(other['copy_bytes']) + ':':42} {told}")
     return rows
 
 

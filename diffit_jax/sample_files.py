@@ -3,6 +3,7 @@
 The npz is that of ADM's evaluator: `arr_0` (N, H, W, C) samples, `arr_1` (N,) int64 labels.
 """
 
+import contextlib
 import io
 import json
 import zipfile
@@ -12,29 +13,46 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from diffit_jax import files
+from diffit_jax import files, lock
 from diffit_jax.errors import UserError
 
 _REQUEST = "request.json"
 
 
 class SampleParts:
-    """The parts of one request, npy files in a directory `<output>.parts` beside the output. Each is there whole or not at all."""
+    """The parts of one request, npy files in a directory `<output>.parts` beside the output. Each is there whole or not at all.
+
+    Used as a context manager: one process at a time owns the directory.
+    """
 
     def __init__(self, output: epath.Path, request: Mapping[str, Any]):
-        """Opens the directory, which may hold parts of an interrupted run.
+        """Names the parts of a request.
 
         Args:
           output: the npz that the parts are for.
           request: JSON values of all that the samples depend on.
+        """
+        self._output, self._request = output, json.loads(json.dumps(request))
+        self._directory = output.parent / f"{output.name}.parts"
+
+    def __enter__(self) -> "SampleParts":
+        """Opens the directory, which may hold parts of an interrupted run.
 
         Raises:
-          UserError: the parts there belong to another request, or the place cannot be written.
+          UserError: the parts there belong to another request, a living process draws them, or the place cannot be written.
         """
-        self._output = output
-        files.make_directory(output.parent, "output directory")
-        self._directory = files.make_directory(output.parent / f"{output.name}.parts", "output directory")
-        path, ours = self._directory / _REQUEST, json.loads(json.dumps(request))
+        files.make_directory(self._directory, "output directory")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock.owned(self._directory, "the sampling request in"))
+            self._check_request()
+            self._release = stack.pop_all().close
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._release()
+
+    def _check_request(self) -> None:
+        path, ours = self._directory / _REQUEST, self._request
         if path.exists():
             try:
                 theirs = dict(json.loads(path.read_text()))

@@ -1,5 +1,6 @@
 """From seed numbers to samples: the jitted, sharded sampler."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -7,11 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import distributed, models, parallel
 from diffit_jax.diffusion import ddpm, guidance, samplers
 from diffit_jax.experiment import Experiment, Sampling, check_sampling
+from diffit_jax.models.casts import cast_before_use
+from diffit_jax.models.cost import count_multiply_adds
 
 Variables = dict[str, Any]
 
@@ -31,27 +35,46 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         settings: Sampling | None = None,
         weaker_model: nn.Module | None = None,
+        copy: bool | None = None,
     ):
         """Prepares a sampler.
 
         Args:
           experiment: model and process.
           mesh: devices to draw on.
-          settings: replaces the experiment's section `sampling`.
+          settings: replaces the experiment's section `sampling`; its batch is made one that the devices divide, see `batch_settings`.
           weaker_model: the second network of autoguidance, trained with the same process on the same data.
+          copy: whether each device holds a copy of the parameters in the dtype in which the network uses them, while it draws a batch,
+            instead of casting them and gathering their parts in every evaluation; None: where it fits, see `copy_fits`.
 
         Raises:
-          UserError: settings that do not fit the experiment, or a batch that the devices do not divide.
+          UserError: settings that do not fit the experiment.
         """
         self._model, self._process, self._mesh = experiment.model, experiment.process, mesh
-        self._settings, self._weaker_model = settings or experiment.sampling, weaker_model
+        self._settings, self._weaker_model = batch_settings(settings or experiment.sampling, mesh), weaker_model
         check_sampling(experiment, self._settings)
-        parallel.check_batch_size(mesh, self._settings.batch_size, "sampling.batch_size")
+        self._copy = copy
         self._draw = jax.jit(self._draw_batch, out_shardings=parallel.batch_sharding(mesh))
 
     def _draw_batch(self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]) -> jax.Array:
         with parallel.activations(self._mesh):
-            return self._trajectory(variables, weaker, batch)
+            copies = self._copied(self._model, variables), weaker and self._copied(self._weaker_model, weaker)
+            return self._trajectory(*copies, batch)
+
+    def _copied(self, model: nn.Module, variables: Variables) -> Variables:
+        """The variables, those that the network casts before use in its dtype and whole on every device."""
+        wanted = self._copy
+        if wanted is None:
+            wanted = copy_fits(copy_bytes(model, variables), parallel.memory_of(parallel.local_device(self._mesh)))
+        if not wanted or not _copies(model):
+            return variables
+
+        def copy(path: tuple, leaf: jax.Array, cast: bool) -> jax.Array:
+            if not cast:
+                return leaf
+            return parallel.whole(self._mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.astype(model.dtype))
+
+        return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
 
     def _trajectory(self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]) -> jax.Array:
         settings, process = self._settings, self._process
@@ -80,10 +103,25 @@ class Sampler:
 
     def lower(self, variables: Variables) -> jax.stages.Lowered:
         """The function that draws a batch, without autoguidance, ready to be compiled for variables of these shapes and shardings."""
-        sharding, size = parallel.batch_sharding(self._mesh), self._settings.batch_size
-        shapes = {"seed": np.uint32, "label": np.int32}
-        batch = {name: jax.ShapeDtypeStruct((size,), dtype, sharding=sharding) for name, dtype in shapes.items()}
-        return self._draw.lower(variables, None, batch)
+        return self._draw.lower(variables, None, self._batch_shapes())
+
+    def multiply_adds(self, variables: Variables) -> int:
+        """Multiply-adds of the matrix products and convolutions that draw a batch, without autoguidance."""
+        if hasattr(self._model, "attention"):  # a kernel's are those of the products that it stands for
+            counted = copy.copy(self)
+            counted._model = self._model.clone(attention="xla")
+        else:
+            counted = self
+        return count_multiply_adds(jax.make_jaxpr(counted._draw_batch)(variables, None, self._batch_shapes()).jaxpr)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per call, over all devices."""
+        return self._settings.batch_size
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        sharding, shapes = parallel.batch_sharding(self._mesh), {"seed": np.uint32, "label": np.int32}
+        return {name: jax.ShapeDtypeStruct((self.batch_size,), dtype, sharding=sharding) for name, dtype in shapes.items()}
 
     def draw_batch(self, variables: Variables, seeds: Sequence[int], labels: Sequence[int], weaker: Variables | None = None) -> np.ndarray:
         """Draws one sample per seed, for at most a batch of them.
@@ -100,9 +138,9 @@ class Sampler:
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
         count = len(batch["seed"])
         size = self._settings.batch_size
-        mine = slice(*parallel.local_rows(self._mesh, size))
+        mine = parallel.local_rows(self._mesh, size)
         padded = {name: np.pad(values, (0, size - count), mode="edge")[mine] for name, values in batch.items()}
-        return distributed.gather(self._draw(variables, weaker, parallel.put_batch(self._mesh, padded)))[:count]
+        return distributed.gather(self._draw(variables, weaker, parallel.put_batch(self._mesh, padded, size)))[:count]
 
     def batches(
         self, variables: Variables, seeds: Sequence[int], labels: Sequence[int], weaker: Variables | None = None
@@ -117,11 +155,41 @@ class Sampler:
         return np.concatenate(list(self.batches(variables, seeds, labels, weaker)))
 
 
-def sampler_without_autoguidance(experiment: Experiment, mesh: jax.sharding.Mesh, num_images: int) -> Sampler:
-    """The experiment's sampler for batches of at least `num_images`, where no weaker network is at hand."""
-    settings, size = experiment.sampling, parallel.next_batch_size(mesh, num_images)
+def batch_settings(settings: Sampling, mesh: jax.sharding.Mesh, count: int | None = None) -> Sampling:
+    """Settings whose `batch_size` is a number of samples over all devices, which these divide: rounded up, since samples can be spare.
+
+    Args:
+      settings: with a batch size over all devices, or negative for each.
+      mesh: the devices.
+      count: how many samples there are to draw, if that is known: no more than one batch of them is made.
+    """
+    size = settings.batch_size if settings.batch_size > 0 else -settings.batch_size * mesh.size
+    size = size if count is None else min(size, count)
+    return dataclasses.replace(settings, batch_size=parallel.next_batch_size(mesh, size))
+
+
+def sampler_without_autoguidance(experiment: Experiment, mesh: jax.sharding.Mesh, batch_size: int, copy: bool | None = None) -> Sampler:
+    """The experiment's sampler where no weaker network is at hand; `batch_size` as in the section `sampling`, `copy` as in `Sampler`."""
+    settings = experiment.sampling
     guidance = "none" if settings.guidance == "autoguidance" else settings.guidance
-    return Sampler(experiment, mesh, dataclasses.replace(settings, batch_size=size, guidance=guidance))
+    return Sampler(experiment, mesh, dataclasses.replace(settings, batch_size=batch_size, guidance=guidance), copy=copy)
+
+
+def copy_bytes(model: nn.Module, variables: Variables) -> int:
+    """Bytes of the copy that a sampler can hold on each device (see `Sampler`), if `tensor` divides nothing; 0 if it makes none."""
+    if not _copies(model):
+        return 0
+    sizes = jax.tree.map(lambda leaf, cast: cast and leaf.size * 2, variables, cast_before_use(model, variables))
+    return sum(jax.tree.leaves(sizes))
+
+
+def copy_fits(size: int, memory: float | None) -> bool:
+    """Whether a device holds a copy of so many bytes: up to a quarter of its memory (None: unknown, and large), beside what it computes."""
+    return memory is None or size <= memory / 4
+
+
+def _copies(model: nn.Module) -> bool:
+    return jnp.dtype(model.dtype) == jnp.bfloat16
 
 
 def default_labels(seeds: Sequence[int], num_classes: int) -> np.ndarray:

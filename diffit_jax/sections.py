@@ -138,7 +138,8 @@ class Sampling:
     Attributes:
       num_steps: steps N of the sampler. Evaluations of the network: 2N - 1 with heun, else N.
       guidance_scale: 1 is no guidance.
-      batch_size: samples per call of the sampler, over all devices.
+      batch_size: samples per call of the sampler: over all devices, or, if it is negative, so many on each. Rounded up to a number that the
+        devices divide.
       sampler: "ddpm" (ancestral) or "ddim", of the process ddpm; "euler", "heun" or "dpm_solver" (2M), of any process.
       respacing: of ddpm and ddim, in place of `num_steps`: "250", "10,10,5" or "ddim50", see `respaced_timesteps`.
       eta: randomness of ddim, 0 none.
@@ -175,7 +176,8 @@ class Sampling:
         _require("sampling", self, "num_steps", least=1 if self.discrete else 2)
         for name in ("guidance_scale", "churn_amount", "eta"):
             _require("sampling", self, name, least=0)
-        _require("sampling", self, "batch_size", least=1)
+        if not self.batch_size:
+            raise UserError("config key sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device")
         if self.respacing and not self.discrete:
             raise UserError(f"config key sampling.respacing is for the samplers ddpm and ddim, not {self.sampler}: set sampling.num_steps")
         _ = self.guide, self.churn  # these check the rest

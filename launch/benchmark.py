@@ -8,14 +8,18 @@ from diffit_jax import cli
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 50, "Updates to time.", lower_bound=1)
-JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+JSON = cli.define_path("json", "File to write the figures to.")
+FEWER_DEVICES = cli.define_fewer_devices()
+CLUSTER = cli.define_cluster()
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from diffit_jax import benchmark, files
+    from diffit_jax import benchmark, distributed, files
 
-    figures = benchmark.measure(CONFIG.value, STEPS.value)
+    figures = benchmark.measure(CONFIG.value, STEPS.value, FEWER_DEVICES(CONFIG.value))
+    if not distributed.is_first():
+        return
     for name, value in figures.items():
         print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value}")
     if JSON.value:
@@ -23,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, CLUSTER)

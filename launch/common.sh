@@ -1,7 +1,7 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # variables are for those who source this
 # What the launchers share; sourced by them.
 
-dry_run="" train=()
+dry_run="" verb=train arguments=() verb_flags=()
 
 # Ends the launcher with one line.
 fail() {
@@ -20,13 +20,13 @@ run() {
 }
 
 # parse USAGE FLAGS SWITCHES ARGUMENT…: reads a launcher's arguments. A flag's value becomes the variable of its name, a switch makes
-# its variable 1 (--dry_run is one of every launcher), and what follows -- becomes the array `train`.
+# its variable 1 (--dry_run is one of every launcher), and what follows -- becomes the array `arguments`, of the command launch/$verb.py.
 parse() {
-  local _usage="$1" _flags=" $2 " _switches=" dry_run $3 "
+  local _usage="$1" _flags=" verb $2 " _switches=" dry_run $3 "
   shift 3
   while [ $# -gt 0 ]; do
     if [ "$1" = -- ]; then
-      train=("${@:2}")
+      arguments=("${@:2}")
       return
     elif [[ "$1" == --* && "$_flags" == *" ${1#--} "* ]]; then
       [ -n "${2:-}" ] || fail "$1 needs a value"
@@ -41,11 +41,28 @@ parse() {
   done
 }
 
-# Ends the launcher unless `train` names what every training run needs.
+# Whether one of `arguments` is the flag $1, with its value behind = or in the next.
+has() {
+  local argument
+  for argument in "${arguments[@]}"; do
+    [[ "$argument" == "--$1" || "$argument" == "--$1="* || "$argument" == "-$1" || "$argument" == "-$1="* ]] && return
+  done
+  return 1
+}
+
+# Ends the launcher unless `arguments` have what the verb needs. The array `verb_flags` names the verb to another launcher.
 need_run() {
-  local arguments=" ${train[*]} "
-  [[ "$arguments" =~ [[:space:]]--config[[:space:]=] ]] || fail "name the config after --: -- --config configs/X.py --workdir DIR"
-  [[ "$arguments" =~ [[:space:]]--workdir[[:space:]=] ]] || fail "name the work directory after --: -- --config configs/X.py --workdir DIR"
+  [ "$verb" = train ] || verb_flags=(--verb "$verb")
+  case "$verb" in
+    train)
+      has config || fail "name the config after --: -- --config configs/X.py --workdir DIR"
+      has workdir || fail "name the work directory after --: -- --config configs/X.py --workdir DIR"
+      ;;
+    benchmark) has config || fail "name the config after --: -- --config configs/X.py" ;;
+    sample) has workdir || has weights || fail "name a run or weights after --: -- --workdir DIR, or -- --weights FILE" ;;
+    evaluate) has samples || fail "name the samples after --: -- --samples FILE.npz" ;;
+    *) fail "--verb $verb is unknown: use train, benchmark, sample or evaluate" ;;
+  esac
 }
 
 # Ends the launcher if a program is not there (a dry run needs none).

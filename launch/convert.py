@@ -12,10 +12,10 @@ from absl import flags
 
 from diffit_jax import cli
 
-WEIGHTS = flags.DEFINE_string("weights", None, "Released weights to convert (safetensors, on a local or mounted disk).")
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory to convert.")
-TO_WORKDIR = flags.DEFINE_string("to_workdir", None, "Work directory to write; it must not hold a run.")
-TO_WEIGHTS = flags.DEFINE_string("to_weights", None, "File of weights to write.")
+WEIGHTS = cli.define_path("weights", "Released weights to convert (safetensors, on a local or mounted disk).")
+WORKDIR = cli.define_path("workdir", "Work directory to convert.")
+TO_WORKDIR = cli.define_path("to_workdir", "Work directory to write; it must not hold a run.")
+TO_WEIGHTS = cli.define_path("to_weights", "File of weights to write.")
 CONFIG = cli.define_config(
     "With --weights: config of the new run; its model takes the file's sizes. Default: configs/imagenet{256,512}_latent.py."
 )

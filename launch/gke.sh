@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2034 # variables are used by their name, to fill in the manifest
 # TPU slices of a GKE cluster, as a JobSet that starts again after each preemption (the cluster needs the JobSet controller):
-#   bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--max_restarts 100] [--dry_run] \
+#   bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--max_restarts 100] \
+#     [--verb train|benchmark|sample|evaluate] [--dry_run] \
 #     -- --config configs/X.py --workdir gs://B/run [--config.key=value …]
 # fills in launch/gke_jobset.yaml and applies it. The image comes from launch/Dockerfile. Logs, end:
 #   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=N,batch.kubernetes.io/job-completion-index=0;  kubectl delete jobset N
@@ -9,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 
-usage="bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--dry_run] -- FLAGS OF launch/train.py"
+usage="bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--verb train|…] [--dry_run] -- FLAGS OF launch/VERB.py"
 name="" image="" topology="" num_slices=1 max_restarts=100
 parse "$usage" "name image topology num_slices max_restarts" "" "$@"
 for needed in name image topology; do
@@ -33,11 +34,11 @@ chips_per_host=$((chips < 4 ? chips : 4))
 [ $((chips % chips_per_host)) -eq 0 ] || fail "--topology $topology has $chips chips, which hosts of $chips_per_host do not make up: change it"
 hosts=$((chips / chips_per_host))
 
-if [ "$num_slices" -gt 1 ]; then
-  train+=("--config.mesh.num_slices=$num_slices")
+if [ "$num_slices" -gt 1 ] && [[ "$verb" =~ ^(train|benchmark)$ ]]; then # the others find out by themselves
+  arguments+=("--config.mesh.num_slices=$num_slices")
 fi
-command="[bash, launch/local.sh, --extra, tpu, --"
-for argument in "${train[@]}"; do
+command="[bash, launch/local.sh, ${verb_flags[*]:+--verb, $verb, }--extra, tpu, --"
+for argument in "${arguments[@]}"; do
   command+=", '${argument//\'/\'\'}'"
 done
 command+="]"

@@ -19,7 +19,7 @@ PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which programs to
 SWEEP = flags.DEFINE_string("sweep", None, "Settings to compare, such as batch,remat or batch=4/8/16,num_heads=16/9,mesh=fsdp=4/fsdp=16.")
 EXPLAIN = flags.DEFINE_bool("explain", False, "Add a paragraph of advice.")
 CALIBRATE = flags.DEFINE_bool("calibrate", False, "Instead: estimates of large matrix products against the peak.")
-JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+JSON = cli.define_path("json", "File to write the figures to.")
 flags.mark_flag_as_required("topology")
 
 

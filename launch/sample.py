@@ -11,14 +11,14 @@ from absl import flags
 
 from diffit_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.")
-WEIGHTS = flags.DEFINE_string("weights", None, "Released weights (safetensors, on a local or mounted disk) instead of a run.")
+WORKDIR = cli.define_path("workdir", "Directory of the run, local or gs://.")
+WEIGHTS = cli.define_path("weights", "Released weights (safetensors, on a local or mounted disk) instead of a run.")
 CONFIG = cli.define_config("Config whose process and sampling the weights are used with; default: configs/imagenet{256,512}_latent.py.")
 SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one sample each: 7, 0-63 or 0-9,20-29.")
 LABELS = flags.DEFINE_string(
     "labels", None, "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo the number of classes."
 )
-OUTPUT = flags.DEFINE_string("output", None, "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights.")
+OUTPUT = cli.define_path("output", "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights.")
 EMA_LENGTH = flags.DEFINE_float(
     "ema_length", None, "With --workdir: average the parameters over this share of training, from the run's snapshots (ema.power_lengths)."
 )
@@ -38,9 +38,9 @@ OVERRIDES = [
     flags.DEFINE_float("guidance_sigma_high", None, "Upper end of interval."),
     flags.DEFINE_integer("guide_channels", None, "So many first channels are guided; 0: all."),
     flags.DEFINE_float("skip_tolerance", None, "No second evaluation where the scale is within this of 1."),
-    flags.DEFINE_string("guide_workdir", None, "Directory of the weaker network's run, for autoguidance."),
+    cli.define_path("guide_workdir", "Directory of the weaker network's run, for autoguidance."),
     flags.DEFINE_string("pixel_rounding", None, "To uint8: edm or adm."),
-    flags.DEFINE_integer("batch_size", None, "Samples per call of the sampler, over all devices."),
+    flags.DEFINE_integer("batch_size", None, "Samples per call of the sampler, over all devices; -16: 16 on each."),
 ]
 
 

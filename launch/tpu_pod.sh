@@ -2,7 +2,7 @@
 # A TPU pod from its request to its end, with gcloud. Actions, in the order in which they are used:
 #   bash launch/tpu_pod.sh create --name N --zone Z --type v5litepod-256 [--spot]    requests it, and waits until it is there
 #   bash launch/tpu_pod.sh copy   --name N --zone Z                                  copies the committed code, installs it on all hosts
-#   bash launch/tpu_pod.sh run    --name N --zone Z -- --config configs/X.py --workdir gs://B/run [--config.key=value …]
+#   bash launch/tpu_pod.sh run    --name N --zone Z [--verb train|benchmark|sample|evaluate] -- --config configs/X.py --workdir gs://B/run …
 #   bash launch/tpu_pod.sh logs   --name N --zone Z                                  follows the log of the first host; Ctrl-C leaves the run alone
 #   bash launch/tpu_pod.sh stop   --name N --zone Z                                  lets the run save a checkpoint and end, and waits for it
 #   bash launch/tpu_pod.sh delete --name N --zone Z
@@ -73,7 +73,7 @@ mkdir -p diffit_jax && tar -xzf diffit_jax.tar.gz -C diffit_jax && PYTHON=python
     # In braces: the shell that ssh started must not wait.
     on_hosts all "cd diffit_jax || exit 1; \
 if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo 'error: a run is under way: stop it first' >&2; exit 1; fi; \
-{ nohup bash launch/local.sh --extra tpu -- ${train[*]@Q} >>train.log 2>&1 </dev/null & echo \$! >run.pid; }"
+{ nohup bash launch/local.sh ${verb_flags[*]:+${verb_flags[*]} }--extra tpu -- ${arguments[*]@Q} >>train.log 2>&1 </dev/null & echo \$! >run.pid; }"
     ;;
   logs) on_hosts 0 "tail -n 100 -F diffit_jax/train.log" ;;
   stop)

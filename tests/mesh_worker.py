@@ -48,7 +48,7 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
     first, losses = flat(state.params), []
     rows = parallel.local_rows(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, rows)
-    batch = parallel.put_batch(mesh, next(data))
+    batch = parallel.put_batch(mesh, next(data), 16)
     step, empty, _ = compile_train_step(experiment, mesh, state, batch)
     for number in range(start, STEPS):
         if save and number == STEPS // 2:
@@ -57,7 +57,7 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
             checkpoints.wait()
         state, collected = step(state, empty, batch)
         losses.append(float(collected.compute()["loss"]))
-        batch = parallel.put_batch(mesh, next(data))
+        batch = parallel.put_batch(mesh, next(data), 16)
     results = {"losses": np.array(losses), "first": first, "last": flat(state.params)}
     if not resume:
         results["samples"] = Sampler(experiment, mesh).draw(state.ema_variables, SEEDS, SEEDS % 10)

@@ -135,7 +135,7 @@ def test_workdir_of_another_config(run, tmp_path):
     [
         (("--labels", "12"), "label 12 is outside the classes 0-9"),
         (("--seeds", "5-x"), "--seeds '5-x' is not a list of whole numbers"),
-        (("--workdir", "none"), "workdir none holds no run"),
+        (("--workdir", "none"), "/none holds no run"),
     ],
 )
 def test_bad_requests_for_samples(run, arguments, message, tmp_path):

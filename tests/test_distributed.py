@@ -108,7 +108,7 @@ def test_processes_that_differ_are_refused(tmp_path):
 
 
 def test_a_refusal_on_process_0_ends_all(tmp_path):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(small_latent_config(model__depth=5).to_json())
     statuses, texts = Pair(tmp_path, small_latent_config()).wait()
     assert statuses == [1, 1] and "holds a run with model.depth = 5" in texts[0] and "process 0 could not go on" in texts[1], texts

@@ -98,7 +98,7 @@ def run_steps(config, batches_of):
     state = create_state(experiment, mesh)
     step, collected = jax.jit(make_train_step(experiment)), step_metrics(experiment.process).empty()
     for batch in batches_of:
-        state, collected = step(state, collected, parallel.put_batch(mesh, batch))
+        state, collected = step(state, collected, parallel.put_batch(mesh, batch, len(batch["label"])))
     return state, {name: float(value) for name, value in collected.compute().items()}
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from conftest import small_latent_config
 
-from diffit_jax import experiment, parallel
+from diffit_jax import experiment
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
 from diffit_jax.generate import Run, reconstruct_variables, sample
 from diffit_jax.training.ema import ema_update
 from diffit_jax.training.loop import train
 from diffit_jax.training.power_ema import gamma_of, power_rate, reconstruction
+from diffit_jax.training.state import open_experiment
 
 # EDM2's formulas, in float64.
 GAMMAS = {
@@ -103,12 +104,12 @@ def test_a_run_with_snapshots(tmp_path):
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert Checkpoints(tmp_path / "ema_snapshots").steps() == [2, 3, 4, 6, 8]
-    loaded, mesh = experiment.build(config()), parallel.make_mesh()
-    step, variables = reconstruct_variables(tmp_path, loaded, mesh, 0.10)
+    opened = open_experiment(config())
+    step, variables = reconstruct_variables(tmp_path, opened.state, (0.05, 0.10), 0.10)
     assert step == 8
     for ours, theirs in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(state.power_emas[1]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    _, other = reconstruct_variables(tmp_path, loaded, mesh, 0.07)
+    _, other = reconstruct_variables(tmp_path, opened.state, (0.05, 0.10), 0.07)
     distance = lambda a, b: max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
     assert distance(other["params"], variables["params"]) > 1e-5
     path = sample(Run(tmp_path, ema_length=0.07), seeds=[0, 1], output=tmp_path / "s.npz")

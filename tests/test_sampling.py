@@ -92,7 +92,7 @@ def test_sample_defaults(run, tmp_path):
         (dict(seeds=[]), "seeds must be at least one whole number"),
         (dict(seeds=[0], guidance_scale=-1.0), "sampling.guidance_scale is -1.0"),
         (dict(seeds=[0], num_steps=1), "sampling.num_steps is 1"),
-        (dict(seeds=[0], batch_size=3), "sampling.batch_size 3 does not divide over 2 devices"),
+        (dict(seeds=[0], batch_size=0), "sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device"),
         (dict(seeds=[0], output="/dev/null/x/s.npz"), "output directory /dev/null/x cannot be written"),
     ],
 )

@@ -94,7 +94,7 @@ def test_update_does_not_depend_on_the_number_of_devices():
         step, data = jax.jit(make_train_step(experiment), out_shardings=sharding), batches(images, 8, seed=0)
         losses = []
         for _ in range(3):
-            state, metrics = step(state, empty, parallel.put_batch(mesh, next(data)))
+            state, metrics = step(state, empty, parallel.put_batch(mesh, next(data), 8))
             losses.append(float(metrics.compute()["loss"]))
         results.append((losses, jax.device_get(state.params)))
     # The same random numbers, bit for bit; the sums over the batch are only taken in another order.
@@ -132,7 +132,7 @@ def test_loss_falls():
     sharding = parallel.replicated(mesh)
     state = create_state(experiment, mesh)
     step = jax.jit(make_train_step(experiment), out_shardings=sharding)
-    batch = parallel.put_batch(mesh, {"image": np.full((8, 8, 8, 1), 200, np.uint8), "label": np.zeros(8, np.int32)})
+    batch = parallel.put_batch(mesh, {"image": np.full((8, 8, 8, 1), 200, np.uint8), "label": np.zeros(8, np.int32)}, 8)
     losses = []
     for _ in range(40):
         state, metrics = step(state, jax.device_put(step_metrics(experiment.process).empty(), sharding), batch)

@@ -55,13 +55,13 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
     experiment, mesh = build(config), parallel.make_mesh()
     state = create_state(experiment, mesh)
     data = batches(open_training_data(experiment), experiment.training.batch_size, 0)
-    batch = parallel.put_batch(mesh, next(data))
+    batch = parallel.put_batch(mesh, next(data), 8)
     step, collected, _ = compile_train_step(experiment, mesh, state, batch)
     state, collected = step(state, collected, batch)
     compilations = Compilations()
     with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_host("disallow"):
         for _ in range(10):
-            state, collected = step(state, collected, parallel.put_batch(mesh, next(data)))
+            state, collected = step(state, collected, parallel.put_batch(mesh, next(data), 8))
         jax.block_until_ready(state)
     assert compilations.count == 0 and int(state.step) == 11
     with pytest.raises(Exception, match=r"[Dd]isallowed"), jax.transfer_guard("disallow"):  # the guard is awake

@@ -17,10 +17,12 @@ class ShuffledBatches:
     cost a tenth of a small model's step if it saw the examples.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, rows: tuple[int, int] | None = None):
-        """Positions `rows` (start, stop) of each batch; None: all of it. Other processes read the others."""
+    def __init__(self, source: Source, batch_size: int, seed: int, rows: np.ndarray | None = None):
+        """Positions `rows` (n,) of each batch, in this order; None: all of it. Other processes read the others."""
         self._source, self._batch_size, self._seed = source, batch_size, seed
-        self._rows = np.arange(*(rows or (0, batch_size)))
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if self._rows.size and (self._rows.min() < 0 or self._rows.max() >= batch_size):
+            raise ValueError(f"rows {self._rows.min()} to {self._rows.max()} are not in a batch of {batch_size}")
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
@@ -28,8 +30,10 @@ class ShuffledBatches:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         epochs, offsets = np.divmod(step * self._batch_size + self._rows, len(self._source))
-        indices = [self._epoch_order(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
-        return self._source.read(np.concatenate(indices))
+        indices = np.empty_like(offsets)
+        for epoch in np.unique(epochs).tolist():
+            indices[epochs == epoch] = self._epoch_order(epoch)[offsets[epochs == epoch]]
+        return self._source.read(indices)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         # Ranks of Philox's raw output, which numpy never changes, unlike that of its `permutation`.
@@ -38,7 +42,7 @@ class ShuffledBatches:
 
 
 def batches(
-    source: Source, batch_size: int, seed: int, first_step: int = 0, rows: tuple[int, int] | None = None
+    source: Source, batch_size: int, seed: int, first_step: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of a training run from a given step on, read ahead in threads; resuming needs nothing but the step.
 
@@ -47,10 +51,10 @@ def batches(
       batch_size: examples per batch.
       seed: of the shuffle, at least 0.
       first_step: number of the first batch.
-      rows: (start, stop) of the block of each global batch that this process reads, see `parallel.local_rows`; None: all of it.
+      rows: which rows of each global batch this process reads, see `parallel.local_rows`; None: all of them.
 
     Returns:
-      Endless iterator of dicts: `image` (batch_size, H, W, C) uint8, `label` (batch_size,) int32.
+      Endless iterator of dicts: `image` (n, H, W, C) uint8, `label` (n,) int32, a row for each of `rows`.
     """
     dataset = grain.MapDataset.source(ShuffledBatches(source, batch_size, seed, rows))
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import os
 from typing import Protocol
 
 import numpy as np
 from etils import epath
 
+from diffit_jax import files, lock
 from diffit_jax.errors import UserError
 
 
@@ -97,6 +99,8 @@ def open_dataset(
     Raises:
       UserError: unknown name or split, images or labels that the model does not expect, a data_dir that cannot be written.
     """
+    if data_dir:
+        data_dir = str(files.resolve(data_dir, "data.data_dir"))
     if split not in ("train", "test"):
         raise UserError(f"data split {split!r} is unknown: use train or test")
     if name == "synthetic":
@@ -107,6 +111,8 @@ def open_dataset(
             f"data set imagenet_latents misses {folder}/manifest.json and {folder}/{split}-*.array_record, which cannot be encoded yet: "
             "use --config.data.name=synthetic meanwhile"
         )
+    if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
+        raise UserError("there is no home directory to keep prepared data sets in: set data.data_dir, or the variable HOME")
     if name != "digits":
         raise UserError(f"data set {name!r} is unknown: use digits, synthetic or imagenet_latents")
     source = _open_digits(split, data_dir)
@@ -129,7 +135,11 @@ def _open_digits(split: str, data_dir: str) -> ArraySource:
 
     try:
         builder = Digits(data_dir=data_dir or None, file_format="array_record")
-        builder.download_and_prepare()
+        if not builder.data_path.exists():
+            files.make_directory(builder.data_path.parents[1], "data_dir")
+            place = files.make_directory(builder.data_path.parent, "data_dir")
+            with lock.owned(place, "the preparation of data set digits in", wait=True):
+                builder.download_and_prepare()
     except OSError as error:
         raise UserError(f"data_dir {data_dir or '~/tensorflow_datasets'} cannot be written ({error}): set data.data_dir") from error
     # Small enough to keep in memory; decoding each example anew would take longer than a training step.

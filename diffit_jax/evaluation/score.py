@@ -86,7 +86,7 @@ def evaluate(samples: epath.PathLike, dataset: str, data_dir: str = "", output: 
     Raises:
       UserError: a file that is no npz of samples, an unknown data set, an output that cannot be written.
     """
-    samples = epath.Path(samples)
+    samples = files.resolve(samples, "samples")
     try:
         with np.load(io.BytesIO(samples.read_bytes()), allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"]
@@ -95,7 +95,7 @@ def evaluate(samples: epath.PathLike, dataset: str, data_dir: str = "", output: 
     shape, num_classes = images.shape[1:], 0
     train, test = (open_dataset(dataset, split, data_dir, shape, num_classes) for split in ("train", "test"))
     scores = score_images(images, labels, train, test)
-    output = epath.Path(output or samples.parent / "metrics.json")
+    output = samples.parent / "metrics.json" if output is None else files.resolve(output, "output")
     files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
     return scores
 

@@ -19,10 +19,11 @@ def traced_multiply_adds(model: nn.Module) -> int:
         model = model.clone(attention="xla")
     shapes = jax.eval_shape(lambda: models.init_variables(model, jax.random.key(0)))
     x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
-    return _count(jax.make_jaxpr(lambda v, x: models.as_network(model, v)(x, jnp.zeros(1), {}))(shapes, x_BHWC).jaxpr)
+    return count_multiply_adds(jax.make_jaxpr(lambda v, x: models.as_network(model, v)(x, jnp.zeros(1), {}))(shapes, x_BHWC).jaxpr)
 
 
-def _count(jaxpr: Any) -> int:
+def count_multiply_adds(jaxpr: Any) -> int:
+    """Multiply-adds of the matrix products and convolutions of a traced program, in which loops have a fixed length."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -35,5 +36,5 @@ def _count(jaxpr: Any) -> int:
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                total += times * _count(inner)
+                total += times * count_multiply_adds(inner)
     return total

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,23 +13,28 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from diffit_jax import distributed, models, parallel
+from diffit_jax import distributed, files, models, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, build, claim_workdir
+from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, claimed_workdir
 from diffit_jax.sampling import Sampler, default_labels, sampler_without_autoguidance
-from diffit_jax.training.state import TrainState, abstract_state, create_state
-from diffit_jax.training.step import Batch, make_train_step, step_metrics
+from diffit_jax.training.state import Opened, TrainState, all_finite, create_state, open_experiment
+from diffit_jax.training.step import Batch, gradient_is_finite, make_train_step, step_metrics
 from diffit_jax.training.watch import Tracer, Watch, cache_report
 
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int, int] | None = None) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    profile_steps: tuple[int, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainState:
     """Trains a config in a work directory, from its newest checkpoint if there is one, up to `training.total_steps`.
 
     The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/` and checkpoints in `checkpoints/`.
@@ -39,26 +44,33 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
       config: of the experiment.
       workdir: local or `gs://`.
       profile_steps: (first, last) step of a profiler trace in `profile/`, for TensorBoard or Perfetto; None: no trace.
+      devices: to train on; None: all of all processes. `parallel.fitting_devices` leaves out those that the batch does not divide over.
 
     Returns:
       The final state.
 
     Raises:
-      UserError: a config that cannot be, a directory that holds another config's run or cannot be written, or a run that has diverged.
-      distributed.Preempted: the machine is about to be taken away; a checkpoint is saved.
+      UserError: a config that cannot be, a directory that holds another config's run, is in use or cannot be written, or a run that has
+        diverged.
+      interruption.Preempted: the machine is about to be taken away; a checkpoint is saved.
+      interruption.Interrupted: the same after Ctrl-C.
     """
     # --- Check everything before the first thing is written.
-    experiment = build(config)
-    settings, model = experiment.training, experiment.model
-    mesh = parallel.make_mesh(shape=experiment.mesh)
-    parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
-    abstract = abstract_state(experiment, mesh)
-    parallel.check_axes(mesh, abstract.params)
-    grid_sampler = sampler_without_autoguidance(experiment, mesh, settings.grid_images)
-    source = distributed.first_then_all(lambda: open_training_data(experiment))
+    workdir = files.resolve(workdir, "workdir")
+    opened = open_experiment(config, devices)
+    grid_sampler = sampler_without_autoguidance(opened.experiment, opened.mesh, opened.experiment.training.grid_images)
+    source = distributed.first_then_all(lambda: open_training_data(opened.experiment))
     distributed.check_agreement({"config": config.to_json, "code version": distributed.code_version})
-    workdir = distributed.first_then_all(lambda: claim_workdir(workdir, config), lambda: epath.Path(workdir))
-    distributed.check_shared(workdir)
+    parallel.prove_rows(opened.mesh, opened.experiment.training.batch_size)
+    with distributed.first_holds(lambda: claimed_workdir(workdir, config)):
+        distributed.check_shared(workdir)
+        return _train(opened, workdir, source, grid_sampler, profile_steps)
+
+
+def _train(opened: Opened, workdir: epath.Path, source: Source, grid_sampler: Sampler, profile_steps: tuple[int, int] | None) -> TrainState:
+    """`train` in a directory that is this run's."""
+    experiment, mesh, abstract = opened.experiment, opened.mesh, opened.state
+    settings = experiment.training
 
     # --- State: fresh, or that of the newest usable checkpoint.
     checkpoints = Checkpoints(workdir / CHECKPOINTS, settings.keep_checkpoints, settings.keep_every_steps)
@@ -69,27 +81,49 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
     else:
         checkpoints.set_aside_after(int(state.step))
     first_step = int(state.step)
-    log.info("model %s: %s parameters", type(model).__name__, f"{parameter_overview.count_parameters(state.params):,}")
-    log.info("attention: %s", models.attention_in_words(model, mesh.devices.flat[0].platform))
+    log.info("model %s: %s parameters", type(experiment.model).__name__, f"{parameter_overview.count_parameters(state.params):,}")
+    log.info("attention: %s", models.attention_in_words(experiment.model, mesh.devices.flat[0].platform))
     log.info("%s step %d of %d in %s", "resuming at" if first_step else "starting at", first_step, settings.total_steps, workdir)
+
+    def leave_behind(step: int, state: TrainState, restored: bool = False) -> None:
+        """What a step leaves behind beside checkpoints. A restored one may have ended before it did; what is there stays."""
+        last = step == settings.total_steps
+        if snapshots and (step % experiment.ema.snapshot_steps == 0 or last) and step not in snapshots.steps():
+            facts = {"step": step, "updates": step - int(state.skipped)}
+            snapshots.save(step, {"power_emas": dict(_named(state.power_emas))}, facts)
+        grid = workdir / "grids" / f"{step:08d}.png"
+        if (step % settings.grid_steps == 0 or last) and not (restored and distributed.agreed(grid.exists())):
+            _write_grid(grid, grid_sampler, state, experiment)
+
+    def save(state: TrainState) -> None:
+        if snapshots:
+            snapshots.wait()  # with a checkpoint, all snapshots before it are complete
+        save_state(checkpoints, state, settings.batch_size)
+
+    if first_step:
+        leave_behind(first_step, state, restored=True)
     if first_step >= settings.total_steps:
+        if snapshots:
+            snapshots.wait()
         return state
 
     # --- The update, compiled before the clock starts.
     data = batches(source, settings.batch_size, experiment.seed, first_step, parallel.local_rows(mesh, settings.batch_size))
-    batch = parallel.put_batch(mesh, next(data))
-    watch, tracer = Watch(experiment, mesh), Tracer(workdir / "profile", profile_steps)
+    batch = parallel.put_batch(mesh, next(data), settings.batch_size)
+    watch = Watch(experiment, mesh)
     with cache_report("training step"):
         train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
     log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, mesh.devices.flat[0].device_kind)
+    all_finite(state)  # compiled too: each checkpoint asks
 
     # --- The loop.
     first = distributed.is_first()
     events = SummaryWriter(str(workdir / "events"), purge_step=first_step) if first else None
     watch.start(first_step)
-    saved_step, saved_at = first_step, time.monotonic()
+    saved_at = time.monotonic()
     progress = Progress("train", settings.total_steps, done=first_step, shown=first)
-    with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
+    tracer = Tracer(workdir / "profile", profile_steps)
+    with progress, tracer, distributed.PreemptionNotice(ctrl_c=True) as notice, distributed.lost_processes():
         for step in range(first_step + 1, settings.total_steps + 1):
             tracer.before(step)
             state, collected = train_step(state, collected, batch)
@@ -97,7 +131,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
             if not last:
                 with watch.data_wait():
                     host_batch = next(data)
-                batch = parallel.put_batch(mesh, host_batch)  # while the devices are at work
+                batch = parallel.put_batch(mesh, host_batch, settings.batch_size)  # while the devices are at work
             progress.advance()
             due = step % settings.checkpoint_steps == 0 or last
 
@@ -110,21 +144,17 @@ def train(config: ConfigDict, workdir: epath.PathLike, profile_steps: tuple[int,
                 progress.say(_line(values))
                 collected = jax.device_put(type(collected).empty(), parallel.replicated(mesh))
                 if values["skipped_in_row"] >= settings.max_bad_steps:
-                    raise _diverged(step, values, checkpoints)
+                    raise _diverged(experiment, state, checkpoints)
                 if settings.checkpoint_minutes:
                     due = distributed.agreed(time.monotonic() - saved_at > 60 * settings.checkpoint_minutes) or due
             preempted = notice.reached(step) and not last
             if due or preempted:
-                save_state(checkpoints, state, settings.batch_size)
-                saved_step, saved_at = step, time.monotonic()
+                save(state)
+                saved_at = time.monotonic()
             if preempted:
                 checkpoints.wait()
-                raise distributed.Preempted(f"checkpoint {saved_step} of {settings.total_steps} steps is saved in {checkpoints.directory}")
-            if snapshots and (step % experiment.ema.snapshot_steps == 0 or last) and step not in snapshots.steps():
-                facts = {"step": step, "updates": step - int(state.skipped)}
-                snapshots.save(step, {"power_emas": dict(_named(state.power_emas))}, facts)
-            if step % settings.grid_steps == 0 or last:
-                _write_grid(workdir / "grids" / f"{step:08d}.png", grid_sampler, state, experiment)
+                raise notice.ending(f"checkpoint {step} of {settings.total_steps} steps is saved in {checkpoints.directory}")
+            leave_behind(step, state)
             tracer.after(step)
             if step % settings.log_steps == 0:
                 watch.begin_interval(step)  # grids and checkpoints do not count
@@ -167,19 +197,27 @@ def lower_train_step(experiment: Experiment, mesh: jax.sharding.Mesh, state: Tra
         return jitted.lower(state, collected, batch)
 
 
-def _diverged(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> UserError:
+def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoints) -> UserError:
+    """The end of a run whose batches have no finite gradient any more: what is to blame, and which checkpoint is good."""
     checkpoints.wait()
-    good = checkpoints.steps()
+    step, in_row, updates = int(state.step), int(state.skipped_in_row), int(state.step) - int(state.skipped)
+    blame, followed = "the parameters have blown up: look at the rate", updates
+    if gradient_is_finite(experiment, state):
+        blame, followed = "the network is sound: look at the data", None
+    good = checkpoints.good_steps(updates=followed)
+    newer = [other for other in checkpoints.steps() if good and other > good[-1]]
+    way = f" (first move {', '.join(map(str, newer))} away from there)" if newer else ""
     return UserError(
-        f"the last {values['skipped_in_row']:.0f} batches up to step {step} had no finite gradient: look at the data and the rate, "
-        f"and go on from {f'checkpoint {good[-1]} in {checkpoints.directory}, the last good one' if good else 'the start'}"
+        f"the last {in_row} batches up to step {step} had no finite gradient; {blame}, "
+        f"and go on from {f'checkpoint {good[-1]} in {checkpoints.directory}, the last good one{way}' if good else 'the start'}"
     )
 
 
 def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:
     """Starts writing a checkpoint of the state; what samples are drawn with is in items of its own, for those who only sample."""
-    step = int(state.step)
-    checkpoints.save(step, _items(state), {"step": step, "images_seen": step * batch_size})
+    step, updates = int(state.step), int(state.step) - int(state.skipped)
+    soundness = {"updates": updates, "skipped_in_row": int(state.skipped_in_row), "finite": bool(all_finite(state))}
+    checkpoints.save(step, _items(state), {"step": step, "images_seen": step * batch_size} | soundness)
 
 
 def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:

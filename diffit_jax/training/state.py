@@ -1,15 +1,17 @@
-"""The state of a training run: one pytree."""
+"""The state of a training run: one pytree; and how every verb opens an experiment."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from diffit_jax import models, parallel
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment import Experiment, build
 from diffit_jax.training.optimizer import make_optimizer
 
 
@@ -43,6 +45,45 @@ class TrainState:
         return {"params": self.ema, "constants": self.constants}
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An experiment on a mesh, checked.
+
+    Attributes:
+      experiment: the config as typed values.
+      mesh: the devices.
+      state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that samples are drawn with.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    state: TrainState
+
+
+def open_experiment(config: ConfigDict | Mapping[str, Any], devices: Sequence[Any] | None = None, to_train: bool = True) -> Opened:
+    """Checks everything about a config that can be checked before anything is allocated, compiled or written: what every verb begins with.
+
+    Args:
+      config: of the experiment.
+      devices: to use; None: all of all processes. Descriptions of devices that are not there (`preflight`) will do.
+      to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a mesh that does not fit the devices gives
+        way to one that does.
+
+    Raises:
+      UserError: a config, mesh or batch that cannot be.
+    """
+    experiment = build(config)
+    settings = experiment.training
+    if to_train:
+        mesh = parallel.make_mesh(devices, experiment.mesh)
+        parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
+    else:
+        mesh = parallel.any_mesh(devices, experiment.mesh)
+    state = abstract_state(experiment, mesh)
+    parallel.check_axes(mesh, state.params)
+    return Opened(experiment, mesh, state)
+
+
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
     return parallel.abstract(mesh, jax.eval_shape(lambda: _init(experiment)))
@@ -52,6 +93,13 @@ def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """A fresh state, made by one jitted function straight into its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
     return jax.jit(lambda: _init(experiment), out_shardings=shardings)()
+
+
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+    """Whether parameters and averages have no NaN or infinity, a bool scalar."""
+    leaves = jax.tree.leaves((state.params, state.ema, state.power_emas))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainState:

@@ -35,6 +35,21 @@ def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
     return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(jnp.arange(batch_size))
 
 
+def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
+    """Whether the parameters give a finite gradient on examples without fault: what tells a network that blew up from bad data."""
+    model, keys = experiment.model, example_keys(experiment.seed, state.step, 8)
+
+    def norm(params: Any) -> jax.Array:
+        def loss(params: Any) -> jax.Array:
+            x_BHWC = jax.vmap(lambda key: jax.random.normal(key, model.sample_shape))(keys)
+            network = models.as_network(model, {"params": params, "constants": state.constants})
+            return jnp.mean(experiment.process.loss(network, x_BHWC, {}, keys)[0])
+
+        return optax.tree.norm(jax.grad(loss)(params))
+
+    return bool(jnp.isfinite(jax.jit(norm)(state.params)))
+
+
 def make_train_step(
     experiment: Experiment,
 ) -> Callable[[TrainState, metrics.Collection, Batch], tuple[TrainState, metrics.Collection]]:

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from diffit_jax import parallel
 from diffit_jax.experiment import Experiment
 from diffit_jax.models.cost import traced_multiply_adds
 from diffit_jax.tpu.chips import CHIPS
@@ -42,7 +43,7 @@ class Watch:
     """Measures intervals of a run. `data_wait` goes around every wait for a batch; `report` ends one interval and begins the next."""
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
-        self._device, self._devices = mesh.local_mesh.devices.flat[0], mesh.size
+        self._device, self._devices = parallel.local_device(mesh), mesh.size
         self._batch_size = experiment.training.batch_size
         self._flops_per_image = training_flops(experiment.model)
         self._peak = peak_flops(self._device)
@@ -129,21 +130,34 @@ def cache_report(what: str) -> Iterator[None]:
 
 
 class Tracer:
-    """Writes a profiler trace of some steps, on every process."""
+    """Writes a profiler trace of some steps, on every process. Use it as a context manager: what is traced when it ends is written."""
 
     def __init__(self, directory: epath.Path, steps: tuple[int, int] | None):
         """Traces the steps from first to last of `steps` into a directory; None: never."""
-        self._directory, self._steps, self._running = directory, steps, False
+        self._directory, self._steps, self._first, self._last = directory, steps, None, 0
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._steps and self._first is None:
+            log.warning("no trace was written: steps %d-%d were not among those of this run", *self._steps)
+        self._stop()
 
     def before(self, step: int) -> None:
         """Call before each step."""
-        if self._steps and step == self._steps[0]:
+        if self._steps and self._first is None and self._steps[0] <= step <= self._steps[1]:
             jax.profiler.start_trace(str(self._directory))
-            self._running = True
+            self._first = self._last = step
 
     def after(self, step: int) -> None:
         """Call after each step."""
-        if self._running and step >= self._steps[1]:
+        self._last = step
+        if self._steps and step >= self._steps[1]:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._steps and self._first is not None:
             jax.profiler.stop_trace()
-            self._running = False
-            log.info("wrote a trace of steps %d-%d to %s", *self._steps, self._directory)
+            log.info("wrote a trace of steps %d-%d to %s", self._first, self._last, self._directory)
+        self._steps = None

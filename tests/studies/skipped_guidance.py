@@ -10,10 +10,11 @@ import sys
 
 import numpy as np
 
-from diffit_jax import experiment, parallel
+from diffit_jax import experiment
 from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.generate import restore_variables
 from diffit_jax.sampling import Sampler, default_labels
+from diffit_jax.training.state import open_experiment
 
 
 def never_skip(self: Guidance, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
@@ -27,8 +28,9 @@ SCALES = Guidance.scales
 
 def main() -> None:
     workdir, scale = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 4.4
-    loaded, mesh = experiment.build(experiment.read_config(workdir)), parallel.make_mesh()
-    _, variables = restore_variables(workdir, loaded, mesh)
+    opened = open_experiment(experiment.read_config(workdir), to_train=False)
+    loaded, mesh = opened.experiment, opened.mesh
+    _, variables = restore_variables(workdir, opened.state)
     seeds = np.arange(64)
     labels = default_labels(seeds, loaded.model.num_classes)
     levels = loaded.process.steps("250").sqrt_recipm1_alphas_cumprod

@@ -1,0 +1,158 @@
+"""Signals that ask a run to end, heard from the first import to the last line.
+
+SIGTERM, SIGHUP and SIGUSR1 announce that the machine is about to be taken away (or the terminal is closed): whoever is in the middle of
+something that can be saved holds them (`held`), saves, and ends with status 75, "run the same command again to go on". Where nothing
+holds them there is nothing to save, and the command ends with that status at once, in the middle of an import or a compilation too.
+Ctrl-C is for the person who pressed it: status 130, after a checkpoint in training; pressed twice it does not wait.
+
+Only the standard library is imported here, so that commands listen before their slow imports begin.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+EXIT_RESUME = 75  # EX_TEMPFAIL
+EXIT_INTERRUPTED = 130
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+_PATIENCE_S = 1.0  # after a Ctrl-C that Python could not act upon, because it is inside a compilation, say
+
+_lock = threading.RLock()  # a handler may interrupt the main thread where it has it
+_end_lock = threading.Lock()
+_listening = False
+_holders = 0
+_noticed = threading.Event()
+_pressed = 0  # how often Ctrl-C was pressed while signals were held
+_forward: Callable[[], None] | None = None
+
+
+class Preempted(Exception):
+    """The machine is about to be taken away, everything is saved, and the same command goes on later."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A person pressed Ctrl-C; the message says what is kept."""
+
+
+def listen() -> None:
+    """Begins to listen; commands call it first. A signal that is ignored already (`nohup` hands SIGHUP over so) stays ignored."""
+    global _listening
+    if _listening or threading.current_thread() is not threading.main_thread():
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    # Python's own handlers wait until the main thread is back from a compilation, which may take minutes; this descriptor does not.
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in _wanted():
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_watch, args=(heard,), daemon=True, name="signals").start()
+    _listening = True
+
+
+def forward_to(ending: Callable[[], None] | None) -> None:
+    """From now on `ending` is called instead of noting a signal: where several processes have to be told."""
+    global _forward
+    _forward = ending
+
+
+@contextlib.contextmanager
+def held(ctrl_c: bool = False) -> Iterator[None]:
+    """In this block signals are only noted down, for a loop that asks `noticed` and then saves and ends.
+
+    Args:
+      ctrl_c: whether Ctrl-C is noted down too; the second one raises `KeyboardInterrupt`.
+    """
+    global _holders, _pressed
+    with _lock:
+        if not _holders:
+            _noticed.clear()
+            _pressed = 0
+        _holders += 1
+    restored = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere nobody can listen
+        handlers = {} if _listening else dict.fromkeys(_wanted(), lambda number, _: _on(number))
+        if ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            handlers[signal.SIGINT] = _on_ctrl_c
+        restored = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in restored.items():
+            signal.signal(number, handler)
+        with _lock:
+            _holders -= 1
+
+
+def noticed() -> bool:
+    """Whether a signal came in the block of `held`."""
+    return _noticed.is_set()
+
+
+def pressed() -> bool:
+    """Whether it was Ctrl-C."""
+    return _pressed > 0
+
+
+def end(status: int, line: str) -> NoReturn:
+    """Ends the process at once with a line on stderr; what runs in the background (a save under way) is not waited for."""
+    with _end_lock:  # never given back: one line, one status
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        with contextlib.suppress(OSError):
+            os.write(2, f"{' '.join(line.split())}\n".encode(errors="replace"))
+        os._exit(status)
+
+
+def finished() -> None:
+    """Nothing is left to do: from here on signals change neither what was written nor the exit status."""
+    global _holders
+    with _lock:
+        _holders += 1
+
+
+def _wanted() -> list[int]:
+    # None: a handler that is not Python's, such as that of jax's service
+    return [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+def _watch(heard: int) -> None:
+    while True:
+        for number in os.read(heard, 64):
+            if number in ENDING:
+                _on(number)
+            elif number == signal.SIGINT:
+                threading.Thread(target=_end_after_ctrl_c, daemon=True).start()
+
+
+def _on(number: int) -> None:
+    if _forward is not None and number != signal.SIGTERM:  # SIGTERM is heard by whoever it is forwarded to
+        _forward()
+    with _lock:
+        if _holders or _forward is not None:
+            _noticed.set()
+            return
+    end(EXIT_RESUME, "preempted: nothing was under way that could be saved; run the same command again to go on")
+
+
+def _on_ctrl_c(*_) -> None:
+    global _pressed
+    _pressed += 1
+    if _pressed > 1:
+        raise Interrupted("not waiting for the save under way; complete checkpoints are kept")
+    _noticed.set()
+    if _forward is not None:
+        _forward()
+    print("interrupted: saving before the end (once more: end at once)", file=sys.stderr, flush=True)
+
+
+def _end_after_ctrl_c() -> None:
+    """Python raises KeyboardInterrupt in the main thread, where it may be stuck in a compilation; then this ends the process."""
+    time.sleep(_PATIENCE_S)
+    if not (_holders and _pressed <= 1):
+        end(EXIT_INTERRUPTED, "interrupted: run the same command again to go on")
