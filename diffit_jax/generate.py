@@ -166,7 +166,8 @@ def sample(
             pixels.write_png(output.with_suffix(".png"), pixels.image_grid(preview, columns=10))
             parts.finish(len(starts), labels)
 
-        distributed.first_then_all(finish, lambda: None)
+        with interruption.held():  # what is complete need not be begun again
+            distributed.first_then_all(finish, lambda: None)
     return output
 
 

@@ -1,13 +1,15 @@
 """Twenty updates and some samples of two small models on one mesh after the other; run by test_parallel.py in a process of its own.
 
-python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume] …
+python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,latent] …
 
 With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there are
-no image run and no samples.
+no image run and no samples; with "latent" there is no image run.
 
-CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES.
+CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES. POD, JSON as from
+`pods.arrangement`, lays the devices of requests of its size out as those of a pod.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_
 import jax
 import numpy as np
 from conftest import small_config, small_latent_config
+from pods import arranged
 
 from diffit_jax import distributed, parallel
 from diffit_jax.checkpoint import Checkpoints
@@ -26,7 +29,9 @@ from diffit_jax.parallel import MeshShape
 from diffit_jax.sampling import Sampler
 from diffit_jax.training.loop import compile_train_step, open_training_data, restore_state, save_state
 from diffit_jax.training.state import abstract_state, create_state
+from diffit_jax.training.watch import Watch
 
+POD = json.loads(os.environ.get("POD", "null"))
 STEPS = 20
 SEEDS = np.array([3, 1, 4, 15, 9, 2, 6, 5])
 CONFIGS = {
@@ -42,6 +47,10 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
     config.sampling.update(batch_size=8, num_steps=3)
     experiment = build(config)
     mesh = parallel.make_mesh(devices, shape)
+    if POD and mesh.devices.shape == tuple(POD["sizes"]):
+        mesh = arranged(POD, devices)
+    parallel.prove_rows(mesh, 16)
+    Watch(experiment, mesh).report(1)  # of a device of this process, wherever it lies
     state = restore_state(Checkpoints(resume), abstract_state(experiment, mesh)) if resume else create_state(experiment, mesh)
     start = int(state.step)
     flat = lambda tree: np.concatenate([np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)])  # noqa: E731
@@ -72,12 +81,12 @@ def main() -> None:
     for request in sys.argv[3:]:
         name, _, numbers = request.partition("=")
         *sizes, last = numbers.split(",")
-        option = {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume") else {}
+        option = {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume", "latent") else {}
         data, fsdp, tensor, accumulation, devices = map(int, sizes if option else [*sizes, last])
         for kind, config in CONFIGS.items():
-            if kind == "image" and "resume" in option:
+            if kind == "image" and last in ("resume", "latent"):
                 continue
-            chosen = option if kind == "latent" else {}
+            chosen = option if kind == "latent" and last != "latent" else {}
             outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices], **chosen)
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)

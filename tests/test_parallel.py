@@ -1,5 +1,6 @@
 """The mesh: the same numbers on every one, nothing held whole by a device, and clear errors."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pods
 import pytest
 from conftest import small_config, small_latent_config
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -81,22 +83,35 @@ def test_saved_on_eight_devices_and_resumed_on_fewer(mesh_runs, name):
     assert_goes_on(part(mesh_runs, name), part(mesh_runs, "fsdp"))
 
 
-def test_two_processes_are_one_mesh(mesh_runs, mesh_folder, tmp_path):
-    """Losses, parameters and samples of 2 processes × 2 devices are those of one device; and they go on from what eight devices saved."""
-    shutil.copytree(mesh_folder / "checkpoints", tmp_path / "checkpoints")
+def pod_runs(topology, processes, output, *requests):
+    """What mesh_worker.py's first process writes, of several whose devices lie as those of a topology do."""
     port = free_port()
-    output = tmp_path / "runs.npz"
-    command = [sys.executable, str(WORKER), str(output), "2", "pair=2,2,1,1,4", "resumed=2,2,1,1,4,resume"]
-    clusters = [f"127.0.0.1:{port},2,{number}" for number in (0, 1)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(CLUSTER=cluster)) for cluster in clusters]
-    for process in processes:
+    pod = pods.arrangement(topology)
+    command = [sys.executable, str(WORKER), str(output), str(len(pod["places"]) // processes), *requests]
+    clusters = [f"127.0.0.1:{port},{processes},{number}" for number in range(processes)]
+    environments = [environment(CLUSTER=cluster, POD=json.dumps(pod)) for cluster in clusters]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each) for each in environments]
+    for process in running:
         _, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors[-3000:]
     with np.load(output) as arrays:
-        results = {name: arrays[name] for name in arrays.files}
+        return {name: arrays[name] for name in arrays.files}
+
+
+def test_two_processes_are_one_mesh(mesh_runs, mesh_folder, tmp_path):
+    """Losses, parameters and samples of 2 processes x 4 devices, whose rows have gaps, are those of one device; and they go on from what
+    eight devices saved."""
+    shutil.copytree(mesh_folder / "checkpoints", tmp_path / "checkpoints")
+    results = pod_runs("v5p:2x2x2", 2, tmp_path / "runs.npz", "pair=1,8,1,1,8", "resumed=1,8,1,1,8,resume")
     for kind in ("image", "latent"):
         assert_same_run(part(results, "pair"), part(mesh_runs, "one"), kind)
     assert_goes_on(part(results, "resumed"), part(mesh_runs, "fsdp"))
+
+
+def test_four_processes_are_one_mesh(mesh_runs, tmp_path):
+    """The same of 4 processes x 4 devices, as on a v5p:2x2x4, where every process has gaps."""
+    results = pod_runs("v5p:2x2x4", 4, tmp_path / "runs.npz", "four=1,16,1,1,16,latent")
+    assert_same_run(part(results, "four"), part(mesh_runs, "one"), "latent")
 
 
 def bytes_per_device(tree):
@@ -132,7 +147,7 @@ def test_rules_reach_every_place_where_parameters_are():
 
 def test_local_rows_and_batch_sizes():
     mesh = parallel.make_mesh()
-    assert parallel.local_rows(mesh, 6) == (0, 6) and parallel.next_batch_size(mesh, 5) == 6
+    assert parallel.local_rows(mesh, 6).tolist() == [0, 1, 2, 3, 4, 5] and parallel.next_batch_size(mesh, 5) == 6
     with pytest.raises(UserError, match=r"training\.batch_size 12 does not divide over 2 devices in 4 parts .training.accumulation."):
         parallel.check_batch_size(mesh, 12, "training.batch_size", parts=4)
 

@@ -148,11 +148,11 @@ class Tracer:
         """Call before each step."""
         if self._steps and self._first is None and self._steps[0] <= step <= self._steps[1]:
             jax.profiler.start_trace(str(self._directory))
-            self._first = self._last = step
+            self._first = step
+        self._last = step
 
     def after(self, step: int) -> None:
         """Call after each step."""
-        self._last = step
         if self._steps and step >= self._steps[1]:
             self._stop()
 
