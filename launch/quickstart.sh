@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup_env.sh
 python=.venv/bin/python
-$python launch/train.py --config "configs/$experiment.py" --workdir "$workdir"
+$python launch/train.py --config "configs/$experiment.py" --workdir "$workdir" --fewer_devices
 $python launch/sample.py --workdir "$workdir" --seeds 0-99
 $python launch/sample.py --workdir "$workdir" --seeds 0-999
 $python launch/evaluate.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits

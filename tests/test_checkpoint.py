@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +133,73 @@ def test_training_and_sampling_go_on_from_the_last_good_checkpoint(run, tmp_path
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert (workdir / "checkpoints_damaged" / "6").exists() and (workdir / "checkpoints" / "6").exists()
+
+
+# --- Good ones and bad ones
+
+
+def save_all(folder, keep, facts):
+    """Checkpoints 1, 2, 3 … with such facts, one after the other."""
+    checkpoints = Checkpoints(folder, keep=keep)
+    for step, (updates, skipped_in_row, finite) in enumerate(facts, 1):
+        told = {"step": step, "updates": updates, "skipped_in_row": skipped_in_row, "finite": finite}
+        checkpoints.save(step, {"tree": {"a": jnp.full(3, step)}}, told)
+    checkpoints.wait()
+    return checkpoints
+
+
+GOOD, SKIPPED = [(1, 0, True), (2, 0, True), (3, 0, True)], [(3, 1, True), (3, 2, True), (3, 3, True), (3, 4, True)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"), [(3, [2, 3, 7]), (2, [2, 3, 7]), (1, [2, 3, 7]), (10, [1, 2, 3, 4, 5, 6, 7])], ids=lambda value: str(value)
+)
+def test_bad_checkpoints_do_not_push_out_good_ones(tmp_path, keep, stay):
+    """Four in a stretch of skipped batches after three good ones: the last that was followed by a finite loss stays too."""
+    checkpoints = save_all(tmp_path / "c", keep, GOOD + SKIPPED)
+    assert checkpoints.steps() == stay
+    assert checkpoints.good_steps()[-1] == 3 and checkpoints.good_steps(updates=3)[-1] == 2
+    again = Checkpoints(tmp_path / "c", keep=keep)  # facts come from the files now
+    assert again.steps() == stay and again.good_steps(updates=3)[-1] == 2
+
+
+@pytest.mark.parametrize(("keep", "stay"), [(3, [3, 4, 5]), (2, [4, 5]), (1, [4, 5])], ids=lambda value: str(value))
+def test_among_good_checkpoints_the_newest_stay(tmp_path, keep, stay):
+    assert save_all(tmp_path / "c", keep, [(step, 0, True) for step in range(1, 6)]).steps() == stay
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_used(tmp_path, caplog):
+    checkpoints = save_all(tmp_path / "c", 3, [(1, 0, True), (2, 0, False)])
+    wanted = {"tree": {"a": jax.ShapeDtypeStruct((3,), jnp.full(3, 1).dtype, sharding=abstract()["a"].sharding)}}
+    with caplog.at_level("WARNING", logger="diffit_jax"):
+        assert checkpoints.restore(wanted)[0] == 1
+    assert "parameters or averages that are not finite: the run had diverged" in caplog.text
+
+
+def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path):
+    """The rate makes parameters explode while the gradient is still finite, and checkpoints go on being written afterwards."""
+    config = small_config(optimizer={"learning_rate": 1e7, "warmup_steps": 100_000}, training__grid_steps=1000)
+    config.training.update(total_steps=600, log_steps=20, checkpoint_steps=5)
+    with pytest.raises(UserError, match=r"had no finite gradient; the parameters have blown up.*go on from checkpoint \d+") as error:
+        train(config, tmp_path / "run")
+    named = int(str(error.value).split("go on from checkpoint ")[1].split()[0])
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert named in checkpoints.steps() and checkpoints.facts(named)["finite"] and not checkpoints.facts(named)["skipped_in_row"]
+    newer = [step for step in checkpoints.steps() if step > named]
+    assert newer and f"first move {', '.join(map(str, newer))} away" in str(error.value)
+    for step in newer:
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    samples = np.load(sample(tmp_path / "run", seeds=range(4), output=tmp_path / "s.npz"))["arr_0"]
+    assert samples.dtype == np.uint8
+
+
+def test_checkpoints_on_another_disk_can_be_set_aside(saved, tmp_path):
+    """`checkpoints` is a link; renaming across file systems is not possible, moving is."""
+    other = tempfile.mkdtemp(dir="/dev/shm") if os.path.isdir("/dev/shm") else str(tmp_path / "other")
+    shutil.copytree(saved, other, dirs_exist_ok=True)
+    shutil.rmtree(saved)
+    saved.symlink_to(other)
+    Checkpoints(saved, keep=3).set_aside_after(3)
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+    assert (saved.parent / "checkpoints_damaged" / "4" / "tree").exists()
+    shutil.rmtree(other, ignore_errors=True)

@@ -139,3 +139,50 @@ def test_who_is_missing_is_said(tmp_path):
 def test_impossible_clusters(cluster, message):
     with pytest.raises(UserError, match=message):
         initialize(cluster)
+
+
+# --- Slurm's variables
+
+ALLOCATION = {"SLURM_JOB_ID": "123", "SLURM_NTASKS": "4"}
+STEP = ALLOCATION | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        ALLOCATION,  # salloc, ssh to the node, an IDE
+        ALLOCATION | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # the script of a batch job
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},
+        STEP | {"SLURM_STEP_NUM_TASKS": ""},
+        STEP | {"SLURM_PROCID": ""},
+        {"SLURM_NTASKS": "", "SLURM_JOB_ID": ""},
+        {"SLURM_NTASKS": "4(x2)", "SLURM_STEP_NUM_TASKS": "many"},
+    ],
+    ids=["allocation", "batch script", "one task", "empty number", "empty rank", "empty", "nonsense"],
+)
+def test_one_process_in_an_allocation_is_one_process(variables, monkeypatch):
+    """Only tasks that srun started are processes of a run."""
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: pytest.fail("it waits for others"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    initialize()
+
+
+def test_tasks_of_a_step_meet(monkeypatch):
+    """As many as the step has, which may be fewer than the allocation's; and one can stay alone."""
+    met = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *given, **_: met.append(given))
+    for name, value in (STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    initialize()
+    assert met == [(None, 2, 1)]
+    initialize(Cluster(num_processes=1))
+    assert len(met) == 1
+
+
+def test_a_step_whose_tasks_do_not_come_ends_in_one_line(tmp_path):
+    code = "from diffit_jax.distributed import Cluster, initialize\ninitialize(Cluster(timeout_s=4))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment(**STEP))
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "Slurm's variables speak of a step of 4 tasks; for one process alone add --num_processes=1" in lines[0]

@@ -220,3 +220,68 @@ def test_gke_manifest(topology, hosts, chips, accelerator):
 def test_mistakes_are_named(script, arguments, message):
     status, errors = launch(script, *arguments, check=False)
     assert status == 1 and f"error: {message}" in errors and errors.count("\n") == 1, errors
+
+
+VERBS = {
+    "benchmark": ["--config", "configs/digits.py", "--steps", "10"],
+    "sample": ["--workdir", "gs://bucket/it's a run", "--seeds", "0-49999"],
+    "evaluate": ["--samples", "gs://bucket/s.npz"],
+}
+
+
+@pytest.mark.parametrize(("verb", "flags"), VERBS.items(), ids=VERBS)
+def test_every_launcher_runs_every_verb(verb, flags):
+    """On one machine, a pod, GKE (where only what trains is told the number of slices) and Slurm."""
+    lines, _ = launch("local", "--dry_run", "--verb", verb, "--extra", "cuda", "--", *flags)
+    assert shlex.split(lines[1]) == [".venv/bin/python", f"launch/{verb}.py", *flags]
+    (line,), _ = launch("tpu_pod", "run", *PLACE, "--verb", verb, "--dry_run", "--", *flags)
+    inner = shlex.split(shlex.split(line)[-1].removeprefix("--command="))
+    start = inner.index("launch/local.sh")
+    assert inner[start + 1 :][: 5 + len(flags)] == ["--verb", verb, "--extra", "tpu", "--", *flags]
+    place = ["--name", "run", "--image", "i", "--topology", "v5e:4x4", "--num_slices", "2"]
+    lines, _ = launch("gke", *place, "--verb", verb, "--dry_run", "--", *flags)
+    (slice_,) = yaml.safe_load("\n".join(lines[1:]))["spec"]["replicatedJobs"]
+    (container,) = slice_["template"]["spec"]["template"]["spec"]["containers"]
+    more = ["--config.mesh.num_slices=2"] if verb == "benchmark" else []
+    assert container["command"] == ["bash", "launch/local.sh", "--verb", verb, "--extra", "tpu", "--", *flags, *more]
+    sbatch, srun = (shlex.split(line) for line in launch("slurm", "--verb", verb, "--dry_run", "--", *flags)[0][:2])
+    assert sbatch[-len(flags) - 4 :] == ["launch/slurm.sh", "--verb", verb, "--", *flags]
+    assert srun[-len(flags) - 2 :] == [".venv/bin/python", f"launch/{verb}.py", *flags][-len(flags) - 2 :]
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "message"),
+    [
+        ("encode", ["--workdir", "w"], "--verb encode is unknown: use train, benchmark, sample or evaluate"),
+        ("sample", ["--seeds", "0"], "name a run or weights after --"),
+        ("benchmark", ["--workdir", "w"], "name the config after --"),
+        ("evaluate", [], "name the samples after --"),
+    ],
+)
+def test_what_a_verb_needs_is_named(verb, flags, message):
+    status, errors = launch("local", "--dry_run", "--verb", verb, "--", *flags, check=False)
+    assert status == 1 and f"error: {message}" in errors and errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_local_hands_other_signals_on(project, number):
+    python = project / ".venv" / "bin"
+    program(python, "python", f"trap 'exit 75' HUP USR1; touch {project}/started; for _ in $(seq 200); do sleep 0.1; done; exit 9")
+    process = subprocess.Popen(["bash", "launch/local.sh", "--", *TRAIN], cwd=project, env={"PATH": "/usr/bin:/bin"})
+    deadline = time.monotonic() + 30
+    while not (project / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75 and len(calls(python)) == 1
+
+
+def test_local_stopped_while_it_sets_up_is_run_again(project):
+    (project / "launch" / "setup_env.sh").write_text(f"touch {project}/started; sleep 20\n")
+    process = subprocess.Popen(["bash", "launch/local.sh", "--", *TRAIN], cwd=project, env={"PATH": "/usr/bin:/bin"})
+    deadline = time.monotonic() + 30
+    while not (project / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75

@@ -4,14 +4,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_config, small_latent_config
 
-from diffit_jax import parallel
+from diffit_jax import models, parallel
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.generate import sample
-from diffit_jax.sampling import Sampler
+from diffit_jax.models.casts import cast_before_use
+from diffit_jax.sampling import Sampler, batch_settings, copy_bytes, copy_fits
 from diffit_jax.training.state import create_state
 
 
@@ -118,3 +119,36 @@ def test_unconditional_model_takes_no_labels(tmp_path):
         sample(tmp_path, seeds=[0], labels=[0])
     with pytest.raises(UserError, match="unconditional: leave out --guidance_scale"):
         sample(tmp_path, seeds=[0], guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("config", [small_config, small_latent_config], ids=["image", "latent"])
+def test_a_copy_in_bfloat16_changes_no_sample(config):
+    """Casting once before the loop is casting in every evaluation: equal to a few bfloat16 roundings (measured: bit for bit)."""
+    experiment = build(config(model__dtype="bfloat16"))
+    variables = jax.jit(lambda: models.init_variables(experiment.model, jax.random.key(0)))()
+    cast = cast_before_use(experiment.model, variables)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): flag for path, flag in jax.tree_util.tree_leaves_with_path(cast)}
+    assert sum(flag for name, flag in names.items() if name.endswith("kernel")) >= 6 and not any(
+        flag for name, flag in names.items() if "relative_position_bias" in name or name.split("/")[1] in ("final", "head")
+    )
+    mesh = parallel.make_mesh(shape=parallel.MeshShape(data=1, fsdp=2))
+    variables = jax.device_put(variables, parallel.shardings(mesh, variables))
+    with_copy, without = (Sampler(experiment, mesh, copy=copy).draw(variables, [1, 2, 3], [0, 1, 2]) for copy in (True, False))
+    np.testing.assert_allclose(with_copy, without, rtol=0, atol=2**-7 * np.abs(without).max())
+
+
+def test_only_bfloat16_networks_are_copied():
+    experiment = build(small_latent_config())
+    shapes = jax.eval_shape(lambda: models.init_variables(experiment.model, jax.random.key(0)))
+    assert copy_bytes(experiment.model, shapes) == 0
+    half = experiment.model.clone(dtype="bfloat16")
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert total < copy_bytes(half, shapes) < 2 * total
+    assert copy_fits(10, None) and copy_fits(10, 40) and not copy_fits(11, 40)
+
+
+@pytest.mark.parametrize(("asked", "count", "made"), [(3, None, 4), (-3, None, 6), (100, 5, 6), (-3, 1, 2), (4, 100, 4)])
+def test_batches_are_padded_to_the_devices(asked, count, made):
+    """On two devices; a negative size is that of each device."""
+    settings = dataclasses.replace(build(small_config()).sampling, batch_size=asked)
+    assert batch_settings(settings, parallel.make_mesh(), count).batch_size == made
