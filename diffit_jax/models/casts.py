@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax import models
+from diffit_jax.models.layout import laid_out_nowhere
 
 # Parameter of an equation → its inner program, whose inputs are those of the equation, one for one.
 _INNER = ("jaxpr", "call_jaxpr")
@@ -29,7 +30,8 @@ def cast_before_use(model: nn.Module, variables: Mapping[str, Any]) -> Any:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     level_B = jax.ShapeDtypeStruct((1,), jnp.float32)
     evaluate = lambda variables, *inputs: models.as_network(model, variables)(*inputs)  # noqa: E731
-    jaxpr = jax.make_jaxpr(evaluate)(shapes, x_BHWC, level_B, label_B).jaxpr
+    with laid_out_nowhere():  # one example, which no devices divide
+        jaxpr = jax.make_jaxpr(evaluate)(shapes, x_BHWC, level_B, label_B).jaxpr
     leaves, tree = jax.tree.flatten(shapes)
     dtype = jnp.dtype(model.dtype)
     flags = [leaf.dtype != dtype and _only_cast(jaxpr, index, dtype) for index, leaf in enumerate(leaves)]

@@ -52,6 +52,13 @@ def layout(value: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+@contextlib.contextmanager
+def laid_out_nowhere() -> Iterator[None]:
+    """Networks that are traced in this block, to be looked at only, are for the same platform but lie on no devices."""
+    with layout(Layout(platform=_current().platform)):
+        yield
+
+
 def laid_out(x: jax.Array) -> jax.Array:
     """An activation whose leading axis is the batch, where it should lie."""
     return _current().activation(x)
