@@ -57,22 +57,20 @@ class Sampler:
         self._draw = jax.jit(self._draw_batch, out_shardings=parallel.batch_sharding(mesh))
 
     def _draw_batch(self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]) -> jax.Array:
-        with parallel.activations(self._mesh):
-            copies = self._copied(self._model, variables), weaker and self._copied(self._weaker_model, weaker)
-            return self._trajectory(*copies, batch)
+        copy = _copies(self._model) and self._copy
+        if copy is None:
+            copy = copy_fits(copy_bytes(self._model, variables), parallel.memory_of(parallel.local_device(self._mesh)))
+        with parallel.activations(self._mesh, whole_weights=copy):
+            if copy:
+                variables, weaker = self._copied(self._model, variables), weaker and self._copied(self._weaker_model, weaker)
+            return self._trajectory(variables, weaker, batch)
 
     def _copied(self, model: nn.Module, variables: Variables) -> Variables:
-        """The variables, those that the network casts before use in its dtype and whole on every device."""
-        wanted = self._copy
-        if wanted is None:
-            wanted = copy_fits(copy_bytes(model, variables), parallel.memory_of(parallel.local_device(self._mesh)))
-        if not wanted or not _copies(model):
-            return variables
+        """The variables whole on every device, those that the network casts before use in its dtype."""
 
         def copy(path: tuple, leaf: jax.Array, cast: bool) -> jax.Array:
-            if not cast:
-                return leaf
-            return parallel.whole(self._mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.astype(model.dtype))
+            leaf = leaf.astype(model.dtype) if cast else leaf
+            return parallel.whole(self._mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
 
         return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
 
