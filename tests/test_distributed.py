@@ -14,6 +14,7 @@ from processes import checkpoints_of, environment, free_port, write_config
 
 from diffit_jax.distributed import Cluster, initialize
 from diffit_jax.errors import UserError
+from diffit_jax.generate import sample
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,8 @@ class Pair:
             if chosen is not None:
                 write_config(path, chosen)
             workdir = (workdirs or [tmp_path / "run"] * 2)[number]
-            flags = ["--workdir", str(workdir), "--coordinator", f"127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
+            of_run = ["--workdir", str(workdir)] if command in ("train", "sample") else []
+            flags = [*of_run, "--coordinator", f"127.0.0.1:{port}", "--num_processes=2", f"--process_id={number}"]
             flags += ["--cluster_timeout", str(timeout), *map(str, arguments)] + (["--config", str(path)] if chosen is not None else [])
             log = tmp_path / f"log{number}-{port}.txt"
             self.logs.append(log)
@@ -78,6 +80,36 @@ def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
     assert statuses == [0, 0], texts
     with np.load(tmp_path / "s.npz") as arrays:
         assert arrays["arr_0"].shape == (10, 8, 8, 4) and np.isfinite(arrays["arr_0"]).all()
+
+
+def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_run, tmp_path):
+    """SIGUSR1 to the second: both end with 75; the same command goes on, to the samples that one process draws."""
+    request = ["--seeds", "0-199", "--batch_size", "4", "--num_steps", "20", "--output", tmp_path / "s.npz"]
+    pair = Pair(tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request)
+    pair.wait_for(tmp_path / "s.npz.parts" / "000003.npy")
+    pair.processes[1].send_signal(signal.SIGUSR1)
+    statuses, texts = pair.wait()
+    assert statuses == [75, 75] and all("of 200 samples are saved beside" in text for text in texts), texts
+    statuses, texts = Pair(tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request).wait()
+    assert statuses == [0, 0], texts
+    alone = sample(latent_run[0], seeds=range(200), num_steps=20, output=tmp_path / "alone.npz")
+    with np.load(tmp_path / "s.npz") as ours, np.load(alone) as theirs:
+        np.testing.assert_allclose(ours["arr_0"], theirs["arr_0"], rtol=0, atol=1e-4 * np.abs(theirs["arr_0"]).max())
+
+
+def test_benchmark_and_evaluate_on_two_processes(tmp_path):
+    """One speaks and writes; a batch that does not divide is one line on each."""
+    figures = tmp_path / "b.json"
+    arguments = ["--steps", "2", "--json", figures]
+    statuses, texts = Pair(tmp_path, small_latent_config(), command="benchmark", arguments=arguments).wait()
+    assert statuses == [0, 0] and json.loads(figures.read_text())["devices"] == 4, texts
+    pair = Pair(tmp_path, small_latent_config(training__batch_size=6), command="benchmark", arguments=arguments)
+    statuses, texts = pair.wait()
+    assert statuses == [1, 1] and all("training.batch_size 6 does not divide over 4 devices" in text for text in texts), texts
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, (360, 8, 8, 1), np.uint8), arr_1=rng.integers(0, 10, 360))
+    statuses, texts = Pair(tmp_path, command="evaluate", arguments=["--samples", tmp_path / "s.npz"]).wait()
+    assert statuses == [0, 0] and json.loads((tmp_path / "metrics.json").read_text())["count"] == 360, texts
 
 
 @pytest.mark.parametrize("killed", [1, 0], ids=["worker", "coordinator"])
