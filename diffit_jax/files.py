@@ -32,7 +32,7 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
         if url.netloc not in ("", "localhost"):
             raise UserError(f"{flag} {text} names a file of the host {url.netloc}: write file:///path, or just the path")
         text = urllib.parse.unquote(url.path)
-    if re.match(r"[A-Za-z][\w+.-]*:/", text):
+    if re.match(r"[A-Za-z][\w+.-]+:/", text):  # one letter is a drive
         if not re.match(r"[^:]+://[^/]", text):
             raise UserError(f"{flag} {text} is half a URL: write gs://bucket/path")
         return epath.Path(text)

@@ -75,7 +75,9 @@ def held(ctrl_c: bool = False) -> Iterator[None]:
         _holders += 1
     restored = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere nobody can listen
-        handlers = {} if _listening else dict.fromkeys(_wanted(), lambda number, _: _on(number))
+        # SIGTERM stays with whoever tells the other processes.
+        ours = [] if _listening else [number for number in _wanted() if not (_forward and number == signal.SIGTERM)]
+        handlers = dict.fromkeys(ours, lambda number, _: _on(number))
         if ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             handlers[signal.SIGINT] = _on_ctrl_c
         restored = {number: signal.signal(number, handler) for number, handler in handlers.items()}

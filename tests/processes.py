@@ -2,6 +2,11 @@
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 
 def free_port():
@@ -26,3 +31,10 @@ def checkpoints_of(workdir):
     """Step numbers of the complete checkpoints in a work directory, ascending."""
     folder = workdir / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def command(verb, *flags, cwd, **more):
+    """(exit status, stderr) of `launch/verb.py` in a process of its own; `more` goes into its environment."""
+    arguments = [sys.executable, str(ROOT / "launch" / f"{verb}.py"), *map(str, flags)]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, env=environment(**more), timeout=120)
+    return result.returncode, result.stderr.strip()

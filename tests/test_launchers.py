@@ -33,6 +33,13 @@ def program(folder, name, text):
     (folder / name).chmod(0o755 | stat.S_IXUSR)
 
 
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def calls(folder):
     return (folder / "calls").read_text().splitlines()
 
@@ -74,10 +81,7 @@ def test_local_hands_a_signal_on(project):
     python = project / ".venv" / "bin"
     program(python, "python", f"trap 'exit 75' TERM; touch {project}/started; for _ in $(seq 200); do sleep 0.1; done; exit 9")
     process = subprocess.Popen(["bash", "launch/local.sh", "--", *TRAIN], cwd=project, env={"PATH": "/usr/bin:/bin"})
-    deadline = time.monotonic() + 30
-    while not (project / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(project / "started")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75 and len(calls(python)) == 1
 
@@ -268,10 +272,7 @@ def test_local_hands_other_signals_on(project, number):
     python = project / ".venv" / "bin"
     program(python, "python", f"trap 'exit 75' HUP USR1; touch {project}/started; for _ in $(seq 200); do sleep 0.1; done; exit 9")
     process = subprocess.Popen(["bash", "launch/local.sh", "--", *TRAIN], cwd=project, env={"PATH": "/usr/bin:/bin"})
-    deadline = time.monotonic() + 30
-    while not (project / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(project / "started")
     process.send_signal(number)
     assert process.wait(timeout=30) == 75 and len(calls(python)) == 1
 
@@ -279,9 +280,6 @@ def test_local_hands_other_signals_on(project, number):
 def test_local_stopped_while_it_sets_up_is_run_again(project):
     (project / "launch" / "setup_env.sh").write_text(f"touch {project}/started; sleep 20\n")
     process = subprocess.Popen(["bash", "launch/local.sh", "--", *TRAIN], cwd=project, env={"PATH": "/usr/bin:/bin"})
-    deadline = time.monotonic() + 30
-    while not (project / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(project / "started")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75

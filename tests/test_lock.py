@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import small_latent_config
-from processes import environment, write_config
+from processes import command, environment, write_config
 
 from diffit_jax import files, lock
 from diffit_jax.errors import UserError
@@ -128,19 +128,19 @@ def test_the_owner_is_gone_after_an_error(kind, tmp_path):
 
 def test_a_second_training_is_refused_and_harms_nothing(latent_run, tmp_path):
     """The first one's directory stays as it is, and the message names it."""
-    from test_commands import launch
 
     def refused(result, message):
-        last = result.stderr.strip().splitlines()[-1]
-        assert result.returncode == 1 and last.startswith("error: ") and message in last and "Traceback" not in result.stderr, result.stderr
+        status, errors = result
+        last = errors.splitlines()[-1]
+        assert status == 1 and last.startswith("error: ") and message in last and "Traceback" not in errors, errors
 
     config = small_latent_config()
     with claimed_workdir(tmp_path / "run", config):
         before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
-        result = launch("train", "--config", write_config(tmp_path / "c.py", config), "--workdir", "run", tmp_path=tmp_path)
+        result = command("train", "--config", write_config(tmp_path / "c.py", config), "--workdir", "run", cwd=tmp_path)
         refused(result, f"workdir {tmp_path}/run is in use by process {os.getpid()} on ")
         assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
     (tmp_path / "s.npz.parts").mkdir()
     with lock.owned(tmp_path / "s.npz.parts", "the sampling request in"):
-        result = launch("sample", "--workdir", latent_run[0], "--seeds", "0", "--output", "s.npz", tmp_path=tmp_path)
+        result = command("sample", "--workdir", latent_run[0], "--seeds", "0", "--output", "s.npz", cwd=tmp_path)
         refused(result, "the sampling request in")

@@ -2,15 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import small_latent_config
 from golden_data import WEIGHTS
-from processes import environment, write_config
+from processes import command, write_config
 
 from diffit_jax import convert, files
 from diffit_jax.checkpoint import Checkpoints
@@ -20,8 +18,6 @@ from diffit_jax.evaluation.score import evaluate
 from diffit_jax.experiment import claim_workdir
 from diffit_jax.generate import Run, Weights, sample
 from diffit_jax.training.loop import train
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -110,18 +106,6 @@ def test_data_directories_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     open_dataset("digits", "train", "~/data", (8, 8, 1), 10)
     assert (tmp_path / "home" / "data" / "digits").exists() and not (tmp_path / "~").exists()
-
-
-def command(verb, *arguments, cwd, **more):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / f"{verb}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(**more),
-        timeout=120,
-    )
-    return result.returncode, result.stderr.strip()
 
 
 @pytest.mark.parametrize(
