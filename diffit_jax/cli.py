@@ -128,15 +128,15 @@ def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None
         except UserError as error:
             fail(str(error))
         except interruption.Preempted as notice:
-            interruption.finished()
+            interruption.finished(interruption.EXIT_RESUME)
             print(f"preempted: {notice}; run the same command again to go on", file=sys.stderr)
             sys.exit(interruption.EXIT_RESUME)
         except KeyboardInterrupt as notice:
             line = f"interrupted: {notice}; run the same command again to go on".replace(": ; ", ": ")
             if interruption.pressed() != 1:
                 interruption.end(interruption.EXIT_INTERRUPTED, line)  # does not wait for saves under way, as `sys.exit` would
-            interruption.finished()
-            print(line, file=sys.stderr)
+            interruption.finished(interruption.EXIT_INTERRUPTED)
+            print(line, file=sys.stderr, flush=True)
             sys.exit(interruption.EXIT_INTERRUPTED)
         interruption.finished()
 

@@ -111,11 +111,13 @@ def end(status: int, line: str) -> NoReturn:
         os._exit(status)
 
 
-def finished() -> None:
+def finished(status: int = 0) -> None:
     """Nothing is left to do: from here on signals change neither what was written nor the exit status."""
     global _holders
     with _lock:
         _holders += 1
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # not a traceback out of the interpreter's own end
 
 
 def _wanted() -> list[int]:

@@ -84,7 +84,7 @@ def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
 
 def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_run, tmp_path):
     """SIGUSR1 to the second: both end with 75; the same command goes on, to the samples that one process draws."""
-    request = ["--seeds", "0-199", "--batch_size", "4", "--num_steps", "20", "--output", tmp_path / "s.npz"]
+    request = ["--seeds", "0-199", "--batch_size", "4", "--num_steps", "100", "--output", tmp_path / "s.npz"]
     pair = Pair(tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request)
     pair.wait_for(tmp_path / "s.npz.parts" / "000003.npy")
     pair.processes[1].send_signal(signal.SIGUSR1)
@@ -92,7 +92,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     assert statuses == [75, 75] and all("of 200 samples are saved beside" in text for text in texts), texts
     statuses, texts = Pair(tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request).wait()
     assert statuses == [0, 0], texts
-    alone = sample(latent_run[0], seeds=range(200), num_steps=20, output=tmp_path / "alone.npz")
+    alone = sample(latent_run[0], seeds=range(200), num_steps=100, output=tmp_path / "alone.npz")
     with np.load(tmp_path / "s.npz") as ours, np.load(alone) as theirs:
         np.testing.assert_allclose(ours["arr_0"], theirs["arr_0"], rtol=0, atol=1e-4 * np.abs(theirs["arr_0"]).max())
 
