@@ -95,9 +95,9 @@ def noticed() -> bool:
     return _noticed.is_set()
 
 
-def pressed() -> bool:
-    """Whether it was Ctrl-C."""
-    return _pressed > 0
+def pressed() -> int:
+    """How often it was Ctrl-C."""
+    return _pressed
 
 
 def end(status: int, line: str) -> NoReturn:
