@@ -11,16 +11,17 @@ import difflib
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import files, lock
+from diffit_jax import files, limits, lock
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.errors import UserError
+from diffit_jax.limits import at_least
 from diffit_jax.models import MODELS
 from diffit_jax.parallel import MeshShape
 from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
@@ -45,7 +46,7 @@ class Experiment:
       mesh: the section of that name, which may be left out.
     """
 
-    seed: int
+    seed: Annotated[int, at_least(0, most=2**32 - 1)]
     model: nn.Module
     process: Process
     data: Data
@@ -54,6 +55,10 @@ class Experiment:
     training: Training
     sampling: Sampling
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+
+    def __post_init__(self):
+        limits.check(self, section="")
+        self.model.check()
 
 
 # What may differ between a config and the run that it continues, because the numbers do not depend on it.
@@ -96,13 +101,7 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
             raise UserError(f"config key {section}.name is {name!r}: use {' or '.join(choices)}")
         kinds[section] = choices[name]
 
-    seed = config.pop("seed")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise UserError(f"config key seed is {seed!r}: it must be a whole number in [0, 2^32)")
-    dtype = config["model"].get("dtype", "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"config key model.dtype is {dtype!r}: use float32 or bfloat16")
-    values = {"seed": seed}
+    values = {"seed": config.pop("seed")}
     for section, arguments in config.items():
         if not isinstance(arguments, Mapping):
             raise UserError(f"config key {section} is {arguments!r}: it must be a section")
@@ -112,11 +111,8 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         _check_keys(f"{section}.", arguments, parameters, required)
         # A config read back from JSON has lists where Flax wants hashable tuples.
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-        for name, value in arguments.items():
-            _check_type(f"{section}.{name}", value, parameters[name].annotation)
         values[section] = kinds[section](**arguments)
     experiment = Experiment(**values)
-    experiment.model.check()
     _check_output(experiment)
     check_sampling(experiment, experiment.sampling)
     return experiment
@@ -229,13 +225,6 @@ def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Ite
     for key in required:
         if key not in given:
             raise UserError(f"config key {prefix}{key} is missing: add it to the config")
-
-
-def _check_type(key: str, value: Any, annotation: Any) -> None:
-    """Numbers and text where the annotated attribute has them; other annotations are left to the object itself."""
-    accepted = {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.get(annotation)
-    if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and annotation is not bool)):
-        raise UserError(f"config key {key} is {value!r}: it must be of type {annotation.__name__}")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

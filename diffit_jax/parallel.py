@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffit_jax import limits
 from diffit_jax.errors import UserError
+from diffit_jax.limits import Count, at_least
 from diffit_jax.models.layout import Layout, layout
 
 log = logging.getLogger(__name__)
@@ -55,19 +57,16 @@ class MeshShape:
       num_slices: TPU slices connected by the data-centre network; `data` is divided over them, the other axes stay within a slice.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    num_slices: int = 1
+    data: Annotated[int, at_least(1, besides=(-1,))] = -1
+    fsdp: Annotated[int, at_least(1, besides=(-1,))] = 1
+    tensor: Annotated[int, at_least(1, besides=(-1,))] = 1
+    num_slices: Count = 1
 
     def __post_init__(self):
+        limits.check(self, "mesh")
         sizes = self.data, self.fsdp, self.tensor
-        if (
-            sizes.count(-1) > (2 if self.data == self.fsdp == -1 else 1)
-            or any(size < 1 and size != -1 for size in sizes)
-            or self.num_slices < 1
-        ):
-            raise UserError(f"config section mesh is {dataclasses.asdict(self)}: sizes must be at least 1; one may be -1, or data and fsdp")
+        if sizes.count(-1) > (2 if self.data == self.fsdp == -1 else 1):
+            raise UserError(f"config section mesh is {dataclasses.asdict(self)}: one may be -1, or data and fsdp")
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) for a number of devices.

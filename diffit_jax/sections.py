@@ -1,13 +1,15 @@
 """The sections of a config that are plain settings: frozen, typed, and checked when they are made."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
+from diffit_jax import limits
 from diffit_jax.data import pixels
-from diffit_jax.diffusion.guidance import Guidance
+from diffit_jax.diffusion.guidance import KINDS, Guidance
 from diffit_jax.diffusion.samplers import Churn
 from diffit_jax.errors import UserError
+from diffit_jax.limits import Count, CountOrNone, above, at_least, one_of, share
 
 # The first two belong to the process ddpm; the others serve both.
 SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_solver")
@@ -27,6 +29,9 @@ class Data:
     data_dir: str = ""
     autoencoder: str = ""
 
+    def __post_init__(self):
+        limits.check(self, "data")
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -44,25 +49,23 @@ class Optimizer:
       decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
     """
 
-    learning_rate: float
-    warmup_steps: int
-    name: str = "adam"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 0.0
-    schedule: str = "constant"
-    decay_steps: int = 0
+    learning_rate: Annotated[float, above(0)]
+    warmup_steps: CountOrNone
+    name: Annotated[str, one_of("adam", "lamb")] = "adam"
+    beta1: Annotated[float, share(below_one=True)] = 0.9
+    beta2: Annotated[float, share(below_one=True)] = 0.999
+    epsilon: Annotated[float, above(0)] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    max_gradient_norm: Annotated[float, at_least(0)] = 0.0
+    schedule: Annotated[str, one_of("constant", "cosine")] = "constant"
+    decay_steps: CountOrNone = 0
 
     def __post_init__(self):
-        _require("optimizer", self, "learning_rate", above=0)
-        for name in ("warmup_steps", "weight_decay", "max_gradient_norm"):
-            _require("optimizer", self, name, least=0)
-        _require_choice("optimizer", self, "name", ("adam", "lamb"))
-        _require_choice("optimizer", self, "schedule", ("constant", "cosine"))
-        if self.schedule == "cosine":
-            _require("optimizer", self, "decay_steps", above=self.warmup_steps)
+        limits.check(self, "optimizer")
+        if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"config key optimizer.decay_steps is {self.decay_steps}: it must be above {self.warmup_steps}, the warmup_steps"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +80,13 @@ class EMA:
       snapshot_steps: updates between snapshots of these.
     """
 
-    halflife_images: float
-    rampup_ratio: float = 0.05
-    power_lengths: Sequence[float] = ()
-    snapshot_steps: int = 10_000
+    halflife_images: Annotated[float, above(0)]
+    rampup_ratio: Annotated[float, above(0)] = 0.05
+    power_lengths: Sequence[Annotated[float, above(0, below=12**-0.5)]] = ()
+    snapshot_steps: Count = 10_000
 
     def __post_init__(self):
-        _require("ema", self, "halflife_images", above=0)
-        _require("ema", self, "rampup_ratio", above=0)
-        _require("ema", self, "snapshot_steps", least=1)
-        for length in self.power_lengths:
-            if not 0 < length < 12**-0.5:
-                raise UserError(f"config key ema.power_lengths has {length}: each must lie between 0 and {12**-0.5:.3f}")
+        limits.check(self, "ema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +106,21 @@ class Training:
       grid_images: images in a sample grid.
     """
 
-    batch_size: int
-    label_dropout: float
-    total_steps: int
-    log_steps: int
-    grid_steps: int
-    checkpoint_steps: int
-    keep_checkpoints: int = 3
-    grid_images: int = 100
-    accumulation: int = 1
-    max_bad_steps: int = 20
-    checkpoint_minutes: float = 0.0
-    keep_every_steps: int = 0
+    batch_size: Count
+    label_dropout: Annotated[float, share()]
+    total_steps: Count
+    log_steps: Count
+    grid_steps: Count
+    checkpoint_steps: Count
+    keep_checkpoints: Count = 3
+    grid_images: Count = 100
+    accumulation: Count = 1
+    max_bad_steps: Count = 20
+    checkpoint_minutes: Annotated[float, at_least(0)] = 0.0
+    keep_every_steps: CountOrNone = 0
 
     def __post_init__(self):
-        names = ("batch_size", "total_steps", "log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images")
-        for name in (*names, "accumulation", "max_bad_steps"):
-            _require("training", self, name, least=1)
-        for name in ("checkpoint_minutes", "keep_every_steps"):
-            _require("training", self, name, least=0)
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"config key training.label_dropout is {self.label_dropout}: set it to a share between 0 and 1")
+        limits.check(self, "training")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,32 +142,30 @@ class Sampling:
       churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: of heun, see `samplers.Churn`.
     """
 
-    num_steps: int
-    guidance_scale: float
-    batch_size: int
-    sampler: str = "heun"
+    num_steps: Annotated[int, at_least(1, most=100_000)]
+    guidance_scale: Annotated[float, at_least(0)]
+    batch_size: Annotated[int, at_least(-(2**31), most=2**31 - 1)]
+    sampler: Annotated[str, one_of(*SAMPLERS)] = "heun"
     respacing: str = ""
-    eta: float = 0.0
+    eta: Annotated[float, at_least(0)] = 0.0
     clip_denoised: bool = False
-    guidance: str = "constant"
-    guidance_power: float = 4.0
-    guidance_sigma_low: float = 0.0
-    guidance_sigma_high: float = float("inf")
-    guide_channels: int = 0
-    skip_tolerance: float = 1e-3
+    guidance: Annotated[str, one_of(*KINDS)] = "constant"
+    guidance_power: Annotated[float, above(0)] = 4.0
+    guidance_sigma_low: Annotated[float, at_least(0)] = 0.0
+    guidance_sigma_high: Annotated[float, at_least(0, infinite=True)] = float("inf")
+    guide_channels: CountOrNone = 0
+    skip_tolerance: Annotated[float, at_least(0)] = 1e-3
     guide_workdir: str = ""
-    pixel_rounding: str = "edm"
-    churn_amount: float = 0.0
-    churn_sigma_low: float = 0.0
-    churn_sigma_high: float = float("inf")
-    churn_noise: float = 1.0
+    pixel_rounding: Annotated[str, one_of(*pixels.ROUNDINGS)] = "edm"
+    churn_amount: Annotated[float, at_least(0)] = 0.0
+    churn_sigma_low: Annotated[float, at_least(0)] = 0.0
+    churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = float("inf")
+    churn_noise: Annotated[float, at_least(0)] = 1.0
 
     def __post_init__(self):
-        _require_choice("sampling", self, "sampler", SAMPLERS)
-        _require_choice("sampling", self, "pixel_rounding", pixels.ROUNDINGS)
-        _require("sampling", self, "num_steps", least=1 if self.discrete else 2)
-        for name in ("guidance_scale", "churn_amount", "eta"):
-            _require("sampling", self, name, least=0)
+        limits.check(self, "sampling")
+        if self.num_steps < 2 and not self.discrete:
+            raise UserError(f"config key sampling.num_steps is {self.num_steps}: it must be at least 2 with sampler {self.sampler}")
         if not self.batch_size:
             raise UserError("config key sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device")
         if self.respacing and not self.discrete:
@@ -202,16 +192,3 @@ class Sampling:
     @property
     def churn(self) -> Churn:
         return Churn(self.churn_amount, self.churn_sigma_low, self.churn_sigma_high, self.churn_noise)
-
-
-def _require(section: str, settings: Any, name: str, above: float | None = None, least: float | None = None) -> None:
-    value = getattr(settings, name)
-    if above is not None and not value > above:
-        raise UserError(f"config key {section}.{name} is {value}: it must be above {above}")
-    if least is not None and not value >= least:
-        raise UserError(f"config key {section}.{name} is {value}: it must be at least {least}")
-
-
-def _require_choice(section: str, settings: Any, name: str, choices: Iterable[str]) -> None:
-    if getattr(settings, name) not in choices:
-        raise UserError(f"config key {section}.{name} is {getattr(settings, name)!r}: use {', '.join(choices)}")

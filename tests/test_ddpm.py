@@ -325,12 +325,12 @@ def test_samplers_equal_their_formulas(eta, clip, respacing):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(schedule="square"), "schedule 'square' is unknown: use linear, cosine"),
-        (dict(variance="free"), "variance 'free' is unknown"),
-        (dict(loss_type="l1"), "loss_type 'l1' is unknown"),
+        (dict(schedule="square"), "process.schedule is 'square': use linear, cosine"),
+        (dict(variance="free"), "process.variance is 'free': use learned_range"),
+        (dict(loss_type="l1"), "process.loss_type is 'l1': use hybrid"),
         (dict(loss_type="mse"), "loss_type mse does not fit variance learned_range"),
         (dict(variance="fixed_small"), "loss_type hybrid does not fit variance fixed_small"),
-        (dict(num_timesteps=1), "num_timesteps 1 is too small"),
+        (dict(num_timesteps=1), "process.num_timesteps is 1: it must be between 2 and 1000000"),
         (dict(respacing="2000"), "more steps than the schedule's 1000"),
     ],
 )

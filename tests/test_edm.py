@@ -133,7 +133,7 @@ def test_heun_equals_algorithm_2(churn):
 
 
 def test_negative_churn():
-    with pytest.raises(UserError, match="churn amount -1"):
+    with pytest.raises(UserError, match=r"Churn\.amount is -1: it must be at least 0"):
         samplers.Churn(-1)
 
 

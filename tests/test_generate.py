@@ -179,7 +179,7 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
         (dict(labels="tench"), "--labels 'tench' is not a list of whole numbers"),
         (dict(pixel_rounding="up"), "sampling.pixel_rounding is 'up': use edm, adm"),
         (dict(guidance_scale=float("inf")), "guidance_scale inf is not finite"),
-        (dict(guidance_power=0.0), "guidance_power 0.0 must be above 0"),
+        (dict(guidance_power=0.0), "guidance_power is 0.0: it must be above 0"),
         (dict(num_steps=2, respacing="3"), "leave out either"),
         (dict(eta=0.5), "--eta has no effect with sampler ddpm"),
         (dict(guide_workdir="x"), "--guide_workdir has no effect with sampler ddpm and guidance power_cosine"),

@@ -160,10 +160,10 @@ def test_guidance_of_no_use_is_no_guidance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(kind="strong"), "guidance 'strong' is unknown: use none, constant"),
-        (dict(kind="constant", scale=-1), "guidance_scale -1 is negative"),
+        (dict(kind="strong"), "Guidance.kind is 'strong': use none, constant"),
+        (dict(kind="constant", scale=-1), "Guidance.scale is -1: it must be at least 0"),
         (dict(kind="interval", scale=2, sigma_low=3, sigma_high=2), "guidance_sigma_low 3 must lie between 0 and"),
-        (dict(kind="constant", channels=-1), "guide_channels -1"),
+        (dict(kind="constant", channels=-1), r"Guidance\.channels is -1: it must be at least 0"),
     ],
 )
 def test_impossible_settings(arguments, message):

@@ -308,7 +308,7 @@ def test_named_sizes():
         (dict(num_heads=3), "hidden_size 16 is not a multiple of num_heads 3"),
         (dict(hidden_size=18), "hidden_size 18 is not a multiple of num_heads 2 and of 4"),
         (dict(depth=0), "depth is 0: it must be at least 1"),
-        (dict(remat="some"), "remat 'some' is unknown: use none, dots, full"),
+        (dict(remat="some"), "remat is 'some': use none, dots, full"),
     ],
 )
 def test_sizes_that_do_not_fit(change, message):

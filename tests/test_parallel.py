@@ -175,7 +175,7 @@ def test_minus_one_fills(shape, devices, expected):
         ({"mesh": {"data": 3}}, "data 3 × fsdp 1 × tensor 1, which does not make 2 devices"),
         ({"mesh": {"fsdp": 3}}, "which does not make 2 devices"),
         ({"mesh": {"data": -1, "tensor": -1}}, "one may be -1, or data and fsdp"),
-        ({"mesh": {"fsdp": 0}}, "sizes must be at least 1"),
+        ({"mesh": {"fsdp": 0}}, "mesh.fsdp is 0: it must be at least 1, or -1"),
         ({"mesh": {"expert": 2}}, "config key mesh.expert is unknown"),
         ({"mesh": {"num_slices": 2}}, "mesh.num_slices is 2, but the devices form 1"),
         ({"mesh": {"num_slices": 4}}, "mesh.data is 2, which 4 slices do not divide"),

@@ -122,5 +122,5 @@ def test_impossible_lengths(latent_run):
             gamma_of(length)
     with pytest.raises(UserError, match=r"has no snapshots of averages: train with ema.power_lengths"):
         sample(Run(latent_run[0], ema_length=0.1), seeds=[0])
-    with pytest.raises(UserError, match=r"ema.power_lengths has 0.4"):
+    with pytest.raises(UserError, match=r"ema.power_lengths has 0.4: each must be between 0 and 0.289"):
         experiment.build(small_latent_config(ema={"halflife_images": 64, "power_lengths": (0.05, 0.4)}))

@@ -222,7 +222,7 @@ def test_sigkill_loses_nothing(tmp_path):
         ({"seed": -1}, "config key seed is -1"),
         ({"model__mlp_ratio": 2.5}, "config key model.mlp_ratio is 2.5: it must be of type int"),
         ({"model__num_classes": -1}, "num_classes is -1: it must be at least 0"),
-        ({"process__rho": 0.0}, "rho 0.0 must be above 0"),
+        ({"process__rho": 0.0}, "rho is 0.0: it must be between 0.1 and 1000"),
         ({"sampling__respacing": 250}, "config key sampling.respacing is 250: it must be of type str"),
         ({"optimizer": {"learning_rate": "fast", "warmup_steps": 0}}, "optimizer.learning_rate is 'fast': it must be of type float"),
     ],

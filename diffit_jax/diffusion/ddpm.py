@@ -9,16 +9,18 @@ Shape suffixes: B batch, H, W, C height, width and channels of a sample.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import limits
 from diffit_jax.diffusion.guidance import Conditioning, Evaluation, Guided
 from diffit_jax.diffusion.samplers import Noise, sampling_grid
 from diffit_jax.diffusion.schedule import SCHEDULES, Schedule
 from diffit_jax.errors import UserError
+from diffit_jax.limits import GridPower, at_least, one_of
 
 VARIANCES = ("learned_range", "fixed_large", "fixed_small")
 LOSSES = ("hybrid", "hybrid_rescaled", "mse", "kl")
@@ -48,25 +50,24 @@ class DDPM:
       rho: of the grid for EDM's samplers, see `sigmas`.
     """
 
-    num_timesteps: int = 1000
-    schedule: str = "linear"
-    variance: str = "learned_range"
-    loss_type: str = "hybrid"
+    num_timesteps: Annotated[int, at_least(2, most=1_000_000)] = 1000
+    schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
+    variance: Annotated[str, one_of(*VARIANCES)] = "learned_range"
+    loss_type: Annotated[str, one_of(*LOSSES)] = "hybrid"
     respacing: str = ""
-    rho: float = 7.0
+    rho: GridPower = 7.0
 
     def __post_init__(self):
-        for name, choices in (("schedule", SCHEDULES), ("variance", VARIANCES), ("loss_type", LOSSES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(choices)}")
-        if self.num_timesteps < 2:
-            raise UserError(f"num_timesteps {self.num_timesteps} is too small: use at least 2")
+        limits.check(self, "process")
         learned = self.variance == "learned_range"
         if self.loss_type != "kl" and learned != self.loss_type.startswith("hybrid"):
             remedy = "hybrid trains a learned variance" if learned else "mse needs a fixed variance"
             raise UserError(f"loss_type {self.loss_type} does not fit variance {self.variance}: {remedy}; change either")
-        if not self.rho > 0:
-            raise UserError(f"rho {self.rho} must be above 0: EDM has 7")
+        if self.steps().betas.max() >= 1:
+            raise UserError(
+                f"config key process.num_timesteps is {self.num_timesteps}: too few for the {self.schedule} schedule, which "
+                "would drown the data in a single step; use at least 21"
+            )
         self.steps(self.respacing)
 
     @property

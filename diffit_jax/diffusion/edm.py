@@ -7,15 +7,18 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import limits
 from diffit_jax.diffusion.guidance import Conditioning, Evaluation
 from diffit_jax.diffusion.samplers import sampling_grid
 from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.errors import UserError
+from diffit_jax.limits import GridPower, NoiseLevel, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +31,17 @@ class EDM:
       sigma_min, sigma_max, rho: the sampling grid, see `sigmas`.
     """
 
-    sigma_data: float = 0.5
-    log_sigma_mean: float = -1.2
-    log_sigma_std: float = 1.2
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sigma_data: NoiseLevel = 0.5
+    log_sigma_mean: Annotated[float, at_least(-20, most=20)] = -1.2
+    log_sigma_std: Annotated[float, at_least(0, most=20)] = 1.2
+    sigma_min: NoiseLevel = 0.002
+    sigma_max: NoiseLevel = 80.0
+    rho: GridPower = 7.0
 
     def __post_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max:
+        limits.check(self, "process")
+        if not self.sigma_min < self.sigma_max:
             raise UserError(f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}: change either")
-        if not self.rho > 0:
-            raise UserError(f"rho {self.rho} must be above 0: EDM has 7")
-        if self.sigma_data <= 0:
-            raise UserError(f"sigma_data {self.sigma_data} must be above 0: set it to the standard deviation of the data")
 
     def preconditioning(self, sigma: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""

@@ -18,13 +18,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import limits
 from diffit_jax.errors import UserError
+from diffit_jax.limits import CountOrNone, above, at_least, one_of
 
 Conditioning = Mapping[str, jax.Array]
 Evaluation = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
@@ -48,28 +50,20 @@ class Guidance:
       skip_tolerance: where the scale is within this of 1, it counts as 1 and the lesser evaluation is not run.
     """
 
-    kind: str = "none"
-    scale: float = 1.0
-    power: float = 4.0
-    sigma_low: float = 0.0
-    sigma_high: float = math.inf
-    channels: int = 0
-    skip_tolerance: float = 1e-3
+    kind: Annotated[str, one_of(*KINDS)] = "none"
+    scale: Annotated[float, at_least(0)] = 1.0
+    power: Annotated[float, above(0)] = 4.0
+    sigma_low: Annotated[float, at_least(0)] = 0.0
+    sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
+    channels: CountOrNone = 0
+    skip_tolerance: Annotated[float, at_least(0)] = 1e-3
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"guidance {self.kind!r} is unknown: use {', '.join(KINDS)}")
-        if not 0 <= self.scale < math.inf:
-            problem = "negative" if self.scale < 0 else "not finite"
-            raise UserError(f"guidance_scale {self.scale} is {problem}: use 1 for no guidance, more to follow the label more closely")
-        if not self.power > 0:
-            raise UserError(f"guidance_power {self.power} must be above 0: the paper has 4")
-        if not 0 <= self.sigma_low <= self.sigma_high:
+        limits.check(self)
+        if not self.sigma_low <= self.sigma_high:
             raise UserError(
                 f"guidance_sigma_low {self.sigma_low} must lie between 0 and guidance_sigma_high {self.sigma_high}: change either"
             )
-        if self.channels < 0 or not self.skip_tolerance >= 0:
-            raise UserError(f"guide_channels {self.channels} and skip_tolerance {self.skip_tolerance} must be at least 0: change them")
 
     @property
     def active(self) -> bool:

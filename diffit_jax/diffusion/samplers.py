@@ -11,13 +11,16 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import limits
 from diffit_jax.diffusion.guidance import Conditioning, Evaluation, Guided
 from diffit_jax.errors import UserError
+from diffit_jax.limits import at_least
 
 # (number) → (B, H, W, C) float32 standard normal noise. Number 0 is the initial noise, i + 1 that of step i.
 Noise = Callable[[jax.Array | int], jax.Array]
@@ -33,14 +36,13 @@ class Churn:
       noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
     """
 
-    amount: float = 0.0
-    sigma_low: float = 0.0
-    sigma_high: float = math.inf
-    noise: float = 1.0
+    amount: Annotated[float, at_least(0)] = 0.0
+    sigma_low: Annotated[float, at_least(0)] = 0.0
+    sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
+    noise: Annotated[float, at_least(0)] = 1.0
 
     def __post_init__(self):
-        if self.amount < 0:
-            raise UserError(f"churn amount {self.amount} is negative: use 0 for a deterministic sampler")
+        limits.check(self)
 
     def raised(self, sigmas: np.ndarray) -> np.ndarray:
         """The noise level t̂ = t (1 + gamma) that each level t of the grid is raised to before its step; shaped like `sigmas`."""

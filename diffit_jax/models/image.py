@@ -7,12 +7,15 @@ Each stage is a stack of DiffiTResBlocks at one resolution with one number of ch
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffit_jax import limits
 from diffit_jax.errors import UserError
+from diffit_jax.limits import Count, CountOrNone, Dtype, Side, Width, at_least
 from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
 from diffit_jax.models.layout import dense
@@ -35,17 +38,17 @@ class ImageDiffiT(nn.Module):
       dtype: dtype of the matrix products; parameters are float32.
     """
 
-    image_size: int
-    image_channels: int = 3
-    channels: Sequence[int] = (128, 256, 256)
-    num_blocks: Sequence[int] = (2, 2, 2)
-    window: int = 4
-    time_width: int = 512
-    head_width: int = 64
-    num_classes: int = 0
-    mlp_ratio: int = 4
-    scan_unroll: int = 1
-    dtype: jnp.dtype = jnp.float32
+    image_size: Side
+    image_channels: Count = 3
+    channels: Annotated[Sequence[Width], at_least(1)] = (128, 256, 256)
+    num_blocks: Annotated[Sequence[Count], at_least(1)] = (2, 2, 2)
+    window: Count = 4
+    time_width: Width = 512
+    head_width: Count = 64
+    num_classes: CountOrNone = 0
+    mlp_ratio: Count = 4
+    scan_unroll: Count = 1
+    dtype: Dtype = jnp.float32
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -64,9 +67,8 @@ class ImageDiffiT(nn.Module):
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
+        limits.check(self, "model")
         stages = len(self.channels)
-        if self.num_classes < 0:
-            raise UserError(f"num_classes is {self.num_classes}: it must be at least 0, which means no labels")
         if len(self.num_blocks) != stages:
             raise UserError(
                 f"channels {tuple(self.channels)} describe {stages} stages but num_blocks {tuple(self.num_blocks)} describe "

@@ -4,12 +4,15 @@ Shape suffixes: B batch, L tokens, C channels; H, W height and width of the late
 """
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffit_jax import limits
 from diffit_jax.errors import UserError
+from diffit_jax.limits import Count, CountOrNone, Dtype, Side, Width, one_of
 from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
@@ -55,20 +58,20 @@ class LatentDiffiT(nn.Module):
       dtype: dtype of the matrix products of the blocks; parameters, softmax, normalisation and the last layer are float32.
     """
 
-    input_size: int = 32
-    input_channels: int = 4
-    patch_size: int = 2
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: int = 4
-    num_classes: int = 1000
+    input_size: Side = 32
+    input_channels: Count = 4
+    patch_size: Count = 2
+    hidden_size: Width = 1152
+    depth: Count = 28
+    num_heads: Count = 16
+    mlp_ratio: Count = 4
+    num_classes: CountOrNone = 1000
     learn_sigma: bool = True
     slim_tmsa: bool = False
-    scan_unroll: int = 1
-    remat: str = "none"
-    attention: str = "xla"
-    dtype: jnp.dtype = jnp.float32
+    scan_unroll: Count = 1
+    remat: Annotated[str, one_of(*REMAT_POLICIES)] = "none"
+    attention: Annotated[str, one_of(*BACKENDS)] = "xla"
+    dtype: Dtype = jnp.float32
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -96,21 +99,13 @@ class LatentDiffiT(nn.Module):
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
-        if self.num_classes < 0:
-            raise UserError(f"num_classes is {self.num_classes}: it must be at least 0, which means no labels")
-        for name in ("input_size", "input_channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "scan_unroll"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        limits.check(self, "model")
         if self.input_size % self.patch_size:
             raise UserError(f"input_size {self.input_size} is not divisible by patch_size {self.patch_size}: change either")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4: change hidden_size or num_heads"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(f"remat {self.remat!r} is unknown: use {', '.join(REMAT_POLICIES)}")
-        if self.attention not in BACKENDS:
-            raise UserError(f"attention {self.attention!r} is unknown: use {', '.join(BACKENDS)}")
 
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of the matrix products of one evaluation for one latent, by part (the paper's Table 9 counts these).
