@@ -3,7 +3,8 @@
 python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,latent] …
 
 With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there are
-no image run and no samples; with "latent" there is no image run.
+no image run and no samples; with "latent" there is no image run, and it ends after half of the updates (of many processes on few cores, a
+step takes a second).
 
 CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES. POD, JSON as from
 `pods.arrangement`, lays the devices of requests of its size out as those of a pod.
@@ -40,8 +41,8 @@ CONFIGS = {
 }
 
 
-def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=None) -> dict[str, np.ndarray]:
-    """Losses, flattened first and last parameters, and samples with the averaged ones."""
+def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=None, steps=STEPS) -> dict[str, np.ndarray]:
+    """Losses, flattened first and last parameters, and samples with the averaged ones; and the last two after half of the updates too."""
     config = config.copy_and_resolve_references()
     config.training.update(batch_size=16, accumulation=accumulation)
     config.sampling.update(batch_size=8, num_steps=3)
@@ -59,7 +60,16 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
     data = batches(open_training_data(experiment), 16, experiment.seed, start, rows)
     batch = parallel.put_batch(mesh, next(data), 16)
     step, empty, _ = compile_train_step(experiment, mesh, state, batch)
-    for number in range(start, STEPS):
+    results = {"first": first}
+    sampler = None if resume else Sampler(experiment, mesh)
+
+    def look(name: str = "") -> dict[str, np.ndarray]:
+        samples = {} if resume else {f"{name}samples": sampler.draw(state.ema_variables, SEEDS, SEEDS % 10)}
+        return {f"{name}last": flat(state.params)} | samples
+
+    for number in range(start, steps):
+        if number == STEPS // 2:
+            results |= look("half_")
         if save and number == STEPS // 2:
             checkpoints = Checkpoints(save, keep=1)
             save_state(checkpoints, state, 16)
@@ -67,10 +77,7 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
         state, collected = step(state, empty, batch)
         losses.append(float(collected.compute()["loss"]))
         batch = parallel.put_batch(mesh, next(data), 16)
-    results = {"losses": np.array(losses), "first": first, "last": flat(state.params)}
-    if not resume:
-        results["samples"] = Sampler(experiment, mesh).draw(state.ema_variables, SEEDS, SEEDS % 10)
-    return results
+    return results | {"losses": np.array(losses)} | look()
 
 
 def main() -> None:
@@ -86,7 +93,7 @@ def main() -> None:
         for kind, config in CONFIGS.items():
             if kind == "image" and last in ("resume", "latent"):
                 continue
-            chosen = option if kind == "latent" and last != "latent" else {}
+            chosen = {} if kind == "image" else {"steps": STEPS // 2} if last == "latent" else option
             outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices], **chosen)
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)

@@ -1,0 +1,57 @@
+"""What the arrays of a network hold: whether they are finite, and a fingerprint of them. Computed where they lie."""
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def fingerprint(tree: Any) -> str:
+    """A digest of names, shapes and values of a pytree of arrays: equal for equal contents, wherever they come from and however they lie.
+
+    Sums of 32-bit integers do not depend on their order, nor on how an array is divided over devices.
+    """
+    leaves = _named(tree)
+    sums = np.asarray(jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]))([leaf for _, leaf in leaves]))
+    digest = hashlib.sha256()
+    for (name, leaf), pair in zip(leaves, sums, strict=True):
+        digest.update(f"{name} {np.dtype(leaf.dtype).name} {leaf.shape} {pair.tolist()}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Names of the arrays in a pytree that have a NaN or infinity, each with how many."""
+    leaves = _named(tree)
+    if not leaves:
+        return []
+    count = lambda leaf: jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32)  # noqa: E731
+    counts = np.asarray(jax.jit(lambda leaves: jnp.stack([count(leaf) for leaf in leaves]))([leaf for _, leaf in leaves]))
+    return [f"{name} ({bad} of {leaf.size})" for (name, leaf), bad in zip(leaves, counts.tolist(), strict=True) if bad]
+
+
+def first_few(names: list[str], count: int = 3) -> str:
+    """A list for a message: the first few, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _named(tree: Any) -> list[tuple[str, jax.Array]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def _sums(leaf: jax.Array) -> jax.Array:
+    """Two sums over all values of an array, each value mixed with its place: (2,) uint32."""
+    bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.stack([jnp.sum(_mixed(bits ^ _mixed(place + np.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B1)])
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """MurmurHash3's last step: each bit of the result depends on each of x."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
