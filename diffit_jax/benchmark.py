@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffit_jax import distributed, models, parallel
+from diffit_jax import backend, distributed, models, parallel
 from diffit_jax.console import Progress
 from diffit_jax.data.pipeline import batches
 from diffit_jax.training.loop import compile_train_step, open_training_data
@@ -18,6 +18,8 @@ from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.training.watch import peak_flops, training_flops
 
 
+@backend.pinned()
+@backend.memory_for(backend.TRAINING_MEMORY)
 def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
     """Compiles the training step of a config and times updates on its own data, the loader included.
 
@@ -29,7 +31,8 @@ def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None
     Returns:
       `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step; `step_ms_median`, `step_ms_min`:
       milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median; `data_wait_share`: share of the time spent
-      waiting for a batch; `mfu`: share of the devices' bfloat16 peak, where it is known; `attention`: how it is computed;
+      waiting for a batch; `mfu`: share of the devices' bfloat16 peak, where it is known; `matmul_precision`: of float32 products;
+      `attention`: how it is computed;
       `peak_memory_gb`: of the process on a CPU, else of this process's first device.
     """
     opened = open_experiment(config, devices)
@@ -68,6 +71,7 @@ def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None
         "images_per_s": size / median,
         "data_wait_share": sum(waits[3:]) / sum(times[3:]),
         **({"mfu": flops / peak} if peak else {}),
+        "matmul_precision": backend.matmul_precision(),
         "attention": models.attention_in_words(experiment.model, device.platform),
         "peak_memory_gb": _peak_memory(device) / 1e9,
     }

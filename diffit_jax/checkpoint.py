@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffit_jax import distributed, files
+from diffit_jax import contents, distributed, files
 from diffit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -93,52 +93,65 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
-        with self._writing():
-            self._manager.wait_until_finished()
+        if self._manager:
+            with self._writing():
+                self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Whatever goes wrong in writing, now or in the background, is the place's fault."""
+        """What goes wrong with the place in writing, now or in the background, is said in one line; other faults stay as they are."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            good = self.steps()
+            remedy = files.remedy_for_writing(error)
+            if remedy is None:
+                raise
+            good = self.steps() if self.directory.exists() else []
             last = f"checkpoint {good[-1]} is the last good one" if good else "there is none yet"
-            raise UserError(f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): make room; {last}") from error
+            raise UserError(f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): {remedy}; {last}") from error
 
-    def restore(self, abstract_items: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+    def restore(
+        self, abstract_items: Mapping[str, Any], step: int | None = None, allow_nonfinite: bool = False
+    ) -> tuple[int, dict[str, Any]] | None:
         """Restores items of the newest checkpoint that can be used, and says which ones could not.
 
         Args:
           abstract_items: name → pytree of `ShapeDtypeStruct` with shardings; items of the checkpoint that are not named are not read.
+          step: the checkpoint of this step, and no other one.
+          allow_nonfinite: whether one whose parameters or averages are not finite can be used.
 
         Returns:
           (step, items), or None if there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints but none can be used.
+          UserError: there are checkpoints but none can be used, or not the one that is asked for.
         """
-        reasons = []
-        for step in reversed(self.steps()):
+        reasons, steps = [], self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"there is no checkpoint {step} in {self.directory}: use {', '.join(map(str, steps)) or 'none'}")
+        for candidate in reversed(steps if step is None else [step]):
             items, reason = None, None
             try:
-                if not self.facts(step).get("finite", True):
-                    raise ValueError("it has parameters or averages that are not finite: the run had diverged")
-                items = self.restore_step(step, abstract_items)
+                items = self.restore_step(candidate, abstract_items)
             except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
-                reason = self._differences(step, abstract_items) or _first_line(error)
+                reason = self._differences(candidate, abstract_items) or _first_line(error)
             if not distributed.everywhere(items is not None):
                 reason = reason or "another process could not read it"
-                reasons.append(f"checkpoint {step}: {reason}")
-                log.warning("checkpoint %d in %s cannot be used (%s)", step, self.directory, reason)
+            elif not allow_nonfinite and not self.facts(candidate).get("finite"):  # false, or of a version that did not record it
+                bad = contents.not_finite(_without_moments(items))
+                reason = bad and f"it is not finite: {contents.first_few(bad)}; the run had diverged"
+            if reason:
+                reasons.append(f"checkpoint {candidate}: {reason}")
+                log.warning("checkpoint %d in %s cannot be used (%s)", candidate, self.directory, reason)
                 continue
             if reasons:
-                log.warning("checkpoint %d is used instead", step)
-            return step, items
+                log.warning("checkpoint %d is used instead", candidate)
+            return candidate, items
         if reasons:
-            raise UserError(f"no checkpoint in {self.directory} can be used ({reasons[0]}): move it away to start anew")
+            remedy = "--allow_nonfinite uses it" if "is not finite" in reasons[0] else "move it away to start anew"
+            raise UserError(f"no checkpoint in {self.directory} can be used ({reasons[0]}): {remedy}")
         return None
 
     def set_aside_after(self, step: int) -> None:
@@ -189,6 +202,16 @@ class Checkpoints:
         if restored["facts"]["step"] != step:
             raise ValueError(f"it is of step {restored['facts']['step']}")
         return {name: restored[name] for name in abstract_items}
+
+
+def _without_moments(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and averages: an optimizer's moments may overflow, and the run is sound."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(items)
+    return {"/".join(map(_key, path)): leaf for path, leaf in leaves if "opt_state" not in map(_key, path)}
+
+
+def _key(entry: Any) -> str:
+    return jax.tree_util.keystr((entry,), simple=True)
 
 
 def _shapes(tree: Any) -> dict[str, str]:

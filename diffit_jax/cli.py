@@ -1,9 +1,12 @@
 """What all commands in `launch/` share: flags, logging, and one-line errors."""
 
+import contextlib
+import errno
 import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,9 +63,11 @@ def config_for_weights(config: ConfigDict | None, weights: str, input_size: int 
     from diffit_jax.interop.official import read_input_size
 
     name = "imagenet256_latent" if (read_input_size(weights) if input_size is None else input_size) <= 32 else "imagenet512_latent"
-    path = Path(__file__).parents[1] / "configs" / f"{name}.py"
-    if not path.exists():
-        raise UserError(f"there is no {path} in this installation: name a config by --config")
+    # Beside the package, or, if that is installed elsewhere, beside the script that runs.
+    places = [Path(file).resolve().parents[1] / "configs" / f"{name}.py" for file in (__file__, sys.argv[0])]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise UserError(f"there is no configs/{name}.py in this installation ({places[0]}): name a config by --config")
     return runpy.run_path(str(path))["get_config"]().to_dict()
 
 
@@ -119,14 +124,28 @@ def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None
         logging.getLogger("diffit_jax").handlers = [handler]
         absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file that it touches
         try:
+            _import_jax()
             _cache_programs()
             if cluster:
                 from diffit_jax.distributed import initialize
 
                 initialize(cluster())
+            from diffit_jax import backend
+
+            backend.devices()  # that there are none is said before anything else
             main()
+            sys.stdout.flush()
         except UserError as error:
-            fail(str(error))
+            fail(str(error) + _preflight_command(error))
+        except BrokenPipeError:  # whoever read our output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):  # `print`, to a file on a full disk, say
+                fail(f"the output could not be printed ({error.strerror}); what was asked for is done")
+            raise
+        except MemoryError:
+            fail("the host's memory ran out: ask for less at once, or use a machine with more")
         except interruption.Preempted as notice:
             interruption.finished(interruption.EXIT_RESUME)
             print(f"preempted: {notice}; run the same command again to go on", file=sys.stderr)
@@ -140,10 +159,40 @@ def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None
             sys.exit(interruption.EXIT_INTERRUPTED)
         interruption.finished()
 
+    _mend_streams()
     try:
         app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:  # while flags and configs were read
         interruption.end(interruption.EXIT_INTERRUPTED, "interrupted: run the same command again to go on")
+
+
+def _mend_streams() -> None:
+    """What cannot be printed in the terminal's encoding is printed as an escape; a stream that is closed swallows everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
+        else:
+            with contextlib.suppress(AttributeError, ValueError):  # somebody's own stream
+                getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _import_jax() -> None:
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:  # of a variable that begins with JAX_
+        raise UserError(f"jax cannot be started ({' '.join(str(error).split())}): correct that variable, or unset it") from error
+
+
+def _preflight_command(error: UserError) -> str:
+    """If memory ran out, the command that says what fits, with this command's config."""
+    from diffit_jax.backend import OutOfMemory
+
+    if not isinstance(error, OutOfMemory):
+        return ""
+    of_config = " ".join(shlex.quote(argument) for argument in sys.argv[1:] if re.match(r"--?config[.=]", argument))
+    given = [sys.argv[index + 1] for index, argument in enumerate(sys.argv[:-1]) if argument in ("--config", "-config")]
+    config = " ".join([f"--config {shlex.quote(path)}" for path in given] + ([of_config] if of_config else [])) or "--config FILE"
+    return f"; what fits a chip says: python launch/preflight.py {config} --topology v5e:2x2"
 
 
 def _cache_programs() -> None:
@@ -157,6 +206,11 @@ def _cache_programs() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    wanted = next((argument for argument in argv[1:] if argument.lstrip("-") in ("help", "h", "helpshort", "helpfull")), None)
+    if wanted and wanted.startswith("-") and "--" not in argv[1 : argv.index(wanted)]:
+        with contextlib.suppress(BrokenPipeError):
+            app.usage(shorthelp=not wanted.endswith("full"), writeto_stdout=True)
+        sys.exit(0)
     try:
         rest = flags.FLAGS(_with_home(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -171,7 +225,7 @@ def _parse(argv: list[str]) -> list[str]:
         unknown, *similar = re.findall(r"""['"](\w+)\\*['"]""", str(error)) or [str(error)]
         hint = f"did you mean {similar[0]}?" if similar else "see the file given by --config"
         fail(f"config key {unknown} is unknown: {hint}")
-    except (OSError, ImportError, SyntaxError, TypeError) as error:
+    except (OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
         fail(f"--config cannot be loaded ({error}): name a file with get_config()")
     if len(rest) > 1:
         fail(f"argument {rest[1]!r} is not a flag: write --name=value")

@@ -1,11 +1,13 @@
 """What the arrays of a network hold: whether they are finite, and a fingerprint of them. Computed where they lie."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def fingerprint(tree: Any) -> str:
@@ -14,21 +16,18 @@ def fingerprint(tree: Any) -> str:
     Sums of 32-bit integers do not depend on their order, nor on how an array is divided over devices.
     """
     leaves = _named(tree)
-    sums = np.asarray(jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]))([leaf for _, leaf in leaves]))
+    sums = _of_each(_sums, leaves)
     digest = hashlib.sha256()
     for (name, leaf), pair in zip(leaves, sums, strict=True):
-        digest.update(f"{name} {np.dtype(leaf.dtype).name} {leaf.shape} {pair.tolist()}\n".encode())
+        digest.update(f"{name} {np.dtype(leaf.dtype).name} {leaf.shape} {pair}\n".encode())
     return digest.hexdigest()[:32]
 
 
 def not_finite(tree: Any) -> list[str]:
     """Names of the arrays in a pytree that have a NaN or infinity, each with how many."""
     leaves = _named(tree)
-    if not leaves:
-        return []
-    count = lambda leaf: jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32)  # noqa: E731
-    counts = np.asarray(jax.jit(lambda leaves: jnp.stack([count(leaf) for leaf in leaves]))([leaf for _, leaf in leaves]))
-    return [f"{name} ({bad} of {leaf.size})" for (name, leaf), bad in zip(leaves, counts.tolist(), strict=True) if bad]
+    counts = _of_each(lambda leaf: jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32), leaves)
+    return [f"{name} ({bad} of {leaf.size})" for (name, leaf), bad in zip(leaves, counts, strict=True) if bad]
 
 
 def first_few(names: list[str], count: int = 3) -> str:
@@ -39,6 +38,18 @@ def first_few(names: list[str], count: int = 3) -> str:
 def _named(tree: Any) -> list[tuple[str, jax.Array]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def _of_each(function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str, jax.Array]]) -> list[Any]:
+    """A function of each array, computed in one program, on every process's host."""
+    arrays = [leaf for _, leaf in leaves]
+    if not arrays:
+        return []
+    everywhere = None
+    if isinstance(arrays[0], jax.Array) and isinstance(arrays[0].sharding, NamedSharding):
+        everywhere = NamedSharding(arrays[0].sharding.mesh, PartitionSpec())
+    result = jax.jit(lambda arrays: jnp.stack([function(array) for array in arrays]), out_shardings=everywhere)(arrays)
+    return np.asarray(result.addressable_data(0)).tolist()
 
 
 def _sums(leaf: jax.Array) -> jax.Array:

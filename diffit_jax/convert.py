@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import experiment, files, lock, parallel
+from diffit_jax import backend, experiment, files, lock, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, Experiment
@@ -19,8 +19,14 @@ from diffit_jax.training.loop import restore_state, save_state
 from diffit_jax.training.state import Opened, TrainState, fresh_state, open_experiment
 
 
+@backend.pinned()
 def weights_to_workdir(
-    weights: epath.PathLike, workdir: epath.PathLike, config: Mapping[str, Any], input_size: int | None = None, slim: bool = False
+    weights: epath.PathLike,
+    workdir: epath.PathLike,
+    config: Mapping[str, Any],
+    input_size: int | None = None,
+    slim: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Turns a released file into a work directory with a checkpoint of step 0, to sample from or to train on.
 
@@ -30,6 +36,7 @@ def weights_to_workdir(
       config: config of the run; its model takes the sizes of the file.
       input_size: side of the latents, if not that of the file.
       slim: whether to leave out the parameters of TMSA that have no effect.
+      allow_nonfinite: whether the file may have NaNs and infinities.
 
     Raises:
       UserError: a file that cannot be read, a config that cannot be, a directory that holds a run or cannot be written.
@@ -39,26 +46,42 @@ def weights_to_workdir(
     config = official.fit_config(config, weights, **change)
     loaded = open_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
-    _, variables = official.load(weights, input_size)
+    _, variables = official.load(weights, input_size, allow_nonfinite=allow_nonfinite)
     if slim:
         variables = to_slim(variables)
     state = jax.jit(lambda variables: fresh_state(variables, loaded))(variables)
     _write(workdir, config, loaded, state)
 
 
-def workdir_to_weights(workdir: epath.PathLike, weights: epath.PathLike, index_buffers: bool = False) -> None:
+@backend.pinned()
+def workdir_to_weights(
+    workdir: epath.PathLike,
+    weights: epath.PathLike,
+    index_buffers: bool = False,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Writes the averaged parameters of a run's newest checkpoint as a file that the released code can load.
+
+    Args:
+      workdir: of the run.
+      weights: file to write.
+      index_buffers: see `official.save`.
+      allow_nonfinite: whether the parameters may have NaNs and infinities.
+      overwrite: whether a file that is there may be replaced.
 
     Raises:
       UserError: no run or checkpoint there, a model of another kind, a file that cannot be written.
     """
     weights = files.resolve(weights, "--to_weights")
+    files.refuse_existing(weights, "--to_weights", overwrite)
     workdir, opened = _open_latent(workdir)
-    _, variables = restore_variables(workdir, opened.state)
+    _, variables = restore_variables(workdir, opened.state, allow_nonfinite=allow_nonfinite)
     official.save(weights, opened.experiment.model, variables, index_buffers)
 
 
-def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bool | None) -> None:
+@backend.pinned()
+def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bool | None, allow_nonfinite: bool = False) -> None:
     """Writes the newest checkpoint of a run, optimizer state and all, into another work directory with a parametrisation of choice.
 
     Training there goes on at the same step with the same losses.
@@ -67,6 +90,7 @@ def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bo
       workdir: of the run.
       target: directory to write.
       slim: the parametrisation of the new run; None: that of the old.
+      allow_nonfinite: whether parameters and averages may have NaNs and infinities.
 
     Raises:
       UserError: as `workdir_to_weights`, or a target that holds a run.
@@ -75,7 +99,7 @@ def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bo
     workdir, opened = _open_latent(workdir)
     config = experiment.read_config(workdir)
     _refuse_run(target)
-    state = restore_state(Checkpoints(workdir / CHECKPOINTS), opened.state)
+    state = restore_state(Checkpoints(workdir / CHECKPOINTS), opened.state, allow_nonfinite)
     if state is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     if slim is not None and slim != opened.experiment.model.slim_tmsa:
@@ -93,7 +117,7 @@ def _write(workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, s
             checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
             save_state(checkpoints, state, loaded.training.batch_size)
             checkpoints.wait()
-            experiment.claim_workdir(workdir, ConfigDict(config))  # last: with it, the directory holds a run
+            experiment.write_config(workdir, ConfigDict(config))  # last: with it, the directory holds a run
         except BaseException:
             if (workdir / CHECKPOINTS).exists():
                 (workdir / CHECKPOINTS).rmtree()
@@ -102,7 +126,7 @@ def _write(workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, s
 
 def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
     workdir = files.resolve(workdir, "--workdir")
-    opened = open_experiment(experiment.read_config(workdir), to_train=False)
+    opened = open_experiment(experiment.read_config(workdir), to_train=False, config_file=workdir / experiment.CONFIG_FILE)
     if not isinstance(opened.experiment.model, LatentDiffiT):
         raise UserError(f"workdir {workdir} holds no latent_diffit: only that model can be converted")
     return workdir, opened

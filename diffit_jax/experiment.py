@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import flax.linen as nn
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -61,15 +62,14 @@ class Experiment:
         self.model.check()
 
 
-# What may differ between a config and the run that it continues, because the numbers do not depend on it.
-_FREE_KEYS = (
+# What may differ between a config and the run that it continues, because the numbers do not depend on it: whole sections, and keys.
+_FREE_SECTIONS = ("mesh", "sampling")
+_FREE_KEYS = {
     "data.data_dir",
     "ema.snapshot_steps",
-    "mesh",
     "model.attention",
     "model.remat",
     "model.scan_unroll",
-    "sampling",
     "training.accumulation",
     "training.checkpoint_minutes",
     "training.checkpoint_steps",
@@ -80,21 +80,69 @@ _FREE_KEYS = (
     "training.log_steps",
     "training.max_bad_steps",
     "training.total_steps",
-)
+}
 
 
-def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
+def build(config: ConfigDict | Mapping[str, Any], config_file: epath.PathLike | None = None) -> Experiment:
     """Checks a config and makes the objects that it describes; allocates nothing.
 
     Args:
-      config: nested mapping, one entry for each attribute of `Experiment`; `model` and `process` choose their class by `name`.
+      config: nested mapping, one entry for each attribute of `Experiment`; `model` and `process` choose their class by `name`. Keys that
+        have a default may be left out.
+      config_file: of the work directory that it was read from, if it was: perhaps another version of this package wrote it.
 
     Raises:
-      UserError: an unknown or missing key, or a value that cannot be; the message names it.
+      UserError: an unknown or missing key, or a value that cannot be; the message names it, and the file.
     """
+    if config_file is None:
+        return _build(config, _Here())
+    try:
+        return _build(config, _InFile(config_file))
+    except UserError as error:
+        if str(config_file) in str(error):
+            raise
+        raise UserError(f"{config_file}: {error}") from error
+
+
+class _Here:
+    """What is wrong with a key of a config that somebody has just written."""
+
+    def unknown(self, key: str, known: Iterable[str]) -> UserError:
+        prefix, _, name = key.rpartition(".")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {prefix}{'.' if prefix else ''}{close[0]}?" if close else f"known are {', '.join(known)}"
+        return UserError(f"config key {key} is unknown: {hint}")
+
+    def missing(self, key: str) -> UserError:
+        return UserError(f"config key {key} is missing: add it to the config")
+
+
+class _InFile(_Here):
+    """What is wrong with a key of a run's config."""
+
+    def __init__(self, path: epath.PathLike):
+        self._path = path
+
+    def unknown(self, key: str, known: Iterable[str]) -> UserError:
+        return UserError(
+            f"{self._path} has the key {key}, which this version of diffit_jax does not know (known are {', '.join(known)}): it was "
+            "written by another version or program; use that one, or delete the key if the run does not depend on it"
+        )
+
+    def missing(self, key: str) -> UserError:
+        return UserError(
+            f"{self._path} has no key {key}, which this version of diffit_jax needs: it was written by another version or program; use "
+            "that one, or add the key"
+        )
+
+
+def _build(config: ConfigDict | Mapping[str, Any], wrong: _Here) -> Experiment:
     config = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
     kinds = {field.name: field.type for field in dataclasses.fields(Experiment)}
-    _check_keys("", config, kinds, required=kinds.keys() - {"mesh"})
+    _check_keys("", config, kinds, [section for section in kinds if section != "mesh"], wrong)
+    for section in kinds.keys() - {"seed"}:
+        if not isinstance(config.get(section, {}), Mapping):
+            raise UserError(f"config key {section} is {config[section]!r}: it must be a section")
     for section, choices in (("model", MODELS), ("process", PROCESSES)):
         name = config[section].pop("name", None)
         if name not in choices:
@@ -103,15 +151,14 @@ def build(config: ConfigDict | Mapping[str, Any]) -> Experiment:
 
     values = {"seed": config.pop("seed")}
     for section, arguments in config.items():
-        if not isinstance(arguments, Mapping):
-            raise UserError(f"config key {section} is {arguments!r}: it must be a section")
         parameters = dict(inspect.signature(kinds[section]).parameters)
         parameters.pop("parent", None)  # Flax's own
+        if section == "model":
+            parameters.pop("name", None)
         required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
-        _check_keys(f"{section}.", arguments, parameters, required)
+        _check_keys(f"{section}.", arguments, parameters, required, wrong)
         # A config read back from JSON has lists where Flax wants hashable tuples.
-        arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-        values[section] = kinds[section](**arguments)
+        values[section] = kinds[section](**{name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()})
     experiment = Experiment(**values)
     _check_output(experiment)
     check_sampling(experiment, experiment.sampling)
@@ -169,14 +216,18 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
       UserError: it cannot be written, holds a run of another config, or one that is past `total_steps`.
     """
     path = files.make_directory(workdir, "workdir") / CONFIG_FILE
-    text = config.to_json(indent=2)
     held = read_config(workdir) if path.exists() else None
     if held is not None and not {"model", "process", "training"} <= held.keys():
         raise UserError(f"workdir {workdir} holds a {CONFIG_FILE} of another program: choose another workdir")
-    if held is not None and _steps(workdir, CHECKPOINTS, f"{CHECKPOINTS}_damaged", SNAPSHOTS):
-        ours, theirs = _settings(config.to_dict()), _settings(held)
+    trained = _steps(workdir, CHECKPOINTS, f"{CHECKPOINTS}_damaged", SNAPSHOTS)
+    if held is None and trained:
+        raise UserError(
+            f"workdir {workdir} holds step {max(trained)} of a run without its {CONFIG_FILE}: put it back, or choose another workdir"
+        )
+    if held is not None and trained:
+        ours, theirs = _settings(config.to_dict()), _settings(held, path)
         for key in sorted(ours.keys() | theirs.keys()):
-            if not key.startswith(_FREE_KEYS) and ours.get(key) != theirs.get(key):
+            if ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config has {ours.get(key)}: "
                     "choose another workdir or the config of that run"
@@ -187,7 +238,12 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
                 f"config key training.total_steps is {config.training.total_steps}, but workdir {workdir} holds step {newest}: set it "
                 f"to at least {newest}, or choose another workdir"
             )
-    files.write_bytes(path, text.encode())
+    write_config(workdir, config)
+
+
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes the config of the run in a work directory."""
+    files.write_bytes(epath.Path(workdir) / CONFIG_FILE, config.to_json(indent=2).encode())
 
 
 def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
@@ -216,25 +272,32 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} is not a config ({error}): restore it or choose another workdir") from error
 
 
-def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str]) -> None:
+def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str], wrong: _Here) -> None:
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
-            raise UserError(f"config key {prefix}{key} is unknown: {hint}")
+            raise wrong.unknown(f"{prefix}{key}", known)
     for key in required:
         if key not in given:
-            raise UserError(f"config key {prefix}{key} is missing: add it to the config")
+            raise wrong.missing(f"{prefix}{key}")
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a config by its dotted key, defaults included."""
-    settings = {f"{section}.name": config[section]["name"] for section in ("model", "process")}
-    for section, value in vars(build(config)).items():
-        if not dataclasses.is_dataclass(value):
-            settings[section] = value
+def number_settings(section: str, value: Any) -> dict[str, Any]:
+    """The settings of a section's object that change numbers, JSON values by name; a model's and a process's kind is among them."""
+    names = [field.name for field in dataclasses.fields(value) if not (isinstance(value, nn.Module) and field.name in ("parent", "name"))]
+    settings = {name: getattr(value, name) for name in names if f"{section}.{name}" not in _FREE_KEYS}
+    if "dtype" in settings:
+        settings["dtype"] = np.dtype(settings["dtype"]).name
+    return {"kind": type(value).__name__} | settings if section in ("model", "process") else settings
+
+
+def _settings(config: Mapping[str, Any], config_file: epath.PathLike | None = None) -> dict[str, Any]:
+    """Every setting of a config that changes numbers by its dotted key, defaults included."""
+    settings = {}
+    for section, value in vars(build(config, config_file)).items():
+        if section in _FREE_SECTIONS:
             continue
-        names = {field.name for field in dataclasses.fields(value)} - {"parent", "name"}
-        settings |= {f"{section}.{name}": getattr(value, name) for name in names}
-    settings["data.name"] = config["data"]["name"]
+        if dataclasses.is_dataclass(value):
+            settings |= {f"{section}.{name}": setting for name, setting in number_settings(section, value).items()}
+        else:
+            settings[section] = value
     return settings

@@ -1,6 +1,9 @@
 """Paths as people write them, and files that appear whole or not at all, on local disks and `gs://` alike."""
 
 import contextlib
+import errno
+import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -12,6 +15,8 @@ from typing import BinaryIO
 from etils import epath
 
 from diffit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def resolve(path: epath.PathLike, flag: str) -> epath.Path:
@@ -35,7 +40,10 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
     if re.match(r"[A-Za-z][\w+.-]+:/", text):  # one letter is a drive
         if not re.match(r"[^:]+://[^/]", text):
             raise UserError(f"{flag} {text} is half a URL: write gs://bucket/path")
+        _check_scheme(text, flag)
         return epath.Path(text)
+    if text in ("None", "null", "nan"):
+        raise UserError(f"{flag} is {text}, which is no path: leave it out, or write ./{text} if a file is really called so")
     if text.startswith("~"):
         expanded = os.path.expanduser(text)
         if expanded.startswith("~"):
@@ -47,6 +55,22 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
         raise UserError(f"{flag} {text} is relative to a directory that is not there ({error.strerror}): write the whole path") from error
 
 
+# What paths of a scheme are read and written with, beside this package.
+_SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def _check_scheme(url: str, flag: str) -> None:
+    """Raises `UserError` where a URL cannot be used: wherever a path is taken, not in the middle of a run."""
+    scheme = url.partition(":")[0].lower()
+    if scheme in ("http", "https", "ftp", "hf"):
+        raise UserError(f"{flag} {url} is an address in the web: download it first, and name the file")
+    if scheme not in _SCHEMES:
+        raise UserError(f"{flag} {url} has the scheme {scheme}://, which is not known: use a path of a mounted disk, or gs://bucket/path")
+    library = _SCHEMES[scheme]
+    if importlib.util.find_spec(library) is None:
+        raise UserError(f"{flag} {url} cannot be used without the library {library}: pip install {library}")
+
+
 def home() -> Path | None:
     """The home directory, None where there is none (a container's user without an entry, and no HOME)."""
     expanded = os.path.expanduser("~")
@@ -56,6 +80,12 @@ def home() -> Path | None:
 def is_local(path: epath.PathLike) -> bool:
     """Whether an absolute path is on a disk of this machine (or mounted on it), not a URL."""
     return "://" not in os.fspath(path)
+
+
+def size(path: epath.PathLike) -> int:
+    """Bytes of a file."""
+    path = epath.Path(path)
+    return os.stat(path).st_size if is_local(path) else path.stat().length  # etils' also asks for the owner's name, who may have none
 
 
 @contextlib.contextmanager
@@ -85,6 +115,46 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         file.write(content)
 
 
+def replace_in_words(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file as `write_bytes` does, and says so if one was there: for figures, which are soon made again."""
+    if epath.Path(path).exists():
+        log.warning("%s is replaced", path)
+    write_bytes(path, content)
+
+
+def remedy_for_writing(error: BaseException) -> str | None:
+    """What helps if a file could not be written: None if the fault is not the place's, but the program's.
+
+    Libraries wrap what the system says, so that the whole chain of causes is looked at, by number or by text.
+    """
+    remedies = {
+        "make room": ((errno.ENOSPC, errno.EDQUOT), r"no space left|disk quota exceeded|RESOURCE_EXHAUSTED"),
+        "make it writable": ((errno.EACCES, errno.EPERM, errno.EROFS), r"permission denied|read-only file system|PERMISSION_DENIED"),
+        "put the directory back, which has been moved or deleted": ((errno.ENOENT, errno.ENOTDIR), r"no such file or directory|NOT_FOUND"),
+        "look at the disk or network": (
+            (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE, errno.ENFILE),
+            r"input/output error|stale file handle|timed out|UNAVAILABLE|DEADLINE_EXCEEDED",
+        ),
+    }
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for remedy, (numbers, pattern) in remedies.items():
+        for link in chain:
+            by_number = isinstance(link, OSError) and link.errno in numbers
+            by_text = isinstance(link, OSError | ValueError | RuntimeError) and re.search(rf"(?i){pattern}", str(link))
+            if by_number or by_text:
+                return remedy
+    return "choose another place" if any(isinstance(link, OSError) for link in chain) else None
+
+
+def refuse_existing(path: epath.PathLike, flag: str, overwrite: bool) -> None:
+    """Raises `UserError` if a file that `flag` names is there already, unless it may be replaced."""
+    if not overwrite and epath.Path(path).exists():
+        raise UserError(f"{flag} {path} is there already: name another file, or say --overwrite")
+
+
 def make_directory(path: epath.PathLike, flag: str) -> epath.Path:
     """Creates a directory, if need be, and makes sure that files can be written there.
 
@@ -96,6 +166,8 @@ def make_directory(path: epath.PathLike, flag: str) -> epath.Path:
       UserError: it cannot be created or written.
     """
     path = epath.Path(path)
+    if not is_local(path):
+        _check_scheme(str(path), flag)
     probe = path / f".writable-{secrets.token_hex(4)}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -103,6 +175,4 @@ def make_directory(path: epath.PathLike, flag: str) -> epath.Path:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written ({error.strerror or error}): choose another directory") from error
-    except ImportError as error:  # gs:// needs gcsfs, which also brings what writes TensorBoard events there
-        raise UserError(f"{flag} {path} cannot be used ({error}): pip install gcsfs") from error
     return path

@@ -2,82 +2,111 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from diffit_jax import checkpoint, distributed, experiment, files, interruption, parallel
+from diffit_jax import backend, checkpoint, contents, distributed, experiment, files, interruption, parallel
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.classes import give_out, parse_labels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, Sampling
 from diffit_jax.interop import official
-from diffit_jax.sample_files import SampleParts
+from diffit_jax.ranges import in_short
+from diffit_jax.sample_files import Request, SampleFiles, default_name, named_seeds, stretches
 from diffit_jax.sampling import Sampler, Variables, batch_settings, default_labels
 from diffit_jax.training import power_ema
 from diffit_jax.training.state import Opened, TrainState, open_experiment
 
 log = logging.getLogger(__name__)
 
+PREVIEWED = 100  # samples in the picture
+
 
 class Run:
     """A network in a work directory: the averaged parameters of its newest usable checkpoint, or an average of another length."""
 
-    def __init__(self, workdir: epath.PathLike, ema_length: float | None = None):
-        """Reads the run's config; `ema_length` asks for an average made of its snapshots, see `training.power_ema`."""
+    def __init__(
+        self, workdir: epath.PathLike, ema_length: float | None = None, checkpoint: int | None = None, allow_nonfinite: bool = False
+    ):
+        """Reads the run's config.
+
+        Args:
+          workdir: of the run.
+          ema_length: asks for an average made of its snapshots, see `training.power_ema`.
+          checkpoint: step of a checkpoint (with `ema_length`: of a snapshot) instead of the newest.
+          allow_nonfinite: whether parameters may have NaNs or infinities.
+        """
         self.directory = files.resolve(workdir, "workdir")
         self.name = f"workdir {self.directory}"
         self.config = experiment.read_config(self.directory)
-        self._ema_length = ema_length
+        self.config_file = self.directory / experiment.CONFIG_FILE
+        self._ema_length, self._checkpoint, self._allow_nonfinite = ema_length, checkpoint, allow_nonfinite
+        self.differences = {name: value for name, value in (("ema_length", ema_length), ("checkpoint", checkpoint)) if value is not None}
 
     def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
-        """(variables, what identifies them). Raises `UserError` if there is no usable checkpoint."""
+        """(variables, where they are from). Raises `UserError` if there is no usable checkpoint."""
         if self._ema_length is None:
-            step, variables = restore_variables(self.directory, opened.state)
+            step, variables = restore_variables(self.directory, opened.state, self._checkpoint, self._allow_nonfinite)
         else:
             lengths = opened.experiment.ema.power_lengths
-            step, variables = reconstruct_variables(self.directory, opened.state, lengths, self._ema_length)
+            step, variables = reconstruct_variables(self.directory, opened.state, lengths, self._ema_length, self._checkpoint)
+        bad = [] if self._allow_nonfinite else contents.not_finite(variables)
+        if bad:
+            raise UserError(
+                f"the averages of {self.name} at step {step} are not finite ({contents.first_few(bad)}): sample an older one by "
+                "--checkpoint, or say --allow_nonfinite"
+            )
         return variables, {"workdir": str(self.directory), "checkpoint": step, "ema_length": self._ema_length}
 
 
 class Weights:
-    """A network in a file of released weights, sampled as a config says whose `model` gives way to the file's sizes."""
+    """A network in a file of released weights, sampled as a config says whose `model` takes the file's sizes."""
 
-    def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
-        self._path = files.resolve(path, "weights")
+    config_file = None
+    differences: Mapping[str, Any] = {}
+
+    def __init__(self, path: epath.PathLike, config: Mapping[str, Any], allow_nonfinite: bool = False):
+        """Reads the names and shapes of the tensors; `allow_nonfinite`: whether they may have NaNs or infinities."""
+        self._path, self._allow_nonfinite = files.resolve(path, "weights"), allow_nonfinite
         self.name = f"weights {self._path}"
         self.directory = self._path.parent
         self.config = official.fit_config(config, self._path)
 
     def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
-        """(variables, what identifies them)."""
-        _, variables = official.load(self._path, sharding=jax.tree.map(lambda leaf: leaf.sharding, opened.state.ema_variables))
-        stat = os.stat(self._path)  # etils' also asks for the owner's name, who may have none
-        return variables, {"weights": str(self._path), "bytes": stat.st_size, "modified": stat.st_mtime}
+        """(variables, where they are from)."""
+        shardings = parallel.shardings(opened.mesh, opened.state.ema_variables)
+        _, variables = official.load(self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite)
+        return variables, {"weights": str(self._path)}
 
 
+@backend.pinned()
+@backend.memory_for(backend.SAMPLING_MEMORY)
 def sample(
     source: epath.PathLike | Run | Weights,
     seeds: Sequence[int],
     labels: Sequence[int] | str | None = None,
     output: epath.PathLike | None = None,
+    overwrite: bool = False,
     **overrides: Any,
 ) -> epath.Path:
-    """Draws samples and writes them as an npz file and a PNG grid. Interrupted, the same call goes on where it was.
+    """Draws samples and writes them as an npz file, a PNG grid and a record. Interrupted, the same call goes on where it was.
+
+    A request is known by what makes samples: what the weights hold, seeds, labels, settings. If its samples are there already, nothing is
+    drawn.
 
     Args:
       source: a work directory, or `Run` or `Weights`.
       seeds: one seed number per sample.
       labels: given out to the samples in turn, or text as in `parse_labels`; None: `default_labels`.
-      output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or beside the weights (`latents_…` for latents). The grid
-        of the first 100 has the same name with `.png`.
+      output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or beside the weights (`latents_…` for latents), with what
+        differs from the default request after it, see `sample_files.default_name`. The grid of the first 100 has the same name with
+        `.png`, the record (what was asked for, and which samples are not finite) with `.json`.
+      overwrite: whether files of another request may be replaced.
       **overrides: values that replace those of the config's section `sampling`.
 
     Returns:
@@ -85,21 +114,23 @@ def sample(
       takes them), `arr_1` (N,) int64 labels.
 
     Raises:
-      UserError: no run or checkpoint there, weights that cannot be read, a label or seed out of range, settings that do not fit, an output
-        that cannot be written or whose unfinished parts belong to another request.
+      UserError: no run or checkpoint there, weights that cannot be read or are not finite, a label or seed out of range, settings that do
+        not fit, an output that cannot be written or is of another request; or, when all is written, samples that are not finite.
       interruption.Preempted: the machine is about to be taken away; what is drawn is saved.
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
-    opened = open_experiment(source.config, to_train=False)
+    opened = open_experiment(source.config, to_train=False, config_file=source.config_file)
     loaded, mesh = opened.experiment, opened.mesh
     num_classes, is_latent = loaded.model.num_classes, bool(loaded.data.autoencoder)
     if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
     if not num_classes and labels is not None:
         raise UserError(f"the model in {source.name} is unconditional: leave out --labels")
+    labels_in_words = labels if isinstance(labels, str) else None
+    usual = default_labels(seeds, num_classes)
     if labels is None:
-        labels = default_labels(seeds, num_classes)
+        labels = usual
     elif isinstance(labels, str):
         labels = parse_labels(labels, seeds, num_classes)
     else:
@@ -107,95 +138,165 @@ def sample(
     settings = _override(loaded.sampling, overrides)
     if settings.guide.active and settings.guidance != "autoguidance" and not num_classes:
         raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
+    differences = dict(_differences(loaded.sampling, settings, seeds, labels, usual, labels_in_words)) | dict(source.differences)
     settings = batch_settings(settings, mesh, len(seeds))
     parallel.prove_rows(mesh, settings.batch_size)
     weaker_run = weaker_opened = None
     if settings.guide.active and settings.guidance == "autoguidance":
         weaker_run, weaker_opened = _open_weaker(loaded, settings.guide_workdir)
     sampler = Sampler(loaded, mesh, settings, weaker_opened and weaker_opened.experiment.model)
-    height, width, channels = loaded.model.sample_shape
-    kind = "latents" if is_latent else "samples"
-    name = f"{kind}_{len(seeds)}x{height}x{width}x{channels}.npz"
-    output = source.directory / name if output is None else files.resolve(output, "output")
+    kind, shape = "latents" if is_latent else "samples", (len(seeds), *loaded.model.sample_shape)
+    output = source.directory / default_name(kind, shape, differences) if output is None else files.resolve(output, "output")
     if output.suffix != ".npz" or output.is_dir():
         raise UserError(f"--output {output} must be a file that ends in .npz: change it")
-    if is_latent:
-        log.info("writing latents of %s: decoding them to images needs the autoencoder, which is not there yet", loaded.data.autoencoder)
     distributed.first_then_all(lambda: files.make_directory(output.parent, "output directory"), lambda: None)
 
-    # --- Networks.
-    variables, identity = source.load(opened)
-    weaker, weaker_identity = weaker_run.load(weaker_opened) if weaker_run else (None, None)
-
-    # --- Draw, part by part.
-    request = {
-        "network": identity,
-        "weaker network": weaker_identity,
+    # --- Networks, and with them the whole request.
+    variables, origin = source.load(opened)
+    weaker, weaker_origin = weaker_run.load(weaker_opened) if weaker_run else (None, None)
+    identity = {
+        "network": _network(loaded, variables),
+        "weaker network": weaker_run and _network(weaker_opened.experiment, weaker),
         "seeds": _digest(seeds),
         "labels": _digest(labels),
-        **{f"sampling.{name}": value for name, value in dataclasses.asdict(settings).items()},
-        "config": hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest(),
+        "matmul_precision": backend.matmul_precision(),
+        **{f"sampling.{name}": value for name, value in _makes_samples(settings).items()},
     }
-    first, parts = distributed.is_first(), SampleParts(output, request)
-    with distributed.first_holds(lambda: parts):
-        starts = range(0, len(seeds), settings.batch_size)
-        there = distributed.from_first([parts.done(index) if first else False for index in range(len(starts))])
-        done = sum(min(settings.batch_size, len(seeds) - start) for start, present in zip(starts, there, strict=True) if present)
+    request = Request(identity, {**origin, **{f"weaker {name}": value for name, value in (weaker_origin or {}).items()}})
+    distributed.check_agreement({"request for samples": lambda: str(request.identity), "code version": distributed.code_version})
+    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+    files_there = SampleFiles(output, request, overwrite)
+    record: dict[str, Any] | None = None
+
+    def look() -> None:
+        nonlocal record
+        record = files_there.finished()
+
+    distributed.first_then_all(look, lambda: None)
+    if distributed.agreed(record is not None):
+        log.info("%s holds these samples already", output)
+        return _conclude(output, record)
+    if is_latent:
+        log.info("writing latents of %s: decoding them to images needs the autoencoder, which is not there yet", loaded.data.autoencoder)
+
+    # --- Draw, part by part.
+    first = distributed.is_first()
+    with distributed.first_holds(lambda: files_there):
+        there = np.array(distributed.from_first(files_there.done(len(seeds)) if first else np.zeros(len(seeds), bool)))
+        done = int(there.sum())
         progress = Progress("sample", len(seeds), done=done, unit="sample", shown=first)
         kept = f"{done} of {len(seeds)} samples are saved beside {output}"
         try:
             with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
-                for index, start in enumerate(starts):
-                    if there[index]:
-                        continue
-                    batch = slice(start, start + settings.batch_size)
-                    drawn = sampler.draw_batch(variables, seeds[batch], labels[batch], weaker)
+                for index, batch in enumerate(stretches(np.flatnonzero(~there), settings.batch_size)):
+                    drawn = sampler.draw_batch(variables, np.asarray(seeds)[batch], labels[batch], weaker)
                     if first:
-                        parts.write(index, drawn if is_latent else np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding)))
+                        finite = np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1)
+                        if not finite.all():
+                            log.warning("samples of seeds %s are not finite", named_seeds(np.asarray(seeds)[batch][~finite].tolist()))
+                        files_there.write(batch[0], drawn if is_latent else _to_pixels(drawn, settings), finite)
                     progress.advance(len(drawn))
                     done += len(drawn)
                     kept = f"{done} of {len(seeds)} samples are saved beside {output}"
-                    if notice.reached(index) and index + 1 < len(starts):
+                    if notice.reached(index) and done < len(seeds):
                         raise notice.ending(kept)
         except KeyboardInterrupt as error:
             raise interruption.Interrupted(kept) from error
 
         def finish() -> None:
-            beginning = np.concatenate([parts.read(index) for index in range(-(-min(100, len(seeds)) // settings.batch_size))])[:100]
-            preview = np.asarray(pixels.latent_preview(beginning)) if is_latent else beginning
-            pixels.write_png(output.with_suffix(".png"), pixels.image_grid(preview, columns=10))
-            parts.finish(len(starts), labels)
+            nonlocal record
+            record = files_there.finish(labels, seeds, {"matmul_precision": backend.matmul_precision()})
+            pixels.write_preview(files_there.picture, files_there.first(PREVIEWED), is_latent)
+            files_there.leave()
 
         with interruption.held():  # what is complete need not be begun again
             distributed.first_then_all(finish, lambda: None)
+    return _conclude(output, record)
+
+
+def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
+    """The end of a request on every process, given its record on the first one: good only if all samples are finite."""
+    bad = record["not_finite"] if record else {"count": 0}
+    if distributed.agreed(bad["count"] > 0):
+        seeds = f" ({bad['count']}, of seeds {named_seeds(bad['seeds'])})" if record else ""
+        raise UserError(f"{output} is written, but some of its samples are not finite{seeds}: leave them out, or use other weights")
     return output
 
 
-def restore_variables(workdir: epath.PathLike, state: TrainState) -> tuple[int, Variables]:
+def _to_pixels(drawn: np.ndarray, settings: Sampling) -> np.ndarray:
+    return np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding))
+
+
+def _network(loaded: Experiment, variables: Variables) -> dict[str, Any]:
+    """What makes a network's samples beside the settings: what its arrays hold, and what is computed with them."""
+    return {
+        "contents": contents.fingerprint(variables),
+        "model": experiment.number_settings("model", loaded.model),
+        "process": experiment.number_settings("process", loaded.process),
+    }
+
+
+def _makes_samples(settings: Sampling) -> dict[str, Any]:
+    """Settings that samples depend on: not how many are drawn at once, nor where the weaker network lies."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "guide_workdir")}
+
+
+def _differences(
+    usual: Sampling, settings: Sampling, seeds: Sequence[int], labels: np.ndarray, usual_labels: np.ndarray, labels_in_words: str | None
+) -> Iterator[tuple[str, Any]]:
+    """What of a request differs from the default one, in words."""
+    seeds = [int(seed) for seed in seeds]
+    if seeds != list(range(len(seeds))):
+        yield "seeds", _in_words(in_short(seeds))
+    if not np.array_equal(labels, usual_labels):
+        yield "labels", _in_words(labels_in_words or in_short(labels.tolist()))
+    ours, theirs = _makes_samples(settings), _makes_samples(usual)
+    yield from ((name, value) for name, value in ours.items() if value != theirs[name] and value != "")
+    if settings.guidance == "autoguidance" and settings.guide_workdir != usual.guide_workdir:
+        yield "guide_workdir", epath.Path(settings.guide_workdir).name
+    if backend.matmul_precision() != "default":
+        yield "matmul_precision", backend.matmul_precision()
+
+
+def _in_words(text: str) -> str:
+    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def restore_variables(
+    workdir: epath.PathLike, state: TrainState, step: int | None = None, allow_nonfinite: bool = False
+) -> tuple[int, Variables]:
     """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work directory.
 
     Args:
       workdir: of the run.
       state: shapes and shardings of its state.
+      step: of a checkpoint that is wanted instead.
+      allow_nonfinite: whether one with NaNs or infinities is usable.
 
     Raises:
       UserError: there is none.
     """
     shapes = state.ema_variables
-    step, items = _restore_items(workdir, {"ema": shapes["params"], "constants": shapes["constants"]})
+    wanted = {"ema": shapes["params"], "constants": shapes["constants"]}
+    step, items = _restore_items(workdir, wanted, step, allow_nonfinite)
     return step, {"params": items["ema"], "constants": items["constants"]}
 
 
-def _restore_items(workdir: epath.PathLike, shapes: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _restore_items(
+    workdir: epath.PathLike, shapes: dict[str, Any], step: int | None = None, allow_nonfinite: bool = False
+) -> tuple[int, dict[str, Any]]:
     """Items of the newest usable checkpoint by name; one without arrays is not in a checkpoint, and comes back as it is."""
-    restored = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS).restore({name: tree for name, tree in shapes.items() if tree})
+    checkpoints = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS)
+    restored = checkpoints.restore({name: tree for name, tree in shapes.items() if tree}, step, allow_nonfinite)
     if restored is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     step, items = restored
     return step, shapes | items
 
 
-def reconstruct_variables(workdir: epath.PathLike, state: TrainState, lengths: Sequence[float], length: float) -> tuple[int, Variables]:
+def reconstruct_variables(
+    workdir: epath.PathLike, state: TrainState, lengths: Sequence[float], length: float, until: int | None = None
+) -> tuple[int, Variables]:
     """Step of the newest snapshot of a run, and its network's variables with averages of a length of choice.
 
     Args:
@@ -203,6 +304,7 @@ def reconstruct_variables(workdir: epath.PathLike, state: TrainState, lengths: S
       state: shapes and shardings of its state.
       lengths: of the averages that it keeps snapshots of (`ema.power_lengths`).
       length: that is wanted.
+      until: step of the snapshot at which the average shall end instead.
 
     Raises:
       UserError: the run keeps no snapshots, one cannot be read, or an impossible length.
@@ -211,6 +313,10 @@ def reconstruct_variables(workdir: epath.PathLike, state: TrainState, lengths: S
     steps = snapshots.steps()
     if not steps:
         raise UserError(f"workdir {workdir} has no snapshots of averages: train with ema.power_lengths, or leave out --ema_length")
+    if until is not None:
+        if until not in steps:
+            raise UserError(f"there is no snapshot {until} in {snapshots.directory}: use {', '.join(map(str, steps))}")
+        steps = [step for step in steps if step <= until]
     for step in steps:
         if "updates" not in snapshots.facts(step):
             raise UserError(f"snapshot {step} in {snapshots.directory} is damaged: move it away, or leave out --ema_length")
@@ -224,7 +330,7 @@ def reconstruct_variables(workdir: epath.PathLike, state: TrainState, lengths: S
             for index, factor in enumerate(row):
                 params = power_ema.add_scaled(params, averages[str(index)], factor)
             progress.advance()
-    _, items = _restore_items(workdir, {"constants": state.constants})
+    _, items = _restore_items(workdir, {"constants": state.constants}, allow_nonfinite=True)
     return steps[-1], {"params": params, "constants": items["constants"]}
 
 
@@ -244,6 +350,7 @@ def _override(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:
         "guidance_sigma_low": settings.guidance == "interval",
         "guidance_sigma_high": settings.guidance == "interval",
         "guide_workdir": settings.guidance == "autoguidance",
+        **dict.fromkeys(("churn_amount", "churn_sigma_low", "churn_sigma_high", "churn_noise"), settings.sampler == "heun"),
     }
     for name in overrides:
         if not used.get(name, True):
@@ -256,7 +363,7 @@ def _open_weaker(loaded: Experiment, workdir: str) -> tuple[Run, Opened]:
     if not workdir:
         raise UserError("autoguidance needs a second, weaker network: name its run by --guide_workdir, or choose another guidance")
     run = Run(workdir)
-    weaker = open_experiment(run.config, to_train=False)
+    weaker = open_experiment(run.config, to_train=False, config_file=run.config_file)
     ours, theirs = ((e.process, e.model.sample_shape, e.model.num_classes) for e in (loaded, weaker.experiment))
     if ours != theirs:
         raise UserError(f"guide_workdir {workdir} differs in process, shape or number of classes: name a run like the main one")

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffit_jax import limits
+from diffit_jax import backend, limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
 from diffit_jax.models.layout import Layout, layout
@@ -99,7 +99,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Me
     Raises:
       UserError: the shape does not fit the devices.
     """
-    devices = list(devices or jax.devices())
+    devices = list(devices or backend.devices())
     sizes, num_slices = shape.sizes(len(devices)), _count_slices(devices)
     if num_slices != shape.num_slices:
         raise UserError(f"config key mesh.num_slices is {shape.num_slices}, but the devices form {num_slices}: set it to {num_slices}")
@@ -111,7 +111,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Me
 
 def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = MeshShape()) -> Mesh:
     """The mesh of a shape, or where that does not fit the devices, one that divides the batch alone: for what needs no training batch."""
-    devices = list(devices or jax.devices())
+    devices = list(devices or backend.devices())
     num_slices = _count_slices(devices)
     try:
         return make_mesh(devices, dataclasses.replace(shape, num_slices=num_slices))
@@ -176,7 +176,7 @@ def fitting_devices(batch_size: int, shape: MeshShape = MeshShape(), parts: int 
 
     For one process: of several, some would be left without a device, and all devices are returned.
     """
-    devices = jax.devices()
+    devices = backend.devices()
     for count in range(len(devices), 0, -1):
         try:
             data, fsdp, _ = shape.sizes(count)

@@ -1,6 +1,7 @@
 """Lists of whole numbers as people write them."""
 
 import re
+from collections.abc import Sequence
 
 from diffit_jax.errors import UserError
 
@@ -19,3 +20,15 @@ def parse_numbers(flag: str, text: str) -> list[int]:
             raise UserError(f"{flag} {text!r} names more than {MOST:,} numbers: ask for fewer at a time")
         numbers.extend(range(first, last + 1))
     return numbers
+
+
+def in_short(numbers: Sequence[int]) -> str:
+    """The inverse of `parse_numbers`: 0, 1, 2, 3, 7 → `0-3,7`."""
+    parts, index = [], 0
+    while index < len(numbers):
+        last = index
+        while last + 1 < len(numbers) and numbers[last + 1] == numbers[last] + 1:
+            last += 1
+        parts.append(str(numbers[index]) if last == index else f"{numbers[index]}-{numbers[last]}")
+        index = last + 1
+    return ",".join(parts)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax import distributed, models, parallel
+from diffit_jax import backend, distributed, models, parallel
 from diffit_jax.diffusion import ddpm, guidance, samplers
 from diffit_jax.experiment import Experiment, Sampling, check_sampling
 from diffit_jax.models.casts import cast_before_use
@@ -121,6 +121,7 @@ class Sampler:
         sharding, shapes = parallel.batch_sharding(self._mesh), {"seed": np.uint32, "label": np.int32}
         return {name: jax.ShapeDtypeStruct((self.batch_size,), dtype, sharding=sharding) for name, dtype in shapes.items()}
 
+    @backend.pinned()
     def draw_batch(self, variables: Variables, seeds: Sequence[int], labels: Sequence[int], weaker: Variables | None = None) -> np.ndarray:
         """Draws one sample per seed, for at most a batch of them.
 

@@ -109,9 +109,9 @@ class Training:
     batch_size: Count
     label_dropout: Annotated[float, share()]
     total_steps: Count
-    log_steps: Count
-    grid_steps: Count
-    checkpoint_steps: Count
+    log_steps: Count = 100
+    grid_steps: Count = 10_000
+    checkpoint_steps: Count = 5_000
     keep_checkpoints: Count = 3
     grid_images: Count = 100
     accumulation: Count = 1

@@ -23,7 +23,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value}")
     if JSON.value:
-        files.write_bytes(JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
+        files.replace_in_words(JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ CONFIG = cli.define_config(
 )
 INPUT_SIZE = flags.DEFINE_integer("input_size", None, "With --weights: side of the latents of the new run, if not that of the file.")
 PARAMETRISATION = flags.DEFINE_enum("parametrisation", None, ["released", "slim"], "Of the new work directory; default: as it was.")
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Convert weights that have NaNs or infinities.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "With --to_weights: replace a file that is there.")
 INDEX_BUFFERS = flags.DEFINE_bool("index_buffers", False, "With --to_weights: write the released code's index buffers too.")
 
 
@@ -39,12 +41,12 @@ def main() -> None:
     if (INPUT_SIZE.value is not None or CONFIG.value) and not WEIGHTS.value:
         cli.fail("--input_size and --config go with --weights: a work directory keeps its own")
     if TO_WEIGHTS.value:
-        convert.workdir_to_weights(WORKDIR.value, TO_WEIGHTS.value, INDEX_BUFFERS.value)
+        convert.workdir_to_weights(WORKDIR.value, TO_WEIGHTS.value, INDEX_BUFFERS.value, ALLOW_NONFINITE.value, OVERWRITE.value)
     elif WEIGHTS.value:
         config = cli.config_for_weights(CONFIG.value, WEIGHTS.value, INPUT_SIZE.value)
-        convert.weights_to_workdir(WEIGHTS.value, TO_WORKDIR.value, config, INPUT_SIZE.value, bool(slim))
+        convert.weights_to_workdir(WEIGHTS.value, TO_WORKDIR.value, config, INPUT_SIZE.value, bool(slim), ALLOW_NONFINITE.value)
     else:
-        convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim)
+        convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim, ALLOW_NONFINITE.value)
     print(f"wrote {TO_WORKDIR.value or TO_WEIGHTS.value}")
 
 

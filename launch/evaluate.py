@@ -7,7 +7,8 @@ from diffit_jax import cli
 SAMPLES = cli.define_path("samples", "npz file with arr_0 (images) and arr_1 (labels), as launch/sample.py writes it.")
 DATASET = flags.DEFINE_string("dataset", "digits", "Data set that the samples imitate.")
 DATA_DIR = cli.define_path("data_dir", "Where prepared data sets live; default: ~/tensorflow_datasets.")
-OUTPUT = cli.define_path("output", "JSON file to write; default: metrics.json beside the samples.")
+OUTPUT = cli.define_path("output", "JSON file to write; default: NAME_OF_THE_SAMPLES.metrics.json beside them.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the scores of other samples.")
 CLUSTER = cli.define_cluster()
 flags.mark_flag_as_required("samples")
 
@@ -17,7 +18,7 @@ def main() -> None:
     from diffit_jax.evaluation.score import evaluate, score_table
 
     # These scores are a matter of seconds for one process; of several the others wait.
-    score = lambda: evaluate(SAMPLES.value, DATASET.value, DATA_DIR.value or "", OUTPUT.value)  # noqa: E731
+    score = lambda: evaluate(SAMPLES.value, DATASET.value, DATA_DIR.value or "", OUTPUT.value, OVERWRITE.value)  # noqa: E731
     scores = distributed.first_then_all(score, lambda: None)
     if scores:
         print(score_table(scores))

@@ -53,7 +53,7 @@ def main() -> None:
         if EXPLAIN.value:
             print("\n" + preflight_report.explain(result))
     if JSON.value:
-        files.write_bytes(JSON.value, (json.dumps(result, indent=2) + "\n").encode())
+        files.replace_in_words(JSON.value, (json.dumps(result, indent=2) + "\n").encode())
     if not fits:
         cli.fail("it does not fit (see above)")
 

@@ -16,11 +16,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup_env.sh
 python=.venv/bin/python
 $python launch/train.py --config "configs/$experiment.py" --workdir "$workdir" --fewer_devices
-$python launch/sample.py --workdir "$workdir" --seeds 0-99
-$python launch/sample.py --workdir "$workdir" --seeds 0-999
-$python launch/evaluate.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits
+$python launch/sample.py --workdir "$workdir" --seeds 0-99 --overwrite
+$python launch/sample.py --workdir "$workdir" --seeds 0-999 --overwrite
+$python launch/evaluate.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits --overwrite
 
 echo
 echo "100 digits, a column for each class: $workdir/samples_100x8x8x1.png"
 echo "the same seeds during training:      $workdir/grids/"
-echo "scores:                              $workdir/metrics.json"
+echo "scores:                              $workdir/samples_1000x8x8x1.metrics.json"

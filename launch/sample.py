@@ -18,7 +18,13 @@ SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one sample each: 7, 
 LABELS = flags.DEFINE_string(
     "labels", None, "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo the number of classes."
 )
-OUTPUT = cli.define_path("output", "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights.")
+OUTPUT = cli.define_path(
+    "output",
+    "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights, with what differs from the default.",
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace files of another request.")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "With --workdir: step of an older checkpoint; default: the newest.", lower_bound=0)
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Use weights that have NaNs or infinities.")
 EMA_LENGTH = flags.DEFINE_float(
     "ema_length", None, "With --workdir: average the parameters over this share of training, from the run's snapshots (ema.power_lengths)."
 )
@@ -38,6 +44,10 @@ OVERRIDES = [
     flags.DEFINE_float("guidance_sigma_high", None, "Upper end of interval."),
     flags.DEFINE_integer("guide_channels", None, "So many first channels are guided; 0: all."),
     flags.DEFINE_float("skip_tolerance", None, "No second evaluation where the scale is within this of 1."),
+    flags.DEFINE_float("churn_amount", None, "Fresh noise of heun (S_churn); 0: none."),
+    flags.DEFINE_float("churn_sigma_low", None, "Lowest noise level at which heun adds noise (S_min)."),
+    flags.DEFINE_float("churn_sigma_high", None, "Highest (S_max)."),
+    flags.DEFINE_float("churn_noise", None, "Standard deviation of that noise (S_noise); 1 is nominal."),
     cli.define_path("guide_workdir", "Directory of the weaker network's run, for autoguidance."),
     flags.DEFINE_string("pixel_rounding", None, "To uint8: edm or adm."),
     flags.DEFINE_integer("batch_size", None, "Samples per call of the sampler, over all devices; -16: 16 on each."),
@@ -53,13 +63,15 @@ def main() -> None:
         cli.fail("--config goes with --weights: a work directory has a config of its own")
     if EMA_LENGTH.value is not None and not WORKDIR.value:
         cli.fail("--ema_length goes with --workdir: a file of weights holds one average")
+    if CHECKPOINT.value is not None and not WORKDIR.value:
+        cli.fail("--checkpoint goes with --workdir: a file of weights holds one state")
     source = (
-        Run(WORKDIR.value, EMA_LENGTH.value)
+        Run(WORKDIR.value, EMA_LENGTH.value, CHECKPOINT.value, ALLOW_NONFINITE.value)
         if WORKDIR.value
-        else Weights(WEIGHTS.value, cli.config_for_weights(CONFIG.value, WEIGHTS.value))
+        else Weights(WEIGHTS.value, cli.config_for_weights(CONFIG.value, WEIGHTS.value), ALLOW_NONFINITE.value)
     )
     overrides = {flag.name: flag.value for flag in OVERRIDES if flag.value is not None}
-    path = sample(source, parse_numbers("--seeds", SEEDS.value), LABELS.value, OUTPUT.value, **overrides)
+    path = sample(source, parse_numbers("--seeds", SEEDS.value), LABELS.value, OUTPUT.value, OVERWRITE.value, **overrides)
     print(f"wrote {path} and {path.with_suffix('.png')}")
 
 

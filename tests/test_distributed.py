@@ -86,7 +86,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     """SIGUSR1 to the second: both end with 75; the same command goes on, to the samples that one process draws."""
     request = ["--seeds", "0-199", "--batch_size", "4", "--num_steps", "100", "--output", tmp_path / "s.npz"]
     pair = Pair(tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request)
-    pair.wait_for(tmp_path / "s.npz.parts" / "000003.npy")
+    pair.wait_for(tmp_path / "s.npz.parts" / "00000012-00000016.npy")
     pair.processes[1].send_signal(signal.SIGUSR1)
     statuses, texts = pair.wait()
     assert statuses == [75, 75] and all("of 200 samples are saved beside" in text for text in texts), texts
@@ -109,7 +109,7 @@ def test_benchmark_and_evaluate_on_two_processes(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 256, (360, 8, 8, 1), np.uint8), arr_1=rng.integers(0, 10, 360))
     statuses, texts = Pair(tmp_path, command="evaluate", arguments=["--samples", tmp_path / "s.npz"]).wait()
-    assert statuses == [0, 0] and json.loads((tmp_path / "metrics.json").read_text())["count"] == 360, texts
+    assert statuses == [0, 0] and json.loads((tmp_path / "s.metrics.json").read_text())["count"] == 360, texts
 
 
 @pytest.mark.parametrize("killed", [1, 0], ids=["worker", "coordinator"])

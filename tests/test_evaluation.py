@@ -81,13 +81,13 @@ def test_evaluate_writes_metrics(splits, tmp_path):
     real = test.read(np.arange(360))
     np.savez(tmp_path / "s.npz", arr_0=real["image"], arr_1=real["label"])
     scores = evaluate(tmp_path / "s.npz", "digits", data_dir)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == scores
+    assert json.loads((tmp_path / "s.metrics.json").read_text()) == scores
     assert scores["count"] == scores["count_frechet"] == 360
 
 
 def test_evaluate_bad_input(splits, tmp_path):
     data_dir, _, test = splits
-    with pytest.raises(UserError, match=r"none.npz is no npz file"):
+    with pytest.raises(UserError, match=r"none.npz cannot be read \(No such file or directory\): wanted is an npz file"):
         evaluate(tmp_path / "none.npz", "digits", data_dir)
     (tmp_path / "text.npz").write_text("no npz")
     with pytest.raises(UserError, match=r"text.npz is no npz file"):
@@ -96,6 +96,8 @@ def test_evaluate_bad_input(splits, tmp_path):
     with pytest.raises(UserError, match="10 samples are too few"):
         evaluate(tmp_path / "few.npz", "digits", data_dir)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((400, 16, 16, 1), np.uint8), arr_1=np.zeros(400, int))
-    with pytest.raises(UserError, match=r"the model expects \(16, 16, 1\)"):
+    with pytest.raises(
+        UserError, match=r"has images of \(16, 16, 1\), data set digits of \(8, 8, 1\): name the data set that they imitate"
+    ):
         evaluate(tmp_path / "large.npz", "digits", data_dir)
-    assert not (tmp_path / "metrics.json").exists()
+    assert not list(tmp_path.glob("*.json"))

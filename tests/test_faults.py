@@ -96,7 +96,7 @@ def test_sigterm_in_the_middle_of_sampling(latent_run, tmp_path):
     whole = start("sample", tmp_path, *flags, "--output", tmp_path / "whole.npz")
     process = start("sample", tmp_path, *flags, "--output", tmp_path / "s.npz")
     parts = tmp_path / "s.npz.parts"
-    while not (parts / "000003.npy").exists():
+    while not (parts / "00000006-00000008.npy").exists():
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)

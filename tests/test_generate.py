@@ -125,7 +125,7 @@ def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
         sample(latent_run[0], output=tmp_path / "again.npz", **request)
     parts = tmp_path / "again.npz.parts"
     assert len(list(parts.glob("*.npy"))) == 3 and not (tmp_path / "again.npz").exists()
-    (parts / ".000003.npy.partial").write_bytes(b"half a file")
+    (parts / ".00000006-00000008.npy.partial").write_bytes(b"half a file")
     drawn.clear()
     again = sample(latent_run[0], output=tmp_path / "again.npz", **request)
     assert drawn == [[6, 7], [8, 9]] and not parts.exists()
@@ -134,7 +134,7 @@ def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
 
 
 def test_parts_of_another_request_are_refused(latent_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate.SampleParts, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(generate.SampleFiles, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     output = tmp_path / "l.npz"
     with pytest.raises(KeyboardInterrupt):
         sample(latent_run[0], seeds=range(4), output=output)
@@ -148,9 +148,10 @@ def test_parts_of_another_request_are_refused(latent_run, tmp_path, monkeypatch)
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir())
 
 
-def test_damaged_request(latent_run, tmp_path):
+@pytest.mark.parametrize("content", ["{", "null", "[]", ""])
+def test_damaged_request(latent_run, tmp_path, content):
     (tmp_path / "l.npz.parts").mkdir()
-    (tmp_path / "l.npz.parts" / "request.json").write_text("{")
+    (tmp_path / "l.npz.parts" / "request.json").write_text(content)
     with pytest.raises(UserError, match=r"request.json is damaged .*: delete .*l.npz.parts"):
         sample(latent_run[0], seeds=[0], output=tmp_path / "l.npz")
 

@@ -126,7 +126,7 @@ def test_ctrl_c_saves_first_and_twice_ends_at_once(training):
 def test_ctrl_c_while_sampling_says_what_is_kept(latent_run, tmp_path):
     flags = ("--workdir", latent_run[0], "--seeds", "0-399", "--batch_size", "2", "--num_steps", "20", "--output", "s.npz")
     process, parts = start("sample", tmp_path, *flags), tmp_path / "s.npz.parts"
-    wait_for(process, (parts / "000003.npy").exists)
+    wait_for(process, (parts / "00000006-00000008.npy").exists)
     process.send_signal(signal.SIGINT)
     status, errors = end(process)
     drawn = len(list(parts.glob("*.npy")))

@@ -174,7 +174,7 @@ def test_quickstart_on_any_number_of_devices(devices, tmp_path):
     result = run("bash launch/quickstart.sh", tmp_path, devices)
     assert result.returncode == 0, result.stderr[-3000:]
     assert ("using 2 of 3 devices, which training.batch_size 8 divides over" in result.stderr) == (devices == 3)
-    assert (tmp_path / "runs" / "digits" / "metrics.json").exists()
+    assert (tmp_path / "runs" / "digits" / "samples_1000x8x8x1.metrics.json").exists()
     if devices == 3:
         refused = run("python launch/train.py --config configs/digits.py --workdir runs/other", tmp_path, devices)
         assert refused.returncode == 1 and "training.batch_size 8 does not divide over 3 devices" in refused.stderr

@@ -1,6 +1,7 @@
 """Between uint8 pixels and the model's [-1, 1], and pictures of several images."""
 
 import io
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from etils import epath
 from PIL import Image
 
 from diffit_jax.files import write_bytes
+
+log = logging.getLogger(__name__)
 
 
 def to_model(pixels: jax.Array) -> jax.Array:
@@ -33,6 +36,22 @@ def latent_preview(x: jax.Array) -> jax.Array:
     """(n, H, W, C) float32 latents of about unit variance → (n, H, W, 3 or 1) uint8: the first channels, [-3, 3] from dark to bright."""
     channels = 3 if x.shape[-1] >= 3 else 1
     return to_pixels(x[..., :channels] / 3)
+
+
+def write_preview(path: epath.PathLike, samples: np.ndarray, latents: bool = False) -> None:
+    """Writes a picture of some samples, ten in a row; one that cannot be drawn or written is a warning, since nothing depends on it.
+
+    Args:
+      path: of the PNG.
+      samples: (n, H, W, C) uint8 images or float32 latents; of other than three channels the first three are shown, or the first as grey.
+      latents: which of the two.
+    """
+    try:
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        images = np.asarray(latent_preview(samples)) if latents else samples
+        write_png(path, image_grid(images[..., : 3 if images.shape[-1] >= 3 else 1], columns=10))
+    except Exception as error:
+        log.warning("the picture %s could not be made (%s: %s)", path, type(error).__name__, " ".join(str(error).split())[:160])
 
 
 def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:

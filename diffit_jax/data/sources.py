@@ -1,6 +1,7 @@
 """Named data sets as random-access sources: `len(source)` examples, any of which `source.read` returns."""
 
 import dataclasses
+import logging
 import math
 import os
 from typing import Protocol
@@ -10,6 +11,8 @@ from etils import epath
 
 from diffit_jax import files, lock
 from diffit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -84,7 +87,12 @@ class SyntheticSource:
 
 
 def open_dataset(
-    name: str, split: str, data_dir: str, image_shape: tuple[int, int, int], num_classes: int, latents: bool = False
+    name: str,
+    split: str,
+    data_dir: str = "",
+    image_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    latents: bool = False,
 ) -> Source:
     """Opens a data set by name, preparing it on first use.
 
@@ -92,8 +100,8 @@ def open_dataset(
       name: `digits`, `synthetic` or `imagenet_latents`.
       split: `train` or `test`.
       data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
-      image_shape: (H, W, C) that the model expects.
-      num_classes: number of labels that the model expects; 0 if it uses none.
+      image_shape: (H, W, C) that the model expects; None: any. `synthetic` has what is asked for.
+      num_classes: number of labels that the model expects; 0 if it uses none; None: any.
       latents: whether the model expects an autoencoder's latents; `synthetic` then makes such.
 
     Raises:
@@ -103,6 +111,10 @@ def open_dataset(
         data_dir = str(files.resolve(data_dir, "data.data_dir"))
     if split not in ("train", "test"):
         raise UserError(f"data split {split!r} is unknown: use train or test")
+    if name not in ("digits", "synthetic", "imagenet_latents"):
+        raise UserError(f"data set {name!r} is unknown: use digits, synthetic or imagenet_latents")
+    if name != "digits" and (image_shape is None or num_classes is None):
+        raise UserError(f"data set {name} has no images of its own: use digits")
     if name == "synthetic":
         return SyntheticSource(image_shape, num_classes, latents)
     if name == "imagenet_latents":
@@ -113,41 +125,59 @@ def open_dataset(
         )
     if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
         raise UserError("there is no home directory to keep prepared data sets in: set data.data_dir, or the variable HOME")
-    if name != "digits":
-        raise UserError(f"data set {name!r} is unknown: use digits, synthetic or imagenet_latents")
     source = _open_digits(split, data_dir)
-    if source.image_shape != image_shape:
+    if image_shape not in (None, source.image_shape):
         raise UserError(
-            f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: "
-            "change model.image_size and model.image_channels, or data.name"
+            f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: change the model's image_size and "
+            "image_channels (latent_diffit: input_size and input_channels), or data.name"
         )
-    if num_classes not in (0, source.num_classes):
+    if num_classes not in (None, 0, source.num_classes):
         raise UserError(f"data set {name} has {source.num_classes} classes, the model {num_classes}: change model.num_classes")
     return source
 
 
 def _open_digits(split: str, data_dir: str) -> ArraySource:
-    import tensorflow_datasets as tfds  # takes a second to import
+    """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in memory in the same order."""
+    from diffit_jax.data import digits
 
-    from diffit_jax.data.digits import Digits
+    try:
+        import tensorflow_datasets as tfds  # takes a second to import
 
-    tfds.disable_progress_bar()
+        from diffit_jax.data.digits_builder import Digits
 
+        tfds.disable_progress_bar()
+    except (ImportError, TypeError, AttributeError) as error:  # its generated code and the installed protobuf do not fit together
+        reason = " ".join(str(error).split())[:120]
+        log.info("data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)", reason)
+        return ArraySource(*digits.prepared(split), digits.NUM_CLASSES)
+
+    place = data_dir or "~/tensorflow_datasets"
     try:
         builder = Digits(data_dir=data_dir or None, file_format="array_record")
         if not builder.data_path.exists():
             files.make_directory(builder.data_path.parents[1], "data_dir")
-            place = files.make_directory(builder.data_path.parent, "data_dir")
-            with lock.owned(place, "the preparation of data set digits in", wait=True):
+            folder = files.make_directory(builder.data_path.parent, "data_dir")
+            with lock.owned(folder, "the preparation of data set digits in", wait=True):
                 builder.download_and_prepare()
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"data_dir {data_dir or '~/tensorflow_datasets'} cannot be written ({error}): set data.data_dir") from error
+        raise UserError(f"data_dir {place} cannot be written ({error}): set data.data_dir") from error
+    except Exception as error:  # whatever the library says of damaged metadata: JSON, protobuf, a missing field
+        raise _damaged(f"{epath.Path(place).expanduser()}/digits", error) from error
     # Small enough to keep in memory; decoding each example anew would take longer than a training step.
     try:
         examples = list(builder.as_data_source(split))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"data set digits in {builder.data_path} is damaged ({reason}): delete it to have it prepared anew") from error
-    images = np.stack([example["image"] for example in examples])
-    labels = np.array([example["label"] for example in examples], np.int32)
-    return ArraySource(images, labels, builder.info.features["label"].num_classes)
+        images = np.stack([example["image"] for example in examples])
+        labels = np.array([example["label"] for example in examples], np.int32)
+        classes = builder.info.features["label"].num_classes
+    except Exception as error:
+        raise _damaged(builder.data_path, error) from error
+    if images.shape != (digits.COUNTS[split], *digits.SHAPE) or images.dtype != np.uint8:
+        raise _damaged(builder.data_path, ValueError(f"it holds {images.shape} of {images.dtype}"))
+    return ArraySource(images, labels, classes)
+
+
+def _damaged(place: epath.PathLike, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    return UserError(f"data set digits in {place} is damaged ({reason}): delete it to have it prepared anew")

@@ -6,7 +6,6 @@ transpose and a reshape of ours. The transposes are in `_TENSORS`; shapes follow
 
 import collections
 import copy
-import dataclasses
 import json
 import math
 import operator
@@ -18,13 +17,13 @@ import jax
 import ml_dtypes  # noqa: F401
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
 
-from diffit_jax import files, models
+from diffit_jax import contents, files, models
 from diffit_jax.console import Progress
 from diffit_jax.errors import UserError
 from diffit_jax.interop.parametrisation import to_released
 from diffit_jax.interop.resolution import resize_bias_table, resize_position_embedding
+from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.attention import relative_position_index
 from diffit_jax.models.latent import LatentDiffiT
 
@@ -56,7 +55,20 @@ _TENSORS = {
     "final_layer.linear.bias": ("params/final/bias", _SAME),
 }
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
-_TUNING = ("dtype", "scan_unroll", "remat")  # attributes that a file says nothing about
+# What a file says: the sizes, and that it is in the released parametrisation. All other attributes are the config's.
+_SIZES = (
+    "input_size",
+    "input_channels",
+    "patch_size",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "num_classes",
+    "learn_sigma",
+    "slim_tmsa",
+)
+_TUNING = tuple(name for name in LatentDiffiT.__dataclass_fields__ if name not in (*_SIZES, "parent", "name"))
 _DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
 
 
@@ -84,6 +96,7 @@ def load(
     path: epath.PathLike,
     input_size: int | None = None,
     sharding: jax.sharding.Sharding | Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = False,
     **attributes: Any,
 ) -> tuple[LatentDiffiT, dict[str, Any]]:
     """Reads a released weight file.
@@ -93,42 +106,51 @@ def load(
     `jax.default_matmul_precision("highest")`.
 
     Args:
-      path: a local or mounted safetensors file in float32, float16 or bfloat16.
+      path: a local or mounted safetensors file in float32, float16 or bfloat16, or the index of several; see `weight_files`.
       input_size: side of the latents that the model shall take; None: that of the file. Another size interpolates the position embedding
         and the position bias, see `resolution`.
       sharding: where the arrays go, one for all or a tree like the variables; None: the default device.
-      **attributes: further attributes of `LatentDiffiT` that do not change the parameters: `dtype`, `scan_unroll`, `remat`.
+      allow_nonfinite: whether there may be NaNs and infinities.
+      **attributes: further attributes of `LatentDiffiT` that do not change the parameters: `dtype`, `scan_unroll`, `remat`, `attention`.
 
     Returns:
       The module, in the released parametrisation, and its variables: `params` and `constants`, float32 `jax.Array`s.
 
     Raises:
-      UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen tensors (each named, at most ten).
+      UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen tensors, or such that are not finite (each
+        named, at most ten).
     """
     if not attributes.keys() <= set(_TUNING):
         raise TypeError(f"load takes the attributes {', '.join(_TUNING)}, not {', '.join(attributes.keys() - set(_TUNING))}")
     path = epath.Path(path)
     with _open(path) as file:
-        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
-        found = _infer_module(path, shapes)
+        found = _infer_module(path, file)
         leaves = _leaves(found)
-        _check_tensors(path, leaves, shapes, {name: tensor.get_dtype() for name, tensor in stored.items()})
+        _check_tensors(path, leaves, file.shapes, file.dtypes)
         module = found.clone(input_size=found.input_size if input_size is None else input_size, **attributes)
         module.check()
 
-        flat = {}
+        flat, bad = {}, []
         with Progress(f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor", every_s=2) as progress:
             for leaf in leaves:
                 array = np.empty(leaf.shape, np.float32)
                 for layer, name in enumerate(leaf.names):
-                    array[layer if leaf.stacked else ...] = leaf.to_ours(file.get_tensor(name))
+                    array[layer if leaf.stacked else ...] = leaf.to_ours(file.tensor(name))
+                    if not np.isfinite(array[layer if leaf.stacked else ...]).all():
+                        bad.append(name)
                     progress.advance()
+                if bad and not allow_nonfinite:
+                    continue  # the others are looked at, to be named too
                 if module.grid != found.grid:
                     array = _resized(leaf.path, array, found.grid, module.grid)
                 flat[leaf.path] = jax.block_until_ready(
                     jax.device_put(array, _at(sharding, leaf.path) if isinstance(sharding, Mapping) else sharding)
                 )
+    if bad and not allow_nonfinite:
+        raise UserError(
+            f"weights {path} are not finite: there are NaNs or infinities in {contents.first_few(bad)}; use other weights, or say "
+            "--allow_nonfinite"
+        )
     return module, _nest(flat)
 
 
@@ -136,9 +158,9 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
     """A config for the network in a weight file: `config` with the sizes of the file in its section `model`.
 
     Args:
-      config: of a latent experiment; its `dtype`, `scan_unroll` and `remat` stay.
+      config: of a latent experiment. What a file says nothing about (`_TUNING`, and every attribute to come that is no size) stays.
       path: as in `load`; only names and shapes are read.
-      **model: attributes that take the place of the file's.
+      **model: attributes that take the place of the file's and the config's.
 
     Raises:
       UserError: as `load`.
@@ -147,10 +169,8 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
         raise UserError("the config has no section model: use one of a latent experiment, like configs/imagenet256_latent.py")
     module = _read_module(path)
     config = copy.deepcopy(dict(config))
+    sizes = {name: getattr(module, name) for name in _SIZES}
     kept = {name: value for name, value in config["model"].items() if name in _TUNING}
-    sizes = {
-        field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.name not in ("parent", "name", *_TUNING)
-    }
     config["model"] = {"name": "latent_diffit", **sizes, **kept, **model}
     return config
 
@@ -207,27 +227,14 @@ def _entries(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, str, 
     return buffers + [(name, "F32", leaf.official_shape) for leaf in _leaves(module) for name in leaf.names]
 
 
-def _open(path: epath.Path) -> Any:
-    """Opens a safetensors file; everything else is refused unread."""
-    if str(path).startswith("gs://"):
-        raise UserError(f"weights {path} must lie on a local or mounted disk, since they are read through a memory map: copy them first")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        return safe_open(path, framework="numpy")
-    except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file") from error
-    except SafetensorError as error:
-        if start == b"PK\x03\x04" or start[:1] == b"\x80":
-            remedy = "convert them to safetensors first"
-            raise UserError(f"weights {path} are a pickle, which could run code and is never read: {remedy}") from error
-        raise UserError(f"weights {path} are truncated or no safetensors file ({error}): fetch them again") from error
+def _open(path: epath.PathLike) -> WeightFiles:
+    names = (re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, _INDEX))
+    return WeightFiles(path, "|".join(names))
 
 
 def _read_module(path: epath.PathLike) -> LatentDiffiT:
-    path = epath.Path(path)
     with _open(path) as file:
-        return _infer_module(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        return _infer_module(path, file)
 
 
 def _leaves(module: LatentDiffiT) -> list[_Leaf]:
@@ -255,14 +262,15 @@ def _leaves(module: LatentDiffiT) -> list[_Leaf]:
     return leaves
 
 
-def _infer_module(path: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> LatentDiffiT:
+def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     """The module whose tensors these are. Where tensors disagree about a size, the majority decides, so that the others are reported."""
+    shapes = file.shapes
     depth = _depth(shapes)
     known = set(_names(depth))
     missing = [f"missing {name}" for name in _in_order(known - shapes.keys())]
     extra = [f"extra {name}" for name in _in_order(shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)})]
     if missing or extra:
-        _refuse(path, missing, extra)
+        _refuse(path, missing, extra, file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """What most tensors say: (pattern, rank, their shape → the size)."""
@@ -330,12 +338,12 @@ def _check_tensors(path: epath.Path, leaves: list[_Leaf], shapes: Mapping[str, t
         _refuse(path, problems)
 
 
-def _refuse(path: epath.Path, problems: list[str], others: Sequence[str] = ()) -> NoReturn:
+def _refuse(path: epath.PathLike, problems: list[str], others: Sequence[str] = (), hint: str = "") -> NoReturn:
     """Lists at most ten problems; of two kinds, each gets five places at least."""
     listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
     left = len(problems) + len(others) - len(listed)
     shown = "; ".join(listed) + (f"; and {left} more" if left else "")
-    raise UserError(f"weights {path} are not those of a latent DiffiT ({shown}): name a file of the released layout")
+    raise UserError(f"weights {path} are not those of a latent DiffiT ({shown}){hint}: name a file of the released layout")
 
 
 def _expand(pattern: str, depth: int) -> list[str]:

@@ -13,14 +13,14 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from diffit_jax import distributed, files, models, parallel
+from diffit_jax import backend, distributed, files, models, parallel
 from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, claimed_workdir
+from diffit_jax.experiment import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS, Experiment, claimed_workdir, write_config
 from diffit_jax.sampling import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.state import Opened, TrainState, all_finite, create_state, open_experiment
 from diffit_jax.training.step import Batch, gradient_is_finite, make_train_step, step_metrics
@@ -29,6 +29,8 @@ from diffit_jax.training.watch import Tracer, Watch, cache_report
 log = logging.getLogger(__name__)
 
 
+@backend.pinned()
+@backend.memory_for(backend.TRAINING_MEMORY)
 def train(
     config: ConfigDict,
     workdir: epath.PathLike,
@@ -64,10 +66,17 @@ def train(
     parallel.prove_rows(opened.mesh, opened.experiment.training.batch_size)
     with distributed.first_holds(lambda: claimed_workdir(workdir, config)):
         distributed.check_shared(workdir)
-        return _train(opened, workdir, source, grid_sampler, profile_steps)
+        return _train(opened, config, workdir, source, grid_sampler, profile_steps)
 
 
-def _train(opened: Opened, workdir: epath.Path, source: Source, grid_sampler: Sampler, profile_steps: tuple[int, int] | None) -> TrainState:
+def _train(
+    opened: Opened,
+    config: ConfigDict,
+    workdir: epath.Path,
+    source: Source,
+    grid_sampler: Sampler,
+    profile_steps: tuple[int, int] | None,
+) -> TrainState:
     """`train` in a directory that is this run's."""
     experiment, mesh, abstract = opened.experiment, opened.mesh, opened.state
     settings = experiment.training
@@ -81,8 +90,10 @@ def _train(opened: Opened, workdir: epath.Path, source: Source, grid_sampler: Sa
     else:
         checkpoints.set_aside_after(int(state.step))
     first_step = int(state.step)
+    events: SummaryWriter | None = None
     log.info("model %s: %s parameters", type(experiment.model).__name__, f"{parameter_overview.count_parameters(state.params):,}")
     log.info("attention: %s", models.attention_in_words(experiment.model, mesh.devices.flat[0].platform))
+    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
     log.info("%s step %d of %d in %s", "resuming at" if first_step else "starting at", first_step, settings.total_steps, workdir)
 
     def leave_behind(step: int, state: TrainState, restored: bool = False) -> None:
@@ -95,9 +106,19 @@ def _train(opened: Opened, workdir: epath.Path, source: Source, grid_sampler: Sa
         if (step % settings.grid_steps == 0 or last) and not (restored and distributed.agreed(grid.exists())):
             _write_grid(grid, grid_sampler, state, experiment)
 
+    def keep_directory() -> None:
+        nonlocal events
+        if events and not (workdir / CONFIG_FILE).exists():
+            log.warning("%s was deleted while the run went on; its config and events are written anew", workdir)
+            write_config(files.make_directory(workdir, "workdir"), config)
+            events = SummaryWriter(str(workdir / "events"))
+
     def save(state: TrainState) -> None:
         if snapshots:
             snapshots.wait()  # with a checkpoint, all snapshots before it are complete
+        if events:
+            events.flush()  # and what was logged before it is in the files
+        keep_directory()
         save_state(checkpoints, state, settings.batch_size)
 
     if first_step:
@@ -118,7 +139,8 @@ def _train(opened: Opened, workdir: epath.Path, source: Source, grid_sampler: Sa
 
     # --- The loop.
     first = distributed.is_first()
-    events = SummaryWriter(str(workdir / "events"), purge_step=first_step) if first else None
+    # What was logged after the checkpoint is logged again: its first copy is not to be shown.
+    events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1) if first else None
     watch.start(first_step)
     saved_at = time.monotonic()
     progress = Progress("train", settings.total_steps, done=first_step, shown=first)
@@ -220,9 +242,9 @@ def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> 
     checkpoints.save(step, _items(state), {"step": step, "images_seen": step * batch_size} | soundness)
 
 
-def restore_state(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
+def restore_state(checkpoints: Checkpoints, abstract: TrainState, allow_nonfinite: bool = False) -> TrainState | None:
     """The state of the newest usable checkpoint, laid out as `abstract` says; None if there is no checkpoint."""
-    restored = checkpoints.restore(_items(abstract))
+    restored = checkpoints.restore(_items(abstract), allow_nonfinite=allow_nonfinite)
     if restored is None:
         return None
     _, items = restored
@@ -246,14 +268,27 @@ def _named(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _write_grid(path: epath.Path, sampler: Sampler, state: TrainState, experiment: Experiment) -> None:
-    """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps can be compared."""
+    """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps can be compared.
+
+    A run does not end because there is no picture of it: one that cannot be made is a warning.
+    """
     seeds = np.arange(experiment.training.grid_images)
-    samples = sampler.draw(state.ema_variables, seeds, default_labels(seeds, experiment.model.num_classes))
+    try:
+        samples = sampler.draw(state.ema_variables, seeds, default_labels(seeds, experiment.model.num_classes))
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        log.warning("the grid %s could not be drawn (%s): fewer training.grid_images take less memory", path, _first_words(error))
+        return
     if not distributed.is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    show = pixels.latent_preview if experiment.data.autoencoder else pixels.to_pixels
-    pixels.write_png(path, pixels.image_grid(np.asarray(show(samples)), columns=10))
+    bad = int((~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)).sum())
+    if bad:
+        log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
+    is_latent = bool(experiment.data.autoencoder)
+    pixels.write_preview(path, samples if is_latent else np.asarray(pixels.to_pixels(samples)), is_latent)
+
+
+def _first_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _line(values: dict[str, float]) -> str:

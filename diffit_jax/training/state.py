@@ -7,10 +7,11 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffit_jax import models, parallel
+from diffit_jax import backend, models, parallel
 from diffit_jax.experiment import Experiment, build
 from diffit_jax.training.optimizer import make_optimizer
 
@@ -60,7 +61,12 @@ class Opened:
     state: TrainState
 
 
-def open_experiment(config: ConfigDict | Mapping[str, Any], devices: Sequence[Any] | None = None, to_train: bool = True) -> Opened:
+def open_experiment(
+    config: ConfigDict | Mapping[str, Any],
+    devices: Sequence[Any] | None = None,
+    to_train: bool = True,
+    config_file: epath.PathLike | None = None,
+) -> Opened:
     """Checks everything about a config that can be checked before anything is allocated, compiled or written: what every verb begins with.
 
     Args:
@@ -68,11 +74,12 @@ def open_experiment(config: ConfigDict | Mapping[str, Any], devices: Sequence[An
       devices: to use; None: all of all processes. Descriptions of devices that are not there (`preflight`) will do.
       to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a mesh that does not fit the devices gives
         way to one that does.
+      config_file: of the work directory that the config was read from, see `experiment.build`.
 
     Raises:
       UserError: a config, mesh or batch that cannot be.
     """
-    experiment = build(config)
+    experiment = build(config, config_file)
     settings = experiment.training
     if to_train:
         mesh = parallel.make_mesh(devices, experiment.mesh)
@@ -84,11 +91,13 @@ def open_experiment(config: ConfigDict | Mapping[str, Any], devices: Sequence[An
     return Opened(experiment, mesh, state)
 
 
+@backend.pinned()
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
     return parallel.abstract(mesh, jax.eval_shape(lambda: _init(experiment)))
 
 
+@backend.pinned()
 def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """A fresh state, made by one jitted function straight into its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))

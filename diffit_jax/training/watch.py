@@ -1,6 +1,8 @@
 """What a run tells about itself while it trains: speed, utilisation, memory, waiting, compilations."""
 
+import collections
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -98,23 +100,48 @@ _CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_
 
 
 class Compilations:
-    """Counts programs compiled by this process, and how many of them the persistent cache had."""
+    """Counts programs compiled by this process, and how many of them the persistent cache had, since it was made or reset."""
 
     def __init__(self):
-        self.count = self.hits = self.misses = 0
-        jax.monitoring.register_event_listener(self._on_event)
-        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        _listen()
+        self.reset()
 
     def reset(self) -> None:
         """Starts counting anew."""
-        self.count = self.hits = self.misses = 0
+        self._before = _seen.copy()
 
-    def _on_event(self, name: str, **_) -> None:
+    @property
+    def count(self) -> int:
+        return self._since("compiled")
+
+    @property
+    def hits(self) -> int:
+        return self._since("hits")
+
+    @property
+    def misses(self) -> int:
+        return self._since("misses")
+
+    def _since(self, kind: str) -> int:
+        return _seen[kind] - self._before[kind]
+
+
+_seen: collections.Counter[str] = collections.Counter()  # of the whole process
+
+
+@functools.cache
+def _listen() -> None:
+    """Begins to count, once for the process: jax keeps a listener for good."""
+
+    def on_event(name: str, **_) -> None:
         if name in _CACHE_EVENTS:
-            setattr(self, _CACHE_EVENTS[name], getattr(self, _CACHE_EVENTS[name]) + 1)
+            _seen[_CACHE_EVENTS[name]] += 1
 
-    def _on_duration(self, name: str, _: float, **__) -> None:
-        self.count += name == "/jax/core/compile/backend_compile_duration"
+    def on_duration(name: str, _: float, **__) -> None:
+        _seen["compiled"] += name == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
 
 
 @contextlib.contextmanager
@@ -147,8 +174,12 @@ class Tracer:
     def before(self, step: int) -> None:
         """Call before each step."""
         if self._steps and self._first is None and self._steps[0] <= step <= self._steps[1]:
-            jax.profiler.start_trace(str(self._directory))
-            self._first = step
+            try:
+                jax.profiler.start_trace(str(self._directory))
+                self._first = step
+            except (RuntimeError, OSError) as error:  # a notebook's own trace is under way, say
+                log.warning("no trace is written (%s)", " ".join(str(error).split())[:160])
+                self._steps = None
         self._last = step
 
     def after(self, step: int) -> None:
@@ -158,6 +189,9 @@ class Tracer:
 
     def _stop(self) -> None:
         if self._steps and self._first is not None:
-            jax.profiler.stop_trace()
-            log.info("wrote a trace of steps %d-%d to %s", self._first, self._last, self._directory)
+            try:
+                jax.profiler.stop_trace()
+                log.info("wrote a trace of steps %d-%d to %s", self._first, self._last, self._directory)
+            except (RuntimeError, OSError) as error:
+                log.warning("the trace could not be written (%s)", " ".join(str(error).split())[:160])
         self._steps = None
