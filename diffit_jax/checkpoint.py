@@ -141,7 +141,9 @@ class Checkpoints:
                 reason = reason or "another process could not read it"
             elif not allow_nonfinite and not self.facts(candidate).get("finite"):  # false, or of a version that did not record it
                 bad = contents.not_finite(_without_moments(items))
-                reason = bad and f"it is not finite: {contents.first_few(bad)}; the run had diverged"
+                if bad or "finite" in self.facts(candidate):
+                    named = f" ({contents.first_few(bad)})" if bad else ""
+                    reason = f"it has parameters or averages that are not finite{named}: the run had diverged"
             if reason:
                 reasons.append(f"checkpoint {candidate}: {reason}")
                 log.warning("checkpoint %d in %s cannot be used (%s)", candidate, self.directory, reason)
@@ -150,7 +152,7 @@ class Checkpoints:
                 log.warning("checkpoint %d is used instead", candidate)
             return candidate, items
         if reasons:
-            remedy = "--allow_nonfinite uses it" if "is not finite" in reasons[0] else "move it away to start anew"
+            remedy = "--allow_nonfinite uses it all the same" if "are not finite" in reasons[0] else "move it away to start anew"
             raise UserError(f"no checkpoint in {self.directory} can be used ({reasons[0]}): {remedy}")
         return None
 

@@ -1,10 +1,14 @@
 """Two virtual devices, so that everything runs sharded, and small experiments that compile in seconds."""
 
 import os
+import signal
 import tempfile
 
-# Most of the suite's time is compiling; unoptimised machine code does for small models. Commands that tests start inherit it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from processes import QUICK_TO_COMPILE
+
+os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)  # commands that tests start inherit it
+# Under nohup commands would inherit that SIGHUP is ignored; one that is handled they do not.
+signal.signal(signal.SIGHUP, lambda *_: None)
 # What one test compiled, the next and its commands reuse; a new folder for every run of the suite.
 _CACHE = tempfile.TemporaryDirectory(prefix="diffit_jax_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("DIFFIT_JAX_TEST_CACHE", _CACHE.name)

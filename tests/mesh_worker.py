@@ -15,7 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={sys.argv[2]}"
+from processes import QUICK_TO_COMPILE
+
+os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={sys.argv[2]}"
 
 import jax
 import numpy as np

@@ -4,9 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+# Most of the suite's time is compiling, and unoptimised machine code does for small models. XLA's older code generator, where it still is
+# there, compiles them in a third of the time (3.4 instead of 9.3 s for the steps and samplers of two small networks).
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+if tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 10):
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 
 
 def free_port():
@@ -17,7 +24,7 @@ def free_port():
 
 def environment(devices=2, **more):
     base = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices}"
     return base | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | more
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, foreign or not there."""
 
 import os
+import re
 import shutil
 import tempfile
 
@@ -178,15 +179,22 @@ def test_a_checkpoint_that_is_not_finite_is_not_used(tmp_path, caplog):
 
 def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path):
     """The rate makes parameters explode while the gradient is still finite, and checkpoints go on being written afterwards."""
-    config = small_config(optimizer={"learning_rate": 1e7, "warmup_steps": 100_000}, training__grid_steps=1000)
-    config.training.update(total_steps=600, log_steps=20, checkpoint_steps=5)
-    with pytest.raises(UserError, match=r"had no finite gradient; the parameters have blown up.*go on from checkpoint \d+") as error:
-        train(config, tmp_path / "run")
-    named = int(str(error.value).split("go on from checkpoint ")[1].split()[0])
+    pattern, text = r"had no finite gradient; the parameters have blown up.*go on from checkpoint (\d+)", ""
+    for rate in (5e7, 2e7, 1e7):  # how long it takes is chaotic
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        config = small_config(optimizer={"learning_rate": rate, "warmup_steps": 100_000}, training__grid_steps=1000)
+        config.training.update(total_steps=600, log_steps=20, checkpoint_steps=5)
+        try:
+            train(config, tmp_path / "run")
+        except UserError as error:
+            text = str(error)
+        if re.search(pattern, text):
+            break
+    named = int(re.search(pattern, text)[1])
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert named in checkpoints.steps() and checkpoints.facts(named)["finite"] and not checkpoints.facts(named)["skipped_in_row"]
     newer = [step for step in checkpoints.steps() if step > named]
-    assert newer and f"first move {', '.join(map(str, newer))} away" in str(error.value)
+    assert newer and f"first move {', '.join(map(str, newer))} away" in text
     for step in newer:
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     samples = np.load(sample(tmp_path / "run", seeds=range(4), output=tmp_path / "s.npz"))["arr_0"]

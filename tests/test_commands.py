@@ -39,9 +39,10 @@ def test_train_then_sample(tmp_path):
     assert "starting at step 0 of 2" in result.stderr and "train 2/2 steps | loss" in result.stderr and "images/s" in result.stderr
     result = launch("sample", "--workdir", workdir, "--seeds", "0-2,7", "--labels", "3,5", "--guidance_scale", "2", tmp_path=tmp_path)
     assert result.returncode == 0, result.stderr
-    with np.load(workdir / "samples_4x8x8x1.npz") as arrays:
+    name = "samples_4x8x8x1-seeds=0-2_7,labels=3_5,guidance_scale=2.0"
+    with np.load(workdir / f"{name}.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [3, 5, 3, 5]
-    with Image.open(workdir / "samples_4x8x8x1.png") as picture:
+    with Image.open(workdir / f"{name}.png") as picture:
         assert picture.size == (10 * 33 - 1, 32)
 
 

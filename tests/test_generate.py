@@ -34,14 +34,14 @@ def test_latents_are_written_as_they_are(latent_run, tmp_path, caplog):
     assert "writing latents of sd-vae-ft-ema: decoding them to images needs the autoencoder" in caplog.text
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.mode == "RGB"
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["l.npz", "l.png"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["l.json", "l.npz", "l.png"]
 
 
 def test_name_is_the_evaluators(latent_run, run, tmp_path):
     for source, name in ((latent_run[0], "latents_2x8x8x4.npz"), (run[0], "samples_2x8x8x1.npz")):
         workdir = tmp_path / name
         shutil.copytree(source, workdir)
-        assert sample(workdir, seeds=[0, 1], num_steps=2).name == name
+        assert sample(workdir, seeds=[0, 1]).name == name
 
 
 def weight_config(**overrides):
@@ -179,7 +179,7 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
         (dict(labels=[-1]), "label -1 is outside the classes 0-9"),
         (dict(labels="tench"), "--labels 'tench' is not a list of whole numbers"),
         (dict(pixel_rounding="up"), "sampling.pixel_rounding is 'up': use edm, adm"),
-        (dict(guidance_scale=float("inf")), "guidance_scale inf is not finite"),
+        (dict(guidance_scale=float("inf")), "guidance_scale is inf: it must be finite and at least 0"),
         (dict(guidance_power=0.0), "guidance_power is 0.0: it must be above 0"),
         (dict(num_steps=2, respacing="3"), "leave out either"),
         (dict(eta=0.5), "--eta has no effect with sampler ddpm"),

@@ -114,8 +114,8 @@ def set_shape(name, shape):
         (set_shape("blocks.7.attn.qkv.bias", 192), ["(extra blocks.7.attn.qkv.bias)"]),
         (set_shape("blocks.200000.foo", 1), ["(extra blocks.200000.foo)"]),
         (
-            lambda t: [t.update({f"module.{n}": t.pop(n)}) for n in list(t)],
-            ["missing blocks.0.attn.proj.bias", "extra module.blocks.0.attn.proj.bias", "and 45 more"],
+            lambda t: [t.update({f"my{n}": t.pop(n)}) for n in list(t)],
+            ["missing blocks.0.attn.proj.bias", "extra myblocks.0.attn.proj.bias", "and 45 more"],
         ),
         (set_shape("x_embedder.proj.weight", (64, 4, 4, 4)), ["misshapen x_embedder.proj.weight (64, 4, 4, 4)"]),
         (set_shape("x_embedder.proj.weight", (64, 4, 0, 0)), ["misshapen x_embedder.proj.weight (64, 4, 0, 0)"]),

@@ -186,7 +186,7 @@ def test_a_failed_conversion_can_be_repeated(tmp_path, monkeypatch):
     def failing(*_):
         raise UserError("no room")
 
-    monkeypatch.setattr(convert.experiment, "claim_workdir", failing)
+    monkeypatch.setattr(convert.experiment, "write_config", failing)
     with pytest.raises(UserError, match="no room"):
         convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", small_latent_config().to_dict())
     monkeypatch.undo()

@@ -71,7 +71,7 @@ def test_sample_writes_npz_and_grid(run, tmp_path):
         assert arrays["arr_0"].shape == (5, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == [3, 4, 3, 4, 3]
         images = arrays["arr_0"]
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["s.npz", "s.png"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["s.json", "s.npz", "s.png"]
     with np.load(sample(workdir, seeds=[4, 0], labels=[3], output=tmp_path / "t.npz")) as arrays:
         assert np.abs(arrays["arr_0"].astype(int) - images[[4, 0]]).max() <= 1
 
@@ -80,7 +80,7 @@ def test_sample_defaults(run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(run[0], workdir)  # other tests expect the run without samples
     path = sample(workdir, seeds=[7, 12, 31], guidance_scale=1.0, num_steps=2)
-    assert path.name == "samples_3x8x8x1.npz" and path.parent == workdir
+    assert path.name == "samples_3x8x8x1-seeds=7_12_31,num_steps=2,guidance_scale=1.0.npz" and path.parent == workdir
     with np.load(path) as arrays:
         assert arrays["arr_1"].tolist() == [7, 2, 1]
 
