@@ -1,4 +1,7 @@
-"""Packaging. Ranges say what the code works with; constraints.txt pins what is tested."""
+"""Packaging. Ranges say what the code works with; constraints.txt and, for Colab, constraints-colab.txt pin what is tested.
+
+The floors are Colab's versions: what came preinstalled there is not to be moved.
+"""
 
 from pathlib import Path
 
@@ -19,10 +22,10 @@ setup(
         "array_record>=0.8",
         "clu>=0.0.12",
         "etils[epath]>=1.12",
-        "flax>=0.12,<0.13",
+        "flax>=0.11.2,<0.13",
         "grain>=0.2.12,<0.3",
         "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not say so
-        "jax>=0.10,<0.13",
+        "jax>=0.7.2,<0.13",
         "ml_dtypes>=0.5",
         "ml_collections>=1.0",
         "numpy>=2.1",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -73,10 +74,10 @@ def initialize(cluster: Cluster = Cluster()) -> None:
     warning = threading.Timer(max(cluster.timeout_s - 2, 1), _end_without_the_others, [cluster])
     warning.daemon = True
     warning.start()
+    options = {"initialization_timeout": cluster.timeout_s, "heartbeat_timeout_seconds": HEARTBEAT_S, "shutdown_timeout_seconds": 60}
+    known = inspect.signature(jax.distributed.initialize).parameters  # jax 0.7.2 has not the last one
     try:
-        jax.distributed.initialize(
-            *given, initialization_timeout=cluster.timeout_s, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
-        )
+        jax.distributed.initialize(*given, **{name: value for name, value in options.items() if name in known})
     except (RuntimeError, ValueError, LookupError, OSError) as error:
         raise UserError(f"this process could not join the others ({' '.join(str(error).split())[:160]}): check the flags") from error
     finally:

@@ -1,4 +1,5 @@
 import itertools
+import re
 import subprocess
 import sys
 
@@ -123,3 +124,34 @@ def test_image_grid_places_images_row_by_row():
 def test_bad_data_sets(arguments, message):
     with pytest.raises(UserError, match=message):
         open_dataset(*arguments)
+
+
+# --- Prepared data that is damaged, and a library that does not import
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"name": "cats"}', "\x00\x01"])
+def test_damaged_metadata_is_one_line(tmp_path, name, content):
+    open_dataset("digits", "train", str(tmp_path), (8, 8, 1), 10)
+    (path,) = tmp_path.rglob(name)
+    path.write_text(content)
+    try:
+        source = open_dataset("digits", "train", str(tmp_path), (8, 8, 1), 10)
+    except UserError as error:
+        assert re.search(r"data set digits in .*/digits.* is damaged \(.*\): delete it to have it prepared anew", str(error)), error
+        assert "\n" not in str(error)
+    else:  # what was damaged is not needed: all is there
+        assert len(source) == 1437
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_digits_without_tensorflow_datasets_are_the_same_in_the_same_order(digits, split, tmp_path, monkeypatch, caplog):
+    """Where it does not import beside the installed protobuf, as on Colab: a run sees the same batches."""
+    reference = open_dataset("digits", split, str(tmp_path), (8, 8, 1), 10)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with caplog.at_level("INFO", logger="diffit_jax"):
+        source = open_dataset("digits", split, str(tmp_path / "elsewhere"), (8, 8, 1), 10)
+    assert "tensorflow-datasets cannot be imported here" in caplog.text
+    np.testing.assert_array_equal(source.images, reference.images)
+    np.testing.assert_array_equal(source.labels, reference.labels)
+    assert source.images.dtype == np.uint8 and source.labels.dtype == np.int32 and source.num_classes == 10

@@ -10,6 +10,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.frechet import frechet_distance, resampled_distance, statistics
 from diffit_jax.evaluation.neighbours import nearest_distances
 from diffit_jax.evaluation.score import evaluate, score_images
+from diffit_jax.generate import sample
 
 
 def test_frechet_of_known_gaussians():
@@ -83,6 +84,84 @@ def test_evaluate_writes_metrics(splits, tmp_path):
     scores = evaluate(tmp_path / "s.npz", "digits", data_dir)
     assert json.loads((tmp_path / "s.metrics.json").read_text()) == scores
     assert scores["count"] == scores["count_frechet"] == 360
+
+
+def test_metrics_say_which_samples_they_are_of(splits, run, tmp_path):
+    """Path, digest, request and precision; scores of other samples are not replaced unasked."""
+    data_dir, _, test = splits
+    path = sample(run[0], seeds=range(360), num_steps=2, output=tmp_path / "s.npz")
+    scores = evaluate(path, "digits", data_dir)
+    assert scores["samples"] == str(path) and scores["request"]["identity"]["sampling.num_steps"] == 2
+    assert scores["matmul_precision"] == "default" and json.loads((tmp_path / "s.metrics.json").read_text()) == scores
+    evaluate(path, "digits", data_dir)  # the same samples again
+    real = test.read(np.arange(360))
+    np.savez(tmp_path / "t.npz", arr_0=real["image"], arr_1=real["label"])
+    with pytest.raises(UserError, match=r"s.metrics.json is there already and holds the scores of .*s.npz, which had other images"):
+        evaluate(tmp_path / "t.npz", "digits", data_dir, output=tmp_path / "s.metrics.json")
+    assert "request" not in evaluate(tmp_path / "t.npz", "digits", data_dir, output=tmp_path / "s.metrics.json", overwrite=True)
+    (tmp_path / "t.metrics.json").write_text("a poem")
+    with pytest.raises(UserError, match=r"t.metrics.json is there already and is of unknown origin"):
+        evaluate(tmp_path / "t.npz", "digits", data_dir)
+
+
+IMAGES, LABELS = np.zeros((360, 8, 8, 1), np.uint8), np.arange(360) % 10
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ((IMAGES + 0.5).astype(np.float32), LABELS, "has arr_0 of float32 from 0.5 to 0.5, not of uint8 from 0 to 255"),
+        (IMAGES.astype(np.float64), LABELS, "has arr_0 of float64"),
+        (IMAGES.astype(np.float16), LABELS, "has arr_0 of float16"),
+        (IMAGES.astype(bool), LABELS, "has arr_0 of bool"),
+        (IMAGES.astype(np.int64) + 3, LABELS, "has arr_0 of int64 from 3 to 3"),
+        (np.zeros((360, 8, 8, 4), np.float32), LABELS, "latents of an autoencoder are to be decoded first"),
+        (np.full((360, 8, 8, 1), np.nan, np.float32), LABELS, "has arr_0 of float32 from nan to nan"),
+        (IMAGES.transpose(0, 3, 1, 2), LABELS, r"has arr_0 of shape \(360, 1, 8, 8\), which has the channels first"),
+        (IMAGES[..., 0], LABELS, r"has arr_0 of shape \(360, 8, 8\), which is not \(N, H, W, C\)"),
+        (IMAGES.reshape(360, -1), LABELS, r"has arr_0 of shape \(360, 64\)"),
+        (IMAGES[:0], LABELS[:0], r"has arr_0 of shape \(0, 8, 8, 1\)"),
+        (np.array(["a", "b"]), LABELS, "has arr_0 of <U1, not of uint8"),
+        (IMAGES, np.eye(10, dtype=int)[LABELS], r"has labels arr_1 of shape \(360, 10\), one-hot perhaps"),
+        (IMAGES, LABELS.astype(float), "has labels arr_1 of float64, not whole numbers"),
+        (IMAGES, LABELS.astype(str), "has labels arr_1 of <U21, not whole numbers"),
+        (IMAGES, LABELS.astype(bool), "has labels arr_1 of bool"),
+        (IMAGES, LABELS - 1, "has the label -1, below 0"),
+        (IMAGES, LABELS + 1, "has the label 10, but data set digits has the classes 0-9"),
+        (IMAGES, LABELS[:100], r"has 360 images, but labels arr_1 of shape \(100,\)"),
+        (IMAGES, LABELS[:, None], r"has 360 images, but labels arr_1 of shape \(360, 1\)"),
+        (IMAGES, np.array(3), r"has 360 images, but labels arr_1 of shape \(\)"),
+        (np.zeros((360, 4, 4, 3), np.uint8), LABELS, r"has images of \(4, 4, 3\), data set digits of \(8, 8, 1\)"),
+    ],
+)
+def test_what_is_found_and_what_is_wanted(splits, tmp_path, images, labels, message):
+    np.savez(tmp_path / "s.npz", arr_0=images, arr_1=labels)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(tmp_path / "s.npz", "digits", splits[0])
+    assert "\n" not in str(error.value) and "s.npz" in str(error.value) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_files_than_npz(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.savez(tmp_path / "b.npz", images=IMAGES, labels=LABELS)
+    np.savez(tmp_path / "c.npz", arr_0=np.array([{}], object), arr_1=LABELS)
+    np.savez(tmp_path / "d.npz", arr_0=IMAGES)
+    whole = (tmp_path / "b.npz").read_bytes()
+    (tmp_path / "e.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "f.npz").mkdir()
+    (tmp_path / "g.npz").write_bytes(b"")
+    for name, message in (
+        ("a.npy", r"is a single array \(360, 8, 8, 1\) of uint8, without labels"),
+        ("b.npz", "has the arrays images, labels, which are not arr_0 and arr_1"),
+        ("c.npz", "has arrays that cannot be read"),
+        ("d.npz", "has the arrays arr_0, which are not arr_0 and arr_1"),
+        ("e.npz", "is no npz file"),
+        ("f.npz", "cannot be read"),
+        ("g.npz", "is no npz file"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            evaluate(tmp_path / name, "digits")
+        assert "wanted is an npz file as launch/sample.py writes it" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_evaluate_bad_input(splits, tmp_path):
