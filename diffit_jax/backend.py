@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import OutOfMemory, UserError
 
 try:
     from jax import enable_x64
@@ -16,10 +16,6 @@ except ImportError:  # before jax 0.8
     from jax.experimental import enable_x64
 
 log = logging.getLogger(__name__)
-
-
-class OutOfMemory(UserError):
-    """A program that does not fit the devices' memory, or the host's."""
 
 
 def devices() -> list[jax.Device]:
@@ -92,7 +88,7 @@ def memory_for(remedy: str) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
         if not isinstance(error, MemoryError) and not re.search(
-            r"(?i)RESOURCE_EXHAUSTED|out of memory|ran out of|allocation failure|oom", text
+            r"(?i)RESOURCE_EXHAUSTED|out of memory|ran out of|allocation failure|\bOOM\b", text
         ):
             raise
         asked = re.search(r"(?i)(allocat\w* [\d.,]+ ?\w*|[\d.,]+ ?[KMGT]i?B?\b[^.]*)", text)

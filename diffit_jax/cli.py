@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from diffit_jax import interruption
-from diffit_jax.errors import UserError
+from diffit_jax.errors import OutOfMemory, UserError
 
 if TYPE_CHECKING:
     from diffit_jax.distributed import Cluster
@@ -47,7 +47,10 @@ def define_path(name: str, help_text: str) -> flags.FlagHolder[str]:
 
 def define_config(help_text: str = "File with get_config(); override keys by --config.section.key=value.") -> flags.FlagHolder[ConfigDict]:
     """The flag `--config FILE`, whose keys can be overridden by `--config.section.key=value`."""
-    return config_flags.DEFINE_config_file("config", None, help_text)
+    try:
+        return config_flags.DEFINE_config_file("config", None, help_text)
+    except flags.Error as error:  # it looks for itself in the files that --flagfile names
+        fail(str(error).replace("ERROR:: ", ""))
 
 
 def config_for_weights(config: ConfigDict | None, weights: str, input_size: int | None = None) -> dict[str, Any]:
@@ -185,8 +188,6 @@ def _import_jax() -> None:
 
 def _preflight_command(error: UserError) -> str:
     """If memory ran out, the command that says what fits, with this command's config."""
-    from diffit_jax.backend import OutOfMemory
-
     if not isinstance(error, OutOfMemory):
         return ""
     of_config = " ".join(shlex.quote(argument) for argument in sys.argv[1:] if re.match(r"--?config[.=]", argument))

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one line that names the culprit and the remedy; the command line prints it without a traceback and exits with
     status 1. Everything else that is raised is a defect of this package and keeps its traceback.
     """
+
+
+class OutOfMemory(UserError):
+    """A program that does not fit the devices' memory, or the host's."""

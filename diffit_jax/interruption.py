@@ -118,6 +118,8 @@ def finished(status: int = 0) -> None:
         _holders += 1
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # not a traceback out of the interpreter's own end
+        for number in _wanted():  # the interpreter's end gives up handlers before the process is gone, but not this
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _wanted() -> list[int]:

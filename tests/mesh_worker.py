@@ -1,10 +1,10 @@
 """Twenty updates and some samples of two small models on one mesh after the other; run by test_parallel.py in a process of its own.
 
-python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,latent] …
+python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,half|,latent] …
 
 With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there are
-no image run and no samples; with "latent" there is no image run, and it ends after half of the updates (of many processes on few cores, a
-step takes a second).
+no image run and no samples; with "half" both end after half of the updates (of many processes on few cores, a step takes a second), and
+with "latent" there is no image run either.
 
 CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES. POD, JSON as from
 `pods.arrangement`, lays the devices of requests of its size out as those of a pod.
@@ -90,12 +90,12 @@ def main() -> None:
     for request in sys.argv[3:]:
         name, _, numbers = request.partition("=")
         *sizes, last = numbers.split(",")
-        option = {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume", "latent") else {}
-        data, fsdp, tensor, accumulation, devices = map(int, sizes if option else [*sizes, last])
+        option = {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume") else {}
+        data, fsdp, tensor, accumulation, devices = map(int, [*sizes, last] if last.isdigit() else sizes)
         for kind, config in CONFIGS.items():
             if kind == "image" and last in ("resume", "latent"):
                 continue
-            chosen = {} if kind == "image" else {"steps": STEPS // 2} if last == "latent" else option
+            chosen = {"steps": STEPS // 2} if last in ("half", "latent") else {} if kind == "image" else option
             outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices], **chosen)
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)

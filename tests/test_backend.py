@@ -1,15 +1,17 @@
 """The machine below: numbers do not depend on jax's modes, and a missing platform or memory is one line."""
 
 import contextlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
-from processes import command, write_config
+from processes import ROOT, command, environment, write_config
 
-from diffit_jax import backend
+from diffit_jax import backend, experiment
 from diffit_jax.errors import UserError
 from diffit_jax.generate import sample
 from diffit_jax.sampling import Sampler
@@ -139,20 +141,18 @@ def test_what_is_said_when_memory_runs_out(said, ours):
 
 
 def test_too_much_for_this_machine(tmp_path):
-    """Really too much: the line has the keys and preflight's command with this config, and a smaller batch may follow in the directory."""
-    path = write_config(tmp_path / "c.py", small_config(model__image_size=512, training__batch_size=65536))
-    flags = ("--config", path, "--workdir", "run", "--config.training.batch_size=1048576")
-    status, errors = command("train", *flags, cwd=tmp_path)
-    last = errors.splitlines()[-1]
-    assert status == 1 and last.startswith("error: memory ran out (") and "Traceback" not in errors, errors
-    preflight = f"launch/preflight.py --config {path} --config.training.batch_size=1048576 --topology"
-    for words in (
-        "training.batch_size",
-        "training.accumulation",
-        "mesh.fsdp",
-        preflight,
-    ):
+    """Really too much: the line has the keys and preflight's command with this config; a smaller batch may follow in the same directory."""
+    path = write_config(tmp_path / "c.py", small_config(model__image_size=512))
+    flags = f"--config {path} --workdir run --config.training.batch_size"
+    command = f"ulimit -v 9000000; {sys.executable} {ROOT}/launch/train.py {flags}=512"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("error: memory ran out (") and "Traceback" not in result.stderr, result.stderr
+    preflight = f"launch/preflight.py --config {path} --config.training.batch_size=512 --topology"
+    for words in ("training.batch_size", "training.accumulation", "mesh.fsdp", preflight):
         assert words in last, last
+    config = small_config(model__image_size=512, training__batch_size=2)
+    experiment.claim_workdir(tmp_path / "run", config)
 
 
 def test_pinned_is_for_threads_and_nested_calls():

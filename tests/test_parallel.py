@@ -105,12 +105,13 @@ def pod_runs(topology, processes, output, *requests):
 
 
 def test_two_processes_are_one_mesh(mesh_runs, mesh_folder, tmp_path):
-    """Losses, parameters and samples of 2 processes x 4 devices, whose rows have gaps, are those of one device; and they go on from what
-    eight devices saved."""
+    """Ten updates and samples of 2 processes x 4 devices, whose rows have gaps, are those of one device; and they go on from what eight
+    devices saved."""
     shutil.copytree(mesh_folder / "checkpoints", tmp_path / "checkpoints")
-    results = pod_runs("v5p:2x2x2", 2, tmp_path / "runs.npz", "pair=1,8,1,1,8", "resumed=1,8,1,1,8,resume")
+    results = pod_runs("v5p:2x2x2", 2, tmp_path / "runs.npz", "pair=1,8,1,1,8,half", "resumed=1,8,1,1,8,resume")
     for kind in ("image", "latent"):
-        assert_same_run(part(results, "pair"), part(mesh_runs, "one"), kind)
+        assert len(results[f"pair/{kind}/losses"]) == 10
+        assert_same_run(part(results, "pair"), half_of(part(mesh_runs, "one")), kind)
     assert_goes_on(part(results, "resumed"), part(mesh_runs, "fsdp"))
 
 

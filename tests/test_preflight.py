@@ -45,10 +45,18 @@ def command(tmp_path, *arguments, config=None):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_report():
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """(config, its report, the cache where the compiler's answers are)."""
+    config, place = large_latent(mesh={"data": 1, "fsdp": 4}), tmp_path_factory.mktemp("preflight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "CACHE", place)
+        return config, preflight.preflight(config, "v5e:2x2"), place
+
+
+def test_report(reported):
     """Sizes and rates that can be counted otherwise."""
-    config = large_latent(mesh={"data": 1, "fsdp": 4})
-    report = preflight.preflight(config, "v5e:2x2")
+    config, report, _ = reported
     setting, memory, train = report["setting"], report["memory"], report["train"]
     assert report["fits"] and setting["chips"] == 4 and setting["attention"] == "pallas" and setting["batch_per_chip"] == 8
     experiment = build(config)
@@ -73,10 +81,11 @@ def test_report():
     assert "dearest place" in preflight_report.explain(report)
 
 
-def test_the_second_time_comes_from_the_cache(monkeypatch):
-    first = preflight.preflight(large_latent(), "v5e:2x2", programs=["train"])
+def test_the_second_time_comes_from_the_cache(reported, monkeypatch):
+    config, first, place = reported
+    monkeypatch.setattr(preflight, "CACHE", place)
     monkeypatch.setattr(preflight, "_ask", None)  # nobody is asked
-    second = preflight.preflight(large_latent(), "v5e:2x2", programs=["train"])
+    second = preflight.preflight(config, "v5e:2x2")
     assert second["train"]["compute_s"] == first["train"]["compute_s"]
     with pytest.raises(TypeError):
         preflight.preflight(large_latent(model__depth=3), "v5e:2x2", programs=["train"])

@@ -1,11 +1,6 @@
 """Training: the update against its parts, resuming bit for bit, and what a run leaves behind."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -154,53 +149,6 @@ def test_finished_run_is_left_alone(run):
     assert [entry for entry in before if "events" in entry[0]] == [
         entry for entry in sorted((path.name, path.stat().st_mtime) for path in workdir.rglob("*")) if "events" in entry[0]
     ]
-
-
-TRAIN = """
-import sys; sys.path.insert(0, {tests!r})
-from conftest import small_config
-from diffit_jax.training.loop import train
-train(small_config(training__total_steps=60, training__checkpoint_steps=5, training__grid_steps=1000), {workdir!r})
-"""
-
-
-def start_training(workdir):
-    code = TRAIN.format(tests=os.path.dirname(__file__), workdir=str(workdir))
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-
-
-def final_checkpoint(workdir):
-    from diffit_jax.checkpoint import Checkpoints
-    from diffit_jax.training.loop import restore_state
-
-    experiment = build(small_config())
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=3)
-    return restore_state(checkpoints, abstract_state(experiment, parallel.make_mesh()))
-
-
-def test_sigkill_loses_nothing(tmp_path):
-    """A run killed twice by SIGKILL, while a checkpoint appears and a moment later, ends like one that was left alone."""
-    process = start_training(tmp_path / "whole")
-    assert process.wait(timeout=300) == 0, process.stderr.read()
-    whole = final_checkpoint(tmp_path / "whole")
-    assert int(whole.step) == 60
-
-    workdir, killed_at = tmp_path / "killed", []
-    for checkpoint, delay in ((10, 0.0), (30, 0.03)):
-        process = start_training(workdir)
-        deadline = time.monotonic() + 300
-        while not (workdir / "checkpoints" / str(checkpoint)).exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-            time.sleep(0.005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=60) == -signal.SIGKILL  # it was still running
-        killed_at.append(max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()))
-    assert killed_at[0] < killed_at[1] < 60
-    process = start_training(workdir)
-    assert process.wait(timeout=300) == 0, process.stderr.read()
-    assert_equal_trees(final_checkpoint(workdir), whole)
-    assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())  # half-written ones are cleaned away
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,12 @@ def _train(
     def save(state: TrainState) -> None:
         if snapshots:
             snapshots.wait()  # with a checkpoint, all snapshots before it are complete
-        if events:
-            events.flush()  # and what was logged before it is in the files
+        if events:  # and what was logged before it is in the files
+            try:
+                events.flush()
+            except OSError as error:
+                place = f"{workdir / 'events'} cannot be written ({error.strerror or error})"
+                raise UserError(f"{place}: {files.remedy_for_writing(error)}; complete checkpoints are kept") from error
         keep_directory()
         save_state(checkpoints, state, settings.batch_size)
 
