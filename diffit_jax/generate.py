@@ -125,20 +125,13 @@ def sample(
     num_classes, is_latent = loaded.model.num_classes, bool(loaded.data.autoencoder)
     if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
         raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
-    if not num_classes and labels is not None:
-        raise UserError(f"the model in {source.name} is unconditional: leave out --labels")
-    labels_in_words = labels if isinstance(labels, str) else None
-    usual = default_labels(seeds, num_classes)
-    if labels is None:
-        labels = usual
-    elif isinstance(labels, str):
-        labels = parse_labels(labels, seeds, num_classes)
-    else:
-        labels = give_out(labels, len(seeds), num_classes)
+    asked, labels = labels, _labels(labels, seeds, num_classes, source.name)
     settings = _override(loaded.sampling, overrides)
     if settings.guide.active and settings.guidance != "autoguidance" and not num_classes:
         raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
-    differences = dict(_differences(loaded.sampling, settings, seeds, labels, usual, labels_in_words)) | dict(source.differences)
+    in_words = asked if isinstance(asked, str) else in_short(labels.tolist())
+    labels_differ = not np.array_equal(labels, default_labels(seeds, num_classes))
+    differences = dict(_differences(loaded.sampling, settings, seeds, in_words if labels_differ else None)) | dict(source.differences)
     settings = batch_settings(settings, mesh, len(seeds))
     parallel.prove_rows(mesh, settings.batch_size)
     weaker_run = weaker_opened = None
@@ -214,6 +207,15 @@ def sample(
     return _conclude(output, record)
 
 
+def _labels(asked: Sequence[int] | str | None, seeds: Sequence[int], num_classes: int, name: str) -> np.ndarray:
+    """The label of each seed, (N,) int64."""
+    if asked is None:
+        return default_labels(seeds, num_classes)
+    if not num_classes:
+        raise UserError(f"the model in {name} is unconditional: leave out --labels")
+    return parse_labels(asked, seeds, num_classes) if isinstance(asked, str) else give_out(asked, len(seeds), num_classes)
+
+
 def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
     """The end of a request on every process, given its record on the first one: good only if all samples are finite."""
     bad = record["not_finite"] if record else {"count": 0}
@@ -241,15 +243,13 @@ def _makes_samples(settings: Sampling) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "guide_workdir")}
 
 
-def _differences(
-    usual: Sampling, settings: Sampling, seeds: Sequence[int], labels: np.ndarray, usual_labels: np.ndarray, labels_in_words: str | None
-) -> Iterator[tuple[str, Any]]:
-    """What of a request differs from the default one, in words."""
+def _differences(usual: Sampling, settings: Sampling, seeds: Sequence[int], labels: str | None) -> Iterator[tuple[str, Any]]:
+    """What of a request differs from the default one, in words; `labels` None: they do not."""
     seeds = [int(seed) for seed in seeds]
     if seeds != list(range(len(seeds))):
         yield "seeds", _in_words(in_short(seeds))
-    if not np.array_equal(labels, usual_labels):
-        yield "labels", _in_words(labels_in_words or in_short(labels.tolist()))
+    if labels is not None:
+        yield "labels", _in_words(labels)
     ours, theirs = _makes_samples(settings), _makes_samples(usual)
     yield from ((name, value) for name, value in ours.items() if value != theirs[name] and value != "")
     if settings.guidance == "autoguidance" and settings.guide_workdir != usual.guide_workdir:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from diffit_jax import files, models, parallel
+from diffit_jax import backend, files, models, parallel
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.sampling import copy_bytes, copy_fits, sampler_without_autoguidance
@@ -50,6 +50,7 @@ SWEEPS = {
 }
 
 
+@backend.pinned()
 def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: Sequence[str] = ("train", "sample")) -> dict[str, Any]:
     """Compiles the programs of a config for a topology and says what they need and take.
 
