@@ -1,5 +1,6 @@
 """What the arrays of a network hold: whether they are finite, and a fingerprint of them. Computed where they lie."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ def fingerprint(tree: Any) -> str:
 def not_finite(tree: Any) -> list[str]:
     """Names of the arrays in a pytree that have a NaN or infinity, each with how many."""
     leaves = _named(tree)
-    counts = _of_each(lambda leaf: jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32), leaves)
+    counts = _of_each(_count_bad, leaves)
     return [f"{name} ({bad} of {leaf.size})" for (name, leaf), bad in zip(leaves, counts, strict=True) if bad]
 
 
@@ -48,8 +49,16 @@ def _of_each(function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str,
     everywhere = None
     if isinstance(arrays[0], jax.Array) and isinstance(arrays[0].sharding, NamedSharding):
         everywhere = NamedSharding(arrays[0].sharding.mesh, PartitionSpec())
-    result = jax.jit(lambda arrays: jnp.stack([function(array) for array in arrays]), out_shardings=everywhere)(arrays)
-    return np.asarray(result.addressable_data(0)).tolist()
+    return np.asarray(_program(function, everywhere)(arrays).addressable_data(0)).tolist()
+
+
+@functools.lru_cache(maxsize=16)
+def _program(function: Callable[[jax.Array], jax.Array], everywhere: NamedSharding | None) -> Callable:
+    return jax.jit(lambda arrays: jnp.stack([function(array) for array in arrays]), out_shardings=everywhere)
+
+
+def _count_bad(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32)
 
 
 def _sums(leaf: jax.Array) -> jax.Array:
@@ -58,7 +67,8 @@ def _sums(leaf: jax.Array) -> jax.Array:
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.stack([jnp.sum(_mixed(bits ^ _mixed(place + np.uint32(salt))), dtype=jnp.uint32) for salt in (1, 0x9E3779B1)])
+    mixed = _mixed(bits ^ _mixed(place + np.uint32(1)))
+    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in (mixed, _mixed(mixed + np.uint32(0x9E3779B1)))])
 
 
 def _mixed(x: jax.Array) -> jax.Array:

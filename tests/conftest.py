@@ -1,11 +1,13 @@
 """Two virtual devices, so that everything runs sharded, and small experiments that compile in seconds."""
 
+import gc
 import os
 import signal
 import tempfile
 
 from processes import QUICK_TO_COMPILE
 
+gc.set_threshold(200_000, 20, 100)  # tracing makes many small objects; looking for garbage took a tenth of the time
 os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)  # commands that tests start inherit it
 # Under nohup commands would inherit that SIGHUP is ignored; one that is handled they do not.
 signal.signal(signal.SIGHUP, lambda *_: None)

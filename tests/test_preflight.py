@@ -153,7 +153,7 @@ def test_meshes_of_several_slices(topology, shape):
 def test_sweep():
     """All combinations, the impossible ones with the reason; the best is the one with the highest rate."""
     dimensions = preflight.parse_sweep("num_heads=2/3,mesh=fsdp=1/fsdp=4")
-    reports = list(preflight.sweep(large_latent(model__attention="xla"), "v5e:2x2", 1, dimensions))
+    reports = list(preflight.sweep(small_latent_config(training__batch_size=32), "v5e:2x2", 1, dimensions))
     assert [tuple(report["varied"].values()) for report in reports] == [("2", "fsdp=1"), ("2", "fsdp=4"), ("3", "fsdp=1"), ("3", "fsdp=4")]
     assert all("num_heads 3" in report["error"] for report in reports[2:])
     best = preflight_report.best_of(reports)
