@@ -55,7 +55,6 @@ def pinned() -> Iterator[None]:
         "JAX_DISABLE_JIT": config.jax_disable_jit,
         "JAX_NUMPY_RANK_PROMOTION": config.jax_numpy_rank_promotion == "raise",
         "JAX_RANDOM_SEED_OFFSET": bool(getattr(config, "jax_random_seed_offset", 0)),
-        "JAX_CHECK_TRACER_LEAKS": config.jax_check_tracer_leaks,
         "JAX_NO_EXECUTION": bool(getattr(config, "jax_no_execution", False)),
     }
     for name, switched_on in modes.items():

@@ -140,8 +140,8 @@ def _build(config: ConfigDict | Mapping[str, Any], wrong: _Here) -> Experiment:
     config = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
     kinds = {field.name: field.type for field in dataclasses.fields(Experiment)}
     _check_keys("", config, kinds, [section for section in kinds if section != "mesh"], wrong)
-    for section in kinds.keys() - {"seed"}:
-        if not isinstance(config.get(section, {}), Mapping):
+    for section in kinds:
+        if section != "seed" and not isinstance(config.get(section, {}), Mapping):
             raise UserError(f"config key {section} is {config[section]!r}: it must be a section")
     for section, choices in (("model", MODELS), ("process", PROCESSES)):
         name = config[section].pop("name", None)
@@ -282,12 +282,13 @@ def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Ite
 
 
 def number_settings(section: str, value: Any) -> dict[str, Any]:
-    """The settings of a section's object that change numbers, JSON values by name; a model's and a process's kind is among them."""
+    """The settings of a section's object that change numbers, JSON values by name; `name` of a model and a process is among them."""
     names = [field.name for field in dataclasses.fields(value) if not (isinstance(value, nn.Module) and field.name in ("parent", "name"))]
     settings = {name: getattr(value, name) for name in names if f"{section}.{name}" not in _FREE_KEYS}
     if "dtype" in settings:
         settings["dtype"] = np.dtype(settings["dtype"]).name
-    return {"kind": type(value).__name__} | settings if section in ("model", "process") else settings
+    kinds = {kind: name for name, kind in (MODELS | PROCESSES).items()}
+    return {"name": kinds[type(value)]} | settings if type(value) in kinds else settings
 
 
 def _settings(config: Mapping[str, Any], config_file: epath.PathLike | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffit_jax.console import Progress
 from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
-from diffit_jax.errors import UserError
+from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.experiment import CHECKPOINTS, CONFIG_FILE, SNAPSHOTS, Experiment, claimed_workdir, write_config
 from diffit_jax.sampling import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.state import Opened, TrainState, all_finite, create_state, open_experiment
@@ -278,9 +278,10 @@ def _write_grid(path: epath.Path, sampler: Sampler, state: TrainState, experimen
     """
     seeds = np.arange(experiment.training.grid_images)
     try:
-        samples = sampler.draw(state.ema_variables, seeds, default_labels(seeds, experiment.model.num_classes))
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        log.warning("the grid %s could not be drawn (%s): fewer training.grid_images take less memory", path, _first_words(error))
+        with backend.memory_for("fewer training.grid_images take less"):
+            samples = sampler.draw(state.ema_variables, seeds, default_labels(seeds, experiment.model.num_classes))
+    except OutOfMemory as error:
+        log.warning("the grid %s could not be drawn: %s", path, error)
         return
     if not distributed.is_first():
         return
@@ -289,10 +290,6 @@ def _write_grid(path: epath.Path, sampler: Sampler, state: TrainState, experimen
         log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
     is_latent = bool(experiment.data.autoencoder)
     pixels.write_preview(path, samples if is_latent else np.asarray(pixels.to_pixels(samples)), is_latent)
-
-
-def _first_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _line(values: dict[str, float]) -> str:
