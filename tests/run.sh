@@ -16,4 +16,5 @@ fi
 bash launch/setup_env.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# By name, not by the number of tests: files with few and long ones would come last, one core idle beside them.
+JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
