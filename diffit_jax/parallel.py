@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffit_jax import backend, limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
+from diffit_jax.models import attention_kernel
 from diffit_jax.models.layout import Layout, layout
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,14 @@ def local_device(mesh: Mesh) -> jax.Device:
     Not `mesh.local_mesh`, which a process whose devices have gaps on the mesh does not have.
     """
     return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+
+
+def try_kernel(mesh: Mesh) -> None:
+    """On TPUs, finds out whether their compiler takes the attention kernel, see `attention_kernel.try_to_compile`."""
+    devices = list(mesh.devices.flat)
+    if devices[0].platform == "tpu":
+        local = (device for device in devices if device.process_index == jax.process_index())
+        attention_kernel.try_to_compile(next(local, devices[0]))
 
 
 def memory_of(device: jax.Device) -> float | None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,8 @@ def preflight(config: ConfigDict, topology: str, num_slices: int = 1, programs: 
     if num_slices > 1:
         config.mesh = ConfigDict(dict(config.get("mesh") or {}))
         config.mesh.num_slices = num_slices
-    opened = open_experiment(config, devices)
+    with _for_another_machine():  # it may try the attention kernel
+        opened = open_experiment(config, devices)
     experiment, mesh, state = opened.experiment, opened.mesh, opened.state
     settings, model = experiment.training, experiment.model
     chips = len(devices) // chip.devices
@@ -218,7 +220,7 @@ def calibrate(topology: str) -> list[dict[str, Any]]:
     rows = []
     for m, k, n in ((8192, 8192, 8192), (8192, 1152, 4608), (8192, 4608, 1152)):
         a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parallel.replicated(mesh)) for shape in ((m, k), (k, n)))
-        with _uncached():
+        with _for_another_machine():
             text = jax.jit(jnp.matmul).lower(a, b).compile().as_text()
         seconds = cost(parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
         share = 2 * m * k * n / seconds / chip.peak_flops
@@ -279,7 +281,7 @@ def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dic
 def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
     started = time.monotonic()
     try:
-        with _uncached():
+        with _for_another_machine():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -321,13 +323,20 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    """Keeps jax from writing a program for another machine into its cache, from which it could not be read again."""
+def _for_another_machine() -> Iterator[None]:
+    """Programs compiled in this block are for devices that are not here.
+
+    They are kept out of jax's cache, from which they could not be read again. And jax before 0.10 asks such devices for their usual layouts
+    after compiling, which of 0.7.2 killed the process; what it wants to know matters to those who run the program.
+    """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if jax.__version_info__ < (0, 10):
+                stack.enter_context(mock.patch("jax._src.interpreters.pxla.is_default_layout", lambda *_: True))
+            yield
     finally:
         jax.config.update(name, before)
 

@@ -7,6 +7,7 @@ import os
 from typing import Protocol
 
 import numpy as np
+from absl import logging as absl_logging
 from etils import epath
 
 from diffit_jax import files, lock
@@ -140,16 +141,20 @@ def _open_digits(split: str, data_dir: str) -> ArraySource:
     """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in memory in the same order."""
     from diffit_jax.data import digits
 
+    loudness = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.FATAL)  # it prints a page before it fails
     try:
         import tensorflow_datasets as tfds  # takes a second to import
 
         from diffit_jax.data.digits_builder import Digits
 
         tfds.disable_progress_bar()
-    except (ImportError, TypeError, AttributeError) as error:  # its generated code and the installed protobuf do not fit together
+    except Exception as error:  # its generated code and the installed protobuf do not fit together, say
         reason = " ".join(str(error).split())[:120]
         log.info("data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)", reason)
         return ArraySource(*digits.prepared(split), digits.NUM_CLASSES)
+    finally:
+        absl_logging.set_verbosity(loudness)
 
     place = data_dir or "~/tensorflow_datasets"
     try:

@@ -63,7 +63,7 @@ def _xavier_to_heads(scale: float = 1.0):
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3))
 
 
-# How attention is computed. "auto" is the kernel on TPUs, where it serves the window, and XLA elsewhere.
+# How attention is computed. "auto" is the kernel on TPUs, where it serves the window and compiles, and XLA elsewhere.
 BACKENDS = ("auto", "xla", "pallas", "cudnn")
 
 
@@ -85,7 +85,10 @@ def choose_backend(wanted: str, platform: str, window: int, head_width: int, dty
         if wanted == "auto" and platform != "tpu":
             return "xla", ""
         reason = attention_kernel.supports(window)
-        return ("xla", f"the kernel does not serve it: {reason}") if reason else ("pallas", "")
+        if reason:
+            return "xla", f"the kernel does not serve it: {reason}"
+        refusal = attention_kernel.refusal() if wanted == "auto" else ""
+        return ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
     if wanted == "cudnn" and (platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128):
         return "xla", "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8"
     return wanted, ""

@@ -31,6 +31,37 @@ def supports(window: int) -> str:
     return ""
 
 
+# Why a small kernel could not be compiled for this process's TPUs, by their kind; "" if it could.
+_tried: dict[str, str] = {}
+
+
+def refusal() -> str:
+    """Why the TPU's compiler does not take the kernel, as far as `try_to_compile` has found out; "" if nothing speaks against it."""
+    return next((reason for reason in _tried.values() if reason), "")
+
+
+def try_to_compile(device: jax.Device) -> None:
+    """Compiles a small kernel for a TPU, forward and backward, once in a process: jax and the TPU's library may not fit together.
+
+    Without this, "auto" would choose a kernel that ends the run.
+    """
+    if device.device_kind in _tried:
+        return
+    small, window = (1, 1, BLOCK * 2, 64), 16
+    shapes = [small] * 3 + [((2 * window - 1) ** 2, 1)]
+    there = jax.sharding.SingleDeviceSharding(device)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=there) for shape in shapes]
+
+    def total(q, k, v, table):
+        return jnp.sum(attention(q, k, v, bias_strips(table.astype(jnp.float32), window)), dtype=jnp.float32)
+
+    try:
+        jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))).lower(*arrays).compile()
+        _tried[device.device_kind] = ""
+    except Exception as error:  # whatever the library says
+        _tried[device.device_kind] = " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def bias_strips(table: jax.Array, window: int) -> jax.Array:
     """The position bias of every block of 128 queries, as one array of which each block takes a slice.
 

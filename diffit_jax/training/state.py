@@ -86,6 +86,8 @@ def open_experiment(
         parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
     else:
         mesh = parallel.any_mesh(devices, experiment.mesh)
+    if getattr(experiment.model, "attention", "") == "auto":
+        parallel.try_kernel(mesh)
     state = abstract_state(experiment, mesh)
     parallel.check_axes(mesh, state.params)
     return Opened(experiment, mesh, state)
