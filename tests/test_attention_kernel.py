@@ -180,3 +180,41 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch):
         text = jax.jit(jax.grad(loss)).trace(variables, x, time).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax(" in text or "__cudnn$fmhaScaleBiasSoftmax " in text
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+
+
+# --- A compiler that does not take the kernel
+
+
+def test_auto_takes_xlas_attention_where_the_kernel_does_not_compile(monkeypatch):
+    """Tried once for a kind of device; what was asked for by name stays, and fails with the compiler's own words."""
+    asked = []
+
+    class Device:
+        device_kind, platform = "TPU v5 lite", "tpu"
+
+    def failing(*_, **__):
+        asked.append(1)
+        raise RuntimeError("INTERNAL: Failed to deserialize the Mosaic module:\nUnsupported version: expected <= 7 but got 8")
+
+    monkeypatch.setattr(attention_kernel, "_tried", {})
+    arguments = "tpu", 16, 64, jnp.bfloat16
+    assert choose_backend("auto", *arguments) == ("pallas", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.sharding, "SingleDeviceSharding", failing)
+        attention_kernel.try_to_compile(Device())
+        attention_kernel.try_to_compile(Device())
+    assert len(asked) == 1
+    backend, why = choose_backend("auto", *arguments)
+    assert backend == "xla" and why.startswith("the kernel does not compile here: INTERNAL: Failed to deserialize") and "\n" not in why
+    assert choose_backend("pallas", *arguments) == ("pallas", "") and choose_backend("auto", "cpu", *arguments[1:]) == ("xla", "")
+
+
+def test_the_compiler_at_hand_takes_the_kernel(monkeypatch):
+    """Forward and backward, for a chip that is not here."""
+    from diffit_jax import parallel, preflight
+
+    monkeypatch.setattr(attention_kernel, "_tried", {})
+    devices = preflight.topology_devices("v5e:2x2")
+    with preflight._for_another_machine():
+        parallel.try_kernel(parallel.make_mesh(devices))
+    assert list(attention_kernel._tried.values()) == [""]

@@ -49,13 +49,13 @@ def try_to_compile(device: jax.Device) -> None:
         return
     small, window = (1, 1, BLOCK * 2, 64), 16
     shapes = [small] * 3 + [((2 * window - 1) ** 2, 1)]
-    there = jax.sharding.SingleDeviceSharding(device)
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=there) for shape in shapes]
 
     def total(q, k, v, table):
         return jnp.sum(attention(q, k, v, bias_strips(table.astype(jnp.float32), window)), dtype=jnp.float32)
 
     try:
+        there = jax.sharding.SingleDeviceSharding(device)
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=there) for shape in shapes]
         jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))).lower(*arrays).compile()
         _tried[device.device_kind] = ""
     except Exception as error:  # whatever the library says
