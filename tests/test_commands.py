@@ -219,13 +219,24 @@ def test_weights_of_the_released_code_are_not_replaced(run, latent_run, tmp_path
     assert result.returncode == 0 and target.stat().st_size > 1000, result.stderr
 
 
-def test_configs_are_found_beside_the_script(monkeypatch):
+def test_configs_are_found_beside_the_script(tmp_path):
     """The package may be installed elsewhere, and the scripts run from a clone."""
-    from diffit_jax import cli
-
-    monkeypatch.setattr(cli, "__file__", "/site-packages/diffit_jax/cli.py")
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "sample.py")])
-    assert cli.config_for_weights(None, str(WEIGHTS["a"]))["model"]["depth"] == 28
-    monkeypatch.setattr(sys, "argv", ["/elsewhere/launch/sample.py"])
-    with pytest.raises(UserError, match=r"there is no configs/imagenet256_latent\.py .*: name a config by --config"):
-        cli.config_for_weights(None, str(WEIGHTS["a"]))
+    code = """
+import sys
+from diffit_jax import cli  # listens to signals from here on: in a process of its own
+cli.__file__ = "/site-packages/diffit_jax/cli.py"
+print(cli.config_for_weights(None, sys.argv[1])["model"]["depth"])
+sys.argv[0] = "/elsewhere/launch/sample.py"
+try:
+    cli.config_for_weights(None, sys.argv[1])
+except cli.UserError as error:
+    print(error)
+"""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "try.py").write_text(code)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = [sys.executable, str(tmp_path / "launch" / "try.py"), str(WEIGHTS["a"])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=str(ROOT)))
+    found, missed = result.stdout.splitlines()
+    assert found == "28" and missed.startswith("there is no configs/imagenet256_latent.py in this installation"), result.stderr
+    assert missed.endswith("name a config by --config")
