@@ -123,7 +123,7 @@ def test_data_directories_too(tmp_path, monkeypatch):
 def test_an_empty_flag_is_one_line(verb, flags, named, tmp_path):
     write_config(tmp_path / "c.py", small_latent_config())
     before = sorted(tmp_path.iterdir())
-    status, errors = command(verb, *flags, cwd=tmp_path)
+    status, errors = command(verb, *flags, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
     assert status == 1 and errors == f"error: {named} is empty: name a path (was a variable of the shell not set?)"
     assert sorted(tmp_path.iterdir()) == before
 
