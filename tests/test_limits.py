@@ -39,7 +39,7 @@ VALUES = (
     (),
     (0,),
 )
-VALUES += ((), (0,), (1, -2), ("a",), (None,), [3, 0], {}, np.float32(1.5), np.int64(2), b"x")
+VALUES += ((1, -2), ("a",), (None,), [3, 0], {}, np.float32(1.5), np.int64(2), b"x")
 
 
 def attributes(config):
