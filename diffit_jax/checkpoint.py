@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -207,20 +206,13 @@ class Checkpoints:
 
 
 def _without_moments(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters and averages: an optimizer's moments may overflow, and the run is sound."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(items)
-    return {"/".join(map(_key, path)): leaf for path, leaf in leaves if "opt_state" not in map(_key, path)}
-
-
-def _key(entry: Any) -> str:
-    return jax.tree_util.keystr((entry,), simple=True)
+    """Parameters and averages by their paths: an optimizer's moments may overflow, and the run is sound."""
+    return {name: leaf for name, leaf in contents.named(items) if "opt_state" not in name.split("/")}
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """dtype and shape of every array by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return {name(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
+    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in contents.named(tree)}
 
 
 def _first_line(error: Exception) -> str:

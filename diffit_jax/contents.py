@@ -16,7 +16,7 @@ def fingerprint(tree: Any) -> str:
 
     Sums of 32-bit integers do not depend on their order, nor on how an array is divided over devices.
     """
-    leaves = _named(tree)
+    leaves = named(tree)
     sums = _of_each(_sums, leaves)
     digest = hashlib.sha256()
     for (name, leaf), pair in zip(leaves, sums, strict=True):
@@ -26,7 +26,7 @@ def fingerprint(tree: Any) -> str:
 
 def not_finite(tree: Any) -> list[str]:
     """Names of the arrays in a pytree that have a NaN or infinity, each with how many."""
-    leaves = _named(tree)
+    leaves = named(tree)
     counts = _of_each(_count_bad, leaves)
     return [f"{name} ({bad} of {leaf.size})" for (name, leaf), bad in zip(leaves, counts, strict=True) if bad]
 
@@ -36,7 +36,8 @@ def first_few(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _named(tree: Any) -> list[tuple[str, jax.Array]]:
+def named(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a pytree with their paths, such as `params/final/bias`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 

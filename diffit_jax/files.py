@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import secrets
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -86,6 +87,15 @@ def size(path: epath.PathLike) -> int:
     """Bytes of a file."""
     path = epath.Path(path)
     return os.stat(path).st_size if is_local(path) else path.stat().length  # etils' also asks for the owner's name, who may have none
+
+
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """The content of a JSON file, if it is there and of a kind; otherwise None."""
+    try:
+        content = json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, kind) else None
 
 
 @contextlib.contextmanager

@@ -159,13 +159,7 @@ def sample(
     distributed.check_agreement({"request for samples": lambda: str(request.identity), "code version": distributed.code_version})
     log.info("precision of float32 matrix products: %s", backend.matmul_precision())
     files_there = SampleFiles(output, request, overwrite)
-    record: dict[str, Any] | None = None
-
-    def look() -> None:
-        nonlocal record
-        record = files_there.finished()
-
-    distributed.first_then_all(look, lambda: None)
+    record = distributed.first_then_all(files_there.finished, lambda: None)
     if distributed.agreed(record is not None):
         log.info("%s holds these samples already", output)
         return _conclude(output, record)
@@ -196,14 +190,14 @@ def sample(
         except KeyboardInterrupt as error:
             raise interruption.Interrupted(kept) from error
 
-        def finish() -> None:
-            nonlocal record
+        def finish() -> dict[str, Any]:
             record = files_there.finish(labels, seeds, {"matmul_precision": backend.matmul_precision()})
             pixels.write_preview(files_there.picture, files_there.first(PREVIEWED), is_latent)
             files_there.leave()
+            return record
 
         with interruption.held():  # what is complete need not be begun again
-            distributed.first_then_all(finish, lambda: None)
+            record = distributed.first_then_all(finish, lambda: None)
     return _conclude(output, record)
 
 

@@ -90,7 +90,7 @@ def one_of(*choices: str) -> Limits:
 
 FINITE = Limits()
 Count = Annotated[int, at_least(1)]
-CountOrNone = Annotated[int, at_least(0)]
+CountOrZero = Annotated[int, at_least(0)]
 Side = Annotated[int, at_least(1, most=2**14)]  # of an image or latent
 Width = Annotated[int, at_least(1, most=2**20)]
 NoiseLevel = Annotated[float, at_least(1e-9, most=1e9)]  # whose square float32 holds

@@ -99,7 +99,7 @@ class SampleFiles:
             return None
         recorded = read_record(self.output)
         difference = "files of unknown origin" if recorded is None else self.request.difference(recorded["request"])
-        begun = _read_object(self._parts / _REQUEST)
+        begun = files.read_json(self._parts / _REQUEST)
         if begun is not None and not self.request.difference(begun):
             return None  # it was interrupted while these files were written
         if not difference and self.output in there and files.size(self.output) == recorded.get("bytes"):
@@ -127,7 +127,7 @@ class SampleFiles:
 
     def _check_parts(self) -> None:
         path = self._parts / _REQUEST
-        begun = _read_object(path)
+        begun = files.read_json(path)
         difference = self.request.difference(begun) if begun is not None else ""
         if (difference or begun is None) and self._overwrite:
             for entry in self._parts.iterdir():
@@ -140,7 +140,7 @@ class SampleFiles:
                 f"{self._parts} holds samples of an interrupted request with {difference}: repeat that request{again}, delete the "
                 "directory, or choose another --output"
             )
-        elif begun is None and path.exists() and not self._overwrite:
+        elif begun is None and path.exists():
             raise UserError(f"{path} is damaged (it is no request): delete {self._parts}")
         if begun is None or difference:
             files.write_bytes(path, json.dumps(self.request.as_json(), indent=2).encode())
@@ -196,7 +196,9 @@ class SampleFiles:
                     entry.write(content)
             with archive.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.asarray(labels, np.int64), allow_pickle=False)
-        bad = [start + row for start, stop, _ in stretches for row in _read_json(self._parts / f"{start:08d}-{stop:08d}.json") or []]
+        bad = [
+            start + row for start, stop, _ in stretches for row in files.read_json(self._parts / f"{start:08d}-{stop:08d}.json", list) or []
+        ]
         record = {
             "samples": self.output.name,
             "bytes": files.size(self.output),
@@ -226,7 +228,7 @@ class SampleFiles:
 
 def read_record(samples: epath.Path) -> dict[str, Any] | None:
     """What is recorded beside a file of samples; None if there is nothing, or something else."""
-    record = _read_object(samples.with_suffix(".json"))
+    record = files.read_json(samples.with_suffix(".json"))
     return record if record is not None and isinstance(record.get("request"), dict) else None
 
 
@@ -240,20 +242,6 @@ def named_seeds(seeds: Iterable[int]) -> str:
     """Seed numbers for a message: the first few."""
     seeds = list(seeds)
     return in_short(seeds[:20]) + (f" and {len(seeds) - 20} more" if len(seeds) > 20 else "")
-
-
-def _read_json(path: epath.Path) -> Any:
-    """The content of a JSON file; None if it is not there or none."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _read_object(path: epath.Path) -> dict[str, Any] | None:
-    """The same of one that holds an object."""
-    content = _read_json(path)
-    return content if isinstance(content, dict) else None
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from diffit_jax.data import pixels
 from diffit_jax.diffusion.guidance import KINDS, Guidance
 from diffit_jax.diffusion.samplers import Churn
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrNone, above, at_least, one_of, share
+from diffit_jax.limits import Count, CountOrZero, above, at_least, one_of, share
 
 # The first two belong to the process ddpm; the others serve both.
 SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_solver")
@@ -50,7 +50,7 @@ class Optimizer:
     """
 
     learning_rate: Annotated[float, above(0)]
-    warmup_steps: CountOrNone
+    warmup_steps: CountOrZero
     name: Annotated[str, one_of("adam", "lamb")] = "adam"
     beta1: Annotated[float, share(below_one=True)] = 0.9
     beta2: Annotated[float, share(below_one=True)] = 0.999
@@ -58,7 +58,7 @@ class Optimizer:
     weight_decay: Annotated[float, at_least(0)] = 0.0
     max_gradient_norm: Annotated[float, at_least(0)] = 0.0
     schedule: Annotated[str, one_of("constant", "cosine")] = "constant"
-    decay_steps: CountOrNone = 0
+    decay_steps: CountOrZero = 0
 
     def __post_init__(self):
         limits.check(self, "optimizer")
@@ -117,7 +117,7 @@ class Training:
     accumulation: Count = 1
     max_bad_steps: Count = 20
     checkpoint_minutes: Annotated[float, at_least(0)] = 0.0
-    keep_every_steps: CountOrNone = 0
+    keep_every_steps: CountOrZero = 0
 
     def __post_init__(self):
         limits.check(self, "training")
@@ -153,7 +153,7 @@ class Sampling:
     guidance_power: Annotated[float, above(0)] = 4.0
     guidance_sigma_low: Annotated[float, at_least(0)] = 0.0
     guidance_sigma_high: Annotated[float, at_least(0, infinite=True)] = float("inf")
-    guide_channels: CountOrNone = 0
+    guide_channels: CountOrZero = 0
     skip_tolerance: Annotated[float, at_least(0)] = 1e-3
     guide_workdir: str = ""
     pixel_rounding: Annotated[str, one_of(*pixels.ROUNDINGS)] = "edm"

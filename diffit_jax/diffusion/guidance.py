@@ -26,7 +26,7 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import CountOrNone, above, at_least, one_of
+from diffit_jax.limits import CountOrZero, above, at_least, one_of
 
 Conditioning = Mapping[str, jax.Array]
 Evaluation = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
@@ -55,7 +55,7 @@ class Guidance:
     power: Annotated[float, above(0)] = 4.0
     sigma_low: Annotated[float, at_least(0)] = 0.0
     sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
-    channels: CountOrNone = 0
+    channels: CountOrZero = 0
     skip_tolerance: Annotated[float, at_least(0)] = 1e-3
 
     def __post_init__(self):

@@ -177,13 +177,9 @@ def read_samples(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
 def _refuse_other_scores(output: epath.Path, digest: str, overwrite: bool) -> None:
     if overwrite or not output.exists():
         return
-    try:
-        held = json.loads(output.read_text())
+    held = files.read_json(output) or {}
+    if held.get("samples_sha256") != digest:
         of = held.get("samples")
-        same = held.get("samples_sha256") == digest
-    except (OSError, ValueError, AttributeError):
-        of, same = None, False
-    if not same:
         what = f"holds the scores of {of}, which had other images" if of else "is of unknown origin"
         raise UserError(f"{output} is there already and {what}: name another --output, or say --overwrite")
 

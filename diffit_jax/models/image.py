@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrNone, Dtype, Side, Width, at_least
+from diffit_jax.limits import Count, CountOrZero, Dtype, Side, Width, at_least
 from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
 from diffit_jax.models.layout import dense
@@ -45,7 +45,7 @@ class ImageDiffiT(nn.Module):
     window: Count = 4
     time_width: Width = 512
     head_width: Count = 64
-    num_classes: CountOrNone = 0
+    num_classes: CountOrZero = 0
     mlp_ratio: Count = 4
     scan_unroll: Count = 1
     dtype: Dtype = jnp.float32

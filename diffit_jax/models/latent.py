@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrNone, Dtype, Side, Width, one_of
+from diffit_jax.limits import Count, CountOrZero, Dtype, Side, Width, one_of
 from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
@@ -65,7 +65,7 @@ class LatentDiffiT(nn.Module):
     depth: Count = 28
     num_heads: Count = 16
     mlp_ratio: Count = 4
-    num_classes: CountOrNone = 1000
+    num_classes: CountOrZero = 1000
     learn_sigma: bool = True
     slim_tmsa: bool = False
     scan_unroll: Count = 1
