@@ -1,4 +1,5 @@
-"""Packaging. Ranges say what the code works with; constraints.txt and, for Colab, constraints-colab.txt pin what is tested.
+"""Packaging. Ranges say what the code works with; constraints.txt and, for Colab,
+constraints-colab.txt pin what is tested.
 
 The floors are Colab's versions: what came preinstalled there is not to be moved.
 """
@@ -10,7 +11,8 @@ from setuptools import find_packages, setup
 setup(
     name="diffit_jax",
     version="0.1.0",
-    description="DiffiT (Diffusion Vision Transformers for Image Generation) in JAX and Flax, for TPUs, GPUs and laptops",
+    description="DiffiT (Diffusion Vision Transformers for Image Generation) in JAX and Flax, for "
+    "TPUs, GPUs and laptops",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -44,7 +46,9 @@ setup(
         "cuda": ["jax[cuda12]"],
         "test": [
             "ipykernel>=6.29",
-            "libtpu",  # its compiler, for launch/preflight.py; jax and libtpu belong together, see constraints.txt
+            # Its compiler, for launch/preflight.py; jax and libtpu belong together, see
+            # constraints.txt.
+            "libtpu",
             "matplotlib>=3.9",
             "nbclient>=0.10",
             "nbformat>=5.10",

@@ -1,4 +1,5 @@
-"""Class-conditional image DiffiT on 8×8 handwritten digits: trains on two CPU cores in about three minutes."""
+"""Class-conditional image DiffiT on 8×8 handwritten digits: trains on two CPU cores in about three
+minutes."""
 
 from ml_collections import ConfigDict
 
@@ -21,7 +22,9 @@ def get_config() -> ConfigDict:
             head_width=16,
             num_classes=10,
             mlp_ratio=4,
-            scan_unroll=2,  # the depth of a stage: on a CPU, a loop of small layers costs more than compiling them one by one
+            # The depth of a stage: on a CPU, a loop of small layers costs more than compiling them
+            # one by one.
+            scan_unroll=2,
             dtype="float32",  # of the matrix products; bfloat16 pays on TPUs and GPUs, not on CPUs
         )
     )
@@ -38,9 +41,12 @@ def get_config() -> ConfigDict:
         )
     )
 
-    config.optimizer = ConfigDict(dict(learning_rate=2e-3, warmup_steps=200, beta1=0.9, beta2=0.999, epsilon=1e-8))
+    config.optimizer = ConfigDict(
+        dict(learning_rate=2e-3, warmup_steps=200, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    )
 
-    # EDM has a half-life of 500,000 images in a run of 200 million; this run is shorter by three orders of magnitude.
+    # EDM has a half-life of 500,000 images in a run of 200 million; this run is shorter by three
+    # orders of magnitude.
     config.ema = ConfigDict(dict(halflife_images=10_000, rampup_ratio=0.05))
 
     config.training = ConfigDict(
@@ -58,5 +64,7 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
 
-    config.sampling = ConfigDict(dict(num_steps=18, guidance_scale=1.5, batch_size=100, churn_amount=0.0))
+    config.sampling = ConfigDict(
+        dict(num_steps=18, guidance_scale=1.5, batch_size=100, churn_amount=0.0)
+    )
     return config.lock()

@@ -1,4 +1,5 @@
-"""Latent DiffiT on 8×8 handwritten digits, taken as 1-channel latents: the ImageNet recipe in small, on two CPU cores in four minutes."""
+"""Latent DiffiT on 8×8 handwritten digits, taken as 1-channel latents: the ImageNet recipe in
+small, on two CPU cores in four minutes."""
 
 from ml_collections import ConfigDict
 
@@ -23,17 +24,28 @@ def get_config() -> ConfigDict:
             num_classes=10,
             learn_sigma=True,
             slim_tmsa=False,
-            scan_unroll=4,  # the depth: on a CPU, a loop of small layers costs more than compiling them one by one
+            # The depth: on a CPU, a loop of small layers costs more than compiling them one by one.
+            scan_unroll=4,
             remat="none",
             dtype="float32",
         )
     )
 
     config.process = ConfigDict(
-        dict(name="ddpm", num_timesteps=1000, schedule="linear", variance="learned_range", loss_type="hybrid", respacing="", rho=7.0)
+        dict(
+            name="ddpm",
+            num_timesteps=1000,
+            schedule="linear",
+            variance="learned_range",
+            loss_type="hybrid",
+            respacing="",
+            rho=7.0,
+        )
     )
 
-    config.optimizer = ConfigDict(dict(learning_rate=2e-3, warmup_steps=200, beta1=0.9, beta2=0.999, epsilon=1e-8))
+    config.optimizer = ConfigDict(
+        dict(learning_rate=2e-3, warmup_steps=200, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    )
     config.ema = ConfigDict(dict(halflife_images=20_000, rampup_ratio=0.05))
 
     config.training = ConfigDict(

@@ -1,4 +1,5 @@
-"""ImageNet at 512×512 in the latent space of a VAE: the paper's FID 2.67 (Table 1). What is not said here is as at 256×256."""
+"""ImageNet at 512×512 in the latent space of a VAE: the paper's FID 2.67 (Table 1). What is not
+said here is as at 256×256."""
 
 from pathlib import Path
 from runpy import run_path

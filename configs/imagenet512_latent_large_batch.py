@@ -1,4 +1,5 @@
-"""ImageNet at 512×512 with batches of 4,096, for pods. What is not said here is as in `imagenet512_latent`."""
+"""ImageNet at 512×512 with batches of 4,096, for pods. What is not said here is as in
+`imagenet512_latent`."""
 
 import math
 from pathlib import Path
@@ -13,16 +14,20 @@ def get_config(size: str = "XL/2") -> ConfigDict:
     config = run_path(str(Path(__file__).with_name("imagenet512_latent.py")))["get_config"](size)
     config.training.batch_size = BATCH_SIZE
 
-    # Adam divides a gradient by its own root mean square. Where noise dominates that is the noise, which falls with the root of the batch
-    # size; the signal in an update then grows with the root, and so may the rate (Malladi et al. 2022, square-root scaling). A linear
-    # rule, which holds for SGD, would ask for 8e-4. Their rule also scales 1 - beta and epsilon; with these the memory of the moments would
-    # shrink to an eighth in updates. The common practice, followed here, leaves them.
+    # Adam divides a gradient by its own root mean square. Where noise dominates that is the noise,
+    # which falls with the root of the batch size; the signal in an update then grows with the root,
+    # and so may the rate (Malladi et al. 2022, square-root scaling). A linear rule, which holds for
+    # SGD, would ask for 8e-4. Their rule also scales 1 - beta and epsilon; with these the memory of
+    # the moments would shrink to an eighth in updates. The common practice, followed here, leaves
+    # them.
     config.optimizer.learning_rate *= math.sqrt(BATCH_SIZE / PAPER_BATCH_SIZE)  # 1e-4 → 2.83e-4
 
-    # The larger rate meets second moments that are still estimates of a few updates: beta2 = 0.999 has a memory of 1,000. Five of these.
+    # The larger rate meets second moments that are still estimates of a few updates: beta2 = 0.999
+    # has a memory of 1,000. Five of these.
     config.optimizer.warmup_steps = 5_000
 
-    # As many images as the paper's recipe, in an eighth of the updates. The average's half-life is in images, so it stays.
+    # As many images as the paper's recipe, in an eighth of the updates. The average's half-life is
+    # in images, so it stays.
     config.training.total_steps = config.training.total_steps * PAPER_BATCH_SIZE // BATCH_SIZE
     config.training.checkpoint_steps = 1_000
     config.training.grid_steps = 5_000

@@ -1,4 +1,5 @@
-"""The machine that jax computes on: which devices there are, how numbers are made on them, and what to do when memory runs out."""
+"""The machine that jax computes on: which devices there are, how numbers are made on them, and what
+to do when memory runs out."""
 
 import contextlib
 import logging
@@ -26,26 +27,43 @@ def devices() -> list[jax.Device]:
     """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError, ValueError, KeyError) as error:  # AssertionError: CUDA's plugin is not installed
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        KeyError,
+    ) as error:  # AssertionError: CUDA's plugin is not installed
         text = " ".join(str(error).split())
-        if re.search(r"(?i)already in use|in use by|libtpu_lockfile|lockfile|device or resource busy", text):
-            raise UserError(f"the devices are held by another process ({text[:160]}): end it, or wait for it") from error
+        if re.search(
+            r"(?i)already in use|in use by|libtpu_lockfile|lockfile|device or resource busy", text
+        ):
+            raise UserError(
+                f"the devices are held by another process ({text[:160]}): end it, or wait for it"
+            ) from error
         wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
         if wanted:
             names = "cpu, tpu or cuda, in small letters"
-            remedy = f"unset JAX_PLATFORMS, set it to a platform of this machine ({names}), or install jax for it"
+            remedy = (
+                f"unset JAX_PLATFORMS, set it to a platform of this machine ({names}), or "
+                "install jax for it"
+            )
             raise UserError(
-                f"JAX_PLATFORMS is {wanted}, which cannot be used here ({text[:160] or 'it is not installed'}): {remedy}"
+                f"JAX_PLATFORMS is {wanted}, which cannot be used here "
+                f"({text[:160] or 'it is not installed'}): {remedy}"
             ) from error
-        raise UserError(f"no device can be used ({text[:200]}): JAX_PLATFORMS=cpu computes without one") from error
+        raise UserError(
+            f"no device can be used ({text[:200]}): JAX_PLATFORMS=cpu computes without one"
+        ) from error
 
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """Numbers made in this block (a decorator too) are the same whatever modes of jax the environment or a notebook has switched on.
+    """Numbers made in this block (a decorator too) are the same whatever modes of jax the
+    environment or a notebook has switched on.
 
-    32 bits, threefry's partitionable form (a random number does not depend on how an array is divided), and the usual promotion of types.
-    The precision of matrix products is not pinned: see `matmul_precision`.
+    32 bits, threefry's partitionable form (a random number does not depend on how an array is
+    divided), and the usual promotion of types. The precision of matrix products is not pinned: see
+    `matmul_precision`.
 
     Raises:
       UserError: a mode in which programs are not compiled, or in which this package's cannot be.
@@ -59,15 +77,20 @@ def pinned() -> Iterator[None]:
     }
     for name, switched_on in modes.items():
         if switched_on:
-            raise UserError(f"jax's mode {name} is switched on, which changes or stops this package's programs: unset it")
+            raise UserError(
+                f"jax's mode {name} is switched on, which changes or stops this package's "
+                "programs: unset it"
+            )
     with enable_x64(False), jax.threefry_partitionable(True), jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def matmul_precision() -> str:
-    """How precisely matrix products of float32 are computed: "default" is the platform's (bfloat16 on TPUs, TF32 on many GPUs).
+    """How precisely matrix products of float32 are computed: "default" is the platform's (bfloat16
+    on TPUs, TF32 on many GPUs).
 
-    It is jax's own setting: the variable JAX_DEFAULT_MATMUL_PRECISION, or `jax.default_matmul_precision`.
+    It is jax's own setting: the variable JAX_DEFAULT_MATMUL_PRECISION, or
+    `jax.default_matmul_precision`.
     """
     return str(jax.config.jax_default_matmul_precision or "default")
 
@@ -96,6 +119,8 @@ def memory_for(remedy: str) -> Iterator[None]:
 
 
 TRAINING_MEMORY = (
-    "lower training.batch_size, raise training.accumulation, set model.remat to full (latent_diffit), or divide the parameters by mesh.fsdp"
+    "lower training.batch_size, raise training.accumulation, set model.remat to "
+    "full "
+    "(latent_diffit), or divide the parameters by mesh.fsdp"
 )
 SAMPLING_MEMORY = "lower sampling.batch_size (--batch_size), or divide the parameters by mesh.fsdp"

@@ -20,8 +20,11 @@ from diffit_jax.training.watch import peak_flops, training_flops
 
 @backend.pinned()
 @backend.memory_for(backend.TRAINING_MEMORY)
-def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
-    """Compiles the training step of a config and times updates on its own data, the loader included.
+def measure(
+    config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None = None
+) -> dict[str, Any]:
+    """Compiles the training step of a config and times updates on its own data, the loader
+    included.
 
     Args:
       config: as for training; nothing is written.
@@ -29,16 +32,20 @@ def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None
       devices: to use; None: all of all processes, which take part together.
 
     Returns:
-      `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step; `step_ms_median`, `step_ms_min`:
-      milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median; `data_wait_share`: share of the time spent
-      waiting for a batch; `mfu`: share of the devices' bfloat16 peak, where it is known; `matmul_precision`: of float32 products;
+      `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step;
+        `step_ms_median`, `step_ms_min`:
+      milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median;
+      `data_wait_share`: share of the time spent waiting for a batch; `mfu`: share of the devices'
+      bfloat16 peak, where it is known; `matmul_precision`: of float32 products;
       `attention`: how it is computed;
       `peak_memory_gb`: of the process on a CPU, else of this process's first device.
     """
     opened = open_experiment(config, devices)
     experiment, mesh, size = opened.experiment, opened.mesh, opened.experiment.training.batch_size
     source = distributed.first_then_all(lambda: open_training_data(experiment))
-    distributed.check_agreement({"config": config.to_json, "code version": distributed.code_version})
+    distributed.check_agreement(
+        {"config": config.to_json, "code version": distributed.code_version}
+    )
     parallel.prove_rows(mesh, size)
     data = batches(source, size, experiment.seed, rows=parallel.local_rows(mesh, size))
     state = create_state(experiment, mesh)
@@ -46,7 +53,10 @@ def measure(config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None
     train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
 
     times, waits = [], []
-    with Progress("benchmark", steps + 3, shown=distributed.is_first()) as progress, distributed.lost_processes():
+    with (
+        Progress("benchmark", steps + 3, shown=distributed.is_first()) as progress,
+        distributed.lost_processes(),
+    ):
         for _ in range(steps + 3):
             start = time.perf_counter()
             state, collected = train_step(state, collected, batch)

@@ -1,4 +1,5 @@
-"""Checkpoints of a run: named pytrees saved together, restored into shapes with shardings. A thin layer over Orbax."""
+"""Checkpoints of a run: named pytrees saved together, restored into shapes with shardings. A thin
+layer over Orbax."""
 
 import contextlib
 import gc
@@ -21,47 +22,65 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints in one directory, each a step number with several named pytrees ("items").
 
-    A checkpoint is written in the background and appears under its name when it is complete, with all its items.
+    A checkpoint is written in the background and appears under its name when it is complete, with
+    all its items.
 
-    Three of its facts say whether it is a good one: `finite`, whether its arrays are; `skipped_in_row`, 0 if the loss of its step was
-    finite; and `updates`, how many of its steps changed the parameters. One that has fewer of them than there are by now was followed by
-    a finite loss of its own parameters. Where a fact is not there, as in checkpoints of other kinds, nothing speaks against it.
+    Three of its facts say whether it is a good one: `finite`, whether its arrays are;
+    `skipped_in_row`, 0 if the loss of its step was finite; and `updates`, how many of its steps
+    changed the parameters. One that has fewer of them than there are by now was followed by a
+    finite loss of its own parameters. Where a fact is not there, as in checkpoints of other kinds,
+    nothing speaks against it.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int | None = None, keep_every: int | None = None):
+    def __init__(
+        self, directory: epath.PathLike, keep: int | None = None, keep_every: int | None = None
+    ):
         """Opens `directory`, to read only if `keep` is None.
 
         Args:
           directory: local or `gs://`.
-          keep: how many checkpoints stay: the newest, and the newest good ones before it, at least one of these and one that was followed
-            by a finite loss.
+          keep: how many checkpoints stay: the newest, and the newest good ones before it, at least
+            one of these and one that was followed by a finite loss.
           keep_every: those whose step is a multiple of this stay too.
         """
         self.directory = files.resolve(directory, "directory of checkpoints")
         self._keep, self._keep_every, self._facts = keep, keep_every, {}
         # Orbax would create a directory that is only read from.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self if keep is not None else None, create=keep is not None, cleanup_tmp_directories=keep is not None
+            preservation_policy=self if keep is not None else None,
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options) if keep or self.directory.exists() else None
+        self._manager = (
+            ocp.CheckpointManager(self.directory, options=options)
+            if keep or self.directory.exists()
+            else None
+        )
 
     def steps(self) -> list[int]:
         """Step numbers of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps()) if self._manager else []
 
     def save(self, step: int, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Starts writing pytrees of arrays under a step number; returns when the arrays have been copied.
+        """Starts writing pytrees of arrays under a step number; returns when the arrays have been
+        copied.
 
         Args:
-          step: number of the checkpoint; what need not stay (see `keep`) is deleted once it is complete.
+          step: number of the checkpoint; what need not stay (see `keep`) is deleted once it is
+            complete.
           items: name → pytree of `jax.Array`.
           facts: JSON values kept beside the items.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._facts[step] = dict(facts)
         with self._writing():
-            if not self._manager.save(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))):
-                raise UserError(f"checkpoint {step} was not written: {self.directory} holds it or a newer one; move these away")
+            if not self._manager.save(
+                step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))
+            ):
+                raise UserError(
+                    f"checkpoint {step} was not written: {self.directory} holds it or a newer one; "
+                    "move these away"
+                )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Orbax asks: which of these, the newest one included, stay?"""
@@ -69,21 +88,34 @@ class Checkpoints:
         stay = set(steps)
         if len(steps) > self._keep:
             *older, newest = steps
-            good, followed = ([step for step in self.good_steps(steps, which) if step in older] for which in (None, self._updates(newest)))
+            good, followed = (
+                [step for step in self.good_steps(steps, which) if step in older]
+                for which in (None, self._updates(newest))
+            )
             stay = {newest, *good[-max(self._keep - 1, 1) :], *followed[-1:]}
-        return [info.step in stay or bool(self._keep_every and info.step % self._keep_every == 0) for info in checkpoints]
+        return [
+            info.step in stay or bool(self._keep_every and info.step % self._keep_every == 0)
+            for info in checkpoints
+        ]
 
-    def good_steps(self, steps: Sequence[int] | None = None, updates: int | None = None) -> list[int]:
+    def good_steps(
+        self, steps: Sequence[int] | None = None, updates: int | None = None
+    ) -> list[int]:
         """The good ones among checkpoints, ascending: finite, with a finite loss.
 
         Args:
           steps: their step numbers; None: all complete ones.
-          updates: how many updates there have been by now: only those that were followed by one; None: all.
+          updates: how many updates there have been by now: only those that were followed by one;
+            None: all.
         """
         good = []
         for step in self.steps() if steps is None else sorted(steps):
             facts = self.facts(step)
-            if facts.get("finite", True) and not facts.get("skipped_in_row") and (updates is None or self._updates(step) < updates):
+            if (
+                facts.get("finite", True)
+                and not facts.get("skipped_in_row")
+                and (updates is None or self._updates(step) < updates)
+            ):
                 good.append(step)
         return good
 
@@ -98,7 +130,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong with the place in writing, now or in the background, is said in one line; other faults stay as they are."""
+        """What goes wrong with the place in writing, now or in the background, is said in one line;
+        other faults stay as they are."""
         try:
             yield
         except UserError:
@@ -109,15 +142,22 @@ class Checkpoints:
                 raise
             good = self.steps() if self.directory.exists() else []
             last = f"checkpoint {good[-1]} is the last good one" if good else "there is none yet"
-            raise UserError(f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): {remedy}; {last}") from error
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): "
+                f"{remedy}; {last}"
+            ) from error
 
     def restore(
-        self, abstract_items: Mapping[str, Any], step: int | None = None, allow_nonfinite: bool = False
+        self,
+        abstract_items: Mapping[str, Any],
+        step: int | None = None,
+        allow_nonfinite: bool = False,
     ) -> tuple[int, dict[str, Any]] | None:
         """Restores items of the newest checkpoint that can be used, and says which ones could not.
 
         Args:
-          abstract_items: name → pytree of `ShapeDtypeStruct` with shardings; items of the checkpoint that are not named are not read.
+          abstract_items: name → pytree of `ShapeDtypeStruct` with shardings; items of the
+            checkpoint that are not named are not read.
           step: the checkpoint of this step, and no other one.
           allow_nonfinite: whether one whose parameters or averages are not finite can be used.
 
@@ -129,34 +169,52 @@ class Checkpoints:
         """
         reasons, steps = [], self.steps()
         if step is not None and step not in steps:
-            raise UserError(f"there is no checkpoint {step} in {self.directory}: use {', '.join(map(str, steps)) or 'none'}")
+            raise UserError(
+                f"there is no checkpoint {step} in {self.directory}: use "
+                f"{', '.join(map(str, steps)) or 'none'}"
+            )
         for candidate in reversed(steps if step is None else [step]):
             items, reason = None, None
             try:
                 items = self.restore_step(candidate, abstract_items)
-            except Exception as error:  # whatever a damaged or foreign file leads to inside Orbax: the older ones may be good
+            except Exception as error:
+                # Whatever a damaged or foreign file leads to inside Orbax: older ones may be good.
                 reason = self._differences(candidate, abstract_items) or _first_line(error)
             if not distributed.everywhere(items is not None):
                 reason = reason or "another process could not read it"
-            elif not allow_nonfinite and not self.facts(candidate).get("finite"):  # false, or of a version that did not record it
+            elif not allow_nonfinite and not self.facts(candidate).get(
+                "finite"
+            ):  # false, or of a version that did not record it
                 bad = contents.not_finite(_without_moments(items))
                 if bad or "finite" in self.facts(candidate):
                     named = f" ({contents.first_few(bad)})" if bad else ""
-                    reason = f"it has parameters or averages that are not finite{named}: the run had diverged"
+                    reason = (
+                        f"it has parameters or averages that are not finite{named}: the run "
+                        "had diverged"
+                    )
             if reason:
                 reasons.append(f"checkpoint {candidate}: {reason}")
-                log.warning("checkpoint %d in %s cannot be used (%s)", candidate, self.directory, reason)
+                log.warning(
+                    "checkpoint %d in %s cannot be used (%s)", candidate, self.directory, reason
+                )
                 continue
             if reasons:
                 log.warning("checkpoint %d is used instead", candidate)
             return candidate, items
         if reasons:
-            remedy = "--allow_nonfinite uses it all the same" if "are not finite" in reasons[0] else "move it away to start anew"
-            raise UserError(f"no checkpoint in {self.directory} can be used ({reasons[0]}): {remedy}")
+            remedy = (
+                "--allow_nonfinite uses it all the same"
+                if "are not finite" in reasons[0]
+                else "move it away to start anew"
+            )
+            raise UserError(
+                f"no checkpoint in {self.directory} can be used ({reasons[0]}): {remedy}"
+            )
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Moves checkpoints newer than `step`, which could not be used, to `<directory>_damaged`, where nothing overwrites them."""
+        """Moves checkpoints newer than `step`, which could not be used, to `<directory>_damaged`,
+        where nothing overwrites them."""
         damaged = self.directory.parent / f"{self.directory.name}_damaged"
 
         def move() -> None:
@@ -165,24 +223,34 @@ class Checkpoints:
                 target = damaged / str(newer)
                 if target.exists():
                     target.rmtree()
-                shutil.move(self.directory / str(newer), target) if files.is_local(target) else (self.directory / str(newer)).rename(target)
+                shutil.move(self.directory / str(newer), target) if files.is_local(target) else (
+                    self.directory / str(newer)
+                ).rename(target)
                 log.warning("checkpoint %d was moved to %s", newer, target)
 
         distributed.first_then_all(move, lambda: None)
         self._manager.reload()
 
     def _differences(self, step: int, abstract_items: Mapping[str, Any]) -> str:
-        """How the arrays of a checkpoint differ from the wanted ones, the first three by name; "" if they do not, or cannot be read."""
+        """How the arrays of a checkpoint differ from the wanted ones, the first three by name; ""
+        if they do not, or cannot be read."""
         differences = []
         for item, wanted in abstract_items.items():
             try:
-                found = ocp.StandardCheckpointer().metadata(self.directory / str(step) / item).item_metadata.tree
+                found = (
+                    ocp.StandardCheckpointer()
+                    .metadata(self.directory / str(step) / item)
+                    .item_metadata.tree
+                )
             except Exception:  # damaged: the restore has said what is wrong
                 return ""
             here, there = _shapes(wanted), _shapes(found)
             for name in sorted(here.keys() | there.keys()):
                 if here.get(name) != there.get(name):
-                    differences.append(f"{item}/{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here")
+                    differences.append(
+                        f"{item}/{name} is {there.get(name, 'missing')} there, "
+                        f"{here.get(name, 'missing')} here"
+                    )
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
         return f"it is of another model: {'; '.join(differences[:3])}{more}" if differences else ""
 
@@ -190,38 +258,55 @@ class Checkpoints:
         """The facts of a checkpoint; {} if they cannot be read."""
         if step not in self._facts:
             try:
-                self._facts[step] = dict(self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"])
+                self._facts[step] = dict(
+                    self._manager.restore(
+                        step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())
+                    )["facts"]
+                )
             except Exception:  # a damaged checkpoint, or a foreign one: whoever restores it says so
                 return {}
         return self._facts[step]
 
     def restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
-        """The items of one checkpoint, see `restore`; whatever goes wrong inside Orbax is raised."""
+        """The items of one checkpoint, see `restore`; whatever goes wrong inside Orbax is
+        raised."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
         with _quiet_cleanup():
-            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonRestore()))
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonRestore())
+            )
         if restored["facts"]["step"] != step:
             raise ValueError(f"it is of step {restored['facts']['step']}")
         return {name: restored[name] for name in abstract_items}
 
 
 def _without_moments(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters and averages by their paths: an optimizer's moments may overflow, and the run is sound."""
-    return {name: leaf for name, leaf in contents.named(items) if "opt_state" not in name.split("/")}
+    """Parameters and averages by their paths: an optimizer's moments may overflow, and the run is
+    sound."""
+    return {
+        name: leaf for name, leaf in contents.named(items) if "opt_state" not in name.split("/")
+    }
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """dtype and shape of every array by its path."""
-    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in contents.named(tree)}
+    return {
+        name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        for name, leaf in contents.named(tree)
+    }
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    return (
+        f"{type(error).__name__}: "
+        f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    )[:200]
 
 
 @contextlib.contextmanager
 def _quiet_cleanup() -> Iterator[None]:
-    """Keeps Python from printing a page for each of the half-done reads that a failed restore leaves behind."""
+    """Keeps Python from printing a page for each of the half-done reads that a failed restore
+    leaves behind."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield

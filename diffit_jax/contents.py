@@ -1,4 +1,5 @@
-"""What the arrays of a network hold: whether they are finite, and a fingerprint of them. Computed where they lie."""
+"""What the arrays of a network hold: whether they are finite, and a fingerprint of them. Computed
+where they lie."""
 
 import functools
 import hashlib
@@ -12,9 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def fingerprint(tree: Any) -> str:
-    """A digest of names, shapes and values of a pytree of arrays: equal for equal contents, wherever they come from and however they lie.
+    """A digest of names, shapes and values of a pytree of arrays: equal for equal contents,
+    wherever they come from and however they lie.
 
-    Sums of 32-bit integers do not depend on their order, nor on how an array is divided over devices.
+    Sums of 32-bit integers do not depend on their order, nor on how an array is divided over
+    devices.
     """
     leaves = named(tree)
     sums = _of_each(_sums, leaves)
@@ -28,12 +31,18 @@ def not_finite(tree: Any) -> list[str]:
     """Names of the arrays in a pytree that have a NaN or infinity, each with how many."""
     leaves = named(tree)
     counts = _of_each(_count_bad, leaves)
-    return [f"{name} ({bad} of {leaf.size})" for (name, leaf), bad in zip(leaves, counts, strict=True) if bad]
+    return [
+        f"{name} ({bad} of {leaf.size})"
+        for (name, leaf), bad in zip(leaves, counts, strict=True)
+        if bad
+    ]
 
 
 def first_few(names: list[str], count: int = 3) -> str:
     """A list for a message: the first few, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
@@ -42,7 +51,9 @@ def named(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
-def _of_each(function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str, jax.Array]]) -> list[Any]:
+def _of_each(
+    function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str, jax.Array]]
+) -> list[Any]:
     """A function of each array, computed in one program, on every process's host."""
     arrays = [leaf for _, leaf in leaves]
     if not arrays:
@@ -54,8 +65,12 @@ def _of_each(function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str,
 
 
 @functools.lru_cache(maxsize=16)
-def _program(function: Callable[[jax.Array], jax.Array], everywhere: NamedSharding | None) -> Callable:
-    return jax.jit(lambda arrays: jnp.stack([function(array) for array in arrays]), out_shardings=everywhere)
+def _program(
+    function: Callable[[jax.Array], jax.Array], everywhere: NamedSharding | None
+) -> Callable:
+    return jax.jit(
+        lambda arrays: jnp.stack([function(array) for array in arrays]), out_shardings=everywhere
+    )
 
 
 def _count_bad(leaf: jax.Array) -> jax.Array:
@@ -64,12 +79,18 @@ def _count_bad(leaf: jax.Array) -> jax.Array:
 
 def _sums(leaf: jax.Array) -> jax.Array:
     """Two sums over all values of an array, each value mixed with its place: (2,) uint32."""
-    bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(
+        leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    ).astype(jnp.uint32)
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
-        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
+            jnp.uint32, leaf.shape, axis
+        )
     mixed = _mixed(bits ^ _mixed(place + np.uint32(1)))
-    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in (mixed, _mixed(mixed + np.uint32(0x9E3779B1)))])
+    return jnp.stack(
+        [jnp.sum(each, dtype=jnp.uint32) for each in (mixed, _mixed(mixed + np.uint32(0x9E3779B1)))]
+    )
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
-"""The verb `convert`: between released weights and work directories, and between the two parametrisations of TMSA."""
+"""The verb `convert`: between released weights and work directories, and between the two
+parametrisations of TMSA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,8 @@ def weights_to_workdir(
     slim: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Turns a released file into a work directory with a checkpoint of step 0, to sample from or to train on.
+    """Turns a released file into a work directory with a checkpoint of step 0, to sample from or to
+    train on.
 
     Args:
       weights: as in `official.load`.
@@ -39,7 +41,8 @@ def weights_to_workdir(
       allow_nonfinite: whether the file may have NaNs and infinities.
 
     Raises:
-      UserError: a file that cannot be read, a config that cannot be, a directory that holds a run or cannot be written.
+      UserError: a file that cannot be read, a config that cannot be, a directory that holds a run
+        or cannot be written.
     """
     weights, workdir = files.resolve(weights, "--weights"), files.resolve(workdir, "--to_workdir")
     change = {"slim_tmsa": slim} | ({} if input_size is None else {"input_size": input_size})
@@ -61,7 +64,8 @@ def workdir_to_weights(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes the averaged parameters of a run's newest checkpoint as a file that the released code can load.
+    """Writes the averaged parameters of a run's newest checkpoint as a file that the released code
+    can load.
 
     Args:
       workdir: of the run.
@@ -81,8 +85,14 @@ def workdir_to_weights(
 
 
 @backend.pinned()
-def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bool | None, allow_nonfinite: bool = False) -> None:
-    """Writes the newest checkpoint of a run, optimizer state and all, into another work directory with a parametrisation of choice.
+def workdir_to_workdir(
+    workdir: epath.PathLike,
+    target: epath.PathLike,
+    slim: bool | None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Writes the newest checkpoint of a run, optimizer state and all, into another work directory
+    with a parametrisation of choice.
 
     Training there goes on at the same step with the same losses.
 
@@ -109,7 +119,9 @@ def workdir_to_workdir(workdir: epath.PathLike, target: epath.PathLike, slim: bo
     _write(target, config, opened.experiment, state)
 
 
-def _write(workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, state: TrainState) -> None:
+def _write(
+    workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, state: TrainState
+) -> None:
     """A work directory with one checkpoint; if it cannot be written, what was begun goes away."""
     with lock.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
         _refuse_run(workdir)  # another conversion may have been faster
@@ -117,7 +129,9 @@ def _write(workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, s
             checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
             save_state(checkpoints, state, loaded.training.batch_size)
             checkpoints.wait()
-            experiment.write_config(workdir, ConfigDict(config))  # last: with it, the directory holds a run
+            experiment.write_config(
+                workdir, ConfigDict(config)
+            )  # last: with it, the directory holds a run
         except BaseException:
             if (workdir / CHECKPOINTS).exists():
                 (workdir / CHECKPOINTS).rmtree()
@@ -126,9 +140,15 @@ def _write(workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, s
 
 def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
     workdir = files.resolve(workdir, "--workdir")
-    opened = open_experiment(experiment.read_config(workdir), to_train=False, config_file=workdir / experiment.CONFIG_FILE)
+    opened = open_experiment(
+        experiment.read_config(workdir),
+        to_train=False,
+        config_file=workdir / experiment.CONFIG_FILE,
+    )
     if not isinstance(opened.experiment.model, LatentDiffiT):
-        raise UserError(f"workdir {workdir} holds no latent_diffit: only that model can be converted")
+        raise UserError(
+            f"workdir {workdir} holds no latent_diffit: only that model can be converted"
+        )
     return workdir, opened
 
 
@@ -138,5 +158,6 @@ def _refuse_run(workdir: epath.Path) -> None:
     folder = workdir / CHECKPOINTS  # a conversion that was killed leaves it empty
     if folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir()):
         raise UserError(
-            f"--to_workdir {workdir} holds a run already, though without its config: move {folder} away, or choose another directory"
+            f"--to_workdir {workdir} holds a run already, though without its config: move {folder} "
+            "away, or choose another directory"
         )

@@ -1,4 +1,5 @@
-"""Several processes as one run: how they find each other, and how they make sure that they are doing the same thing."""
+"""Several processes as one run: how they find each other, and how they make sure that they are
+doing the same thing."""
 
 import contextlib
 import dataclasses
@@ -34,9 +35,11 @@ class Cluster:
     """How the processes find each other.
 
     Attributes:
-      coordinator: host:port of process 0; None: found out on TPU pods and in a Slurm step of several tasks, otherwise there is one process.
-      num_processes, process_id: how many processes, and which this one is, if a coordinator is given. With `num_processes` 1 and no
-        coordinator there is one process, whatever the environment says.
+      coordinator: host:port of process 0; None: found out on TPU pods and in a Slurm step of
+        several tasks, otherwise there is one process.
+      num_processes, process_id: how many processes, and which this one is, if a coordinator is
+        given. With `num_processes` 1 and no coordinator there is one process, whatever the
+        environment says.
       timeout_s: how long to wait until all have come.
     """
 
@@ -47,7 +50,8 @@ class Cluster:
 
 
 def initialize(cluster: Cluster = Cluster()) -> None:
-    """Connects this process to the others, before anything else uses jax. Does nothing where there is only one.
+    """Connects this process to the others, before anything else uses jax. Does nothing where there
+    is only one.
 
     Raises:
       UserError: impossible flags, or not all processes came in time.
@@ -63,27 +67,44 @@ def initialize(cluster: Cluster = Cluster()) -> None:
             return
     elif None in given:
         raise UserError(
-            "--coordinator, --num_processes and --process_id go together: give all three, none on TPU pods and under Slurm, or "
+            "--coordinator, --num_processes and --process_id go together: give all three, none on "
+            "TPU pods and under Slurm, or "
             "--num_processes=1 alone for one process anywhere"
         )
     elif not 0 <= cluster.process_id < cluster.num_processes:
-        raise UserError(f"--process_id {cluster.process_id} is not in 0-{cluster.num_processes - 1}: change it or --num_processes")
+        raise UserError(
+            f"--process_id {cluster.process_id} is not in 0-{cluster.num_processes - 1}: change it "
+            "or --num_processes"
+        )
     else:
         _roll_call(cluster)
-    # Past its timeout, jax's runtime aborts the process with a page of C++; this thread ends it before that.
+    # Past its timeout, jax's runtime aborts the process with a page of C++; this thread ends it
+    # before that.
     warning = threading.Timer(max(cluster.timeout_s - 2, 1), _end_without_the_others, [cluster])
     warning.daemon = True
     warning.start()
-    options = {"initialization_timeout": cluster.timeout_s, "heartbeat_timeout_seconds": HEARTBEAT_S, "shutdown_timeout_seconds": 60}
-    known = inspect.signature(jax.distributed.initialize).parameters  # jax 0.7.2 has not the last one
+    options = {
+        "initialization_timeout": cluster.timeout_s,
+        "heartbeat_timeout_seconds": HEARTBEAT_S,
+        "shutdown_timeout_seconds": 60,
+    }
+    known = inspect.signature(
+        jax.distributed.initialize
+    ).parameters  # jax 0.7.2 has not the last one
     try:
-        jax.distributed.initialize(*given, **{name: value for name, value in options.items() if name in known})
+        jax.distributed.initialize(
+            *given, **{name: value for name, value in options.items() if name in known}
+        )
     except (RuntimeError, ValueError, LookupError, OSError) as error:
-        raise UserError(f"this process could not join the others ({' '.join(str(error).split())[:160]}): check the flags") from error
+        raise UserError(
+            f"this process could not join the others ({' '.join(str(error).split())[:160]}): check "
+            "the flags"
+        ) from error
     finally:
         warning.cancel()
     if jax.process_count() > 1:
-        # jax's service hears SIGTERM to any process and tells all of them; other signals reach it in that form.
+        # jax's service hears SIGTERM to any process and tells all of them; other signals reach it
+        # in that form.
         interruption.forward_to(lambda: os.kill(os.getpid(), signal.SIGTERM))
     if not is_first():
         logging.getLogger("diffit_jax").setLevel(logging.WARNING)  # process 0 speaks for all
@@ -95,7 +116,8 @@ def is_first() -> bool:
 
 
 def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
-    """Makes sure that every process has the same facts: functions that give a text, of which digests are compared.
+    """Makes sure that every process has the same facts: functions that give a text, of which
+    digests are compared.
 
     With one process there is nothing to compare, and they are not called.
 
@@ -104,18 +126,33 @@ def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
     """
     if jax.process_count() == 1:
         return
-    digests = np.stack([np.frombuffer(hashlib.sha256(text().encode()).digest(), np.uint8) for text in facts.values()])
+    digests = np.stack(
+        [
+            np.frombuffer(hashlib.sha256(text().encode()).digest(), np.uint8)
+            for text in facts.values()
+        ]
+    )
     everyones = _of_each_process(digests)
     for index, name in enumerate(facts):
-        others = [process for process in sorted(everyones) if (everyones[process][index] != everyones[0][index]).any()]
+        others = [
+            process
+            for process in sorted(everyones)
+            if (everyones[process][index] != everyones[0][index]).any()
+        ]
         if others:
-            raise UserError(f"process {others[0]} has another {name} than process 0: start all processes with the same command and code")
+            raise UserError(
+                f"process {others[0]} has another {name} than process 0: start all processes with "
+                "the same command and code"
+            )
 
 
 def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:
-    """The value of every process by its number, whatever the order in which jax has gathered them."""
+    """The value of every process by its number, whatever the order in which jax has gathered
+    them."""
     numbers = multihost_utils.process_allgather(np.array(jax.process_index()))
-    return dict(zip(np.ravel(numbers).tolist(), multihost_utils.process_allgather(value), strict=True))
+    return dict(
+        zip(np.ravel(numbers).tolist(), multihost_utils.process_allgather(value), strict=True)
+    )
 
 
 def code_version() -> str:
@@ -126,7 +163,8 @@ def code_version() -> str:
 
 
 def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None) -> T:
-    """Runs `action` on process 0 and, when it is done, `then` (None: `action`) on the others. If either fails anywhere, all fail."""
+    """Runs `action` on process 0 and, when it is done, `then` (None: `action`) on the others. If
+    either fails anywhere, all fail."""
     if jax.process_count() == 1:
         return action()
     result, error = None, None
@@ -136,7 +174,11 @@ def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None)
                 result = (action if turn or then is None else then)()
             except UserError as failure:
                 error = failure
-        failed = [process for process, flag in sorted(_of_each_process(np.array(error is not None)).items()) if flag]
+        failed = [
+            process
+            for process, flag in sorted(_of_each_process(np.array(error is not None)).items())
+            if flag
+        ]
         if error is not None:
             raise error
         if failed:
@@ -163,19 +205,28 @@ def check_shared(directory: epath.Path) -> None:
     token = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
     mark = directory / f".shared-{bytes(np.asarray(token, np.uint8)).hex()}"
     first_then_all(lambda: mark.write_bytes(b""), lambda: None)
-    blind = [process for process, sees in sorted(_of_each_process(np.array(mark.exists())).items()) if not sees]
+    blind = [
+        process
+        for process, sees in sorted(_of_each_process(np.array(mark.exists())).items())
+        if not sees
+    ]
     if is_first():
         mark.unlink()
     if blind:
         raise UserError(
-            f"workdir {directory} is not shared: process {blind[0]} does not see the files of process 0 there, but all write "
+            f"workdir {directory} is not shared: process {blind[0]} does not see the files of "
+            "process 0 there, but all write "
             "into the same checkpoints: use gs:// or a shared disk"
         )
 
 
 def everywhere(value: bool) -> bool:
     """Whether it is so on every process."""
-    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).all())
+    return (
+        value
+        if jax.process_count() == 1
+        else bool(multihost_utils.process_allgather(np.array(value)).all())
+    )
 
 
 def agreed(value: bool) -> bool:
@@ -189,7 +240,10 @@ def from_first(flags: Sequence[bool]) -> list[bool]:
     """The flags of process 0, on every process."""
     if jax.process_count() == 1:
         return list(flags)
-    return [bool(flag) for flag in np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, bool)))]
+    return [
+        bool(flag)
+        for flag in np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, bool)))
+    ]
 
 
 def gather(array: jax.Array) -> np.ndarray:
@@ -200,7 +254,8 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 class PreemptionNotice:
-    """Tells when this run is to be interrupted: a signal to any process, or the platform's notice. Use it as a context manager."""
+    """Tells when this run is to be interrupted: a signal to any process, or the platform's notice.
+    Use it as a context manager."""
 
     def __init__(self, ctrl_c: bool = False):
         """`ctrl_c`: whether Ctrl-C is such a signal too, and does not end the run at once."""
@@ -214,14 +269,17 @@ class PreemptionNotice:
         self._held.__exit__(*error)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and end after this step; all processes get the same answer for the same step. Ask at every step."""
+        """Whether to save and end after this step; all processes get the same answer for the same
+        step. Ask at every step."""
         if jax.process_count() == 1:
             return interruption.noticed()
         return multihost_utils.reached_preemption_sync_point(step)
 
     def ending(self, what_is_kept: str) -> BaseException:
         """What to raise when everything is saved."""
-        return (interruption.Interrupted if interruption.pressed() else interruption.Preempted)(what_is_kept)
+        return (interruption.Interrupted if interruption.pressed() else interruption.Preempted)(
+            what_is_kept
+        )
 
 
 @contextlib.contextmanager
@@ -231,16 +289,20 @@ def lost_processes() -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         text = str(error)
-        if jax.process_count() > 1 and re.search(r"(?i)gloo|connection|heartbeat|unavailable|barrier|deadline|coordination", text):
+        if jax.process_count() > 1 and re.search(
+            r"(?i)gloo|connection|heartbeat|unavailable|barrier|deadline|coordination", text
+        ):
             message = (
-                f"another process was lost ({' '.join(text.split())[:160]}): start all processes again to go on from the last checkpoint"
+                f"another process was lost ({' '.join(text.split())[:160]}): start all "
+                "processes again to go on from the last checkpoint"
             )
             raise UserError(message) from error
         raise
 
 
 def _slurm_tasks() -> int:
-    """Tasks of the Slurm step that started this process: of an allocation's tasks only those that srun started are processes of a run."""
+    """Tasks of the Slurm step that started this process: of an allocation's tasks only those that
+    srun started are processes of a run."""
     text = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(text) if text.isdigit() and os.environ.get("SLURM_PROCID", "").isdigit() else 1
 
@@ -253,16 +315,21 @@ def _on_tpu() -> bool:
 def _end_without_the_others(cluster: Cluster) -> None:
     slurm = ""
     if cluster.coordinator is None and _slurm_tasks() > 1:
-        slurm = f"Slurm's variables speak of a step of {_slurm_tasks()} tasks; for one process alone add --num_processes=1, otherwise "
+        slurm = (
+            f"Slurm's variables speak of a step of {_slurm_tasks()} tasks; for one process "
+            "alone add --num_processes=1, otherwise "
+        )
     interruption.end(
         1,
-        f"error: not all processes came within {cluster.timeout_s} s: {slurm}start the same command on every host, and let them reach the "
+        f"error: not all processes came within {cluster.timeout_s} s: {slurm}start the same "
+        "command on every host, and let them reach the "
         "coordinator's port",
     )
 
 
 def _roll_call(cluster: Cluster) -> None:
-    """Waits at the coordinator's address until all processes have come; then the address is free again.
+    """Waits at the coordinator's address until all processes have come; then the address is free
+    again.
 
     Raises:
       UserError: on every process that came, with the numbers of those that did not.
@@ -277,7 +344,10 @@ def _roll_call(cluster: Cluster) -> None:
         try:
             server = socket.create_server(("", int(port)), backlog=cluster.num_processes)
         except OSError as error:
-            raise UserError(f"--coordinator {cluster.coordinator} cannot be listened on ({error.strerror}): choose another port") from error
+            raise UserError(
+                f"--coordinator {cluster.coordinator} cannot be listened on ({error.strerror}): "
+                "choose another port"
+            ) from error
         with server:
             while callers.keys() | {0} != everyone and time.monotonic() < deadline:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -303,12 +373,14 @@ def _roll_call(cluster: Cluster) -> None:
                 time.sleep(0.1)
         if verdict is None:
             raise UserError(
-                f"process 0 did not answer at {cluster.coordinator} within {cluster.timeout_s} s: start it there, and open its port"
+                f"process 0 did not answer at {cluster.coordinator} within {cluster.timeout_s} s: "
+                "start it there, and open its port"
             )
         missing = [] if verdict == "go" else [int(number) for number in verdict.split(",")]
     if missing:
         came = cluster.num_processes - len(missing)
         raise UserError(
-            f"{came} of {cluster.num_processes} processes came within {cluster.timeout_s} s (missing: {', '.join(map(str, missing))}): "
+            f"{came} of {cluster.num_processes} processes came within {cluster.timeout_s} s "
+            f"(missing: {', '.join(map(str, missing))}): "
             "start the same command on every host"
         )

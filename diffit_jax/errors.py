@@ -4,8 +4,9 @@
 class UserError(ValueError):
     """A mistake that the user can mend.
 
-    The message is one line that names the culprit and the remedy; the command line prints it without a traceback and exits with
-    status 1. Everything else that is raised is a defect of this package and keeps its traceback.
+    The message is one line that names the culprit and the remedy; the command line prints it
+    without a traceback and exits with status 1. Everything else that is raised is a defect of this
+    package and keeps its traceback.
     """
 
 

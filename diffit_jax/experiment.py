@@ -1,7 +1,8 @@
 """An experiment: what a config describes, as checked and typed values.
 
-Every section of a config becomes one frozen object: a model, a process, or settings (`sections`, `parallel.MeshShape`). `build` makes them
-all, so that a mistake in a config is reported before anything is allocated, compiled or written.
+Every section of a config becomes one frozen object: a model, a process, or settings (`sections`,
+`parallel.MeshShape`). `build` makes them all, so that a mistake in a config is reported before
+anything is allocated, compiled or written.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ class Experiment:
     """A whole config.
 
     Attributes:
-      seed: of parameters, data order, noise and dropout in training (samples have seeds of their own).
+      seed: of parameters, data order, noise and dropout in training (samples have seeds of their
+        own).
       model: the network.
       process: the diffusion process around it.
       data, optimizer, ema, training, sampling: the sections of those names.
@@ -62,7 +64,8 @@ class Experiment:
         self.model.check()
 
 
-# What may differ between a config and the run that it continues, because the numbers do not depend on it: whole sections, and keys.
+# What may differ between a config and the run that it continues, because the numbers do not depend
+# on it: whole sections, and keys.
 _FREE_SECTIONS = ("mesh", "sampling")
 _FREE_KEYS = {
     "data.data_dir",
@@ -83,16 +86,20 @@ _FREE_KEYS = {
 }
 
 
-def build(config: ConfigDict | Mapping[str, Any], config_file: epath.PathLike | None = None) -> Experiment:
+def build(
+    config: ConfigDict | Mapping[str, Any], config_file: epath.PathLike | None = None
+) -> Experiment:
     """Checks a config and makes the objects that it describes; allocates nothing.
 
     Args:
-      config: nested mapping, one entry for each attribute of `Experiment`; `model` and `process` choose their class by `name`. Keys that
-        have a default may be left out.
-      config_file: of the work directory that it was read from, if it was: perhaps another version of this package wrote it.
+      config: nested mapping, one entry for each attribute of `Experiment`; `model` and `process`
+        choose their class by `name`. Keys that have a default may be left out.
+      config_file: of the work directory that it was read from, if it was: perhaps another version
+        of this package wrote it.
 
     Raises:
-      UserError: an unknown or missing key, or a value that cannot be; the message names it, and the file.
+      UserError: an unknown or missing key, or a value that cannot be; the message names it, and the
+        file.
     """
     if config_file is None:
         return _build(config, _Here())
@@ -110,7 +117,11 @@ class _Here:
     def unknown(self, key: str, known: Iterable[str]) -> UserError:
         prefix, _, name = key.rpartition(".")
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {prefix}{'.' if prefix else ''}{close[0]}?" if close else f"known are {', '.join(known)}"
+        hint = (
+            f"did you mean {prefix}{'.' if prefix else ''}{close[0]}?"
+            if close
+            else f"known are {', '.join(known)}"
+        )
         return UserError(f"config key {key} is unknown: {hint}")
 
     def missing(self, key: str) -> UserError:
@@ -125,13 +136,16 @@ class _InFile(_Here):
 
     def unknown(self, key: str, known: Iterable[str]) -> UserError:
         return UserError(
-            f"{self._path} has the key {key}, which this version of diffit_jax does not know (known are {', '.join(known)}): it was "
-            "written by another version or program; use that one, or delete the key if the run does not depend on it"
+            f"{self._path} has the key {key}, which this version of diffit_jax does not know "
+            f"(known are {', '.join(known)}): it was "
+            "written by another version or program; use that one, or delete the key if the run "
+            "does not depend on it"
         )
 
     def missing(self, key: str) -> UserError:
         return UserError(
-            f"{self._path} has no key {key}, which this version of diffit_jax needs: it was written by another version or program; use "
+            f"{self._path} has no key {key}, which this version of diffit_jax needs: it was "
+            "written by another version or program; use "
             "that one, or add the key"
         )
 
@@ -155,10 +169,19 @@ def _build(config: ConfigDict | Mapping[str, Any], wrong: _Here) -> Experiment:
         parameters.pop("parent", None)  # Flax's own
         if section == "model":
             parameters.pop("name", None)
-        required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+        required = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.default is inspect.Parameter.empty
+        ]
         _check_keys(f"{section}.", arguments, parameters, required, wrong)
         # A config read back from JSON has lists where Flax wants hashable tuples.
-        values[section] = kinds[section](**{name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()})
+        values[section] = kinds[section](
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in arguments.items()
+            }
+        )
     experiment = Experiment(**values)
     _check_output(experiment)
     check_sampling(experiment, experiment.sampling)
@@ -166,20 +189,28 @@ def _build(config: ConfigDict | Mapping[str, Any], wrong: _Here) -> Experiment:
 
 
 def check_sampling(experiment: Experiment, settings: Sampling) -> None:
-    """Raises `UserError` if an experiment cannot be sampled with these settings (its own, or overridden ones)."""
+    """Raises `UserError` if an experiment cannot be sampled with these settings (its own, or
+    overridden ones)."""
     model, process = experiment.model, experiment.process
     if settings.discrete and not isinstance(process, DDPM):
-        raise UserError(f"config key sampling.sampler is {settings.sampler}, which needs the process ddpm: use euler, heun or dpm_solver")
+        raise UserError(
+            f"config key sampling.sampler is {settings.sampler}, which needs the process ddpm: use "
+            "euler, heun or dpm_solver"
+        )
     if settings.discrete:
         process.steps(settings.respacing or str(settings.num_steps))
     else:
         process.sigmas(settings.num_steps)
     if settings.guide_channels > model.sample_shape[-1]:
         raise UserError(
-            f"config key sampling.guide_channels is {settings.guide_channels}: the model has only {model.sample_shape[-1]} channels"
+            f"config key sampling.guide_channels is {settings.guide_channels}: the model has only "
+            f"{model.sample_shape[-1]} channels"
         )
     if settings.guide.active and settings.guidance != "autoguidance" and not model.num_classes:
-        raise UserError("config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set guidance_scale to 1")
+        raise UserError(
+            "config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set "
+            "guidance_scale to 1"
+        )
 
 
 def _check_output(experiment: Experiment) -> None:
@@ -187,14 +218,17 @@ def _check_output(experiment: Experiment) -> None:
     needed = process.output_channels(model.sample_shape[-1])
     if model.output_channels != needed:
         raise UserError(
-            f"the process wants a network with {needed} output channels, the model has {model.output_channels}: "
-            "change model.learn_sigma (latent_diffit) or process.variance and process.loss_type (ddpm)"
+            f"the process wants a network with {needed} output channels, the model has "
+            f"{model.output_channels}: "
+            "change model.learn_sigma (latent_diffit) or process.variance and process.loss_type "
+            "(ddpm)"
         )
 
 
 @contextlib.contextmanager
 def claimed_workdir(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
-    """Claims a work directory for a run of `config`, as `claim_workdir` does, and owns it for the length of the block.
+    """Claims a work directory for a run of `config`, as `claim_workdir` does, and owns it for the
+    length of the block.
 
     Raises:
       UserError: as `claim_workdir`, or another living process owns it.
@@ -209,33 +243,40 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
 
     Args:
       workdir: absolute; local or `gs://`.
-      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`, sampling) may differ from the run's, and
-        all of them as long as nothing has been trained there.
+      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`,
+        sampling) may differ from the run's, and all of them as long as nothing has been trained
+        there.
 
     Raises:
-      UserError: it cannot be written, holds a run of another config, or one that is past `total_steps`.
+      UserError: it cannot be written, holds a run of another config, or one that is past
+        `total_steps`.
     """
     path = files.make_directory(workdir, "workdir") / CONFIG_FILE
     held = read_config(workdir) if path.exists() else None
     if held is not None and not {"model", "process", "training"} <= held.keys():
-        raise UserError(f"workdir {workdir} holds a {CONFIG_FILE} of another program: choose another workdir")
+        raise UserError(
+            f"workdir {workdir} holds a {CONFIG_FILE} of another program: choose another workdir"
+        )
     trained = _steps(workdir, CHECKPOINTS, f"{CHECKPOINTS}_damaged", SNAPSHOTS)
     if held is None and trained:
         raise UserError(
-            f"workdir {workdir} holds step {max(trained)} of a run without its {CONFIG_FILE}: put it back, or choose another workdir"
+            f"workdir {workdir} holds step {max(trained)} of a run without its {CONFIG_FILE}: put "
+            "it back, or choose another workdir"
         )
     if held is not None and trained:
         ours, theirs = _settings(config.to_dict()), _settings(held, path)
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 raise UserError(
-                    f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config has {ours.get(key)}: "
+                    f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config "
+                    f"has {ours.get(key)}: "
                     "choose another workdir or the config of that run"
                 )
         newest = max(_steps(workdir, CHECKPOINTS), default=0)
         if config.training.total_steps < newest:
             raise UserError(
-                f"config key training.total_steps is {config.training.total_steps}, but workdir {workdir} holds step {newest}: set it "
+                f"config key training.total_steps is {config.training.total_steps}, but workdir "
+                f"{workdir} holds step {newest}: set it "
                 f"to at least {newest}, or choose another workdir"
             )
     write_config(workdir, config)
@@ -249,7 +290,13 @@ def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
 def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
     """Step numbers of what some directories in a work directory hold."""
     folders = [epath.Path(workdir) / name for name in names]
-    return [int(entry.name) for folder in folders if folder.exists() for entry in folder.iterdir() if entry.name.isdigit()]
+    return [
+        int(entry.name)
+        for folder in folders
+        if folder.exists()
+        for entry in folder.iterdir()
+        if entry.name.isdigit()
+    ]
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
@@ -265,14 +312,24 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
             raise ValueError("it is not a JSON object")
         return config
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"workdir {workdir} holds no run (no {CONFIG_FILE}): train first, or name the directory of a run") from error
+        raise UserError(
+            f"workdir {workdir} holds no run (no {CONFIG_FILE}): train first, or name the "
+            "directory of a run"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): ask its owner for permission, or copy the run") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): ask its owner for permission, or "
+            "copy the run"
+        ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not a config ({error}): restore it or choose another workdir") from error
+        raise UserError(
+            f"{path} is not a config ({error}): restore it or choose another workdir"
+        ) from error
 
 
-def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str], wrong: _Here) -> None:
+def _check_keys(
+    prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str], wrong: _Here
+) -> None:
     for key in given:
         if key not in known:
             raise wrong.unknown(f"{prefix}{key}", known)
@@ -282,23 +339,35 @@ def _check_keys(prefix: str, given: Mapping, known: Iterable[str], required: Ite
 
 
 def number_settings(section: str, value: Any) -> dict[str, Any]:
-    """The settings of a section's object that change numbers, JSON values by name; `name` of a model and a process is among them."""
-    names = [field.name for field in dataclasses.fields(value) if not (isinstance(value, nn.Module) and field.name in ("parent", "name"))]
-    settings = {name: getattr(value, name) for name in names if f"{section}.{name}" not in _FREE_KEYS}
+    """The settings of a section's object that change numbers, JSON values by name; `name` of a
+    model and a process is among them."""
+    names = [
+        field.name
+        for field in dataclasses.fields(value)
+        if not (isinstance(value, nn.Module) and field.name in ("parent", "name"))
+    ]
+    settings = {
+        name: getattr(value, name) for name in names if f"{section}.{name}" not in _FREE_KEYS
+    }
     if "dtype" in settings:
         settings["dtype"] = np.dtype(settings["dtype"]).name
     kinds = {kind: name for name, kind in (MODELS | PROCESSES).items()}
     return {"name": kinds[type(value)]} | settings if type(value) in kinds else settings
 
 
-def _settings(config: Mapping[str, Any], config_file: epath.PathLike | None = None) -> dict[str, Any]:
+def _settings(
+    config: Mapping[str, Any], config_file: epath.PathLike | None = None
+) -> dict[str, Any]:
     """Every setting of a config that changes numbers by its dotted key, defaults included."""
     settings = {}
     for section, value in vars(build(config, config_file)).items():
         if section in _FREE_SECTIONS:
             continue
         if dataclasses.is_dataclass(value):
-            settings |= {f"{section}.{name}": setting for name, setting in number_settings(section, value).items()}
+            settings |= {
+                f"{section}.{name}": setting
+                for name, setting in number_settings(section, value).items()
+            }
         else:
             settings[section] = value
     return settings

@@ -1,9 +1,11 @@
 """Signals that ask a run to end, heard from the first import to the last line.
 
-SIGTERM, SIGHUP and SIGUSR1 announce that the machine is about to be taken away (or the terminal is closed): whoever is in the middle of
-something that can be saved holds them (`held`), saves, and ends with status 75, "run the same command again to go on". Where nothing
-holds them there is nothing to save, and the command ends with that status at once, in the middle of an import or a compilation too.
-Ctrl-C is for the person who pressed it: status 130, after a checkpoint in training; pressed twice it does not wait.
+SIGTERM, SIGHUP and SIGUSR1 announce that the machine is about to be taken away (or the terminal is
+closed): whoever is in the middle of something that can be saved holds them (`held`), saves, and
+ends with status 75, "run the same command again to go on". Where nothing holds them there is
+nothing to save, and the command ends with that status at once, in the middle of an import or a
+compilation too. Ctrl-C is for the person who pressed it: status 130, after a checkpoint in
+training; pressed twice it does not wait.
 
 Only the standard library is imported here, so that commands listen before their slow imports begin.
 """
@@ -19,8 +21,12 @@ from typing import NoReturn
 
 EXIT_RESUME = 75  # EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
-ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-_PATIENCE_S = 1.0  # after a Ctrl-C that Python could not act upon, because it is inside a compilation, say
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+_PATIENCE_S = (
+    1.0  # after a Ctrl-C that Python could not act upon, because it is inside a compilation, say
+)
 
 _lock = threading.RLock()  # a handler may interrupt the main thread where it has it
 _end_lock = threading.Lock()
@@ -32,7 +38,8 @@ _forward: Callable[[], None] | None = None
 
 
 class Preempted(Exception):
-    """The machine is about to be taken away, everything is saved, and the same command goes on later."""
+    """The machine is about to be taken away, everything is saved, and the same command goes on
+    later."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,13 +47,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """Begins to listen; commands call it first. A signal that is ignored already (`nohup` hands SIGHUP over so) stays ignored."""
+    """Begins to listen; commands call it first. A signal that is ignored already (`nohup` hands
+    SIGHUP over so) stays ignored."""
     global _listening
     if _listening or threading.current_thread() is not threading.main_thread():
         return
     heard, told = os.pipe()
     os.set_blocking(told, False)
-    # Python's own handlers wait until the main thread is back from a compilation, which may take minutes; this descriptor does not.
+    # Python's own handlers wait until the main thread is back from a compilation, which may take
+    # minutes; this descriptor does not.
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     for number in _wanted():
         signal.signal(number, lambda *_: None)
@@ -55,14 +64,16 @@ def listen() -> None:
 
 
 def forward_to(ending: Callable[[], None] | None) -> None:
-    """From now on `ending` is called instead of noting a signal: where several processes have to be told."""
+    """From now on `ending` is called instead of noting a signal: where several processes have to be
+    told."""
     global _forward
     _forward = ending
 
 
 @contextlib.contextmanager
 def held(ctrl_c: bool = False) -> Iterator[None]:
-    """In this block signals are only noted down, for a loop that asks `noticed` and then saves and ends.
+    """In this block signals are only noted down, for a loop that asks `noticed` and then saves and
+    ends.
 
     Args:
       ctrl_c: whether Ctrl-C is noted down too; the second one raises `KeyboardInterrupt`.
@@ -76,7 +87,11 @@ def held(ctrl_c: bool = False) -> Iterator[None]:
     restored = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere nobody can listen
         # SIGTERM stays with whoever tells the other processes.
-        ours = [] if _listening else [number for number in _wanted() if not (_forward and number == signal.SIGTERM)]
+        ours = (
+            []
+            if _listening
+            else [number for number in _wanted() if not (_forward and number == signal.SIGTERM)]
+        )
         handlers = dict.fromkeys(ours, lambda number, _: _on(number))
         if ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             handlers[signal.SIGINT] = _on_ctrl_c
@@ -101,7 +116,8 @@ def pressed() -> int:
 
 
 def end(status: int, line: str) -> NoReturn:
-    """Ends the process at once with a line on stderr; what runs in the background (a save under way) is not waited for."""
+    """Ends the process at once with a line on stderr; what runs in the background (a save under
+    way) is not waited for."""
     with _end_lock:  # never given back: one line, one status
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
@@ -112,13 +128,18 @@ def end(status: int, line: str) -> NoReturn:
 
 
 def finished(status: int = 0) -> None:
-    """Nothing is left to do: from here on signals change neither what was written nor the exit status."""
+    """Nothing is left to do: from here on signals change neither what was written nor the exit
+    status."""
     global _holders
     with _lock:
         _holders += 1
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # not a traceback out of the interpreter's own end
-        for number in _wanted():  # the interpreter's end gives up handlers before the process is gone, but not this
+        signal.signal(
+            signal.SIGINT, lambda *_: os._exit(status)
+        )  # not a traceback out of the interpreter's own end
+        for number in (
+            _wanted()
+        ):  # the interpreter's end gives up handlers before the process is gone, but not this
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -137,13 +158,18 @@ def _watch(heard: int) -> None:
 
 
 def _on(number: int) -> None:
-    if _forward is not None and number != signal.SIGTERM:  # SIGTERM is heard by whoever it is forwarded to
+    if (
+        _forward is not None and number != signal.SIGTERM
+    ):  # SIGTERM is heard by whoever it is forwarded to
         _forward()
     with _lock:
         if _holders or _forward is not None:
             _noticed.set()
             return
-    end(EXIT_RESUME, "preempted: nothing was under way that could be saved; run the same command again to go on")
+    end(
+        EXIT_RESUME,
+        "preempted: nothing was under way that could be saved; run the same command again to go on",
+    )
 
 
 def _on_ctrl_c(*_) -> None:
@@ -154,11 +180,14 @@ def _on_ctrl_c(*_) -> None:
     _noticed.set()
     if _forward is not None:
         _forward()
-    print("interrupted: saving before the end (once more: end at once)", file=sys.stderr, flush=True)
+    print(
+        "interrupted: saving before the end (once more: end at once)", file=sys.stderr, flush=True
+    )
 
 
 def _end_after_ctrl_c() -> None:
-    """Python raises KeyboardInterrupt in the main thread, where it may be stuck in a compilation; then this ends the process."""
+    """Python raises KeyboardInterrupt in the main thread, where it may be stuck in a compilation;
+    then this ends the process."""
     time.sleep(_PATIENCE_S)
     if not (_holders and _pressed <= 1):
         end(EXIT_INTERRUPTED, "interrupted: run the same command again to go on")

@@ -1,10 +1,14 @@
-"""What a setting may be: its type and range stand beside the field that holds it, and are checked in one way.
+"""What a setting may be: its type and range stand beside the field that holds it, and are checked
+in one way.
 
     batch_size: Annotated[int, at_least(1)]
     name: Annotated[str, one_of("adam", "lamb")]
-    channels: Annotated[Sequence[Annotated[int, at_least(1)]], at_least(1)]     # of a sequence, the limits are those of its length
+    channels: Annotated[Sequence[Annotated[int, at_least(1)]], at_least(1)]
 
-`check` compares the values of an object's fields with these declarations. A field whose declaration it does not know is left alone.
+(Of a sequence, the limits are those of its length.)
+
+`check` compares the values of an object's fields with these declarations. A field whose declaration
+it does not know is left alone.
 """
 
 import dataclasses
@@ -47,7 +51,9 @@ class Limits:
             and (self.most is None or number <= self.most)
             and (self.below is None or number < self.below)
         )
-        return number in self.besides or (within and number == number and (self.infinite or abs(number) < math.inf))
+        return number in self.besides or (
+            within and number == number and (self.infinite or abs(number) < math.inf)
+        )
 
     def in_words(self, number: float) -> str:
         """What a number must be that is not so, for people."""
@@ -62,13 +68,23 @@ class Limits:
         elif low is None:
             words = f"at most {_short(high)}" if self.below is None else f"below {_short(high)}"
         else:
-            ends = {(True, True): "", (False, True): ", and not the former", (True, False): ", and not the latter"}
-            words = f"between {_short(low)} and {_short(high)}" + ends.get((self.above is None, self.below is None), "")
+            ends = {
+                (True, True): "",
+                (False, True): ", and not the former",
+                (True, False): ", and not the latter",
+            }
+            words = f"between {_short(low)} and {_short(high)}" + ends.get(
+                (self.above is None, self.below is None), ""
+            )
         finite = "finite and " if number in (math.inf, -math.inf) or number != number else ""
-        return (words if words == "a finite number" else finite + words) + "".join(f", or {_short(value)}" for value in self.besides)
+        return (words if words == "a finite number" else finite + words) + "".join(
+            f", or {_short(value)}" for value in self.besides
+        )
 
 
-def at_least(least: float, most: float | None = None, besides: tuple[float, ...] = (), infinite: bool = False) -> Limits:
+def at_least(
+    least: float, most: float | None = None, besides: tuple[float, ...] = (), infinite: bool = False
+) -> Limits:
     """A number from `least` on, up to `most` if there is such an end."""
     return Limits(least=least, most=most, besides=besides, infinite=infinite)
 
@@ -103,15 +119,21 @@ def check(settings: Any, section: str | None = None) -> None:
 
     Args:
       settings: the object.
-      section: name of the config's section that it is, for the error message; "" if it is the config itself, None if neither.
+      section: name of the config's section that it is, for the error message; "" if it is the
+        config itself, None if neither.
 
     Raises:
-      UserError: names the first key whose value is of another type or outside of its range, and says what it must be.
+      UserError: names the first key whose value is of another type or outside of its range, and
+        says what it must be.
     """
     for field in dataclasses.fields(settings):
         problem = _problem(getattr(settings, field.name), field.type)
         if problem:
-            owner = f"{type(settings).__name__}." if section is None else f"config key {section}{'.' if section else ''}"
+            owner = (
+                f"{type(settings).__name__}."
+                if section is None
+                else f"config key {section}{'.' if section else ''}"
+            )
             raise UserError(f"{owner}{field.name} {problem}")
 
 
@@ -130,7 +152,11 @@ def _problem(value: Any, declared: Any) -> str:
         item, problem = next(((item, problem) for item, problem in problems if problem), (None, ""))
         return problem and f"has {item!r}: each {problem.partition(': it ')[2]}"
     if declared is np.dtype:
-        return "" if _dtype_name(value) in limits.choices else f"is {value!r}: use {' or '.join(limits.choices)}"
+        return (
+            ""
+            if _dtype_name(value) in limits.choices
+            else f"is {value!r}: use {' or '.join(limits.choices)}"
+        )
     accepted = {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.get(declared)
     if accepted is None:
         return ""
@@ -140,7 +166,9 @@ def _problem(value: Any, declared: Any) -> str:
         return f"is {value!r}: use {', '.join(limits.choices)}"
     if declared is int and limits.most is None and limits.below is None:
         limits = dataclasses.replace(limits, most=INT32_MOST)
-    if declared in (int, float) and not (limits.hold(value) and (declared is int or _fits_float(value))):
+    if declared in (int, float) and not (
+        limits.hold(value) and (declared is int or _fits_float(value))
+    ):
         return f"is {value!r}: it must be {limits.in_words(value)}"
     return ""
 

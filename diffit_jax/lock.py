@@ -1,7 +1,9 @@
-"""One owner at a time: of a work directory, of the parts of a sampling request, of a data set that is being prepared.
+"""One owner at a time: of a work directory, of the parts of a sampling request, of a data set that
+is being prepared.
 
-On a disk it is `flock`, which ends with its process, however that ends. Objects in `gs://` cannot be locked: there the owner rewrites a
-small file (a heartbeat), and whoever finds one that does not beat any more takes over. Nobody is ever refused because of a dead owner.
+On a disk it is `flock`, which ends with its process, however that ends. Objects in `gs://` cannot
+be locked: there the owner rewrites a small file (a heartbeat), and whoever finds one that does not
+beat any more takes over. Nobody is ever refused because of a dead owner.
 """
 
 import contextlib
@@ -115,7 +117,13 @@ def _heartbeat(path: epath.Path, what: str, wait: bool) -> Any:
         while not stop.wait(BEAT_S):
             try:
                 if (owner := _read(path)).get("token", me["token"]) != me["token"]:
-                    log.error("%s was taken over by %s, since this process gave no sign of life for %.0f s", what, _name(owner), PATIENCE_S)
+                    log.error(
+                        "%s was taken over by %s, since this process gave no sign of life for %.0f "
+                        "s",
+                        what,
+                        _name(owner),
+                        PATIENCE_S,
+                    )
                     return
                 me["beat"] += 1
                 _write(path, me)
@@ -143,7 +151,9 @@ def _await_silence(path: epath.Path, what: str, wait: bool) -> None:
     if _is_dead_here(seen):
         log.info("%s was left behind by %s, which has ended: taking over", what, _name(seen))
         return
-    log.info("%s belongs to %s: waiting up to %.0f s for a sign of life", what, _name(seen), PATIENCE_S)
+    log.info(
+        "%s belongs to %s: waiting up to %.0f s for a sign of life", what, _name(seen), PATIENCE_S
+    )
     while time.monotonic() - since < PATIENCE_S:
         time.sleep(min(POLL_S, PATIENCE_S / 10))
         now = _read(path)
@@ -157,11 +167,26 @@ def _await_silence(path: epath.Path, what: str, wait: bool) -> None:
 
 
 def _me() -> dict[str, Any]:
-    """Who this process is. A number of a process means something only within its machine, boot and container."""
+    """Who this process is. A number of a process means something only within its machine, boot and
+    container."""
     with contextlib.suppress(OSError):
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-        return {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine, "started": _started(os.getpid()), "since": _now()}
-    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": "", "started": "", "since": _now()}
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": machine,
+            "started": _started(os.getpid()),
+            "since": _now(),
+        }
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "machine": "",
+        "started": "",
+        "since": _now(),
+    }
 
 
 def _now() -> str:
@@ -169,7 +194,8 @@ def _now() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine was started, in the kernel's ticks: numbers of processes come again. "" if there is none."""
+    """When a process of this machine was started, in the kernel's ticks: numbers of processes come
+    again. "" if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -179,15 +205,24 @@ def _started(pid: int) -> str:
 def _is_dead_here(owner: dict[str, Any]) -> bool:
     """Whether an owner ran on this machine and does not any more."""
     me = _me()
-    return bool(me["machine"]) and owner.get("machine") == me["machine"] and _started(int(owner.get("pid") or 0)) != owner.get("started")
+    return (
+        bool(me["machine"])
+        and owner.get("machine") == me["machine"]
+        and _started(int(owner.get("pid") or 0)) != owner.get("started")
+    )
 
 
 def _in_use(what: str, owner: dict[str, Any]) -> UserError:
-    return UserError(f"{what} is in use by {_name(owner)}: wait until it has ended, or choose another place")
+    return UserError(
+        f"{what} is in use by {_name(owner)}: wait until it has ended, or choose another place"
+    )
 
 
 def _name(owner: dict[str, Any]) -> str:
-    return f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')} (since {owner.get('since', '?')})"
+    return (
+        f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')} (since "
+        f"{owner.get('since', '?')})"
+    )
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

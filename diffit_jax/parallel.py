@@ -1,9 +1,10 @@
 """The device mesh and how arrays lie on it: the only place that names mesh axes.
 
 * `data`: every device group has all parameters and its share of the batch.
-* `fsdp`: shares of the batch too, and each device keeps only its part of parameters, optimizer state and averages; XLA gathers a layer's
-  parameters when the layer needs them.
-* `tensor`: heads and the MLP's hidden channels are divided, so that one example is computed by several devices.
+* `fsdp`: shares of the batch too, and each device keeps only its part of parameters, optimizer
+  state and averages; XLA gathers a layer's parameters when the layer needs them.
+* `tensor`: heads and the MLP's hidden channels are divided, so that one example is computed by
+several devices.
 """
 
 import contextlib
@@ -31,20 +32,28 @@ log = logging.getLogger(__name__)
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 
-# With so many parts of XL/2's state, 9 GB, what each device keeps is small beside its activations; more parts only mean longer messages.
+# With so many parts of XL/2's state, 9 GB, what each device keeps is small beside its activations;
+# more parts only mean longer messages.
 _FSDP_FILL = 16
 
-# How parameters, and whatever is shaped like them, are divided: (pattern of the path, axes of the *last* dimensions). The first pattern
-# that is found counts; dimensions before (the layers of a stack) are not divided, and neither are those that `fsdp` does not divide.
+# How parameters, and whatever is shaped like them, are divided: (pattern of the path, axes of the
+# *last* dimensions). The first pattern that is found counts; dimensions before (the layers of a
+# stack) are not divided, and neither are those that `fsdp` does not divide.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"attention/(time_)?qk?v_kernel$", (FSDP, None, TENSOR, None)),  # (C, shares, heads, head width)
+    (
+        r"attention/(time_)?qk?v_kernel$",
+        (FSDP, None, TENSOR, None),
+    ),  # (C, shares, heads, head width)
     (r"attention/(time_)?qk?v_bias$", (None, TENSOR, None)),
     (r"attention/relative_position_bias$", (None, TENSOR)),  # (offsets, heads)
     (r"attention/out_kernel$", (TENSOR, None, FSDP)),  # (heads, head width, C)
     (r"mlp_in/kernel$", (FSDP, TENSOR)),
     (r"mlp_in/bias$", (TENSOR,)),
     (r"mlp_out/kernel$", (TENSOR, FSDP)),
-    (r"(kernel|embedding)$", (FSDP,)),  # convolutions, other matrices and tables: their last dimension
+    (
+        r"(kernel|embedding)$",
+        (FSDP,),
+    ),  # convolutions, other matrices and tables: their last dimension
 )
 
 
@@ -53,9 +62,11 @@ class MeshShape:
     """Section `mesh`.
 
     Attributes:
-      data, fsdp, tensor: sizes of the axes; their product is the number of devices. One may be -1: whatever is left. With `data` and
-        `fsdp` both -1, `fsdp` is the largest divisor of what is left up to 16, `data` the rest: a config for any number of devices.
-      num_slices: TPU slices connected by the data-centre network; `data` is divided over them, the other axes stay within a slice.
+      data, fsdp, tensor: sizes of the axes; their product is the number of devices. One may be -1:
+        whatever is left. With `data` and `fsdp` both -1, `fsdp` is the largest divisor of what is
+        left up to 16, `data` the rest: a config for any number of devices.
+      num_slices: TPU slices connected by the data-centre network; `data` is divided over them, the
+        other axes stay within a slice.
     """
 
     data: Annotated[int, at_least(1, besides=(-1,))] = -1
@@ -67,7 +78,10 @@ class MeshShape:
         limits.check(self, "mesh")
         sizes = self.data, self.fsdp, self.tensor
         if sizes.count(-1) > (2 if self.data == self.fsdp == -1 else 1):
-            raise UserError(f"config section mesh is {dataclasses.asdict(self)}: one may be -1, or data and fsdp")
+            raise UserError(
+                f"config section mesh is {dataclasses.asdict(self)}: one may be -1, or data and "
+                "fsdp"
+            )
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) for a number of devices.
@@ -79,7 +93,8 @@ class MeshShape:
         known = math.prod(size for size in sizes if size != -1)
         if num_devices % known or (-1 not in sizes and known != num_devices):
             raise UserError(
-                f"config section mesh has data {self.data} × fsdp {self.fsdp} × tensor {self.tensor}, which does not make {num_devices} "
+                f"config section mesh has data {self.data} × fsdp {self.fsdp} × tensor "
+                f"{self.tensor}, which does not make {num_devices} "
                 "devices: change a size, or set one to -1"
             )
         left = num_devices // known
@@ -89,13 +104,15 @@ class MeshShape:
         data, fsdp, tensor = (left if size == -1 else size for size in sizes)
         if data % self.num_slices:
             raise UserError(
-                f"config key mesh.data is {data}, which {self.num_slices} slices do not divide: change mesh.data or mesh.num_slices"
+                f"config key mesh.data is {data}, which {self.num_slices} slices do not divide: "
+                "change mesh.data or mesh.num_slices"
             )
         return data, fsdp, tensor
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = MeshShape()) -> Mesh:
-    """The mesh of the devices (None: all of all processes), with the axes `data`, `fsdp` and `tensor`.
+    """The mesh of the devices (None: all of all processes), with the axes `data`, `fsdp` and
+    `tensor`.
 
     Raises:
       UserError: the shape does not fit the devices.
@@ -103,15 +120,24 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Me
     devices = list(devices or backend.devices())
     sizes, num_slices = shape.sizes(len(devices)), _count_slices(devices)
     if num_slices != shape.num_slices:
-        raise UserError(f"config key mesh.num_slices is {shape.num_slices}, but the devices form {num_slices}: set it to {num_slices}")
+        raise UserError(
+            f"config key mesh.num_slices is {shape.num_slices}, but the devices form {num_slices}: "
+            f"set it to {num_slices}"
+        )
     if shape.num_slices > 1:
         within, between = (sizes[0] // shape.num_slices, *sizes[1:]), (shape.num_slices, 1, 1)
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True), AXES)
+        return Mesh(
+            mesh_utils.create_hybrid_device_mesh(
+                within, between, devices, allow_split_physical_axes=True
+            ),
+            AXES,
+        )
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
 
 
 def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = MeshShape()) -> Mesh:
-    """The mesh of a shape, or where that does not fit the devices, one that divides the batch alone: for what needs no training batch."""
+    """The mesh of a shape, or where that does not fit the devices, one that divides the batch
+    alone: for what needs no training batch."""
     devices = list(devices or backend.devices())
     num_slices = _count_slices(devices)
     try:
@@ -122,7 +148,14 @@ def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Mes
 
 
 def _count_slices(devices: Sequence[jax.Device]) -> int:
-    return len({getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"} or {0})
+    return len(
+        {
+            getattr(device, "slice_index", None) or 0
+            for device in devices
+            if device.platform == "tpu"
+        }
+        or {0}
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -136,34 +169,55 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of every leaf of a pytree (of arrays or shapes) by `PARAMETER_RULES`; what no rule knows is copied to each device.
+    """The sharding of every leaf of a pytree (of arrays or shapes) by `PARAMETER_RULES`; what no
+    rule knows is copied to each device.
 
     Raises:
       UserError: `tensor` does not divide the heads or channels of an array that it should.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape)), tree
+    )
 
 
 def abstract(mesh: Mesh, tree: Any) -> Any:
-    """Shapes and dtypes of a pytree (of arrays, or from `eval_shape`) as `ShapeDtypeStruct`s that lie as `shardings` says."""
-    lay = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    """Shapes and dtypes of a pytree (of arrays, or from `eval_shape`) as `ShapeDtypeStruct`s that
+    lie as `shardings` says."""
+
+    def lay(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     return jax.tree.map(lay, tree, shardings(mesh, tree))
 
 
 def check_axes(mesh: Mesh, params: Any) -> None:
-    """Raises `UserError` if `fsdp` or `tensor` has several devices but divides no parameter, or `tensor` does not divide one."""
-    used = {axis for sharding in jax.tree.leaves(shardings(mesh, params)) for axis in jax.tree.leaves(tuple(sharding.spec))}
+    """Raises `UserError` if `fsdp` or `tensor` has several devices but divides no parameter, or
+    `tensor` does not divide one."""
+    used = {
+        axis
+        for sharding in jax.tree.leaves(shardings(mesh, params))
+        for axis in jax.tree.leaves(tuple(sharding.spec))
+    }
     for axis in (FSDP, TENSOR):
         if mesh.shape[axis] > 1 and axis not in used:
-            raise UserError(f"config key mesh.{axis} is {mesh.shape[axis]}, but no rule divides a parameter over it: set it to 1")
+            raise UserError(
+                f"config key mesh.{axis} is {mesh.shape[axis]}, but no rule divides a parameter "
+                "over it: set it to 1"
+            )
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:
-    """Raises `UserError` if `parts` times the devices that share a batch do not divide it; `key` is the config key that set its size."""
+    """Raises `UserError` if `parts` times the devices that share a batch do not divide it; `key` is
+    the config key that set its size."""
     shares = mesh.shape[DATA] * mesh.shape[FSDP] * parts
     if batch_size < 1 or batch_size % shares:
-        over = f"{mesh.shape[DATA] * mesh.shape[FSDP]} devices" + (f" in {parts} parts (training.accumulation)" if parts > 1 else "")
-        raise UserError(f"{key} {batch_size} does not divide over {over}: change {key} to a multiple of {shares}")
+        over = f"{mesh.shape[DATA] * mesh.shape[FSDP]} devices" + (
+            f" in {parts} parts (training.accumulation)" if parts > 1 else ""
+        )
+        raise UserError(
+            f"{key} {batch_size} does not divide over {over}: change {key} to a multiple of "
+            f"{shares}"
+        )
 
 
 def next_batch_size(mesh: Mesh, count: int) -> int:
@@ -172,8 +226,11 @@ def next_batch_size(mesh: Mesh, count: int) -> int:
     return -(-count // shares) * shares
 
 
-def fitting_devices(batch_size: int, shape: MeshShape = MeshShape(), parts: int = 1) -> Sequence[jax.Device]:
-    """All devices, or as many of the first as divide a training batch in `parts` parts, with a line of the log that says so.
+def fitting_devices(
+    batch_size: int, shape: MeshShape = MeshShape(), parts: int = 1
+) -> Sequence[jax.Device]:
+    """All devices, or as many of the first as divide a training batch in `parts` parts, with a line
+    of the log that says so.
 
     For one process: of several, some would be left without a device, and all devices are returned.
     """
@@ -185,21 +242,30 @@ def fitting_devices(batch_size: int, shape: MeshShape = MeshShape(), parts: int 
             continue
         if batch_size % (data * fsdp * parts) == 0 and jax.process_count() == 1:
             if count < len(devices):
-                log.info("using %d of %d devices, which training.batch_size %d divides over", count, len(devices), batch_size)
+                log.info(
+                    "using %d of %d devices, which training.batch_size %d divides over",
+                    count,
+                    len(devices),
+                    batch_size,
+                )
             return devices[:count]
     return devices
 
 
 def local_device(mesh: Mesh) -> jax.Device:
-    """The first device of the mesh that belongs to this process: the one whose memory can be asked for.
+    """The first device of the mesh that belongs to this process: the one whose memory can be asked
+    for.
 
     Not `mesh.local_mesh`, which a process whose devices have gaps on the mesh does not have.
     """
-    return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    return next(
+        device for device in mesh.devices.flat if device.process_index == jax.process_index()
+    )
 
 
 def try_kernel(mesh: Mesh) -> None:
-    """On TPUs, finds out whether their compiler takes the attention kernel, see `attention_kernel.try_to_compile`."""
+    """On TPUs, finds out whether their compiler takes the attention kernel, see
+    `attention_kernel.try_to_compile`."""
     devices = list(mesh.devices.flat)
     if devices[0].platform == "tpu":
         local = (device for device in devices if device.process_index == jax.process_index())
@@ -215,7 +281,8 @@ def memory_of(device: jax.Device) -> float | None:
 def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
     """Which rows of a global batch the devices of a process hold.
 
-    A mesh follows the pod's torus, so that the rows of a process have gaps, and more than one process may hold a row (with `tensor`).
+    A mesh follows the pod's torus, so that the rows of a process have gaps, and more than one
+    process may hold a row (with `tensor`).
 
     Args:
       mesh: the mesh.
@@ -230,7 +297,11 @@ def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.nd
     """
     process = jax.process_index() if process is None else process
     shares = batch_sharding(mesh).devices_indices_map((batch_size,))
-    bounds = {share[0].indices(batch_size)[:2] for device, share in shares.items() if device.process_index == process}
+    bounds = {
+        share[0].indices(batch_size)[:2]
+        for device, share in shares.items()
+        if device.process_index == process
+    }
     rows = np.concatenate([np.arange(0), *(np.arange(*each) for each in sorted(bounds))])
     rows.flags.writeable = False  # one array for all who ask
     return rows
@@ -241,7 +312,8 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
 
     Args:
       mesh: the mesh.
-      batch: name → array (n, …), row i of which is row `local_rows(mesh, batch_size)[i]` of the batch.
+      batch: name → array (n, …), row i of which is row `local_rows(mesh, batch_size)[i]` of the
+        batch.
       batch_size: rows of the global batch.
 
     Raises:
@@ -251,7 +323,10 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
 
     def put(name: str, array: np.ndarray) -> jax.Array:
         if len(array) != len(rows):
-            raise ValueError(f"{name} has {len(array)} rows, but this process holds {len(rows)} of the {batch_size} of a batch")
+            raise ValueError(
+                f"{name} has {len(array)} rows, but this process holds {len(rows)} of the "
+                f"{batch_size} of a batch"
+            )
         shape = batch_size, *array.shape[1:]
         devices, shares = [], []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -259,7 +334,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
             first = int(np.searchsorted(rows, start))
             devices.append(device)
             shares.append(array[first : first + stop - start])
-        return jax.make_array_from_single_device_arrays(shape, sharding, jax.device_put(shares, devices))
+        return jax.make_array_from_single_device_arrays(
+            shape, sharding, jax.device_put(shares, devices)
+        )
 
     return {name: put(name, array) for name, array in batch.items()}
 
@@ -267,8 +344,8 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
 def prove_rows(mesh: Mesh, batch_size: int) -> None:
     """Proves on the devices at hand that every row of a batch comes to its place, and nowhere else.
 
-    Row numbers go the way of data (`local_rows`, `put_batch`), and every device counts those that it should not have. All processes take
-    part.
+    Row numbers go the way of data (`local_rows`, `put_batch`), and every device counts those that
+    it should not have. All processes take part.
 
     Raises:
       UserError: on every process; it names the first process that holds wrong rows.
@@ -279,35 +356,53 @@ def prove_rows(mesh: Mesh, batch_size: int) -> None:
         place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)
         return jnp.sum(row_B != place * share + jnp.arange(share), keepdims=True)
 
-    everywhere = jax.shard_map(count_wrong, mesh=mesh, in_specs=batch_sharding(mesh).spec, out_specs=PartitionSpec(AXES), check_vma=False)
-    rows = put_batch(mesh, {"row": local_rows(mesh, batch_size).astype(np.int32)}, batch_size)["row"]
-    wrong = np.asarray(jax.jit(everywhere, out_shardings=replicated(mesh))(rows).addressable_data(0))
+    everywhere = jax.shard_map(
+        count_wrong,
+        mesh=mesh,
+        in_specs=batch_sharding(mesh).spec,
+        out_specs=PartitionSpec(AXES),
+        check_vma=False,
+    )
+    rows = put_batch(mesh, {"row": local_rows(mesh, batch_size).astype(np.int32)}, batch_size)[
+        "row"
+    ]
+    wrong = np.asarray(
+        jax.jit(everywhere, out_shardings=replicated(mesh))(rows).addressable_data(0)
+    )
     for device, count in zip(mesh.devices.flat, wrong, strict=True):
         if count:
             raise UserError(
-                f"process {device.process_index} has {count} of {share} rows of the batch in wrong places on device {device.id}: rows are "
-                f"divided wrongly over the mesh {dict(mesh.shape)}; use another mesh (config section mesh), and report this fault"
+                f"process {device.process_index} has {count} of {share} rows of the batch in wrong "
+                f"places on device {device.id}: rows are "
+                f"divided wrongly over the mesh {dict(mesh.shape)}; use another mesh (config "
+                "section mesh), and report this fault"
             )
 
 
 @contextlib.contextmanager
 def activations(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
-    """While a program is traced in this block, activations of networks lie as the batch does, and each layer gathers its weights.
+    """While a program is traced in this block, activations of networks lie as the batch does, and
+    each layer gathers its weights.
 
     Args:
       mesh: the devices.
-      whole_weights: whether every device has all that `fsdp` divides already (`whole`). Then a layer's weights are taken out of their stack
-        before its products: XLA:TPU would take them out piece by piece inside, which made sampling 1.17 times as long (estimate).
+      whole_weights: whether every device has all that `fsdp` divides already (`whole`). Then a
+        layer's weights are taken out of their stack before its products: XLA:TPU would take them
+        out piece by piece inside, which made sampling 1.17 times as long (estimate).
     """
     examples_heads = PartitionSpec((DATA, FSDP), TENSOR)
 
     def per_shard(function: Callable) -> Callable:
         specs = (examples_heads,) * 3 + (PartitionSpec(None, TENSOR),)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False)
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False
+        )
 
     value = Layout(
         activation=lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)),
-        weight=(lambda _, weight: jax.lax.optimization_barrier(weight)) if whole_weights else functools.partial(_gathered, mesh),
+        weight=(lambda _, weight: jax.lax.optimization_barrier(weight))
+        if whole_weights
+        else functools.partial(_gathered, mesh),
         per_shard=per_shard,
         platform=mesh.devices.flat[0].platform,
     )
@@ -316,16 +411,20 @@ def activations(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
 
 
 def whole(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
-    """Inside jit: a parameter, by its path, of which every device has all that `fsdp` would divide."""
-    spec = PartitionSpec(*(None if axis == FSDP else axis for axis in _rule_spec(mesh, name, weight.shape)))
+    """Inside jit: a parameter, by its path, of which every device has all that `fsdp` would
+    divide."""
+    spec = PartitionSpec(
+        *(None if axis == FSDP else axis for axis in _rule_spec(mesh, name, weight.shape))
+    )
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
 
 
 def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
-    """A weight whose parts over `fsdp` are put together before it is used; its gradient is divided again at once.
+    """A weight whose parts over `fsdp` are put together before it is used; its gradient is divided
+    again at once.
 
-    Left to itself, XLA:TPU multiplies by one part after the other as they come, and products with 1152 / 16 = 72 columns fill half of a
-    matrix unit.
+    Left to itself, XLA:TPU multiplies by one part after the other as they come, and products with
+    1152 / 16 = 72 columns fill half of a matrix unit.
     """
     if mesh.shape[FSDP] == 1:
         return weight
@@ -336,7 +435,10 @@ def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
         return whole(mesh, name, x)
 
     gather.defvjp(
-        lambda x: (gather(x), None), lambda _, gradient: (jax.lax.with_sharding_constraint(whole(mesh, name, gradient), divided),)
+        lambda x: (gather(x), None),
+        lambda _, gradient: (
+            jax.lax.with_sharding_constraint(whole(mesh, name, gradient), divided),
+        ),
     )
     return gather(weight)
 
@@ -351,7 +453,13 @@ def _rule_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
     for size, axis in zip(shape, axes, strict=True):
         if axis == TENSOR and size % mesh.shape[TENSOR]:
             raise UserError(
-                f"config key mesh.tensor is {mesh.shape[TENSOR]}, which does not divide the {size} heads or channels of {name} {shape}: "
+                f"config key mesh.tensor is {mesh.shape[TENSOR]}, which does not divide the {size} "
+                f"heads or channels of {name} {shape}: "
                 "change mesh.tensor, or the number of heads"
             )
-    return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, axes, strict=True)))
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(shape, axes, strict=True)
+        )
+    )

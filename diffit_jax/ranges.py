@@ -9,15 +9,20 @@ MOST = 10_000_000
 
 
 def parse_numbers(flag: str, text: str) -> list[int]:
-    """`7`, `0-63` or `0-9,20-29` → the whole numbers it names, ends included; `flag` is named in the error."""
+    """`7`, `0-63` or `0-9,20-29` → the whole numbers it names, ends included; `flag` is named in
+    the error."""
     numbers = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise UserError(f"{flag} {text!r} is not a list of whole numbers: write 7, 0-63 or 0-9,20-29")
+            raise UserError(
+                f"{flag} {text!r} is not a list of whole numbers: write 7, 0-63 or 0-9,20-29"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if len(numbers) + last - first >= MOST:
-            raise UserError(f"{flag} {text!r} names more than {MOST:,} numbers: ask for fewer at a time")
+            raise UserError(
+                f"{flag} {text!r} names more than {MOST:,} numbers: ask for fewer at a time"
+            )
         numbers.extend(range(first, last + 1))
     return numbers
 

@@ -1,7 +1,9 @@
-"""Files of samples: what they are called, how they come about part by part, and what is written beside them.
+"""Files of samples: what they are called, how they come about part by part, and what is written
+beside them.
 
-A request for samples leaves three files of one name: the npz of ADM's evaluator (`arr_0` (N, H, W, C) samples, `arr_1` (N,) int64 labels),
-a PNG of the first hundred, and a record, JSON, of what was asked for. Nothing of another request is replaced unless that is asked for.
+A request for samples leaves three files of one name: the npz of ADM's evaluator (`arr_0` (N, H, W,
+C) samples, `arr_1` (N,) int64 labels), a PNG of the first hundred, and a record, JSON, of what was
+asked for. Nothing of another request is replaced unless that is asked for.
 """
 
 import contextlib
@@ -34,8 +36,10 @@ class Request:
     """A request for samples.
 
     Attributes:
-      identity: JSON values by name of all that the samples depend on; equal requests give equal samples.
-      source: the same of where the network was found, for people: two requests that differ in it alone are equal.
+      identity: JSON values by name of all that the samples depend on; equal requests give equal
+        samples.
+      source: the same of where the network was found, for people: two requests that differ in it
+        alone are equal.
     """
 
     identity: Mapping[str, Any]
@@ -53,8 +57,13 @@ class Request:
         for name in {**self.identity, **theirs}:
             if self.identity.get(name) != theirs.get(name):
                 if name.endswith("network"):
-                    return f"another {name} ({_short(other.get('source'))}, now {_short(self.source)})"
-                return f"another {name} ({_short(theirs.get(name))}, now {_short(self.identity.get(name))})"
+                    return (
+                        f"another {name} ({_short(other.get('source'))}, now {_short(self.source)})"
+                    )
+                return (
+                    f"another {name} ({_short(theirs.get(name))}, now "
+                    f"{_short(self.identity.get(name))})"
+                )
         return ""
 
     def as_json(self) -> dict[str, Any]:
@@ -62,7 +71,8 @@ class Request:
 
 
 def default_name(kind: str, shape: Sequence[int], differences: Mapping[str, Any]) -> str:
-    """ADM's name `<kind>_NxHxWxC.npz`, with what differs from the default request: `samples_4x8x8x1-seeds=4-7,sampler=ddim.npz`.
+    """ADM's name `<kind>_NxHxWxC.npz`, with what differs from the default request:
+    `samples_4x8x8x1-seeds=4-7,sampler=ddim.npz`.
 
     Args:
       kind: "samples" or "latents".
@@ -70,26 +80,32 @@ def default_name(kind: str, shape: Sequence[int], differences: Mapping[str, Any]
       differences: values by name.
     """
     name = f"{kind}_{'x'.join(map(str, shape))}"
-    words = ",".join(f"{key}={re.sub(r'[^A-Za-z0-9_.+@-]+', '_', str(value))}" for key, value in differences.items())
+    words = ",".join(
+        f"{key}={re.sub(r'[^A-Za-z0-9_.+@-]+', '_', str(value))}"
+        for key, value in differences.items()
+    )
     if len(name) + len(words) > _LONGEST_NAME:
         words = hashlib.sha256(words.encode()).hexdigest()[:16]
     return f"{name}{'-' if words else ''}{words}.npz"
 
 
 class SampleFiles:
-    """The three files of one request, and its parts: npy files in a directory `<output>.parts`, each there whole or not at all.
+    """The three files of one request, and its parts: npy files in a directory `<output>.parts`,
+    each there whole or not at all.
 
     Used as a context manager: one process at a time owns the directory of parts.
     """
 
     def __init__(self, output: epath.Path, request: Request, overwrite: bool = False):
-        """Names the files of a request; `overwrite`: whether those of another one, or of unknown origin, may be replaced."""
+        """Names the files of a request; `overwrite`: whether those of another one, or of unknown
+        origin, may be replaced."""
         self.output, self.request, self._overwrite = output, request, overwrite
         self.picture, self.record = output.with_suffix(".png"), output.with_suffix(".json")
         self._parts = output.parent / f"{output.name}.parts"
 
     def finished(self) -> dict[str, Any] | None:
-        """The record of this request's samples, if they are all there; None if they are to be drawn.
+        """The record of this request's samples, if they are all there; None if they are to be
+        drawn.
 
         Raises:
           UserError: files of another request, or of unknown origin, are in the way.
@@ -98,22 +114,37 @@ class SampleFiles:
         if not there:
             return None
         recorded = read_record(self.output)
-        difference = "files of unknown origin" if recorded is None else self.request.difference(recorded["request"])
+        difference = (
+            "files of unknown origin"
+            if recorded is None
+            else self.request.difference(recorded["request"])
+        )
         begun = files.read_json(self._parts / _REQUEST)
         if begun is not None and not self.request.difference(begun):
             return None  # it was interrupted while these files were written
-        if not difference and self.output in there and files.size(self.output) == recorded.get("bytes"):
+        if (
+            not difference
+            and self.output in there
+            and files.size(self.output) == recorded.get("bytes")
+        ):
             return recorded
         if not difference or self._overwrite:
             return None
-        what = "is of unknown origin (nothing beside it says of which request)" if recorded is None else f"holds samples of {difference}"
-        raise UserError(f"{there[0]} is there already and {what}: name another --output, or say --overwrite")
+        what = (
+            "is of unknown origin (nothing beside it says of which request)"
+            if recorded is None
+            else f"holds samples of {difference}"
+        )
+        raise UserError(
+            f"{there[0]} is there already and {what}: name another --output, or say --overwrite"
+        )
 
     def __enter__(self) -> "SampleFiles":
         """Opens the directory of parts, which may hold some of an interrupted run.
 
         Raises:
-          UserError: the parts there belong to another request, a living process draws them, or the place cannot be written.
+          UserError: the parts there belong to another request, a living process draws them, or the
+            place cannot be written.
         """
         files.make_directory(self._parts, "output directory")
         with contextlib.ExitStack() as stack:
@@ -134,10 +165,19 @@ class SampleFiles:
                 if entry.suffix in (".npy", ".json"):
                     entry.unlink()
         elif difference:
-            checkpoint = begun.get("source", {}).get("checkpoint") if isinstance(begun.get("source"), Mapping) else None
-            again = f" (--checkpoint {checkpoint})" if checkpoint is not None and difference.startswith("another network") else ""
+            checkpoint = (
+                begun.get("source", {}).get("checkpoint")
+                if isinstance(begun.get("source"), Mapping)
+                else None
+            )
+            again = (
+                f" (--checkpoint {checkpoint})"
+                if checkpoint is not None and difference.startswith("another network")
+                else ""
+            )
             raise UserError(
-                f"{self._parts} holds samples of an interrupted request with {difference}: repeat that request{again}, delete the "
+                f"{self._parts} holds samples of an interrupted request with {difference}: repeat "
+                f"that request{again}, delete the "
                 "directory, or choose another --output"
             )
         elif begun is None and path.exists():
@@ -146,7 +186,8 @@ class SampleFiles:
             files.write_bytes(path, json.dumps(self.request.as_json(), indent=2).encode())
 
     def done(self, count: int) -> np.ndarray:
-        """(count,) bool: which samples are in parts. A part that cannot be read goes away, and is to be drawn anew."""
+        """(count,) bool: which samples are in parts. A part that cannot be read goes away, and is
+        to be drawn anew."""
         there = np.zeros(count, bool)
         for start, stop, path in self._stretches():
             try:
@@ -160,10 +201,13 @@ class SampleFiles:
         return there
 
     def write(self, start: int, samples: np.ndarray, finite: np.ndarray) -> None:
-        """Writes a part: samples (n, H, W, C) from number `start` on, and which of them are finite, (n,) bool."""
+        """Writes a part: samples (n, H, W, C) from number `start` on, and which of them are finite,
+        (n,) bool."""
         name = f"{start:08d}-{start + len(samples):08d}"
         if not finite.all():  # first: a part that is there is complete
-            files.write_bytes(self._parts / f"{name}.json", json.dumps(np.flatnonzero(~finite).tolist()).encode())
+            files.write_bytes(
+                self._parts / f"{name}.json", json.dumps(np.flatnonzero(~finite).tolist()).encode()
+            )
         with files.writing(self._parts / f"{name}.npy") as file:
             np.save(file, samples, allow_pickle=False)
 
@@ -176,8 +220,11 @@ class SampleFiles:
                 have += len(found[-1])
         return np.concatenate(found)[:count]
 
-    def finish(self, labels: np.ndarray, seeds: Sequence[int], more: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts the parts together in the npz, one at a time, writes the record beside it, and returns that; `leave` removes the parts.
+    def finish(
+        self, labels: np.ndarray, seeds: Sequence[int], more: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Puts the parts together in the npz, one at a time, writes the record beside it, and
+        returns that; `leave` removes the parts.
 
         Args:
           labels: (N,) ints.
@@ -186,8 +233,15 @@ class SampleFiles:
         """
         stretches = self._stretches()
         first, digest = self._read(stretches[0][2]), hashlib.sha256()
-        header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
-        with files.writing(self.output) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(first.dtype),
+            "fortran_order": False,
+            "shape": (len(labels), *first.shape[1:]),
+        }
+        with (
+            files.writing(self.output) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        ):
             with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array_header_1_0(entry, header)
                 for _, _, path in stretches:
@@ -197,7 +251,9 @@ class SampleFiles:
             with archive.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.asarray(labels, np.int64), allow_pickle=False)
         bad = [
-            start + row for start, stop, _ in stretches for row in files.read_json(self._parts / f"{start:08d}-{stop:08d}.json", list) or []
+            start + row
+            for start, stop, _ in stretches
+            for row in files.read_json(self._parts / f"{start:08d}-{stop:08d}.json", list) or []
         ]
         record = {
             "samples": self.output.name,
@@ -216,7 +272,10 @@ class SampleFiles:
 
     def _stretches(self) -> list[tuple[int, int, epath.Path]]:
         """(first sample, the one after the last, file) of each part, in order."""
-        named = ((re.fullmatch(r"(\d+)-(\d+)\.npy", path.name), path) for path in self._parts.glob("*.npy"))
+        named = (
+            (re.fullmatch(r"(\d+)-(\d+)\.npy", path.name), path)
+            for path in self._parts.glob("*.npy")
+        )
         return sorted((int(match[1]), int(match[2]), path) for match, path in named if match)
 
     @staticmethod
@@ -254,5 +313,9 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None) if isinstance(value, Mapping) else str(value)
+    text = (
+        ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
+        if isinstance(value, Mapping)
+        else str(value)
+    )
     return text if len(text) <= 100 else text[:99] + "…"

@@ -1,4 +1,5 @@
-"""The sections of a config that are plain settings: frozen, typed, and checked when they are made."""
+"""The sections of a config that are plain settings: frozen, typed, and checked when they are
+made."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ class Data:
 
     Attributes:
       name: of the data set, see `data.open_dataset`.
-      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
-      autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and so are samples.
+      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default,
+        `~/tensorflow_datasets`.
+      autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and
+        so are samples.
     """
 
     name: str
@@ -42,8 +45,8 @@ class Optimizer:
       warmup_steps: updates over which it rises from 0.
       name: "adam" (AdamW if there is weight decay) or "lamb", for very large batches.
       beta1, beta2, epsilon: Adam's.
-      weight_decay: share of a weight taken off per update, times the learning rate. Only matrices and convolutions decay: not biases,
-        norms, label tables or position biases.
+      weight_decay: share of a weight taken off per update, times the learning rate. Only matrices
+        and convolutions decay: not biases, norms, label tables or position biases.
       max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
       schedule: "constant" after the ramp-up, or "cosine" down to 0.
       decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
@@ -64,19 +67,23 @@ class Optimizer:
         limits.check(self, "optimizer")
         if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
             raise UserError(
-                f"config key optimizer.decay_steps is {self.decay_steps}: it must be above {self.warmup_steps}, the warmup_steps"
+                f"config key optimizer.decay_steps is {self.decay_steps}: it must be above "
+                f"{self.warmup_steps}, the warmup_steps"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class EMA:
-    """Section `ema`: EDM's moving average of the parameters, stated in images so that the batch size does not change its length.
+    """Section `ema`: EDM's moving average of the parameters, stated in images so that the batch
+    size does not change its length.
 
     Attributes:
       halflife_images: after so many images a parameter's weight in the average has halved.
-      rampup_ratio: the half-life is at most this share of the images seen so far, so that the average forgets the start of training.
-      power_lengths: lengths of further averages whose snapshots make one of any length after training, see `training.power_ema`; EDM2 has
-        (0.05, 0.10). Each costs 4 bytes per parameter, and a snapshot as much on disk.
+      rampup_ratio: the half-life is at most this share of the images seen so far, so that the
+        average forgets the start of training.
+      power_lengths: lengths of further averages whose snapshots make one of any length after
+        training, see `training.power_ema`; EDM2 has (0.05, 0.10). Each costs 4 bytes per parameter,
+        and a snapshot as much on disk.
       snapshot_steps: updates between snapshots of these.
     """
 
@@ -95,12 +102,17 @@ class Training:
 
     Attributes:
       batch_size: images per update, over all devices.
-      label_dropout: share of the labels replaced by "no label", which classifier-free guidance needs. In [0, 1].
-      total_steps: updates of the whole run (batches, to be exact: one with a gradient that is not finite makes no update).
-      accumulation: parts into which a batch is cut to save memory; their gradients are averaged into one update.
+      label_dropout: share of the labels replaced by "no label", which classifier-free guidance
+        needs. In [0, 1].
+      total_steps: updates of the whole run (batches, to be exact: one with a gradient that is not
+        finite makes no update).
+      accumulation: parts into which a batch is cut to save memory; their gradients are averaged
+        into one update.
       max_bad_steps: so many batches in a row without a finite gradient end the run.
-      log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and checkpoints.
-      checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report; 0: never.
+      log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and
+        checkpoints.
+      checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report;
+        0: never.
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
       grid_images: images in a sample grid.
@@ -130,13 +142,17 @@ class Sampling:
     Attributes:
       num_steps: steps N of the sampler. Evaluations of the network: 2N - 1 with heun, else N.
       guidance_scale: 1 is no guidance.
-      batch_size: samples per call of the sampler: over all devices, or, if it is negative, so many on each. Rounded up to a number that the
-        devices divide.
-      sampler: "ddpm" (ancestral) or "ddim", of the process ddpm; "euler", "heun" or "dpm_solver" (2M), of any process.
-      respacing: of ddpm and ddim, in place of `num_steps`: "250", "10,10,5" or "ddim50", see `respaced_timesteps`.
+      batch_size: samples per call of the sampler: over all devices, or, if it is negative, so many
+        on each. Rounded up to a number that the devices divide.
+      sampler: "ddpm" (ancestral) or "ddim", of the process ddpm; "euler", "heun" or "dpm_solver"
+        (2M), of any process.
+      respacing: of ddpm and ddim, in place of `num_steps`: "250", "10,10,5" or "ddim50", see
+        `respaced_timesteps`.
       eta: randomness of ddim, 0 none.
-      clip_denoised: whether ddpm and ddim clip their estimate of the clean sample to [-1, 1]: for images, not for latents.
-      guidance, guidance_power, guidance_sigma_low, guidance_sigma_high, guide_channels, skip_tolerance: see `guidance.Guidance`.
+      clip_denoised: whether ddpm and ddim clip their estimate of the clean sample to [-1, 1]: for
+        images, not for latents.
+      guidance, guidance_power, guidance_sigma_low, guidance_sigma_high, guide_channels,
+        skip_tolerance: see `guidance.Guidance`.
       guide_workdir: for autoguidance, the work directory of the weaker network.
       pixel_rounding: from [-1, 1] to uint8: "edm" or "adm", see `pixels.to_pixels`.
       churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: of heun, see `samplers.Churn`.
@@ -165,11 +181,20 @@ class Sampling:
     def __post_init__(self):
         limits.check(self, "sampling")
         if self.num_steps < 2 and not self.discrete:
-            raise UserError(f"config key sampling.num_steps is {self.num_steps}: it must be at least 2 with sampler {self.sampler}")
+            raise UserError(
+                f"config key sampling.num_steps is {self.num_steps}: it must be at least 2 with "
+                f"sampler {self.sampler}"
+            )
         if not self.batch_size:
-            raise UserError("config key sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device")
+            raise UserError(
+                "config key sampling.batch_size is 0: set it to a number of samples, or -16 for 16 "
+                "on each device"
+            )
         if self.respacing and not self.discrete:
-            raise UserError(f"config key sampling.respacing is for the samplers ddpm and ddim, not {self.sampler}: set sampling.num_steps")
+            raise UserError(
+                "config key sampling.respacing is for the samplers ddpm and ddim, not "
+                f"{self.sampler}: set sampling.num_steps"
+            )
         _ = self.guide, self.churn  # these check the rest
 
     @property
@@ -191,4 +216,6 @@ class Sampling:
 
     @property
     def churn(self) -> Churn:
-        return Churn(self.churn_amount, self.churn_sigma_low, self.churn_sigma_high, self.churn_noise)
+        return Churn(
+            self.churn_amount, self.churn_sigma_low, self.churn_sigma_high, self.churn_noise
+        )

@@ -1,4 +1,7 @@
-"""Measures the training step of a config: python launch/benchmark.py --config configs/digits.py [--steps 50] [--json FILE]"""
+"""Measures the training step of a config:
+
+python launch/benchmark.py --config configs/digits.py
+"""
 
 import json
 

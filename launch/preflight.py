@@ -1,4 +1,7 @@
-"""What a config will need and take on a TPU pod, without one: python launch/preflight.py --config configs/X.py --topology v5e:16x16"""
+"""What a config will need and take on a TPU pod, without one:
+
+python launch/preflight.py --config configs/digits.py --topology v5e:4x4
+"""
 
 import json
 import os
@@ -12,13 +15,25 @@ from absl import flags
 from diffit_jax import cli
 
 CONFIG = cli.define_config()
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and grid of a slice, such as v5e:16x16 or v5p:4x4x8.")
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices, connected by the data-centre network.", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch_per_chip", None, "Instead of the config's batch size: images per chip.", lower_bound=1)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chip and grid of a slice, such as v5e:16x16 or v5p:4x4x8."
+)
+NUM_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "Slices, connected by the data-centre network.", lower_bound=1
+)
+BATCH = flags.DEFINE_integer(
+    "batch_per_chip", None, "Instead of the config's batch size: images per chip.", lower_bound=1
+)
 PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which programs to compile.")
-SWEEP = flags.DEFINE_string("sweep", None, "Settings to compare, such as batch,remat or batch=4/8/16,num_heads=16/9,mesh=fsdp=4/fsdp=16.")
+SWEEP = flags.DEFINE_string(
+    "sweep",
+    None,
+    "Settings to compare, such as batch,remat or batch=4/8/16,num_heads=16/9,mesh=fsdp=4/fsdp=16.",
+)
 EXPLAIN = flags.DEFINE_bool("explain", False, "Add a paragraph of advice.")
-CALIBRATE = flags.DEFINE_bool("calibrate", False, "Instead: estimates of large matrix products against the peak.")
+CALIBRATE = flags.DEFINE_bool(
+    "calibrate", False, "Instead: estimates of large matrix products against the peak."
+)
 JSON = cli.define_path("json", "File to write the figures to.")
 flags.mark_flag_as_required("topology")
 
@@ -28,11 +43,16 @@ def main() -> None:
 
     config = CONFIG.value
     if config is not None and BATCH.value is not None:
-        config = preflight.vary(config, TOPOLOGY.value, NUM_SLICES.value, {"batch": str(BATCH.value)})
+        config = preflight.vary(
+            config, TOPOLOGY.value, NUM_SLICES.value, {"batch": str(BATCH.value)}
+        )
     if CALIBRATE.value:
         result = preflight.calibrate(TOPOLOGY.value)
         for row in result:
-            print(f"{row['product']:22} {row['seconds'] * 1e3:9.4f} ms   {row['share_of_peak']:.3f} of the peak (estimate)")
+            print(
+                f"{row['product']:22} {row['seconds'] * 1e3:9.4f} ms   {row['share_of_peak']:.3f} "
+                "of the peak (estimate)"
+            )
         fits = True
     elif config is None:
         cli.fail("--config is missing: name a file with get_config()")

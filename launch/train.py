@@ -1,12 +1,19 @@
-"""Trains a config: python launch/train.py --config configs/digits.py --workdir runs/digits [--config.section.key=value …]"""
+"""Trains a config, or goes on with a run:
+
+python launch/train.py --config configs/digits.py --workdir runs/digits
+"""
 
 from absl import flags
 
 from diffit_jax import cli
 
 CONFIG = cli.define_config()
-WORKDIR = cli.define_path("workdir", "Directory of the run, local or gs://; a run that is in it is continued.")
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps of which to write a profiler trace: 10 or 10-15.")
+WORKDIR = cli.define_path(
+    "workdir", "Directory of the run, local or gs://; a run that is in it is continued."
+)
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Steps of which to write a profiler trace: 10 or 10-15."
+)
 FEWER_DEVICES = cli.define_fewer_devices()
 CLUSTER = cli.define_cluster()
 flags.mark_flags_as_required(["config", "workdir"])
@@ -17,7 +24,12 @@ def main() -> None:
     from diffit_jax.training.loop import train
 
     steps = PROFILE_STEPS.value and parse_numbers("--profile_steps", PROFILE_STEPS.value)
-    train(CONFIG.value, WORKDIR.value, (steps[0], steps[-1]) if steps else None, FEWER_DEVICES(CONFIG.value))
+    train(
+        CONFIG.value,
+        WORKDIR.value,
+        (steps[0], steps[-1]) if steps else None,
+        FEWER_DEVICES(CONFIG.value),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Two virtual devices, so that everything runs sharded, and small experiments that compile in seconds."""
+"""Two virtual devices, so that everything runs sharded, and small experiments that compile in
+seconds."""
 
 import gc
 import os
@@ -7,7 +8,9 @@ import tempfile
 
 from processes import QUICK_TO_COMPILE
 
-gc.set_threshold(200_000, 20, 100)  # tracing makes many small objects; looking for garbage took a tenth of the time
+gc.set_threshold(
+    200_000, 20, 100
+)  # tracing makes many small objects; looking for garbage took a tenth of the time
 os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)  # commands that tests start inherit it
 # Under nohup commands would inherit that SIGHUP is ignored; one that is handled they do not.
 signal.signal(signal.SIGHUP, lambda *_: None)
@@ -23,7 +26,8 @@ from ml_collections import ConfigDict
 
 if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     jax.config.update("jax_num_cpu_devices", 2)
-# With several virtual devices on few cores, programs in flight can starve each other's collectives of threads.
+# With several virtual devices on few cores, programs in flight can starve each other's collectives
+# of threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
@@ -37,7 +41,9 @@ def small_config(**overrides) -> ConfigDict:
                 "name": "image_diffit",
                 "image_size": 8,
                 "image_channels": 1,
-                "channels": (8,),  # one stage: a third of the time to compile; tests of the network have more
+                "channels": (
+                    8,
+                ),  # one stage: a third of the time to compile; tests of the network have more
                 "num_blocks": (2,),
                 "window": 4,
                 "time_width": 16,
@@ -81,7 +87,15 @@ def small_latent_config(**overrides) -> ConfigDict:
         }
     )
     config.process = ConfigDict({"name": "ddpm"})
-    config.sampling = ConfigDict({"sampler": "ddpm", "num_steps": 4, "guidance": "power_cosine", "guidance_scale": 4.4, "batch_size": 4})
+    config.sampling = ConfigDict(
+        {
+            "sampler": "ddpm",
+            "num_steps": 4,
+            "guidance": "power_cosine",
+            "guidance_scale": 4.4,
+            "batch_size": 4,
+        }
+    )
     return _override(config, overrides)
 
 

@@ -29,4 +29,6 @@ def golden_tensors(name):
 
 def evaluate(module, variables, *inputs):
     """The network, compiled."""
-    return jax.jit(lambda variables, *inputs: models.as_network(module, variables)(*inputs))(variables, *inputs)
+    return jax.jit(lambda variables, *inputs: models.as_network(module, variables)(*inputs))(
+        variables, *inputs
+    )

@@ -1,13 +1,17 @@
-"""Twenty updates and some samples of two small models on one mesh after the other; run by test_parallel.py in a process of its own.
+"""Twenty updates and some samples of two small models on one mesh after the other; run by
+test_parallel.py in a process of its own.
 
-python tests/mesh_worker.py OUTPUT DEVICES NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,half|,latent] …
+python tests/mesh_worker.py OUTPUT DEVICES
+NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,half|,latent] …
 
-With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with "resume" it goes on from there, and there are
-no image run and no samples; with "half" both end after half of the updates (of many processes on few cores, a step takes a second), and
-with "latent" there is no image run either.
+With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with
+"resume" it goes on from there, and there are no image run and no samples; with "half" both end
+after half of the updates (of many processes on few cores, a step takes a second), and with "latent"
+there is no image run either.
 
-CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with so many DEVICES. POD, JSON as from
-`pods.arrangement`, lays the devices of requests of its size out as those of a pod.
+CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with
+so many DEVICES. POD, JSON as from `pods.arrangement`, lays the devices of requests of its size out
+as those of a pod.
 """
 
 import json
@@ -30,7 +34,12 @@ from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
 from diffit_jax.parallel import MeshShape
 from diffit_jax.sampling import Sampler
-from diffit_jax.training.loop import compile_train_step, open_training_data, restore_state, save_state
+from diffit_jax.training.loop import (
+    compile_train_step,
+    open_training_data,
+    restore_state,
+    save_state,
+)
 from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.watch import Watch
 
@@ -43,8 +52,11 @@ CONFIGS = {
 }
 
 
-def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=None, steps=STEPS) -> dict[str, np.ndarray]:
-    """Losses, flattened first and last parameters, and samples with the averaged ones; and the last two after half of the updates too."""
+def run(
+    config, shape: MeshShape, accumulation: int, devices, save=None, resume=None, steps=STEPS
+) -> dict[str, np.ndarray]:
+    """Losses, flattened first and last parameters, and samples with the averaged ones; and the last
+    two after half of the updates too."""
     config = config.copy_and_resolve_references()
     config.training.update(batch_size=16, accumulation=accumulation)
     config.sampling.update(batch_size=8, num_steps=3)
@@ -54,9 +66,15 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
         mesh = arranged(POD, devices)
     parallel.prove_rows(mesh, 16)
     Watch(experiment, mesh).report(1)  # of a device of this process, wherever it lies
-    state = restore_state(Checkpoints(resume), abstract_state(experiment, mesh)) if resume else create_state(experiment, mesh)
+    state = (
+        restore_state(Checkpoints(resume), abstract_state(experiment, mesh))
+        if resume
+        else create_state(experiment, mesh)
+    )
     start = int(state.step)
-    flat = lambda tree: np.concatenate([np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    flat = lambda tree: np.concatenate(
+        [np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)]
+    )
     first, losses = flat(state.params), []
     rows = parallel.local_rows(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, rows)
@@ -66,11 +84,17 @@ def run(config, shape: MeshShape, accumulation: int, devices, save=None, resume=
     sampler = None if resume else Sampler(experiment, mesh)
 
     def look(name: str = "") -> dict[str, np.ndarray]:
-        samples = {} if resume else {f"{name}samples": sampler.draw(state.ema_variables, SEEDS, SEEDS % 10)}
+        samples = (
+            {}
+            if resume
+            else {f"{name}samples": sampler.draw(state.ema_variables, SEEDS, SEEDS % 10)}
+        )
         return {f"{name}last": flat(state.params)} | samples
 
     for number in range(start, steps):
-        if number == STEPS // 2 and steps == STEPS and mesh.size == 1:  # what others that end here are compared with
+        if (
+            number == STEPS // 2 and steps == STEPS and mesh.size == 1
+        ):  # what others that end here are compared with
             results |= look("half_")
         if save and number == STEPS // 2:
             checkpoints = Checkpoints(save, keep=1)
@@ -90,13 +114,29 @@ def main() -> None:
     for request in sys.argv[3:]:
         name, _, numbers = request.partition("=")
         *sizes, last = numbers.split(",")
-        option = {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume") else {}
-        data, fsdp, tensor, accumulation, devices = map(int, [*sizes, last] if last.isdigit() else sizes)
+        option = (
+            {last: Path(sys.argv[1]).parent / "checkpoints"} if last in ("save", "resume") else {}
+        )
+        data, fsdp, tensor, accumulation, devices = map(
+            int, [*sizes, last] if last.isdigit() else sizes
+        )
         for kind, config in CONFIGS.items():
             if kind == "image" and last in ("resume", "latent"):
                 continue
-            chosen = {"steps": STEPS // 2} if last in ("half", "latent") else {} if kind == "image" else option
-            outcome = run(config, MeshShape(data, fsdp, tensor), accumulation, jax.devices()[:devices], **chosen)
+            chosen = (
+                {"steps": STEPS // 2}
+                if last in ("half", "latent")
+                else {}
+                if kind == "image"
+                else option
+            )
+            outcome = run(
+                config,
+                MeshShape(data, fsdp, tensor),
+                accumulation,
+                jax.devices()[:devices],
+                **chosen,
+            )
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)
     if distributed.is_first():

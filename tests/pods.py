@@ -1,4 +1,5 @@
-"""Pods played on this machine: meshes whose devices lie, and belong to processes, as those of a TPU topology."""
+"""Pods played on this machine: meshes whose devices lie, and belong to processes, as those of a TPU
+topology."""
 
 import os
 
@@ -20,21 +21,30 @@ def pod_mesh(topology, shape=MeshShape(-1, -1), num_slices=1):
 
 
 def arrangement(topology, shape=MeshShape(-1, -1), num_slices=1):
-    """JSON: the sizes of the pod's mesh, and for each place on it (process, number among the devices of that process)."""
+    """JSON: the sizes of the pod's mesh, and for each place on it (process, number among the
+    devices of that process)."""
     mesh = pod_mesh(topology, shape, num_slices)
     devices = list(mesh.devices.flat)
     of_process = {}
     for device in sorted(devices, key=lambda device: device.id):
         of_process.setdefault(device.process_index, []).append(device.id)
-    places = [(device.process_index, of_process[device.process_index].index(device.id)) for device in devices]
+    places = [
+        (device.process_index, of_process[device.process_index].index(device.id))
+        for device in devices
+    ]
     return {"sizes": list(mesh.devices.shape), "places": places}
 
 
 def arranged(layout, devices):
-    """A mesh of other devices in an `arrangement`; if they are all of one process, runs of them stand for those of a process."""
+    """A mesh of other devices in an `arrangement`; if they are all of one process, runs of them
+    stand for those of a process."""
     per_process = 1 + max(number for _, number in layout["places"])
     groups = {}
-    for position, device in enumerate(sorted(devices, key=lambda device: (device.process_index, device.id))):
+    for position, device in enumerate(
+        sorted(devices, key=lambda device: (device.process_index, device.id))
+    ):
         groups.setdefault(position // per_process, []).append(device)
-    placed = np.array([groups[process][number] for process, number in layout["places"]], dtype=object)
+    placed = np.array(
+        [groups[process][number] for process, number in layout["places"]], dtype=object
+    )
     return Mesh(placed.reshape(layout["sizes"]), parallel.AXES)

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import TMSA, merge_windows, partition_windows, relative_position_index
+from diffit_jax.models.attention import (
+    TMSA,
+    merge_windows,
+    partition_windows,
+    relative_position_index,
+)
 
 WINDOW, HEADS, CHANNELS, TIME = 3, 2, 8, 6
 
 
 def tmsa_as_written(params, x_BNLC, time_BT, window, heads):
-    """Eq. 3-6 with q, k and v each the sum of a spatial and a time projection, in float64, key time projection and all."""
+    """Eq. 3-6 with q, k and v each the sum of a spatial and a time projection, in float64, key time
+    projection and all."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     batch, windows, tokens, channels = x_BNLC.shape
     width = channels // heads
@@ -21,7 +27,10 @@ def tmsa_as_written(params, x_BNLC, time_BT, window, heads):
         for n in range(windows):
             x = np.asarray(x_BNLC[b, n], np.float64)
             spatial = np.einsum("lc,cihd->ilhd", x, p["qkv_kernel"]) + p["qkv_bias"][:, None]
-            time = np.einsum("t,tihd->ihd", np.asarray(time_BT[b], np.float64), p["time_qkv_kernel"]) + p["time_qkv_bias"]
+            time = (
+                np.einsum("t,tihd->ihd", np.asarray(time_BT[b], np.float64), p["time_qkv_kernel"])
+                + p["time_qkv_bias"]
+            )
             q, k, v = spatial + time[:, None]
             heads_out = np.zeros((tokens, heads, width))
             for h in range(heads):
@@ -30,7 +39,9 @@ def tmsa_as_written(params, x_BNLC, time_BT, window, heads):
                     for j in range(tokens):
                         rows, columns = i // window - j // window, i % window - j % window
                         row = (rows + window - 1) * (2 * window - 1) + columns + window - 1
-                        logits[j] = q[i, h] @ k[j, h] / np.sqrt(width) + p["relative_position_bias"][row, h]
+                        logits[j] = (
+                            q[i, h] @ k[j, h] / np.sqrt(width) + p["relative_position_bias"][row, h]
+                        )
                     weights = np.exp(logits - logits.max())
                     heads_out[i, h] = weights / weights.sum() @ v[:, h]
             out[b, n] = np.einsum("lhd,hdc->lc", heads_out, p["out_kernel"]) + p["out_bias"]
@@ -39,13 +50,16 @@ def tmsa_as_written(params, x_BNLC, time_BT, window, heads):
 
 @pytest.fixture(scope="module")
 def case():
-    """Module, parameters that are all random (fresh biases are zero and would hide mistakes), and inputs."""
+    """Module, parameters that are all random (fresh biases are zero and would hide mistakes), and
+    inputs."""
     module = TMSA(HEADS, WINDOW)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, WINDOW**2, CHANNELS)), jnp.float32)
     time = jnp.asarray(rng.normal(size=(2, TIME)), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, time)["params"]
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), shapes)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32), shapes
+    )
     return module, params, x, time
 
 
@@ -68,32 +82,52 @@ def test_key_time_projection_never_matters(case):
         changed = key.copy()
         changed[index] = 10 * rng.normal(size=changed[index].shape)
         altered = params | {name: jnp.asarray(changed)}
-        # In the equations as written it cancels in the softmax (float64: 1e-14 of the values' size) …
-        np.testing.assert_allclose(tmsa_as_written(altered, x, time, WINDOW, HEADS), reference, rtol=0, atol=1e-11)
+        # In the equations as written it cancels in the softmax (float64: 1e-14 of the values' size)
+        # …
+        np.testing.assert_allclose(
+            tmsa_as_written(altered, x, time, WINDOW, HEADS), reference, rtol=0, atol=1e-11
+        )
         # … and here it is not read at all.
         ours = module.apply({"params": altered}, x, time)
         np.testing.assert_array_equal(ours, module.apply({"params": params}, x, time))
         for other in (0, 2):  # the query's and the value's share of the same parameter do matter
             changed = key.copy()
             changed[(slice(None), other) if name == "time_qkv_kernel" else (other,)] += 1
-            assert np.abs(module.apply({"params": params | {name: jnp.asarray(changed)}}, x, time) - ours).max() > 1e-3
+            assert (
+                np.abs(
+                    module.apply({"params": params | {name: jnp.asarray(changed)}}, x, time) - ours
+                ).max()
+                > 1e-3
+            )
 
 
 def test_gradients(case):
     module, params, x, time = case
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, x, time)))))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, x, time)))))(
+        params
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    assert not gradient["time_qkv_kernel"][:, 1].any() and not gradient["time_qkv_bias"][1].any() and not gradient["qkv_bias"][1].any()
-    # Against central differences of the equations as written, for one entry of every parameter that matters.
-    objective = lambda p: np.sum(np.sin(tmsa_as_written(p, x, time, WINDOW, HEADS)))  # noqa: E731
+    assert (
+        not gradient["time_qkv_kernel"][:, 1].any()
+        and not gradient["time_qkv_bias"][1].any()
+        and not gradient["qkv_bias"][1].any()
+    )
+    # Against central differences of the equations as written, for one entry of every parameter that
+    # matters.
+    objective = lambda p: np.sum(np.sin(tmsa_as_written(p, x, time, WINDOW, HEADS)))
     for name, leaf in params.items():
-        index = tuple(size // 2 if axis != int(name.endswith("kernel")) else 0 for axis, size in enumerate(leaf.shape))
+        index = tuple(
+            size // 2 if axis != int(name.endswith("kernel")) else 0
+            for axis, size in enumerate(leaf.shape)
+        )
         if name.startswith("out") or name == "relative_position_bias":
             index = tuple(size // 2 for size in leaf.shape)
         numbers = np.asarray(leaf, np.float64)
         step = np.zeros_like(numbers)
         step[index] = 1e-5
-        slope = (objective(params | {name: numbers + step}) - objective(params | {name: numbers - step})) / 2e-5
+        slope = (
+            objective(params | {name: numbers + step}) - objective(params | {name: numbers - step})
+        ) / 2e-5
         # Sums of a few hundred float32 terms of order 1; measured 2e-5.
         np.testing.assert_allclose(gradient[name][index], slope, rtol=1e-4, atol=2e-4, err_msg=name)
 
@@ -122,11 +156,16 @@ def test_relative_position_index():
     for window in (1, 2, 5):
         index = relative_position_index(window)
         assert index.shape == (window**2, window**2) and index.dtype == np.int32
-        assert set(index.ravel()) == set(range((2 * window - 1) ** 2))  # every row of the table is used
+        assert set(index.ravel()) == set(
+            range((2 * window - 1) ** 2)
+        )  # every row of the table is used
         for query in range(window**2):
             for key in range(window**2):
                 rows, columns = query // window - key // window, query % window - key % window
-                assert index[query, key] == (rows + window - 1) * (2 * window - 1) + columns + window - 1
+                assert (
+                    index[query, key]
+                    == (rows + window - 1) * (2 * window - 1) + columns + window - 1
+                )
 
 
 def test_windows_brute_force():
@@ -136,7 +175,9 @@ def test_windows_brute_force():
     for row in range(4):
         for column in range(6):
             expected = x[:, row, column]
-            np.testing.assert_array_equal(windows[:, row // 2 * 3 + column // 2, row % 2 * 2 + column % 2], expected)
+            np.testing.assert_array_equal(
+                windows[:, row // 2 * 3 + column // 2, row % 2 * 2 + column % 2], expected
+            )
     np.testing.assert_array_equal(merge_windows(jnp.asarray(windows), 4, 6), x)
 
 

@@ -1,4 +1,5 @@
-"""Every config in `configs/` describes an experiment that can be, and the ImageNet ones the paper's."""
+"""Every config in `configs/` describes an experiment that can be, and the ImageNet ones the
+paper's."""
 
 import runpy
 from pathlib import Path
@@ -38,19 +39,33 @@ def test_imagenet_recipes_are_the_papers():
     ):
         experiment = build(config_of(name))
         model = experiment.model
-        assert (model.input_size, model.hidden_size, model.depth, model.num_heads) == (size, 1152, 28, 16)
+        assert (model.input_size, model.hidden_size, model.depth, model.num_heads) == (
+            size,
+            1152,
+            28,
+            16,
+        )
         assert (experiment.optimizer.learning_rate, experiment.training.batch_size) == (rate, batch)
         np.testing.assert_allclose(1 - decay(experiment), 1e-4, rtol=1e-6)
         sampling = experiment.sampling
         assert (sampling.sampler, sampling.num_steps, sampling.guide_channels) == ("ddpm", 250, 3)
-        assert (sampling.guidance, sampling.guidance_scale, sampling.guidance_power) == (kind, scale, 4)
+        assert (sampling.guidance, sampling.guidance_scale, sampling.guidance_power) == (
+            kind,
+            scale,
+            4,
+        )
 
 
 def test_large_batch_scales_the_rate_by_the_root():
-    large, paper = build(config_of("imagenet512_latent_large_batch")), build(config_of("imagenet512_latent"))
+    large, paper = (
+        build(config_of("imagenet512_latent_large_batch")),
+        build(config_of("imagenet512_latent")),
+    )
     assert large.training.batch_size == 4096 and large.optimizer.warmup_steps > 0
-    np.testing.assert_allclose(large.optimizer.learning_rate / paper.optimizer.learning_rate, np.sqrt(4096 / 512))
-    images = lambda e: e.training.total_steps * e.training.batch_size  # noqa: E731
+    np.testing.assert_allclose(
+        large.optimizer.learning_rate / paper.optimizer.learning_rate, np.sqrt(4096 / 512)
+    )
+    images = lambda e: e.training.total_steps * e.training.batch_size
     assert images(large) == images(paper) and large.ema == paper.ema
 
 
@@ -63,7 +78,10 @@ def test_smaller_sizes_by_name():
 def test_imagenet_says_which_files_it_misses_and_runs_on_synthetic(tmp_path):
     config = config_of("imagenet512_latent", "S/2")
     config.data.data_dir = str(tmp_path / "data")
-    with pytest.raises(UserError, match=r"misses .*/data/imagenet_latents_64x64x4/manifest.json and .*train-\*.array_record") as error:
+    with pytest.raises(
+        UserError,
+        match=r"misses .*/data/imagenet_latents_64x64x4/manifest.json and .*train-\*.array_record",
+    ) as error:
         train(config, tmp_path / "run")
     assert "--config.data.name=synthetic" in str(error.value) and not list(tmp_path.iterdir())
     config.data.name = "synthetic"

@@ -10,7 +10,10 @@ from diffit_jax import contents, parallel
 
 def tree(seed=0):
     rng = np.random.default_rng(seed)
-    return {"a": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), "b": {"c": jnp.asarray(rng.normal(size=8), jnp.bfloat16)}}
+    return {
+        "a": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
+        "b": {"c": jnp.asarray(rng.normal(size=8), jnp.bfloat16)},
+    }
 
 
 def test_it_does_not_depend_on_how_arrays_are_divided():

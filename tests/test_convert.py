@@ -1,4 +1,5 @@
-"""The verb `convert`: released weights ⇄ work directories, and between the parametrisations of TMSA."""
+"""The verb `convert`: released weights ⇄ work directories, and between the parametrisations of
+TMSA."""
 
 import json
 import shutil
@@ -16,7 +17,9 @@ from diffit_jax.generate import sample
 from diffit_jax.interop.parametrisation import to_slim
 from diffit_jax.training.loop import train
 
-CONFIG = small_latent_config(sampling__num_steps=3, training__total_steps=2, training__batch_size=2, training__grid_images=2).to_dict()
+CONFIG = small_latent_config(
+    sampling__num_steps=3, training__total_steps=2, training__batch_size=2, training__grid_images=2
+).to_dict()
 
 
 def test_weights_to_workdir_and_back(tmp_path):
@@ -31,7 +34,11 @@ def test_weights_to_workdir_and_back(tmp_path):
 def test_a_converted_run_can_be_sampled_and_trained(tmp_path):
     convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", CONFIG, slim=True)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["model"]["slim_tmsa"] and config["model"]["hidden_size"] == 48 and config["model"]["input_size"] == 64
+    assert (
+        config["model"]["slim_tmsa"]
+        and config["model"]["hidden_size"] == 48
+        and config["model"]["input_size"] == 64
+    )
     with np.load(sample(tmp_path / "run", seeds=[0, 1], batch_size=2)) as arrays:
         assert np.isfinite(arrays["arr_0"]).all()
     from ml_collections import ConfigDict
@@ -46,7 +53,8 @@ def test_another_resolution(tmp_path):
 
 
 def test_training_goes_on_the_same_in_the_slim_parametrisation(latent_run, tmp_path):
-    """Six updates in one, four more in both: parameters agree to rounding, and come back with the optimizer's moments."""
+    """Six updates in one, four more in both: parameters agree to rounding, and come back with the
+    optimizer's moments."""
     source, _ = latent_run
     old = tmp_path / "old"
     shutil.copytree(source, old)
@@ -54,7 +62,9 @@ def test_training_goes_on_the_same_in_the_slim_parametrisation(latent_run, tmp_p
     convert.workdir_to_workdir(tmp_path / "slim", tmp_path / "back", slim=False)
     states = {}
     for name, slim in (("old", False), ("slim", True), ("back", False)):
-        states[name] = train(small_latent_config(training__total_steps=10, model__slim_tmsa=slim), tmp_path / name)
+        states[name] = train(
+            small_latent_config(training__total_steps=10, model__slim_tmsa=slim), tmp_path / name
+        )
         assert int(states[name].step) == 10
     reference = to_slim(states["old"])
     for mine in (states["slim"], to_slim(states["back"])):
@@ -95,12 +105,24 @@ def test_conversion_touches_nothing_of_its_source(latent_run, tmp_path):
 
 def test_refusals(latent_run, run, tmp_path):
     for call, message in (
-        (lambda: convert.weights_to_workdir(WEIGHTS["a"], latent_run[0], CONFIG), "holds a run already"),
-        (lambda: convert.workdir_to_workdir(latent_run[0], latent_run[0], None), "holds a run already"),
+        (
+            lambda: convert.weights_to_workdir(WEIGHTS["a"], latent_run[0], CONFIG),
+            "holds a run already",
+        ),
+        (
+            lambda: convert.workdir_to_workdir(latent_run[0], latent_run[0], None),
+            "holds a run already",
+        ),
         (lambda: convert.workdir_to_weights(run[0], tmp_path / "w"), "holds no latent_diffit"),
         (lambda: convert.workdir_to_weights(tmp_path / "none", tmp_path / "w"), "holds no run"),
-        (lambda: convert.weights_to_workdir(__file__, tmp_path / "x", CONFIG), "truncated or no safetensors file"),
-        (lambda: convert.weights_to_workdir(WEIGHTS["a"], tmp_path / "x", CONFIG, input_size=15), "not divisible by patch_size"),
+        (
+            lambda: convert.weights_to_workdir(__file__, tmp_path / "x", CONFIG),
+            "truncated or no safetensors file",
+        ),
+        (
+            lambda: convert.weights_to_workdir(WEIGHTS["a"], tmp_path / "x", CONFIG, input_size=15),
+            "not divisible by patch_size",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             call()

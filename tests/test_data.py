@@ -17,13 +17,17 @@ try:  # beside Colab's protobuf it does not import, and digits are made in memor
 
     needs_library = pytest.mark.skipif(False, reason="")
 except Exception as error:
-    needs_library = pytest.mark.skipif(True, reason=f"tensorflow-datasets does not import here: {error}")
+    needs_library = pytest.mark.skipif(
+        True, reason=f"tensorflow-datasets does not import here: {error}"
+    )
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("tfds"))
-    return {split: open_dataset("digits", split, data_dir, (8, 8, 1), 10) for split in ("train", "test")}
+    return {
+        split: open_dataset("digits", split, data_dir, (8, 8, 1), 10) for split in ("train", "test")
+    }
 
 
 def everything(source):
@@ -31,16 +35,21 @@ def everything(source):
 
 
 def test_digits_are_scikit_learns(digits):
-    """Both splits together are the 1,797 scans, each once, with its label; grey levels 0…16 survive the way to uint8."""
+    """Both splits together are the 1,797 scans, each once, with its label; grey levels 0…16 survive
+    the way to uint8."""
     ours = [everything(digits[split]) for split in ("train", "test")]
     assert [len(split["label"]) for split in ours] == [1437, 360]
     images = np.concatenate([split["image"] for split in ours])
     assert images.dtype == np.uint8 and images.shape == (1797, 8, 8, 1)
     labels = np.concatenate([split["label"] for split in ours])
     theirs = load_digits()
-    record = lambda image, label: (*np.rint(image).astype(int).ravel(), label)  # noqa: E731
-    mine = sorted(record(image * (16 / 255), label) for image, label in zip(images, labels, strict=True))
-    assert mine == sorted(record(image, label) for image, label in zip(theirs.images, theirs.target, strict=True))
+    record = lambda image, label: (*np.rint(image).astype(int).ravel(), label)
+    mine = sorted(
+        record(image * (16 / 255), label) for image, label in zip(images, labels, strict=True)
+    )
+    assert mine == sorted(
+        record(image, label) for image, label in zip(theirs.images, theirs.target, strict=True)
+    )
 
 
 def test_digits_splits_have_all_classes(digits):
@@ -63,12 +72,16 @@ assert "tensorflow" not in sys.modules
 
 
 def numbered(count):
-    return ArraySource(np.zeros((count, 1, 1, 1), np.uint8), np.arange(count, dtype=np.int32), count)
+    return ArraySource(
+        np.zeros((count, 1, 1, 1), np.uint8), np.arange(count, dtype=np.int32), count
+    )
 
 
 def test_every_epoch_is_a_new_permutation_without_gaps():
     stream = itertools.islice(batches(numbered(10), 4, seed=3), 10)
-    labels = np.concatenate([batch["label"] for batch in stream]).reshape(4, 10)  # 40 examples: four epochs
+    labels = np.concatenate([batch["label"] for batch in stream]).reshape(
+        4, 10
+    )  # 40 examples: four epochs
     assert all(sorted(epoch) == list(range(10)) for epoch in labels)
     assert len({tuple(epoch) for epoch in labels}) == 4
 
@@ -76,28 +89,48 @@ def test_every_epoch_is_a_new_permutation_without_gaps():
 def test_batches_are_a_function_of_seed_and_step():
     source = numbered(1000)
     first = [batch["label"] for batch in itertools.islice(batches(source, 8, seed=0), 20)]
-    resumed = [batch["label"] for batch in itertools.islice(batches(source, 8, seed=0, first_step=13), 7)]
+    resumed = [
+        batch["label"] for batch in itertools.islice(batches(source, 8, seed=0, first_step=13), 7)
+    ]
     np.testing.assert_array_equal(first[13:], resumed)
-    assert not np.array_equal(first, [batch["label"] for batch in itertools.islice(batches(source, 8, seed=1), 20)])
+    assert not np.array_equal(
+        first, [batch["label"] for batch in itertools.islice(batches(source, 8, seed=1), 20)]
+    )
     assert not np.array_equal(first, np.arange(160).reshape(20, 8))
 
 
 def test_batch_of_a_later_step_needs_no_earlier_one():
-    """A run of 10⁹ updates is resumed as quickly as one of ten; a batch larger than the data set spans several epochs."""
+    """A run of 10⁹ updates is resumed as quickly as one of ten; a batch larger than the data set
+    spans several epochs."""
     batch = ShuffledBatches(numbered(1000), 8, seed=0)[10**9]
     assert batch["label"].shape == (8,) and batch["image"].shape == (8, 1, 1, 1)
-    assert np.bincount(ShuffledBatches(numbered(3), 7, seed=0)[0]["label"]).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
+    assert np.bincount(ShuffledBatches(numbered(3), 7, seed=0)[0]["label"]).tolist() in (
+        [3, 2, 2],
+        [2, 3, 2],
+        [2, 2, 3],
+    )
 
 
 def test_order_is_pinned():
-    """The order of a seed's first batch must never change, or runs could not be resumed after an update of a library."""
-    assert ShuffledBatches(numbered(1000), 5, seed=0)[0]["label"].tolist() == [998, 162, 670, 664, 185]
+    """The order of a seed's first batch must never change, or runs could not be resumed after an
+    update of a library."""
+    assert ShuffledBatches(numbered(1000), 5, seed=0)[0]["label"].tolist() == [
+        998,
+        162,
+        670,
+        664,
+        185,
+    ]
 
 
 def test_synthetic_is_a_function_of_the_index():
     source = SyntheticSource((5, 5, 3), 7)
     one, two = source.read(np.array([3, 10, 3])), source.read(np.array([10]))
-    assert one["image"].shape == (3, 5, 5, 3) and one["image"].dtype == np.uint8 and one["label"].tolist() == [3, 3, 3]
+    assert (
+        one["image"].shape == (3, 5, 5, 3)
+        and one["image"].dtype == np.uint8
+        and one["label"].tolist() == [3, 3, 3]
+    )
     np.testing.assert_array_equal(one["image"][0], one["image"][2])
     np.testing.assert_array_equal(one["image"][1], two["image"][0])
     assert one["image"][0].std() > 50
@@ -108,24 +141,42 @@ def test_pixels_round_trip_and_range():
     x = np.asarray(pixels.to_model(levels))
     assert x[0] == -1 and x[255] == 1
     np.testing.assert_array_equal(pixels.to_pixels(x), levels)
-    np.testing.assert_array_equal(pixels.to_pixels(np.array([-3.0, 3.0, 0.0], np.float32)), [0, 255, 128])
+    np.testing.assert_array_equal(
+        pixels.to_pixels(np.array([-3.0, 3.0, 0.0], np.float32)), [0, 255, 128]
+    )
 
 
 def test_image_grid_places_images_row_by_row():
     images = np.stack([np.full((2, 2, 1), value, np.uint8) for value in (10, 20, 30)])
     grid = pixels.image_grid(images, columns=2, min_side=4)
     assert grid.shape == (9, 9, 1)
-    assert grid[0, 0, 0] == 10 and grid[0, 8, 0] == 20 and grid[8, 0, 0] == 30 and grid[8, 8, 0] == 0 and grid[4, 0, 0] == 0
+    assert (
+        grid[0, 0, 0] == 10
+        and grid[0, 8, 0] == 20
+        and grid[8, 0, 0] == 30
+        and grid[8, 8, 0] == 0
+        and grid[4, 0, 0] == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist", "train", "", (8, 8, 1), 10), "data set 'mnist' is unknown: use digits, synthetic or imagenet_latents"),
+        (
+            ("mnist", "train", "", (8, 8, 1), 10),
+            "data set 'mnist' is unknown: use digits, synthetic or imagenet_latents",
+        ),
         (("digits", "validation", "", (8, 8, 1), 10), "data split 'validation' is unknown"),
-        (("digits", "train", "", (16, 16, 1), 10), "images of .8, 8, 1., the model expects .16, 16, 1."),
+        (
+            ("digits", "train", "", (16, 16, 1), 10),
+            "images of .8, 8, 1., the model expects .16, 16, 1.",
+        ),
         (("digits", "train", "", (8, 8, 1), 5), "has 10 classes, the model 5"),
-        pytest.param(("digits", "train", "/dev/null/x", (8, 8, 1), 10), "data_dir /dev/null/x cannot be written", marks=needs_library),
+        pytest.param(
+            ("digits", "train", "/dev/null/x", (8, 8, 1), 10),
+            "data_dir /dev/null/x cannot be written",
+            marks=needs_library,
+        ),
     ],
 )
 def test_bad_data_sets(arguments, message):
@@ -146,7 +197,10 @@ def test_damaged_metadata_is_one_line(tmp_path, name, content):
     try:
         source = open_dataset("digits", "train", str(tmp_path), (8, 8, 1), 10)
     except UserError as error:
-        assert re.search(r"data set digits in .*/digits.* is damaged \(.*\): delete it to have it prepared anew", str(error)), error
+        assert re.search(
+            r"data set digits in .*/digits.* is damaged \(.*\): delete it to have it prepared anew",
+            str(error),
+        ), error
         assert "\n" not in str(error)
     else:  # what was damaged is not needed: all is there
         assert len(source) == 1437
@@ -154,8 +208,11 @@ def test_damaged_metadata_is_one_line(tmp_path, name, content):
 
 @needs_library
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_digits_without_tensorflow_datasets_are_the_same_in_the_same_order(digits, split, tmp_path, monkeypatch, caplog):
-    """Where it does not import beside the installed protobuf, as on Colab: a run sees the same batches."""
+def test_digits_without_tensorflow_datasets_are_the_same_in_the_same_order(
+    digits, split, tmp_path, monkeypatch, caplog
+):
+    """Where it does not import beside the installed protobuf, as on Colab: a run sees the same
+    batches."""
     reference = open_dataset("digits", split, str(tmp_path), (8, 8, 1), 10)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with caplog.at_level("INFO", logger="diffit_jax"):
@@ -163,4 +220,8 @@ def test_digits_without_tensorflow_datasets_are_the_same_in_the_same_order(digit
     assert "tensorflow-datasets cannot be imported here" in caplog.text
     np.testing.assert_array_equal(source.images, reference.images)
     np.testing.assert_array_equal(source.labels, reference.labels)
-    assert source.images.dtype == np.uint8 and source.labels.dtype == np.int32 and source.num_classes == 10
+    assert (
+        source.images.dtype == np.uint8
+        and source.labels.dtype == np.int32
+        and source.num_classes == 10
+    )

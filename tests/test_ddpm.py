@@ -1,4 +1,5 @@
-"""Discrete diffusion against golden tables, losses and trajectories of the released code's diffusion, and scalar cases by hand."""
+"""Discrete diffusion against golden tables, losses and trajectories of the released code's
+diffusion, and scalar cases by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,19 @@ def test_respacing_of_250():
     """246 gaps of 4 and three of 5, after 164, 497 and 830."""
     timesteps = respaced_timesteps(1000, "250")
     gaps = np.diff(timesteps)
-    assert (gaps == 4).sum() == 246 and timesteps[:-1][gaps == 5].tolist() == [164, 497, 830] and timesteps[-1] == 999
-    assert respaced_timesteps(1000, "1").tolist() == [0] and len(respaced_timesteps(1000, "")) == 1000
+    assert (
+        (gaps == 4).sum() == 246
+        and timesteps[:-1][gaps == 5].tolist() == [164, 497, 830]
+        and timesteps[-1] == 999
+    )
+    assert (
+        respaced_timesteps(1000, "1").tolist() == [0] and len(respaced_timesteps(1000, "")) == 1000
+    )
 
 
 def test_respacing_sums_up_its_stride():
-    """Where a place ends in a half, ADM's rounding depends on how it was computed: 21 strides of 49.95 reach 499.49999…, not 499.5."""
+    """Where a place ends in a half, ADM's rounding depends on how it was computed: 21 strides of
+    49.95 reach 499.49999…, not 499.5."""
     for counts in ([21], [23], [31], [249], [251], [369, 48], [375, 139], [7, 33, 61]):
         expected, start = [], 0
         for section, count in enumerate(counts):
@@ -84,7 +92,8 @@ def test_impossible_respacings(respacing, message):
 
 
 def test_schedule_scales_with_its_length():
-    """Linear betas of other lengths keep the noise at the end: alpha_bar is 4e-5 at 1,000 steps; cosine betas never pass 0.999."""
+    """Linear betas of other lengths keep the noise at the end: alpha_bar is 4e-5 at 1,000 steps;
+    cosine betas never pass 0.999."""
     for count in (250, 4000):
         assert 3e-5 < Schedule.make("linear", count).alphas_cumprod[-1] < 6e-5
     assert Schedule.make("cosine", 1000).betas.max() == 0.999
@@ -108,24 +117,32 @@ def test_scalar_golden():
     steps = PROCESS.steps()
     noisy = PROCESS.diffuse(x0, k, noise, steps)
     p = PROCESS.predict(constant, noisy, k, steps)
-    flat = lambda x: np.ravel(x)  # noqa: E731
+    flat = lambda x: np.ravel(x)
     np.testing.assert_allclose(flat(noisy)[[0, 2]], [0.5638332515, 0.3049849996], rtol=1e-6)
     np.testing.assert_allclose(flat(p.x0)[0], 0.6442967113, rtol=1e-5)
-    np.testing.assert_allclose(flat(PROCESS.posterior(x0, noisy, k, steps)[0])[0], 0.5614265056, rtol=1e-6)
+    np.testing.assert_allclose(
+        flat(PROCESS.posterior(x0, noisy, k, steps)[0])[0], 0.5614265056, rtol=1e-6
+    )
     np.testing.assert_allclose(flat(p.mean)[0], 0.5624793846, rtol=1e-6)
-    np.testing.assert_allclose(flat(p.log_variance), [-4.5995351527, -9.3439018773, -9.4528942773], rtol=1e-6)
+    np.testing.assert_allclose(
+        flat(p.log_variance), [-4.5995351527, -9.3439018773, -9.4528942773], rtol=1e-6
+    )
     _, parts = PROCESS.loss_at(lambda *_: constant, x0, {}, k, noise)
-    # The first is a difference of nearly equal numbers: (m_1 - m_2)² / variance / 2, where m has 7 digits.
+    # The first is a difference of nearly equal numbers: (m_1 - m_2)² / variance / 2, where m has 7
+    # digits.
     np.testing.assert_allclose(parts["vb"][1:], [0.0746870673, 1.5566440339], rtol=2e-5)
     np.testing.assert_allclose(parts["vb"][0], 7.961143e-5, rtol=5e-3)
 
 
 def test_distributions_golden():
     data, steps = golden("train_losses.npz"), PROCESS.steps()
-    half = lambda name: jnp.asarray(data[name][:4])  # noqa: E731
+    half = lambda name: jnp.asarray(data[name][:4])
     k = half("t")
-    # Bound 1e-5 of the largest value: x_0 of the noisiest step is a difference of numbers 150 times as large.
-    close = lambda ours, name: np.testing.assert_allclose(ours, half(name), rtol=0, atol=1e-5 * np.abs(half(name)).max())  # noqa: E731
+    # Bound 1e-5 of the largest value: x_0 of the noisiest step is a difference of numbers 150 times
+    # as large.
+    close = lambda ours, name: np.testing.assert_allclose(
+        ours, half(name), rtol=0, atol=1e-5 * np.abs(half(name)).max()
+    )
     noisy = PROCESS.diffuse(half("x0"), k, half("noise"), steps)
     close(noisy, "x_t")
     mean, log_variance = PROCESS.posterior(half("x0"), half("x_t"), k, steps)
@@ -147,7 +164,8 @@ def test_distributions_golden():
     ],
 )
 def test_losses_golden(network_a, name, process):
-    """Relative 1e-5; a float32 port measures 2e-6. The respaced case shows that the network is told the original timestep."""
+    """Relative 1e-5; a float32 port measures 2e-6. The respaced case shows that the network is told
+    the original timestep."""
     data = golden("train_losses.npz")
     k = data["t25" if name == "spaced25" else "t"]
     loss, parts = jax.jit(
@@ -167,14 +185,19 @@ def test_losses_golden(network_a, name, process):
 
 
 def test_hybrid_gradient_golden(network_a):
-    """Gradients of the mean hybrid loss, within 1e-4 of each one's maximum (measured 4e-5); they show the stop-gradient inside vb."""
+    """Gradients of the mean hybrid loss, within 1e-4 of each one's maximum (measured 4e-5); they
+    show the stop-gradient inside vb."""
     module, variables = network_a
     data = golden("train_losses.npz")
 
     def mean_loss(params):
         network = models.as_network(module, variables | {"params": params})
         loss, _ = PROCESS.loss_at(
-            network, jnp.asarray(data["x0"]), {"label": data["y"]}, jnp.asarray(data["t"]), jnp.asarray(data["noise"])
+            network,
+            jnp.asarray(data["x0"]),
+            {"label": data["y"]},
+            jnp.asarray(data["t"]),
+            jnp.asarray(data["noise"]),
         )
         return loss.mean()
 
@@ -185,12 +208,16 @@ def test_hybrid_gradient_golden(network_a):
         "final_weight": gradient["final"]["kernel"].T,
         "rpb0": attention["relative_position_bias"][0],
         "qkv_temb0": attention["time_qkv_kernel"][0].reshape(64, -1).T,
-        "patch": gradient["patch_embed"]["kernel"].reshape(2, 2, 4, 64).transpose(3, 0, 1, 2),  # (out, row, column, in)
+        "patch": gradient["patch_embed"]["kernel"]
+        .reshape(2, 2, 4, 64)
+        .transpose(3, 0, 1, 2),  # (out, row, column, in)
         "ytable": gradient["time"]["label"]["embedding"],
     }
     for name, value in ours.items():
         expected = data[f"hybrid_grad_{name}"]
-        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+        np.testing.assert_allclose(
+            value, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name
+        )
 
 
 def test_bound_trains_the_variance_alone():
@@ -199,7 +226,9 @@ def test_bound_trains_the_variance_alone():
     y = jax.random.normal(jax.random.key(2), (4, 2, 2, 2)) * 0.3
 
     def bound(y):
-        return process.loss_at(lambda *_: y, x0, {}, jnp.array([0, 1, 500, 999]), noise)[1]["vb"].sum()
+        return process.loss_at(lambda *_: y, x0, {}, jnp.array([0, 1, 500, 999]), noise)[1][
+            "vb"
+        ].sum()
 
     gradient = jax.grad(bound)(y)
     assert not gradient[..., 0].any() and np.abs(gradient[..., 1]).min() > 0
@@ -210,8 +239,12 @@ def test_loss_draws_uniform_steps_and_does_not_depend_on_the_batch():
     keys = jax.random.split(jax.random.key(1), 20_000)
     process.loss(lambda x, t, _: seen.append(t) or x, jnp.zeros((20_000, 1, 1, 1)), {}, keys)
     steps = np.asarray(seen[0])
-    assert steps.min() == 0 and steps.max() == 999 and abs(steps.mean() - 499.5) < 9  # four standard errors
-    assert np.abs(np.histogram(steps, 10)[0] - 2000).max() < 180  # four standard deviations of a bin
+    assert (
+        steps.min() == 0 and steps.max() == 999 and abs(steps.mean() - 499.5) < 9
+    )  # four standard errors
+    assert (
+        np.abs(np.histogram(steps, 10)[0] - 2000).max() < 180
+    )  # four standard deviations of a bin
     x = jax.random.normal(jax.random.key(0), (6, 2, 2, 1))
     whole, _ = process.loss(lambda x, *_: x, x, {}, keys[:6])
     part, _ = process.loss(lambda x, *_: x, x[2:4], {}, keys[2:4])
@@ -224,7 +257,9 @@ def test_fixed_variances(clip):
     x, y = jnp.ones((2, 1, 1, 1)), jnp.full((2, 1, 1, 1), 0.1)
     small = DDPM(variance="fixed_small", loss_type="mse").predict(y, x, k, steps, clip)
     large = DDPM(variance="fixed_large", loss_type="mse").predict(y, x, k, steps, clip)
-    np.testing.assert_allclose(np.ravel(small.log_variance), steps.posterior_log_variance_clipped[[0, 9]], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.ravel(small.log_variance), steps.posterior_log_variance_clipped[[0, 9]], rtol=1e-6
+    )
     np.testing.assert_allclose(np.ravel(large.log_variance)[1], np.log(steps.betas[9]), rtol=1e-6)
     np.testing.assert_array_equal(small.mean, large.mean)
     assert (float(np.abs(small.x0).max()) <= 1) == clip
@@ -235,7 +270,8 @@ def test_fixed_variances(clip):
 
 @pytest.mark.parametrize("name", ["ddpm25_cfg", "ddim25_cfg"])
 def test_trajectories_golden(network_a, name):
-    """Guided trajectories of 25 steps, bound 1e-5 of each array's maximum (a float32 port measures 1e-6)."""
+    """Guided trajectories of 25 steps, bound 1e-5 of each array's maximum (a float32 port measures
+    1e-6)."""
     module, variables = network_a
     data = golden(f"{name}.npz")
     steps = PROCESS.steps("25")
@@ -243,32 +279,50 @@ def test_trajectories_golden(network_a, name):
     np.testing.assert_allclose(steps.betas, data["betas"], rtol=0, atol=1e-12)
     fresh = data["noise"] if "noise" in data else np.zeros((25, *data["x_T"].shape), np.float32)
     noise = jnp.asarray(np.concatenate([data["x_T"][None], fresh]))
-    # The scale is exactly 1 or it is not: skipping more would be faster and less exact than these bounds.
-    guidance = Guidance("power_cosine", float(data["cfg_scale"]), float(data["scale_pow"]), channels=3, skip_tolerance=0)
+    # The scale is exactly 1 or it is not: skipping more would be faster and less exact than these
+    # bounds.
+    guidance = Guidance(
+        "power_cosine",
+        float(data["cfg_scale"]),
+        float(data["scale_pow"]),
+        channels=3,
+        skip_tolerance=0,
+    )
     inputs = []
 
     def draw(variables):
         network = models.as_network(module, variables)
 
         def recorded(x, timestep, conditioning):
-            jax.debug.callback(lambda x: inputs.append(np.asarray(x)), x[:: len(x) // 2], ordered=True)  # without the unconditional copies
+            jax.debug.callback(
+                lambda x: inputs.append(np.asarray(x)), x[:: len(x) // 2], ordered=True
+            )  # without the unconditional copies
             return network(x, timestep, conditioning)
 
         guided = guide(guidance, recorded, PROCESS.time_of, null_label=10)
         sampler = ddpm.ancestral if name == "ddpm25_cfg" else ddpm.ddim
-        return sampler(PROCESS, guided, lambda index: noise[index], {"label": jnp.asarray(data["y"])}, steps)
+        return sampler(
+            PROCESS, guided, lambda index: noise[index], {"label": jnp.asarray(data["y"])}, steps
+        )
 
     final = jax.jit(draw)(variables)
     jax.effects_barrier()
     assert len(inputs) == 25
     visited = [*inputs[1:], np.asarray(final)]  # x after each step
-    close = lambda ours, expected: np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # noqa: E731
+    close = lambda ours, expected: np.testing.assert_allclose(
+        ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
     close(visited[0], data["first_x"])
     for done, expected in zip(data["inter_steps_done"], data["inter_x"], strict=True):
         close(visited[done - 1], expected)
     close(final, data["final_x"])
 
-    guided = guide(guidance, lambda *inputs: evaluate(module, variables, *inputs), PROCESS.time_of, null_label=10)
+    guided = guide(
+        guidance,
+        lambda *inputs: evaluate(module, variables, *inputs),
+        PROCESS.time_of,
+        null_label=10,
+    )
     level = jnp.full(2, 999)
     scale = guided.scales(steps.sqrt_recipm1_alphas_cumprod[-1:])[0]
     y = guided.mixed(jnp.asarray(data["x_T"]), level, {"label": jnp.asarray(data["y"])}, scale)
@@ -290,8 +344,13 @@ def plain_loop(process, network, noise, steps, eta=None, clip=False):
         z = noise[index + 1] if k else 0
         if eta is None:
             beta = 1 - alphas[k] / before
-            tilde = beta * (1 - before) / (1 - alphas[k]) if k else 1.0  # the last step adds no noise
-            mean = np.sqrt(before) * beta / (1 - alphas[k]) * x0 + np.sqrt(1 - beta) * (1 - before) / (1 - alphas[k]) * x
+            tilde = (
+                beta * (1 - before) / (1 - alphas[k]) if k else 1.0
+            )  # the last step adds no noise
+            mean = (
+                np.sqrt(before) * beta / (1 - alphas[k]) * x0
+                + np.sqrt(1 - beta) * (1 - before) / (1 - alphas[k]) * x
+            )
             x = mean + np.exp(0.5 * ((v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(tilde))) * z
         else:
             spread = eta * np.sqrt((1 - before) / (1 - alphas[k]) * (1 - alphas[k] / before))
@@ -311,7 +370,7 @@ def test_samplers_equal_their_formulas(eta, clip, respacing):
 
     def draw():
         evaluate = unguided(lambda x, t, _: network(x, t[:, None, None, None], jnp))
-        given = lambda index: jnp.asarray(noise)[index]  # noqa: E731
+        given = lambda index: jnp.asarray(noise)[index]
         if eta is None:
             return ddpm.ancestral(PROCESS, evaluate, given, {}, steps, clip)
         return ddpm.ddim(PROCESS, evaluate, given, {}, steps, eta, clip)

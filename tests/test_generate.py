@@ -1,4 +1,5 @@
-"""The verb `sample` for latents and weights: files, labels, guidance by a second run, interruption."""
+"""The verb `sample` for latents and weights: files, labels, guidance by a second run,
+interruption."""
 
 import json
 import shutil
@@ -29,9 +30,16 @@ def test_latents_are_written_as_they_are(latent_run, tmp_path, caplog):
     with caplog.at_level("INFO", logger="diffit_jax"):
         path = sample(workdir, seeds=range(5), output=tmp_path / "out" / "l.npz")
     arrays = arrays_of(path)
-    assert arrays["arr_0"].shape == (5, 8, 8, 4) and arrays["arr_0"].dtype == np.float32 and arrays["arr_0"].std() > 0.1
+    assert (
+        arrays["arr_0"].shape == (5, 8, 8, 4)
+        and arrays["arr_0"].dtype == np.float32
+        and arrays["arr_0"].std() > 0.1
+    )
     assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 4] and arrays["arr_1"].dtype == np.int64
-    assert "writing latents of sd-vae-ft-ema: decoding them to images needs the autoencoder" in caplog.text
+    assert (
+        "writing latents of sd-vae-ft-ema: decoding them to images needs the autoencoder"
+        in caplog.text
+    )
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.mode == "RGB"
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["l.json", "l.npz", "l.png"]
@@ -45,12 +53,19 @@ def test_name_is_the_evaluators(latent_run, run, tmp_path):
 
 
 def weight_config(**overrides):
-    config = small_latent_config(sampling__num_steps=3, sampling__batch_size=2, model__hidden_size=999, **overrides)
+    config = small_latent_config(
+        sampling__num_steps=3, sampling__batch_size=2, model__hidden_size=999, **overrides
+    )
     return config.to_dict()
 
 
 def test_sampling_from_weights_is_sampling_with_them(tmp_path):
-    path = sample(Weights(WEIGHTS["a"], weight_config()), seeds=[3, 4, 5], labels="7,1", output=tmp_path / "l.npz")
+    path = sample(
+        Weights(WEIGHTS["a"], weight_config()),
+        seeds=[3, 4, 5],
+        labels="7,1",
+        output=tmp_path / "l.npz",
+    )
     arrays = arrays_of(path)
     assert arrays["arr_0"].shape == (3, 32, 32, 4) and arrays["arr_1"].tolist() == [7, 1, 7]
     module, variables = official.load(WEIGHTS["a"])
@@ -59,13 +74,17 @@ def test_sampling_from_weights_is_sampling_with_them(tmp_path):
     mesh = parallel.make_mesh()
     loaded = experiment.build(official.fit_config(weight_config(), WEIGHTS["a"]))
     assert loaded.model == module
-    drawn = Sampler(loaded, mesh).draw(jax.device_put(variables, parallel.replicated(mesh)), [3, 4, 5], [7, 1, 7])
+    drawn = Sampler(loaded, mesh).draw(
+        jax.device_put(variables, parallel.replicated(mesh)), [3, 4, 5], [7, 1, 7]
+    )
     np.testing.assert_array_equal(arrays["arr_0"], drawn)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm_solver"])
 def test_every_sampler_draws_from_the_same_network(latent_run, tmp_path, sampler):
-    path = sample(latent_run[0], seeds=[0, 1], output=tmp_path / "l.npz", sampler=sampler, num_steps=3)
+    path = sample(
+        latent_run[0], seeds=[0, 1], output=tmp_path / "l.npz", sampler=sampler, num_steps=3
+    )
     assert np.isfinite(arrays_of(path)["arr_0"]).all()
 
 
@@ -77,39 +96,76 @@ def test_image_models_take_every_guidance(run, tmp_path, sampler, guidance):
         settings["guidance_scale"] = 300.0
     if guidance == "interval":
         settings |= dict(guidance_sigma_low=0.1, guidance_sigma_high=5.0)
-    image = arrays_of(sample(run[0], seeds=[0, 1], output=tmp_path / "s.npz", num_steps=6, **settings))["arr_0"]
-    plain = arrays_of(sample(run[0], seeds=[0, 1], output=tmp_path / "t.npz", num_steps=6, sampler=sampler, guidance="none"))["arr_0"]
+    image = arrays_of(
+        sample(run[0], seeds=[0, 1], output=tmp_path / "s.npz", num_steps=6, **settings)
+    )["arr_0"]
+    plain = arrays_of(
+        sample(
+            run[0],
+            seeds=[0, 1],
+            output=tmp_path / "t.npz",
+            num_steps=6,
+            sampler=sampler,
+            guidance="none",
+        )
+    )["arr_0"]
     assert (guidance == "none") == np.array_equal(image, plain)
 
 
 def test_autoguidance_by_an_earlier_run(latent_run, tmp_path):
-    """The weaker network is another run; at scale 1 it has no effect, and a run guides itself to itself."""
+    """The weaker network is another run; at scale 1 it has no effect, and a run guides itself to
+    itself."""
     from diffit_jax.training.loop import train
 
     weak = tmp_path / "weak"
     train(small_latent_config(training__total_steps=2, model__hidden_size=8, model__depth=1), weak)
-    draw = lambda name, **settings: arrays_of(sample(latent_run[0], seeds=[0, 1], output=tmp_path / name, **settings))["arr_0"]  # noqa: E731
+    draw = lambda name, **settings: arrays_of(
+        sample(latent_run[0], seeds=[0, 1], output=tmp_path / name, **settings)
+    )["arr_0"]
     plain = draw("plain.npz", guidance="none")
-    guided = draw("guided.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(weak))
+    guided = draw(
+        "guided.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(weak)
+    )
     assert np.abs(guided - plain).max() > 1e-3
-    np.testing.assert_array_equal(draw("one.npz", guidance="autoguidance", guidance_scale=1.0, guide_workdir=str(weak)), plain)
-    itself = draw("itself.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(latent_run[0]))
+    np.testing.assert_array_equal(
+        draw("one.npz", guidance="autoguidance", guidance_scale=1.0, guide_workdir=str(weak)), plain
+    )
+    itself = draw(
+        "itself.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(latent_run[0])
+    )
     np.testing.assert_allclose(itself, plain, atol=1e-3 * np.abs(plain).max())
 
 
 def test_autoguidance_needs_a_fitting_run(latent_run, run, tmp_path):
-    for workdir, message in (("", "name its run by --guide_workdir"), (str(run[0]), "differs in process, shape or number of classes")):
+    for workdir, message in (
+        ("", "name its run by --guide_workdir"),
+        (str(run[0]), "differs in process, shape or number of classes"),
+    ):
         with pytest.raises(UserError, match=message):
-            sample(latent_run[0], seeds=[0], output=tmp_path / "l.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=workdir)
+            sample(
+                latent_run[0],
+                seeds=[0],
+                output=tmp_path / "l.npz",
+                guidance="autoguidance",
+                guidance_scale=2.0,
+                guide_workdir=workdir,
+            )
     with pytest.raises(UserError, match="holds no run"):
-        sample(latent_run[0], seeds=[0], guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(tmp_path / "none"))
+        sample(
+            latent_run[0],
+            seeds=[0],
+            guidance="autoguidance",
+            guidance_scale=2.0,
+            guide_workdir=str(tmp_path / "none"),
+        )
 
 
 # --- Interruption
 
 
 def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
-    """Killed between batches and in the middle of a file, the same request draws only what is missing and ends with the same bytes."""
+    """Killed between batches and in the middle of a file, the same request draws only what is
+    missing and ends with the same bytes."""
     request = dict(seeds=range(10), labels="random", batch_size=2)
     whole = sample(latent_run[0], output=tmp_path / "whole.npz", **request)
     drawn, draw_batch = [], Sampler.draw_batch
@@ -134,18 +190,24 @@ def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
 
 
 def test_parts_of_another_request_are_refused(latent_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate.SampleFiles, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        generate.SampleFiles, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     output = tmp_path / "l.npz"
     with pytest.raises(KeyboardInterrupt):
         sample(latent_run[0], seeds=range(4), output=output)
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir())
+    before = sorted(
+        (path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir()
+    )
     for change, name in (
         (dict(seeds=range(1, 5)), "another seeds"),
         (dict(seeds=range(4), num_steps=3), "another sampling.num_steps .4, now 3."),
     ):
         with pytest.raises(UserError, match=name):
             sample(latent_run[0], output=output, **change)
-    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir())
+    assert before == sorted(
+        (path.name, path.stat().st_mtime_ns) for path in (tmp_path / "l.npz.parts").iterdir()
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "null", "[]", ""])
@@ -172,19 +234,34 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
         (dict(respacing="ddim999"), "no whole stride"),
         (dict(guidance_scale=-0.5), "sampling.guidance_scale is -0.5"),
         (dict(guide_channels=5), "sampling.guide_channels is 5: the model has only 4"),
-        (dict(sampler="plms"), "sampling.sampler is 'plms': use ddpm, ddim, euler, heun, dpm_solver"),
-        (dict(sampler="heun", respacing="10"), "sampling.respacing is for the samplers ddpm and ddim"),
+        (
+            dict(sampler="plms"),
+            "sampling.sampler is 'plms': use ddpm, ddim, euler, heun, dpm_solver",
+        ),
+        (
+            dict(sampler="heun", respacing="10"),
+            "sampling.respacing is for the samplers ddpm and ddim",
+        ),
         (dict(eta=-1.0), "sampling.eta is -1.0"),
         (dict(labels="10"), "label 10 is outside the classes 0-9"),
         (dict(labels=[-1]), "label -1 is outside the classes 0-9"),
         (dict(labels="tench"), "--labels 'tench' is not a list of whole numbers"),
         (dict(pixel_rounding="up"), "sampling.pixel_rounding is 'up': use edm, adm"),
-        (dict(guidance_scale=float("inf")), "guidance_scale is inf: it must be finite and at least 0"),
+        (
+            dict(guidance_scale=float("inf")),
+            "guidance_scale is inf: it must be finite and at least 0",
+        ),
         (dict(guidance_power=0.0), "guidance_power is 0.0: it must be above 0"),
         (dict(num_steps=2, respacing="3"), "leave out either"),
         (dict(eta=0.5), "--eta has no effect with sampler ddpm"),
-        (dict(guide_workdir="x"), "--guide_workdir has no effect with sampler ddpm and guidance power_cosine"),
-        (dict(sampler="heun", clip_denoised=True), "--clip_denoised has no effect with sampler heun"),
+        (
+            dict(guide_workdir="x"),
+            "--guide_workdir has no effect with sampler ddpm and guidance power_cosine",
+        ),
+        (
+            dict(sampler="heun", clip_denoised=True),
+            "--clip_denoised has no effect with sampler heun",
+        ),
         (dict(labels=[]), "--labels is empty"),
     ):
         with pytest.raises(UserError, match=message):
@@ -207,11 +284,22 @@ def test_discrete_samplers_need_the_discrete_process(run):
 
 def test_imagenet_names():
     names = imagenet_names()
-    assert len(names) == 1000 and names[0] == ["tench", "Tinca tinca"] and names[999][0] == "toilet tissue"
-    assert imagenet_class("golden retriever") == imagenet_class(" Golden Retriever ") == 207 and imagenet_class("macaw") == 88
-    with pytest.raises(UserError, match="ImageNet has 2 classes named 'crane': use one of the indices 134, 517"):
+    assert (
+        len(names) == 1000
+        and names[0] == ["tench", "Tinca tinca"]
+        and names[999][0] == "toilet tissue"
+    )
+    assert (
+        imagenet_class("golden retriever") == imagenet_class(" Golden Retriever ") == 207
+        and imagenet_class("macaw") == 88
+    )
+    with pytest.raises(
+        UserError, match="ImageNet has 2 classes named 'crane': use one of the indices 134, 517"
+    ):
         imagenet_class("crane")
-    with pytest.raises(UserError, match="no class named 'golden retreiver': did you mean golden retriever"):
+    with pytest.raises(
+        UserError, match="no class named 'golden retreiver': did you mean golden retriever"
+    ):
         imagenet_class("golden retreiver")
 
 
@@ -234,14 +322,20 @@ def test_random_labels_are_a_uniform_function_of_the_seed():
 def test_both_published_rounding_rules():
     x = np.array([-1.2, -1, -0.999, 0, 0.002, 0.9999, 1, 1.2], np.float32)
     exact = np.asarray(x, np.float64)
-    np.testing.assert_array_equal(to_pixels(x, "edm"), np.clip(127.5 * exact + 128, 0, 255).astype(np.uint8))
-    np.testing.assert_array_equal(to_pixels(x, "adm"), np.clip((exact + 1) * 127.5, 0, 255).astype(np.uint8))
+    np.testing.assert_array_equal(
+        to_pixels(x, "edm"), np.clip(127.5 * exact + 128, 0, 255).astype(np.uint8)
+    )
+    np.testing.assert_array_equal(
+        to_pixels(x, "adm"), np.clip((exact + 1) * 127.5, 0, 255).astype(np.uint8)
+    )
     assert to_pixels(x, "adm")[3] == 127 and to_pixels(x, "edm")[3] == 128
 
 
 def test_pixel_rounding_is_applied(run, tmp_path):
     images = [
-        arrays_of(sample(run[0], seeds=range(4), output=tmp_path / f"{rule}.npz", pixel_rounding=rule))["arr_0"].astype(int)
+        arrays_of(
+            sample(run[0], seeds=range(4), output=tmp_path / f"{rule}.npz", pixel_rounding=rule)
+        )["arr_0"].astype(int)
         for rule in ("edm", "adm")
     ]
     difference = images[0] - images[1]

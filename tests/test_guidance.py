@@ -16,7 +16,10 @@ NULL = 10
 
 def evaluate(x, level, conditioning):
     """An evaluation with twice the sample's channels, in which every argument matters."""
-    y = jnp.sin(x) * jnp.cos(level)[:, None, None, None] + 0.1 * conditioning["label"][:, None, None, None] ** 2
+    y = (
+        jnp.sin(x) * jnp.cos(level)[:, None, None, None]
+        + 0.1 * conditioning["label"][:, None, None, None] ** 2
+    )
     return jnp.concatenate([y, y + 1], axis=-1)
 
 
@@ -34,19 +37,27 @@ def arguments():
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.5, 4.0])
 @pytest.mark.parametrize("kind", ["constant", "autoguidance"])
 def test_mixture_is_the_formula(arguments, kind, scale, channels):
-    """Guided in the first channels of the sample, the main evaluation in the others and in what lies beyond the sample's channels."""
+    """Guided in the first channels of the sample, the main evaluation in the others and in what
+    lies beyond the sample's channels."""
     x, level, conditioning = arguments
     main = evaluate(x, level, conditioning)
-    lesser = weaker(x, level, conditioning) if kind == "autoguidance" else evaluate(x, level, {"label": jnp.full(4, NULL)})
+    lesser = (
+        weaker(x, level, conditioning)
+        if kind == "autoguidance"
+        else evaluate(x, level, {"label": jnp.full(4, NULL)})
+    )
     guided = guide(Guidance(kind, scale, channels=channels), evaluate, np.zeros_like, NULL, weaker)
     y = guided.mixed(x, level, conditioning, scale)
     count = channels or 4
-    np.testing.assert_allclose(y[..., :count], (lesser + scale * (main - lesser))[..., :count], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        y[..., :count], (lesser + scale * (main - lesser))[..., :count], rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_array_equal(y[..., count:], main[..., count:])
 
 
 def test_power_cosine_golden():
-    """1 + (s - 1) (1 - cos(π (1 - t / 1000)^4)) / 2, computed in float64 for scales 3.8 (MDT) and 4.4 (DiffiT); six decimals."""
+    """1 + (s - 1) (1 - cos(π (1 - t / 1000)^4)) / 2, computed in float64 for scales 3.8 (MDT) and
+    4.4 (DiffiT); six decimals."""
     timesteps = np.array([999, 900, 750, 500, 250, 100, 0])
     for scale, golden in (
         (3.8, [1, 1, 1.000105, 1.026901, 1.636545, 3.059374, 3.8]),
@@ -58,12 +69,16 @@ def test_power_cosine_golden():
 
 @pytest.mark.parametrize(("tolerance", "percent"), [(0, 9), (1e-3, 32), (0.03, 49)])
 def test_power_cosine_scale_is_one_in_high_noise(tolerance, percent):
-    scales = Guidance("power_cosine", 4.4, skip_tolerance=tolerance).scales(np.arange(1000) / 1000, None)
+    scales = Guidance("power_cosine", 4.4, skip_tolerance=tolerance).scales(
+        np.arange(1000) / 1000, None
+    )
     assert int(100 * np.mean(scales == 1)) == percent
 
 
 def test_interval_is_open_below_and_closed_above():
-    scales = Guidance("interval", 2.0, sigma_low=0.5, sigma_high=2.0).scales(np.zeros(4), np.array([0.5, 0.51, 2.0, 2.01]))
+    scales = Guidance("interval", 2.0, sigma_low=0.5, sigma_high=2.0).scales(
+        np.zeros(4), np.array([0.5, 0.51, 2.0, 2.01])
+    )
     assert scales.tolist() == [1, 2, 2, 1]
 
 
@@ -95,9 +110,17 @@ def run(sampler, guidance, calls=None, weak_calls=None):
 
     @jax.jit
     def draw():
-        guided = guide(guidance, wrap(counting(calls)), PROCESS.time_of, NULL, wrap(counting(weak_calls, weaker)))
+        guided = guide(
+            guidance,
+            wrap(counting(calls)),
+            PROCESS.time_of,
+            NULL,
+            wrap(counting(weak_calls, weaker)),
+        )
         if sampler in ("ddpm", "ddim"):
-            return getattr(ddpm, "ancestral" if sampler == "ddpm" else "ddim")(PROCESS, guided, noise, conditioning, PROCESS.steps("10"))
+            return getattr(ddpm, "ancestral" if sampler == "ddpm" else "ddim")(
+                PROCESS, guided, noise, conditioning, PROCESS.steps("10")
+            )
         return getattr(samplers, sampler)(guided, noise, conditioning, EDM().sigmas(10))
 
     out = np.asarray(draw())
@@ -117,23 +140,33 @@ def test_equivalences_and_evaluations_over_every_sampler(sampler):
     assert calls == [BATCH] * count  # no guidance: the network alone
 
     calls, weak_calls = [], []
-    np.testing.assert_array_equal(run(sampler, Guidance("autoguidance", 1.0), calls, weak_calls), plain)
+    np.testing.assert_array_equal(
+        run(sampler, Guidance("autoguidance", 1.0), calls, weak_calls), plain
+    )
     assert calls == [BATCH] * count and not weak_calls  # weight 1: the main network alone
 
     calls, weak_calls = [], []
-    assert np.abs(run(sampler, Guidance("autoguidance", 2.0), calls, weak_calls) - plain).max() > 1e-3
+    assert (
+        np.abs(run(sampler, Guidance("autoguidance", 2.0), calls, weak_calls) - plain).max() > 1e-3
+    )
     assert calls == weak_calls == [BATCH] * count
 
     calls = []
     constant = run(sampler, Guidance("constant", 2.0), calls)
     assert calls == [2 * BATCH] * count and np.abs(constant - plain).max() > 1e-3
     calls = []
-    np.testing.assert_array_equal(run(sampler, Guidance("interval", 2.0), calls), constant)  # the full interval
+    np.testing.assert_array_equal(
+        run(sampler, Guidance("interval", 2.0), calls), constant
+    )  # the full interval
     assert calls == [2 * BATCH] * count
 
     calls = []
     run(sampler, Guidance("interval", 2.0, sigma_low=0.3, sigma_high=3.0), calls)
-    levels = PROCESS.steps("10").sqrt_recipm1_alphas_cumprod[::-1] if sampler in ("ddpm", "ddim") else EDM().sigmas(10)[:-1]
+    levels = (
+        PROCESS.steps("10").sqrt_recipm1_alphas_cumprod[::-1]
+        if sampler in ("ddpm", "ddim")
+        else EDM().sigmas(10)[:-1]
+    )
     if sampler == "heun":
         levels = np.repeat(levels, 2)[:-1]
     assert calls == [2 * BATCH if 0.3 < level <= 3 else BATCH for level in levels]
@@ -141,7 +174,9 @@ def test_equivalences_and_evaluations_over_every_sampler(sampler):
 
     calls = []
     run(sampler, Guidance("power_cosine", 4.4), calls)
-    assert calls == sorted(calls) and 0 < calls.count(BATCH) < count  # the noisiest steps are not guided
+    assert (
+        calls == sorted(calls) and 0 < calls.count(BATCH) < count
+    )  # the noisiest steps are not guided
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "heun"])
@@ -152,7 +187,11 @@ def test_skipping_changes_no_more_than_the_skipped_guidance(sampler):
 
 
 def test_guidance_of_no_use_is_no_guidance():
-    for guidance in (Guidance("constant", 1.0), Guidance("none", 3.0), Guidance("constant", 1.0005)):
+    for guidance in (
+        Guidance("constant", 1.0),
+        Guidance("none", 3.0),
+        Guidance("constant", 1.0005),
+    ):
         assert guide(guidance, evaluate, np.zeros_like).main is evaluate and not guidance.active
     assert unguided(evaluate).scales(np.ones(3)).tolist() == [1, 1, 1]
 
@@ -162,7 +201,10 @@ def test_guidance_of_no_use_is_no_guidance():
     [
         (dict(kind="strong"), "Guidance.kind is 'strong': use none, constant"),
         (dict(kind="constant", scale=-1), "Guidance.scale is -1: it must be at least 0"),
-        (dict(kind="interval", scale=2, sigma_low=3, sigma_high=2), "guidance_sigma_low 3 must lie between 0 and"),
+        (
+            dict(kind="interval", scale=2, sigma_low=3, sigma_high=2),
+            "guidance_sigma_low 3 must lie between 0 and",
+        ),
         (dict(kind="constant", channels=-1), r"Guidance\.channels is -1: it must be at least 0"),
     ],
 )
@@ -182,11 +224,17 @@ def test_drop_labels_rate_and_independence_of_the_batch():
     labels, keys = jnp.arange(20_000) % 10, jax.random.split(jax.random.key(0), 20_000)
     dropped = drop_labels({"label": labels}, keys, 0.1, NULL)["label"]
     changed = np.asarray(dropped != labels)
-    assert (dropped[changed] == NULL).all() and abs(changed.mean() - 0.1) < 0.01  # 4.7 standard errors
-    np.testing.assert_array_equal(drop_labels({"label": labels[5:9]}, keys[5:9], 0.1, NULL)["label"], dropped[5:9])
+    assert (dropped[changed] == NULL).all() and abs(
+        changed.mean() - 0.1
+    ) < 0.01  # 4.7 standard errors
+    np.testing.assert_array_equal(
+        drop_labels({"label": labels[5:9]}, keys[5:9], 0.1, NULL)["label"], dropped[5:9]
+    )
 
 
 def test_drop_labels_leaves_the_rest_alone():
     conditioning = {"label": jnp.arange(3)}
-    assert drop_labels(conditioning, jax.random.split(jax.random.key(0), 3), 0.0, NULL) is conditioning
+    assert (
+        drop_labels(conditioning, jax.random.split(jax.random.key(0), 3), 0.0, NULL) is conditioning
+    )
     assert drop_labels({}, jax.random.split(jax.random.key(0), 3), 0.5, NULL) == {}

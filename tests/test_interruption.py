@@ -1,4 +1,5 @@
-"""Signals at every stage of a command, and Ctrl-C: nothing is lost, and the status says whether to run it again."""
+"""Signals at every stage of a command, and Ctrl-C: nothing is lost, and the status says whether to
+run it again."""
 
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from conftest import small_latent_config
 from processes import checkpoints_of, environment, write_config
 
 ROOT = Path(__file__).parents[1]
-# A config that takes its time: as an import does, in Python; or as a compilation does, in C, from which Python's handlers are not called.
+# A config that takes its time: as an import does, in Python; or as a compilation does, in C, from
+# which Python's handlers are not called.
 SLOW = {
     "in Python": "import time\ntime.sleep(60)",
     "in C": "import numpy\na = numpy.random.rand(6000, 6000)\nnumpy.linalg.svd(a)",
@@ -22,7 +24,15 @@ SLOW = {
 def start(verb, folder, *flags, **more):
     """A command in a process of its own, on two devices."""
     command = [sys.executable, str(ROOT / "launch" / f"{verb}.py"), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), cwd=folder, **more)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=folder,
+        **more,
+    )
 
 
 def end(process, timeout=60):
@@ -33,7 +43,9 @@ def end(process, timeout=60):
 def wait_for(process, there, timeout=120):
     deadline = time.monotonic() + timeout
     while not there():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][
+            -2000:
+        ]
         time.sleep(0.01)
 
 
@@ -47,13 +59,19 @@ def slow_start(tmp_path, how, **more):
 
 
 @pytest.mark.parametrize("how", SLOW)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name
+)
 def test_a_signal_before_there_is_anything_to_save(tmp_path, how, number):
     """The command ends at once, wherever it is, with the status that brings the job back."""
     process = slow_start(tmp_path, how)
     process.send_signal(number)
     status, errors = end(process, timeout=10)
-    assert status == 75 and errors.splitlines()[-1].startswith("preempted: ") and "run the same command again" in errors, errors
+    assert (
+        status == 75
+        and errors.splitlines()[-1].startswith("preempted: ")
+        and "run the same command again" in errors
+    ), errors
     assert not (tmp_path / "run").exists()
 
 
@@ -62,12 +80,18 @@ def test_ctrl_c_before_there_is_anything_to_save(tmp_path, how):
     process = slow_start(tmp_path, how)
     process.send_signal(signal.SIGINT)
     status, errors = end(process, timeout=10)
-    assert status == 130 and errors.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in errors, errors
+    assert (
+        status == 130
+        and errors.splitlines()[-1].startswith("interrupted: ")
+        and "Traceback" not in errors
+    ), errors
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     """As nohup hands SIGHUP over."""
-    process = slow_start(tmp_path, "in Python", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = slow_start(
+        tmp_path, "in Python", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
@@ -75,7 +99,12 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     assert end(process, timeout=10)[0] == 75
 
 
-LONG = dict(training__total_steps=100_000, training__checkpoint_steps=50_000, training__grid_steps=100_000, training__log_steps=20)
+LONG = dict(
+    training__total_steps=100_000,
+    training__checkpoint_steps=50_000,
+    training__grid_steps=100_000,
+    training__log_steps=20,
+)
 
 
 @pytest.fixture
@@ -105,13 +134,19 @@ def test_other_signals_save_like_sigterm(training, number):
 
 
 def test_ctrl_c_saves_first_and_twice_ends_at_once(training):
-    """The first run keeps every step and says so; the second, which goes on from there, ends within a second and keeps what was there."""
+    """The first run keeps every step and says so; the second, which goes on from there, ends within
+    a second and keeps what was there."""
     begin, workdir = training
     process = begin()
     process.send_signal(signal.SIGINT)
     status, errors = end(process)
     (saved,) = checkpoints_of(workdir)
-    assert status == 130 and f"interrupted: checkpoint {saved} of 100000 steps is saved in {workdir}/checkpoints; run" in errors, errors
+    assert (
+        status == 130
+        and f"interrupted: checkpoint {saved} of 100000 steps is saved in {workdir}/checkpoints; "
+        "run"
+        in errors
+    ), errors
     assert saved >= 20
     process = begin()
     process.send_signal(signal.SIGINT)
@@ -119,31 +154,58 @@ def test_ctrl_c_saves_first_and_twice_ends_at_once(training):
     time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     status, errors = end(process, timeout=10)
-    assert status == 130 and "Traceback" not in errors and errors.splitlines()[-1].startswith("interrupted: "), errors
+    assert (
+        status == 130
+        and "Traceback" not in errors
+        and errors.splitlines()[-1].startswith("interrupted: ")
+    ), errors
     assert saved in checkpoints_of(workdir)
 
 
 def test_ctrl_c_while_sampling_says_what_is_kept(latent_run, tmp_path):
-    flags = ("--workdir", latent_run[0], "--seeds", "0-399", "--batch_size", "2", "--num_steps", "20", "--output", "s.npz")
+    flags = (
+        "--workdir",
+        latent_run[0],
+        "--seeds",
+        "0-399",
+        "--batch_size",
+        "2",
+        "--num_steps",
+        "20",
+        "--output",
+        "s.npz",
+    )
     process, parts = start("sample", tmp_path, *flags), tmp_path / "s.npz.parts"
     wait_for(process, (parts / "00000006-00000008.npy").exists)
     process.send_signal(signal.SIGINT)
     status, errors = end(process)
     drawn = len(list(parts.glob("*.npy")))
-    assert status == 130 and f"interrupted: {2 * drawn} of 400 samples are saved beside {tmp_path}/s.npz; run" in errors, errors
+    assert (
+        status == 130
+        and f"interrupted: {2 * drawn} of 400 samples are saved beside {tmp_path}/s.npz; run"
+        in errors
+    ), errors
 
 
 def test_a_notebook_can_go_on_after_an_interrupt(tmp_path, monkeypatch):
-    """Without the commands' listener: Ctrl-C in the loop saves, and raises what a notebook shows; signals are as they were before."""
+    """Without the commands' listener: Ctrl-C in the loop saves, and raises what a notebook shows;
+    signals are as they were before."""
     from diffit_jax import interruption
     from diffit_jax.training import loop
 
     config, step = small_latent_config(training__checkpoint_steps=100), loop.save_state
-    monkeypatch.setattr(loop.Watch, "report", lambda *_: signal.raise_signal(signal.SIGINT) or {"steps_per_s": 0.0} | REPORT)
+    monkeypatch.setattr(
+        loop.Watch,
+        "report",
+        lambda *_: signal.raise_signal(signal.SIGINT) or {"steps_per_s": 0.0} | REPORT,
+    )
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(interruption.Interrupted, match="checkpoint 2 of 6 steps is saved"):
         loop.train(config, tmp_path / "run")
-    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) and step is loop.save_state
+    assert (
+        before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+        and step is loop.save_state
+    )
     monkeypatch.undo()
     assert int(loop.train(config, tmp_path / "run").step) == 6
 
@@ -183,7 +245,9 @@ def test_a_profile_is_written_however_the_run_ends(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(distributed.PreemptionNotice, "reached", lambda self, step: step == 3)
     with caplog.at_level("INFO", logger="diffit_jax"), pytest.raises(interruption.Preempted):
         loop.train(small_latent_config(), tmp_path / "run", profile_steps=(2, 100))
-    assert "wrote a trace of steps 2-3" in caplog.text and list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert "wrote a trace of steps 2-3" in caplog.text and list(
+        (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    )
     monkeypatch.undo()
     with caplog.at_level("INFO", logger="diffit_jax"):
         loop.train(small_latent_config(), tmp_path / "run", profile_steps=(50, 60))
@@ -191,11 +255,14 @@ def test_a_profile_is_written_however_the_run_ends(tmp_path, monkeypatch, caplog
 
 
 def test_random_moments(tmp_path, latent_run):
-    """SIGTERM at moments from the imports to the last line: status 75, or 0 where all was written already."""
+    """SIGTERM at moments from the imports to the last line: status 75, or 0 where all was written
+    already."""
     rng, statuses = np.random.default_rng(0), []
     for moment in (0.6, *rng.uniform(0.6, 6, 3)):  # a loaded machine needs a while to start Python
         (tmp_path / "s.npz").unlink(missing_ok=True)
-        process = start("sample", tmp_path, "--workdir", latent_run[0], "--seeds", "0-3", "--output", "s.npz")
+        process = start(
+            "sample", tmp_path, "--workdir", latent_run[0], "--seeds", "0-3", "--output", "s.npz"
+        )
         time.sleep(moment)
         process.send_signal(signal.SIGTERM)
         status, errors = end(process)

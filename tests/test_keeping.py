@@ -1,4 +1,5 @@
-"""What a run leaves for people: events, pictures that never end it, errors with the right remedy, configs of other versions."""
+"""What a run leaves for people: events, pictures that never end it, errors with the right remedy,
+configs of other versions."""
 
 import errno
 import json
@@ -31,16 +32,22 @@ from diffit_jax.training.loop import train
 
 def events_of(workdir):
     """Every record of the run's event files, in the order in which they were begun."""
-    for path in sorted((workdir / "events").iterdir(), key=lambda path: (path.name.split(".")[3], path.stat().st_mtime_ns)):
+    for path in sorted(
+        (workdir / "events").iterdir(),
+        key=lambda path: (path.name.split(".")[3], path.stat().st_mtime_ns),
+    ):
         content, at = path.read_bytes(), 0
-        while at + 12 <= len(content):  # a record is its length, a checksum, the message and a checksum
+        while at + 12 <= len(
+            content
+        ):  # a record is its length, a checksum, the message and a checksum
             (size,) = struct.unpack("<Q", content[at : at + 8])
             yield Event.FromString(content[at + 12 : at + 12 + size])
             at += size + 16
 
 
 def steps_shown(workdir, tag="loss"):
-    """Steps of a curve as TensorBoard shows it: a new session's START takes away what the old ones have from its step on."""
+    """Steps of a curve as TensorBoard shows it: a new session's START takes away what the old ones
+    have from its step on."""
     shown = []
     for event in events_of(workdir):
         if event.session_log.status == SessionLog.START:
@@ -70,18 +77,31 @@ def test_steps_that_are_made_twice_are_shown_once(tmp_path):
 
 def test_sigkill_after_a_checkpoint_loses_no_event_before_it(tmp_path):
     config = small_latent_config(
-        training__log_steps=5, training__checkpoint_steps=10, training__total_steps=100_000, training__grid_steps=100_000
+        training__log_steps=5,
+        training__checkpoint_steps=10,
+        training__total_steps=100_000,
+        training__grid_steps=100_000,
     )
-    flags = ["--config", str(write_config(tmp_path / "c.py", config)), "--workdir", str(tmp_path / "run")]
+    flags = [
+        "--config",
+        str(write_config(tmp_path / "c.py", config)),
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "train.py"), *flags], stderr=subprocess.DEVNULL, env=environment(), cwd=tmp_path
+        [sys.executable, str(ROOT / "launch" / "train.py"), *flags],
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        cwd=tmp_path,
     )
     while max(checkpoints_of(tmp_path / "run"), default=0) < 40 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     newest = max(checkpoints_of(tmp_path / "run"))
-    assert [step for step in steps_shown(tmp_path / "run") if step <= newest] == list(range(5, newest + 1, 5))
+    assert [step for step in steps_shown(tmp_path / "run") if step <= newest] == list(
+        range(5, newest + 1, 5)
+    )
 
 
 # --- Pictures
@@ -91,16 +111,25 @@ def test_sigkill_after_a_checkpoint_loses_no_event_before_it(tmp_path):
 @pytest.mark.parametrize("latents", [False, True])
 def test_any_number_of_channels_makes_a_picture(tmp_path, channels, latents):
     shape = (3, 8, 6, channels)
-    samples = np.random.default_rng(0).normal(size=shape).astype(np.float32) if latents else np.full(shape, 200, np.uint8)
+    samples = (
+        np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        if latents
+        else np.full(shape, 200, np.uint8)
+    )
     pixels.write_preview(tmp_path / "deep" / "p.png", samples, latents)
     with Image.open(tmp_path / "deep" / "p.png") as picture:
         assert picture.mode == ("RGB" if channels >= 3 else "L")
 
 
-@pytest.mark.parametrize("samples", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8), np.uint8), np.zeros((2, 8, 8, 3), object)])
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8), np.uint8), np.zeros((2, 8, 8, 3), object)],
+)
 def test_what_cannot_be_drawn_is_one_warning(tmp_path, caplog, samples):
     pixels.write_preview(tmp_path / "p.png", samples)
-    assert caplog.text.count("could not be made") <= 1 and ((tmp_path / "p.png").exists() or "p.png could not be made" in caplog.text)
+    assert caplog.text.count("could not be made") <= 1 and (
+        (tmp_path / "p.png").exists() or "p.png could not be made" in caplog.text
+    )
     (tmp_path / "file").write_text("")
     pixels.write_preview(tmp_path / "file" / "p.png", np.zeros((2, 8, 8, 3), np.uint8))
     assert "file/p.png could not be made" in caplog.text
@@ -109,7 +138,10 @@ def test_what_cannot_be_drawn_is_one_warning(tmp_path, caplog, samples):
 def test_a_run_of_five_channels_goes_on_through_its_grids_and_is_sampled(tmp_path):
     config = small_config(model__image_channels=5, training__total_steps=2, training__grid_steps=1)
     train(config, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["00000001.png", "00000002.png"]
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == [
+        "00000001.png",
+        "00000002.png",
+    ]
     with np.load(sample(tmp_path, seeds=[0, 1])) as arrays:
         assert arrays["arr_0"].shape == (2, 8, 8, 5)
 
@@ -119,14 +151,22 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "grids").write_text("a file in the way")
     assert int(train(small_latent_config(training__grid_steps=3), tmp_path / "run").step) == 6
-    assert "00000003.png could not be made" in caplog.text and "00000006.png could not be made" in caplog.text
+    assert (
+        "00000003.png could not be made" in caplog.text
+        and "00000006.png could not be made" in caplog.text
+    )
 
     def full(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 395137867968 bytes.")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 395137867968 bytes."
+        )
 
     monkeypatch.setattr(loop.Sampler, "draw", full)
     assert int(train(small_latent_config(), tmp_path / "other").step) == 6
-    assert "00000006.png could not be drawn: memory ran out (" in caplog.text and "fewer training.grid_images" in caplog.text
+    assert (
+        "00000006.png could not be drawn: memory ran out (" in caplog.text
+        and "fewer training.grid_images" in caplog.text
+    )
 
 
 # --- Remedies
@@ -150,15 +190,18 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
     ],
 )
 def test_only_storage_errors_have_the_remedies_of_storage(error, remedy, tmp_path, monkeypatch):
-    """A fault of the program keeps its traceback; libraries wrap what the system says, several times over."""
-    assert (files.remedy_for_writing(error) or "").startswith(remedy or "") and (remedy is None) == (
-        files.remedy_for_writing(error) is None
-    )
+    """A fault of the program keeps its traceback; libraries wrap what the system says, several
+    times over."""
+    assert (files.remedy_for_writing(error) or "").startswith(remedy or "") and (
+        remedy is None
+    ) == (files.remedy_for_writing(error) is None)
     wrapped = RuntimeError("a future failed")
     wrapped.__cause__ = error
     assert files.remedy_for_writing(wrapped) == files.remedy_for_writing(error)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    monkeypatch.setattr(type(checkpoints._manager), "save", lambda *_, **__: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(
+        type(checkpoints._manager), "save", lambda *_, **__: (_ for _ in ()).throw(error)
+    )
     with pytest.raises(UserError if remedy else type(error)) as raised:
         checkpoints.save(1, {"tree": {"a": jax.numpy.zeros(2)}}, {"step": 1})
     if remedy:
@@ -182,7 +225,10 @@ def test_a_work_directory_deleted_while_the_run_goes_on(tmp_path, monkeypatch, c
     except UserError as error:  # Orbax may miss the directory first: that is said
         assert "put the directory back, which has been moved or deleted" in str(error)
         return
-    assert "was deleted while the run went on" in caplog.text and (tmp_path / "run" / "config.json").exists()
+    assert (
+        "was deleted while the run went on" in caplog.text
+        and (tmp_path / "run" / "config.json").exists()
+    )
     sample(tmp_path / "run", seeds=[0])
 
 
@@ -210,14 +256,32 @@ def edited(workdir, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c["training"].update(ema_decay=0.99), "has the key training.ema_decay, which this version of diffit_jax does not know"),
-        (lambda c: c.update(losses={}), "has the key losses, which this version of diffit_jax does not know"),
-        (lambda c: c["model"].pop("depth") and c["model"].update(layers=2), "has the key model.layers, which this version"),
-        (lambda c: c["training"].pop("batch_size"), "has no key training.batch_size, which this version of diffit_jax needs"),
+        (
+            lambda c: c["training"].update(ema_decay=0.99),
+            "has the key training.ema_decay, which this version of diffit_jax does not know",
+        ),
+        (
+            lambda c: c.update(losses={}),
+            "has the key losses, which this version of diffit_jax does not know",
+        ),
+        (
+            lambda c: c["model"].pop("depth") and c["model"].update(layers=2),
+            "has the key model.layers, which this version",
+        ),
+        (
+            lambda c: c["training"].pop("batch_size"),
+            "has no key training.batch_size, which this version of diffit_jax needs",
+        ),
         (lambda c: c.pop("ema"), "has no key ema, which this version of diffit_jax needs"),
-        (lambda c: c["model"].update(hidden_size=18), "config.json: hidden_size 18 is not a multiple of num_heads"),
+        (
+            lambda c: c["model"].update(hidden_size=18),
+            "config.json: hidden_size 18 is not a multiple of num_heads",
+        ),
         (lambda c: c["model"].update(name="unet"), "config.json: config key model.name is 'unet'"),
-        (lambda c: c.update(model="unet"), "config.json: config key model is 'unet': it must be a section"),
+        (
+            lambda c: c.update(model="unet"),
+            "config.json: config key model is 'unet': it must be a section",
+        ),
     ],
 )
 def test_a_config_of_another_version_is_named_with_its_key(mine, edit, message):
@@ -225,14 +289,24 @@ def test_a_config_of_another_version_is_named_with_its_key(mine, edit, message):
     for action in (lambda: sample(mine, seeds=[0]), lambda: train(small_latent_config(), mine)):
         with pytest.raises(UserError) as error:
             action()
-        assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+        assert (
+            str(path) in str(error.value)
+            and message in str(error.value)
+            and "\n" not in str(error.value)
+        )
 
 
 def test_keys_that_change_no_number_may_be_missing(mine):
     """An older version did not have them: the defaults serve."""
 
     def older(config):
-        for name in ("log_steps", "grid_steps", "checkpoint_steps", "keep_checkpoints", "grid_images"):
+        for name in (
+            "log_steps",
+            "grid_steps",
+            "checkpoint_steps",
+            "keep_checkpoints",
+            "grid_images",
+        ):
             config["training"].pop(name, None)
         config.pop("mesh", None)
 
@@ -241,10 +315,16 @@ def test_keys_that_change_no_number_may_be_missing(mine):
     assert int(train(small_latent_config(training__total_steps=7), mine).step) == 7
 
 
-@pytest.mark.parametrize("content", ['{"foo": 1}', '{"model_type": "bert", "hidden_size": 768}', "[]", "3", '"text"', "{", ""])
+@pytest.mark.parametrize(
+    "content",
+    ['{"foo": 1}', '{"model_type": "bert", "hidden_size": 768}', "[]", "3", '"text"', "{", ""],
+)
 def test_another_programs_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    for action in (lambda: sample(tmp_path, seeds=[0]), lambda: train(small_latent_config(), tmp_path)):
+    for action in (
+        lambda: sample(tmp_path, seeds=[0]),
+        lambda: train(small_latent_config(), tmp_path),
+    ):
         with pytest.raises(UserError) as error:
             action()
         assert "config.json" in str(error.value) and "\n" not in str(error.value)
@@ -254,14 +334,21 @@ def test_another_programs_config(tmp_path, content):
 def test_checkpoints_without_a_config_are_nobodys(mine):
     """Deleted by mistake: a config with another seed would go on from them silently."""
     (mine / "config.json").unlink()
-    with pytest.raises(UserError, match=r"holds step 6 of a run without its config\.json: put it back, or choose another workdir"):
+    with pytest.raises(
+        UserError,
+        match=r"holds step 6 of a run without its config\.json: put it back, or choose another "
+        r"workdir",
+    ):
         train(small_latent_config(seed=1), mine)
 
 
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"optimizer": {"learning_rate": 1e-3, "warmup_steps": 4, "name": "lamb"}}, "optimizer.name = adam, this config has lamb"),
+        (
+            {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 4, "name": "lamb"}},
+            "optimizer.name = adam, this config has lamb",
+        ),
         ({"model__slim_tmsa": True}, "model.slim_tmsa = False"),
         ({"seed": 1}, "seed = 0"),
         ({"data__name": "digits"}, "data.name|has images of"),
@@ -307,7 +394,16 @@ def test_files_of_an_owner_without_a_name(mine, tmp_path):
 def test_a_profiler_that_is_busy_does_not_end_a_run(tmp_path, caplog):
     jax.profiler.start_trace(str(tmp_path / "mine"))
     try:
-        assert int(train(small_latent_config(training__total_steps=2), tmp_path / "run", profile_steps=(1, 2)).step) == 2
+        assert (
+            int(
+                train(
+                    small_latent_config(training__total_steps=2),
+                    tmp_path / "run",
+                    profile_steps=(1, 2),
+                ).step
+            )
+            == 2
+        )
     finally:
         jax.profiler.stop_trace()
     assert "no trace is written" in caplog.text
@@ -315,7 +411,10 @@ def test_a_profiler_that_is_busy_does_not_end_a_run(tmp_path, caplog):
 
 def test_churn_changes_samples_of_heun_and_is_refused_elsewhere(run, tmp_path):
     plain, churned = (
-        np.load(sample(run[0], seeds=range(4), output=tmp_path / f"{amount}.npz", churn_amount=amount))["arr_0"] for amount in (0.0, 30.0)
+        np.load(
+            sample(run[0], seeds=range(4), output=tmp_path / f"{amount}.npz", churn_amount=amount)
+        )["arr_0"]
+        for amount in (0.0, 30.0)
     )
     assert (plain != churned).any()
     with pytest.raises(UserError, match="--churn_amount has no effect with sampler euler"):

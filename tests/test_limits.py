@@ -1,4 +1,5 @@
-"""Every attribute of every section, model and process is refused in one line where it cannot be, whatever it is given."""
+"""Every attribute of every section, model and process is refused in one line where it cannot be,
+whatever it is given."""
 
 import dataclasses
 import math
@@ -53,9 +54,13 @@ def attributes(config):
                 yield section, field.name
 
 
-@pytest.mark.parametrize(("kind", "section", "name"), [(kind, *key) for kind, config in CONFIGS.items() for key in attributes(config())])
+@pytest.mark.parametrize(
+    ("kind", "section", "name"),
+    [(kind, *key) for kind, config in CONFIGS.items() for key in attributes(config())],
+)
 def test_any_value_is_taken_or_refused_in_one_line(kind, section, name):
-    """A network up to the shapes of its state; what is refused names the key, or those that do not go together."""
+    """A network up to the shapes of its state; what is refused names the key, or those that do not
+    go together."""
     for value in VALUES:
         config = CONFIGS[kind]().to_dict()
         (config.setdefault(section, {}) if section else config)[name] = value
@@ -74,11 +79,24 @@ def test_every_attribute_is_declared():
     from diffit_jax.parallel import MeshShape
     from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
 
-    for kind in (Data, Optimizer, EMA, Training, Sampling, MeshShape, Guidance, Churn, *PROCESSES.values(), *MODELS.values()):
+    for kind in (
+        Data,
+        Optimizer,
+        EMA,
+        Training,
+        Sampling,
+        MeshShape,
+        Guidance,
+        Churn,
+        *PROCESSES.values(),
+        *MODELS.values(),
+    ):
         for field in dataclasses.fields(kind):
             if issubclass(kind, nn.Module) and field.name in ("parent", "name"):
                 continue
-            assert limits._problem(object(), field.type), f"{kind.__name__}.{field.name} takes anything"
+            assert limits._problem(object(), field.type), (
+                f"{kind.__name__}.{field.name} takes anything"
+            )
 
 
 @pytest.mark.parametrize(
@@ -89,16 +107,36 @@ def test_every_attribute_is_declared():
         (limits.Count, True, "is True: it must be of type int"),
         (limits.Count, 2.0, "is 2.0: it must be of type int"),
         (limits.Annotated[float, limits.share()], 1.5, "is 1.5: it must be between 0 and 1"),
-        (limits.Annotated[float, limits.share(below_one=True)], 1, "is 1: it must be between 0 and 1, and not the latter"),
-        (limits.Annotated[float, limits.at_least(0)], math.inf, "is inf: it must be finite and at least 0"),
+        (
+            limits.Annotated[float, limits.share(below_one=True)],
+            1,
+            "is 1: it must be between 0 and 1, and not the latter",
+        ),
+        (
+            limits.Annotated[float, limits.at_least(0)],
+            math.inf,
+            "is inf: it must be finite and at least 0",
+        ),
         (limits.Annotated[float, limits.at_least(0, infinite=True)], math.inf, ""),
-        (limits.Annotated[float, limits.at_least(0, infinite=True)], math.nan, "is nan: it must be finite and at least 0"),
+        (
+            limits.Annotated[float, limits.at_least(0, infinite=True)],
+            math.nan,
+            "is nan: it must be finite and at least 0",
+        ),
         (float, -math.inf, "is -inf: it must be a finite number"),
         (limits.Annotated[int, limits.at_least(1, besides=(-1,))], -1, ""),
-        (limits.Annotated[int, limits.at_least(1, besides=(-1,))], 0, "is 0: it must be at least 1, or -1"),
+        (
+            limits.Annotated[int, limits.at_least(1, besides=(-1,))],
+            0,
+            "is 0: it must be at least 1, or -1",
+        ),
         (limits.Dtype, "float16", "is 'float16': use float32 or bfloat16"),
         (limits.Dtype, "bfloat16", ""),
-        (limits.Annotated[limits.Sequence[limits.Count], limits.at_least(1)], (), r"is (): it must have at least 1 entries"),
+        (
+            limits.Annotated[limits.Sequence[limits.Count], limits.at_least(1)],
+            (),
+            r"is (): it must have at least 1 entries",
+        ),
         (limits.Sequence[limits.Count], (3, 0), "has 0: each must be at least 1"),
         (limits.Sequence[limits.Count], "33", "is '33': it must be a list"),
     ],

@@ -36,7 +36,12 @@ def kind(request, monkeypatch):
     """Both ways to own: that of disks, and that of `gs://`, quicker than there."""
     if request.param == "heartbeat":
         monkeypatch.setattr(files, "is_local", lambda _: False)
-        for name, seconds in (("BEAT_S", 0.1), ("PATIENCE_S", 1.0), ("SETTLE_S", 0.1), ("POLL_S", 0.05)):
+        for name, seconds in (
+            ("BEAT_S", 0.1),
+            ("PATIENCE_S", 1.0),
+            ("SETTLE_S", 0.1),
+            ("POLL_S", 0.05),
+        ):
             monkeypatch.setattr(lock, name, seconds)
     return request.param
 
@@ -61,7 +66,10 @@ def owner(kind, tmp_path):
 
 def test_a_living_owner_is_named(owner, tmp_path):
     process = owner("host-a")
-    with pytest.raises(UserError, match=rf"workdir {tmp_path} is in use by process {process.pid} on host-a .since 20.*: wait") as error:
+    with pytest.raises(
+        UserError,
+        match=rf"workdir {tmp_path} is in use by process {process.pid} on host-a .since 20.*: wait",
+    ) as error:
         lock.owned(tmp_path, "workdir").__enter__()
     assert "\n" not in str(error.value)
 
@@ -82,7 +90,15 @@ def test_a_dead_owner_is_followed_at_once_under_any_host_name(owner, tmp_path):
 
 @pytest.mark.parametrize("kind", ["heartbeat"], indirect=True)
 def test_an_owner_elsewhere_that_does_not_beat_is_dead(kind, tmp_path, caplog):
-    other = {"host": "far-away", "pid": os.getpid(), "machine": "another", "started": "1", "since": "then", "token": "x", "beat": 7}
+    other = {
+        "host": "far-away",
+        "pid": os.getpid(),
+        "machine": "another",
+        "started": "1",
+        "since": "then",
+        "token": "x",
+        "beat": 7,
+    }
     (tmp_path / lock.NAME).write_text(json.dumps(other))
     started = time.monotonic()
     with caplog.at_level("INFO", logger="diffit_jax"), lock.owned(tmp_path, "workdir"):
@@ -132,15 +148,33 @@ def test_a_second_training_is_refused_and_harms_nothing(latent_run, tmp_path):
     def refused(result, message):
         status, errors = result
         last = errors.splitlines()[-1]
-        assert status == 1 and last.startswith("error: ") and message in last and "Traceback" not in errors, errors
+        assert (
+            status == 1
+            and last.startswith("error: ")
+            and message in last
+            and "Traceback" not in errors
+        ), errors
 
     config = small_latent_config()
     with claimed_workdir(tmp_path / "run", config):
-        before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
-        result = command("train", "--config", write_config(tmp_path / "c.py", config), "--workdir", "run", cwd=tmp_path)
+        before = sorted(
+            (path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()
+        )
+        result = command(
+            "train",
+            "--config",
+            write_config(tmp_path / "c.py", config),
+            "--workdir",
+            "run",
+            cwd=tmp_path,
+        )
         refused(result, f"workdir {tmp_path}/run is in use by process {os.getpid()} on ")
-        assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir())
+        assert before == sorted(
+            (path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()
+        )
     (tmp_path / "s.npz.parts").mkdir()
     with lock.owned(tmp_path / "s.npz.parts", "the sampling request in"):
-        result = command("sample", "--workdir", latent_run[0], "--seeds", "0", "--output", "s.npz", cwd=tmp_path)
+        result = command(
+            "sample", "--workdir", latent_run[0], "--seeds", "0", "--output", "s.npz", cwd=tmp_path
+        )
         refused(result, "the sampling request in")

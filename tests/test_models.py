@@ -1,4 +1,5 @@
-"""The blocks against their equations, and the U-shaped network's shapes, dtypes, invariances and errors."""
+"""The blocks against their equations, and the U-shaped network's shapes, dtypes, invariances and
+errors."""
 
 import flax.linen as nn
 import jax
@@ -13,14 +14,24 @@ from diffit_jax.models.blocks import DiffiTBlock, DiffiTResBlock, Upsample, gelu
 from diffit_jax.models.embeddings import TimeToken, sinusoidal_embedding
 from diffit_jax.models.image import ImageDiffiT
 
-SMALL = dict(image_size=8, image_channels=3, channels=(8, 16), num_blocks=(1, 2), window=4, time_width=16, head_width=8)
+SMALL = dict(
+    image_size=8,
+    image_channels=3,
+    channels=(8, 16),
+    num_blocks=(1, 2),
+    window=4,
+    time_width=16,
+    head_width=8,
+)
 
 
 def randomise(params, seed=0, scale=0.3):
     """Random values everywhere: fresh biases and the head are zero and would hide mistakes."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32) for leaf in leaves])
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32) for leaf in leaves]
+    )
 
 
 def init(model, seed=0):
@@ -47,7 +58,11 @@ def test_sinusoidal_embedding():
     frequencies = 10_000.0 ** (-np.arange(3) / 3)
     for row, value in zip(embedding, (0.0, 1.5, 999.0), strict=True):
         # One float32 ulp of an angle of 999 is 6e-5.
-        np.testing.assert_allclose(row, np.concatenate([np.cos(value * frequencies), np.sin(value * frequencies)]), atol=1e-4)
+        np.testing.assert_allclose(
+            row,
+            np.concatenate([np.cos(value * frequencies), np.sin(value * frequencies)]),
+            atol=1e-4,
+        )
 
 
 def test_time_token_absent_label_is_the_null_row():
@@ -64,7 +79,9 @@ def test_gelu_and_its_gradient():
     value, slope = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(jnp.asarray(x, jnp.float32))
     # XLA's float32 tanh is 1.5e-6 away from ±1 where it saturates, which x = 6 magnifies.
     np.testing.assert_allclose(value, gelu_tanh(x), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(slope, (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        slope, (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5, rtol=0, atol=1e-5
+    )
     assert gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -73,10 +90,20 @@ def test_transformer_block_equals_equations_7_and_8():
     rng = np.random.default_rng(0)
     x, time = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 4, 8), (2, 5)))
     params = randomise(module.init(jax.random.key(0), x, time)["params"])
-    attention = TMSA(2, 2).apply({"params": params["attention"]}, jnp.asarray(layer_norm(np.asarray(x), params["norm_attention"])), time)
+    attention = TMSA(2, 2).apply(
+        {"params": params["attention"]},
+        jnp.asarray(layer_norm(np.asarray(x), params["norm_attention"])),
+        time,
+    )
     middle = np.asarray(attention) + np.asarray(x)
-    hidden = layer_norm(middle, params["norm_mlp"]) @ np.asarray(params["mlp_in"]["kernel"]) + np.asarray(params["mlp_in"]["bias"])
-    expected = gelu_tanh(hidden) @ np.asarray(params["mlp_out"]["kernel"]) + np.asarray(params["mlp_out"]["bias"]) + middle
+    hidden = layer_norm(middle, params["norm_mlp"]) @ np.asarray(
+        params["mlp_in"]["kernel"]
+    ) + np.asarray(params["mlp_in"]["bias"])
+    expected = (
+        gelu_tanh(hidden) @ np.asarray(params["mlp_out"]["kernel"])
+        + np.asarray(params["mlp_out"]["bias"])
+        + middle
+    )
     np.testing.assert_allclose(module.apply({"params": params}, x, time), expected, atol=2e-5)
 
 
@@ -85,7 +112,8 @@ def test_residual_block_equals_equations_9_and_10():
     rng = np.random.default_rng(0)
     x, time = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 6, 8), (2, 5)))
     params = randomise(module.init(jax.random.key(0), x, time)["params"])
-    # Group normalisation over the two groups of four channels, swish, then the convolution tap by tap.
+    # Group normalisation over the two groups of four channels, swish, then the convolution tap by
+    # tap.
     grouped = np.asarray(x, np.float64).reshape(2, 24, 2, 4)
     mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
     normed = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
@@ -94,14 +122,20 @@ def test_residual_block_equals_equations_9_and_10():
     convolved = np.zeros(x.shape) + np.asarray(params["conv"]["bias"])
     for row in range(3):
         for column in range(3):
-            convolved += padded[:, row : row + 4, column : column + 6] @ np.asarray(params["conv"]["kernel"][row, column], np.float64)
+            convolved += padded[:, row : row + 4, column : column + 6] @ np.asarray(
+                params["conv"]["kernel"][row, column], np.float64
+            )
     out = np.zeros(x.shape)
     for row in range(0, 4, 2):  # window by window: TMSA sees nothing beyond
         for column in range(0, 6, 2):
             tokens = convolved[:, row : row + 2, column : column + 2].reshape(2, 1, 4, 8)
-            block = DiffiTBlock(2, 2).apply({"params": params["transformer"]}, jnp.asarray(tokens, jnp.float32), time)
+            block = DiffiTBlock(2, 2).apply(
+                {"params": params["transformer"]}, jnp.asarray(tokens, jnp.float32), time
+            )
             out[:, row : row + 2, column : column + 2] = np.asarray(block).reshape(2, 2, 2, 8)
-    np.testing.assert_allclose(module.apply({"params": params}, x, time), out + np.asarray(x), atol=5e-5)
+    np.testing.assert_allclose(
+        module.apply({"params": params}, x, time), out + np.asarray(x), atol=5e-5
+    )
 
 
 def test_upsample_is_a_transposed_convolution():
@@ -109,7 +143,9 @@ def test_upsample_is_a_transposed_convolution():
     params = randomise(Upsample(5).init(jax.random.key(1), x)["params"])
     kernel = params["project"]["kernel"].reshape(4, 2, 2, 5).transpose(1, 2, 0, 3)
     # XLA slides the mirrored kernel over the input with gaps.
-    expected = jax.lax.conv_transpose(x, kernel[::-1, ::-1], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    expected = jax.lax.conv_transpose(
+        x, kernel[::-1, ::-1], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     bias = jnp.tile(params["project"]["bias"].reshape(2, 2, 5), (3, 3, 1))
     np.testing.assert_allclose(Upsample(5).apply({"params": params}, x), expected + bias, atol=1e-5)
 
@@ -127,10 +163,16 @@ def test_image_network_shapes_dtypes_gradients(num_classes):
     out = network(x, level, conditioning)
     assert out.shape == x.shape and out.dtype == jnp.float32
     if num_classes:
-        np.testing.assert_array_equal(network(x, level, {}), network(x, level, {"label": jnp.array([5, 5])}))
+        np.testing.assert_array_equal(
+            network(x, level, {}), network(x, level, {"label": jnp.array([5, 5])})
+        )
         assert np.abs(out - network(x, level, {})).max() > 1e-4
 
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(models.as_network(model, {"params": p})(x, level, conditioning) ** 2)))(params)
+    gradient = jax.jit(
+        jax.grad(
+            lambda p: jnp.sum(models.as_network(model, {"params": p})(x, level, conditioning) ** 2)
+        )
+    )(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
@@ -162,21 +204,46 @@ def test_blocks_of_a_stage_start_different():
 def test_bfloat16_is_close_to_float32():
     x, level = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([-1.0, 0.5])
     params = randomise(init(ImageDiffiT(**SMALL)), scale=0.1)
-    exact, rounded = (jitted(ImageDiffiT(**SMALL, dtype=dtype), params)(x, level, {}) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (
+        jitted(ImageDiffiT(**SMALL, dtype=dtype), params)(x, level, {})
+        for dtype in ("float32", "bfloat16")
+    )
     assert rounded.dtype == jnp.float32
     error = np.abs(exact - rounded).max() / np.abs(exact).max()
-    assert 1e-5 < error < 0.05  # 8 bits through some twenty layers; not zero, or it computed in float32
+    assert (
+        1e-5 < error < 0.05
+    )  # 8 bits through some twenty layers; not zero, or it computed in float32
 
 
 def test_paper_sizes():
-    """CIFAR-10 and FFHQ-64 of appendix I.1: stages, windows and channels fit together, and the head count follows from them."""
-    for size, channels, blocks, window in ((32, (128, 256, 256), (2, 2, 2), 4), (64, (128, 256, 256, 256), (1, 2, 2, 2), 8)):
+    """CIFAR-10 and FFHQ-64 of appendix I.1: stages, windows and channels fit together, and the head
+    count follows from them."""
+    for size, channels, blocks, window in (
+        (32, (128, 256, 256), (2, 2, 2), 4),
+        (64, (128, 256, 256, 256), (1, 2, 2, 2), 8),
+    ):
         model = ImageDiffiT(size, 3, channels, blocks, window)
-        shapes = jax.eval_shape(lambda model=model: models.init_variables(model, jax.random.key(0))["params"])
-        assert shapes["encoder_0"]["transformer"]["attention"]["relative_position_bias"].shape == (blocks[0], (2 * window - 1) ** 2, 2)
-        assert shapes["decoder_1"]["transformer"]["attention"]["qkv_kernel"].shape == (blocks[1], 256, 3, 4, 64)
+        shapes = jax.eval_shape(
+            lambda model=model: models.init_variables(model, jax.random.key(0))["params"]
+        )
+        assert shapes["encoder_0"]["transformer"]["attention"]["relative_position_bias"].shape == (
+            blocks[0],
+            (2 * window - 1) ** 2,
+            2,
+        )
+        assert shapes["decoder_1"]["transformer"]["attention"]["qkv_kernel"].shape == (
+            blocks[1],
+            256,
+            3,
+            4,
+            64,
+        )
         x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-        out = jax.eval_shape(lambda p, x, model=model: models.as_network(model, {"params": p})(x, jnp.zeros(2), {}), shapes, x)
+        out = jax.eval_shape(
+            lambda p, x, model=model: models.as_network(model, {"params": p})(x, jnp.zeros(2), {}),
+            shapes,
+            x,
+        )
         assert out.shape == x.shape
 
 
@@ -184,8 +251,14 @@ def test_paper_sizes():
     ("change", "message"),
     [
         (dict(image_size=9), "image_size 9 is not divisible by 2"),
-        (dict(image_size=12, window=5), "stage 0 is 12 pixels wide, which window 5 does not divide"),
-        (dict(image_size=20, window=4), "stage 1 is 10 pixels wide, which window 4 does not divide"),
+        (
+            dict(image_size=12, window=5),
+            "stage 0 is 12 pixels wide, which window 5 does not divide",
+        ),
+        (
+            dict(image_size=20, window=4),
+            "stage 1 is 10 pixels wide, which window 4 does not divide",
+        ),
         (dict(num_blocks=(1,)), "give one entry for each stage"),
         (dict(head_width=6), "stage 0 has 8 channels, which is not a multiple of head_width 6"),
     ],

@@ -1,4 +1,5 @@
-"""Optimisers against their formulas, and what a step does with accumulation, clipping and gradients that are not finite."""
+"""Optimisers against their formulas, and what a step does with accumulation, clipping and gradients
+that are not finite."""
 
 import dataclasses
 
@@ -37,11 +38,16 @@ def one_update(settings, gradient, params, stacked=()):
 
 
 def test_weight_decay_is_adamws_and_spares_what_is_no_matrix():
-    params = {"a": {"kernel": jnp.array([2.0, -1.0]), "bias": jnp.array([2.0])}, "label": {"embedding": jnp.ones(3)}}
+    params = {
+        "a": {"kernel": jnp.array([2.0, -1.0]), "bias": jnp.array([2.0])},
+        "label": {"embedding": jnp.ones(3)},
+    }
     gradient = jax.tree.map(jnp.ones_like, params)
     ours = one_update(Optimizer(**PLAIN, weight_decay=0.3), gradient, params)
     plain = one_update(Optimizer(**PLAIN), gradient, params)
-    np.testing.assert_allclose(ours["a"]["kernel"], plain["a"]["kernel"] - 0.1 * 0.3 * np.array([2.0, -1.0]), rtol=1e-6)
+    np.testing.assert_allclose(
+        ours["a"]["kernel"], plain["a"]["kernel"] - 0.1 * 0.3 * np.array([2.0, -1.0]), rtol=1e-6
+    )
     np.testing.assert_array_equal(ours["a"]["bias"], plain["a"]["bias"])
     np.testing.assert_array_equal(ours["label"]["embedding"], plain["label"]["embedding"])
 
@@ -57,28 +63,48 @@ def test_what_decays(config):
 
 
 def test_lamb_measures_each_layer_by_itself():
-    """Against the formula, layer by layer: Adam's first step has entries ±1, so a layer's update is as long as √(its size)."""
+    """Against the formula, layer by layer: Adam's first step has entries ±1, so a layer's update is
+    as long as √(its size)."""
     rng = np.random.default_rng(0)
-    stack, single = rng.normal(size=(3, 4, 2)) * np.array([1, 10, 0])[:, None, None], rng.normal(size=5)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {"blocks": {"kernel": stack}, "final": {"bias": single}})
+    stack, single = (
+        rng.normal(size=(3, 4, 2)) * np.array([1, 10, 0])[:, None, None],
+        rng.normal(size=5),
+    )
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32),
+        {"blocks": {"kernel": stack}, "final": {"bias": single}},
+    )
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    ours = one_update(Optimizer(**PLAIN, name="lamb", epsilon=1e-12), gradient, params, stacked=("blocks",))
-    sign = lambda g: np.sign(np.asarray(g))  # noqa: E731
+    ours = one_update(
+        Optimizer(**PLAIN, name="lamb", epsilon=1e-12), gradient, params, stacked=("blocks",)
+    )
+    sign = lambda g: np.sign(np.asarray(g))
     for layer in range(3):
         norm = np.linalg.norm(stack[layer])
         ratio = norm / np.sqrt(8) if norm else 1.0  # an all-zero layer moves by Adam's step
-        np.testing.assert_allclose(ours["blocks"]["kernel"][layer], -0.1 * ratio * sign(gradient["blocks"]["kernel"][layer]), rtol=1e-5)
+        np.testing.assert_allclose(
+            ours["blocks"]["kernel"][layer],
+            -0.1 * ratio * sign(gradient["blocks"]["kernel"][layer]),
+            rtol=1e-5,
+        )
     expected = -0.1 * np.linalg.norm(single) / np.sqrt(5) * sign(gradient["final"]["bias"])
     np.testing.assert_allclose(ours["final"]["bias"], expected, rtol=1e-5)
     whole = one_update(Optimizer(**PLAIN, name="lamb", epsilon=1e-12), gradient, params)
-    assert np.abs(whole["blocks"]["kernel"] - ours["blocks"]["kernel"]).max() > 0.1  # one ratio for the stack is something else
+    assert (
+        np.abs(whole["blocks"]["kernel"] - ours["blocks"]["kernel"]).max() > 0.1
+    )  # one ratio for the stack is something else
 
 
 def test_models_name_their_stacks():
-    for config, names in ((small_config(), ("encoder_0", "decoder_0")), (small_latent_config(), ("blocks",))):
+    for config, names in (
+        (small_config(), ("encoder_0", "decoder_0")),
+        (small_latent_config(), ("blocks",)),
+    ):
         model = build(config).model
         assert model.stacked == names
-        params = jax.eval_shape(lambda c=config: create_state(build(c), parallel.make_mesh())).params
+        params = jax.eval_shape(
+            lambda c=config: create_state(build(c), parallel.make_mesh())
+        ).params
         depth = model.num_blocks[0] if hasattr(model, "num_blocks") else model.depth
         for name in set(names) & params.keys():
             assert {leaf.shape[0] for leaf in jax.tree.leaves(params[name])} == {depth}
@@ -88,7 +114,11 @@ def test_long_gradients_are_shortened():
     params, gradient = {"kernel": jnp.zeros(2)}, {"kernel": jnp.array([3.0, 4.0])}
     optimizer = make_optimizer(Optimizer(**PLAIN, max_gradient_norm=1.0))
     _, state = optimizer.update(gradient, optimizer.init(params), params)
-    (adam,) = [part for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) if hasattr(part, "mu")]
+    (adam,) = [
+        part
+        for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+        if hasattr(part, "mu")
+    ]
     np.testing.assert_allclose(adam.mu["kernel"], 0.1 * np.array([0.6, 0.8]), rtol=1e-6)
 
 
@@ -98,7 +128,9 @@ def run_steps(config, batches_of):
     state = create_state(experiment, mesh)
     step, collected = jax.jit(make_train_step(experiment)), step_metrics(experiment.process).empty()
     for batch in batches_of:
-        state, collected = step(state, collected, parallel.put_batch(mesh, batch, len(batch["label"])))
+        state, collected = step(
+            state, collected, parallel.put_batch(mesh, batch, len(batch["label"]))
+        )
     return state, {name: float(value) for name, value in collected.compute().items()}
 
 
@@ -109,7 +141,8 @@ def synthetic(config, count):
 
 
 def test_a_bad_batch_moves_the_data_on_and_nothing_else():
-    """Good, bad, good equals a run whose second batch never counted, but for the random numbers of the third, which follow the data."""
+    """Good, bad, good equals a run whose second batch never counted, but for the random numbers of
+    the third, which follow the data."""
     config = small_latent_config(optimizer={"learning_rate": 1e-2, "warmup_steps": 4})
     first, bad, last = synthetic(config, 3)
     bad = bad | {"latent": np.full_like(bad["latent"], np.nan)}
@@ -143,18 +176,28 @@ def test_too_many_bad_batches_end_the_run(tmp_path, monkeypatch):
             return batch | {"latent": batch["latent"] * np.inf}
 
     train(small_latent_config(training__total_steps=2), tmp_path)
-    monkeypatch.setattr(loop, "open_training_data", lambda experiment: Poisoned(open_training_data(experiment)))
-    with pytest.raises(UserError, match=r"the last 4 batches up to step 6 had .* checkpoint 2 in .*, the last good"):
-        train(small_latent_config(training__max_bad_steps=3, training__checkpoint_steps=100), tmp_path)
+    monkeypatch.setattr(
+        loop, "open_training_data", lambda experiment: Poisoned(open_training_data(experiment))
+    )
+    with pytest.raises(
+        UserError, match=r"the last 4 batches up to step 6 had .* checkpoint 2 in .*, the last good"
+    ):
+        train(
+            small_latent_config(training__max_bad_steps=3, training__checkpoint_steps=100), tmp_path
+        )
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
 def test_accumulation_is_the_whole_batch():
     config = small_latent_config()
     whole, values = run_steps(config, synthetic(config, 2))
-    parts, part_values = run_steps(small_latent_config(training__accumulation=4), synthetic(config, 2))
+    parts, part_values = run_steps(
+        small_latent_config(training__accumulation=4), synthetic(config, 2)
+    )
     np.testing.assert_allclose(part_values["loss"], values["loss"], rtol=1e-5)
     np.testing.assert_allclose(part_values["mse"], values["mse"], rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     assert dataclasses.is_dataclass(parts)

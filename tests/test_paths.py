@@ -73,7 +73,8 @@ def test_a_current_directory_that_is_gone(tmp_path, monkeypatch):
 
 
 def test_a_run_by_relative_paths_from_train_to_convert(tmp_path, monkeypatch):
-    """What the README's table does, as functions: train, continue, sample, convert there and back."""
+    """What the README's table does, as functions: train, continue, sample, convert there and
+    back."""
     monkeypatch.chdir(tmp_path)
     train(small_latent_config(training__total_steps=2), "runs/a")
     assert int(train(small_latent_config(training__total_steps=4), Path("runs/a")).step) == 4
@@ -124,14 +125,23 @@ def test_an_empty_flag_is_one_line(verb, flags, named, tmp_path):
     write_config(tmp_path / "c.py", small_latent_config())
     before = sorted(tmp_path.iterdir())
     status, errors = command(verb, *flags, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
-    assert status == 1 and errors == f"error: {named} is empty: name a path (was a variable of the shell not set?)"
+    assert (
+        status == 1
+        and errors == f"error: {named} is empty: name a path (was a variable of the shell not set?)"
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_tilde_behind_an_equals_sign(tmp_path):
     write_config(tmp_path / "c.py", small_latent_config(training__total_steps=2))
-    status, errors = command("train", "--config=~/c.py", "--workdir=~/run", cwd=tmp_path, HOME=str(tmp_path))
-    assert status == 0 and (tmp_path / "run" / "checkpoints" / "2").exists() and not (tmp_path / "~").exists(), errors
+    status, errors = command(
+        "train", "--config=~/c.py", "--workdir=~/run", cwd=tmp_path, HOME=str(tmp_path)
+    )
+    assert (
+        status == 0
+        and (tmp_path / "run" / "checkpoints" / "2").exists()
+        and not (tmp_path / "~").exists()
+    ), errors
 
 
 # --- Owners and claims
@@ -143,7 +153,12 @@ def test_weights_of_an_owner_without_a_name(tmp_path):
     shutil.copy(WEIGHTS["b"], path)
     os.chown(path, 54321, 54321)
     config = small_latent_config(sampling__num_steps=2).to_dict()
-    assert np.load(sample(Weights(path, config), seeds=[0], output=tmp_path / "s.npz"))["arr_0"].shape[0] == 1
+    assert (
+        np.load(sample(Weights(path, config), seeds=[0], output=tmp_path / "s.npz"))["arr_0"].shape[
+            0
+        ]
+        == 1
+    )
 
 
 def test_without_a_home_directory(latent_run, tmp_path, monkeypatch):
@@ -151,7 +166,10 @@ def test_without_a_home_directory(latent_run, tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert files.home() is None
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    with pytest.raises(UserError, match=r"there is no home directory to keep prepared data sets in: set data\.data_dir"):
+    with pytest.raises(
+        UserError,
+        match=r"there is no home directory to keep prepared data sets in: set data\.data_dir",
+    ):
         open_dataset("digits", "train", "", (8, 8, 1), 10)
     with pytest.raises(UserError, match="names a home directory that is not known here"):
         files.resolve("~/x", "workdir")
@@ -159,7 +177,9 @@ def test_without_a_home_directory(latent_run, tmp_path, monkeypatch):
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(UserError, match=r"config.json cannot be read .Is a directory.: ask its owner"):
+    with pytest.raises(
+        UserError, match=r"config.json cannot be read .Is a directory.: ask its owner"
+    ):
         Run(tmp_path)
 
 
@@ -167,17 +187,24 @@ def test_a_claimed_directory_without_a_checkpoint_takes_a_corrected_config(tmp_p
     claim_workdir(tmp_path, small_latent_config(training__batch_size=4))
     claim_workdir(tmp_path, small_latent_config(training__batch_size=8))
     (tmp_path / "checkpoints" / "6").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds a run with training\.batch_size = 8, this config has 4"):
+    with pytest.raises(
+        UserError, match=r"holds a run with training\.batch_size = 8, this config has 4"
+    ):
         claim_workdir(tmp_path, small_latent_config(training__batch_size=4))
     before = (tmp_path / "config.json").read_text()
-    with pytest.raises(UserError, match=r"training.total_steps is 3, but workdir .* holds step 6: set it to at least 6"):
+    with pytest.raises(
+        UserError,
+        match=r"training.total_steps is 3, but workdir .* holds step 6: set it to at least 6",
+    ):
         claim_workdir(tmp_path, small_latent_config(training__total_steps=3))
     assert (tmp_path / "config.json").read_text() == before
 
 
 def test_a_config_of_another_program_stays_as_it_is(tmp_path):
     (tmp_path / "config.json").write_text('{"foo": 1}')
-    with pytest.raises(UserError, match=r"holds a config.json of another program: choose another workdir"):
+    with pytest.raises(
+        UserError, match=r"holds a config.json of another program: choose another workdir"
+    ):
         claim_workdir(tmp_path, small_latent_config())
     assert (tmp_path / "config.json").read_text() == '{"foo": 1}'
 

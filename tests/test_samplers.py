@@ -1,4 +1,5 @@
-"""Samplers against a closed form: for Gaussian data the ideal denoiser, and where the probability flow ends, are known."""
+"""Samplers against a closed form: for Gaussian data the ideal denoiser, and where the probability
+flow ends, are known."""
 
 import itertools
 
@@ -24,26 +25,41 @@ def ideal_denoiser(x, sigma, _=None):
 
 
 def ideal_epsilon(process, second_half=None):
-    """The network of `process` that has the ideal denoiser: epsilon = (x' - D(x'; sigma)) / sigma at x' = √(1 + sigma²) x."""
+    """The network of `process` that has the ideal denoiser: epsilon = (x' - D(x'; sigma)) / sigma
+    at x' = √(1 + sigma²) x."""
     log_levels = jnp.asarray(np.log(process.steps().sqrt_recipm1_alphas_cumprod), jnp.float32)
 
     def network(x, timestep, _):
-        sigma = jnp.exp(jnp.interp(timestep.astype(jnp.float32), jnp.arange(len(log_levels), dtype=jnp.float32), log_levels))
+        sigma = jnp.exp(
+            jnp.interp(
+                timestep.astype(jnp.float32),
+                jnp.arange(len(log_levels), dtype=jnp.float32),
+                log_levels,
+            )
+        )
         sigma = sigma[:, None, None, None]
         noisy = x * jnp.sqrt(1 + sigma**2)
         epsilon = (noisy - ideal_denoiser(noisy, sigma)) / sigma
-        return epsilon if second_half is None else jnp.concatenate([epsilon, jnp.full_like(x, second_half)], axis=-1)
+        return (
+            epsilon
+            if second_half is None
+            else jnp.concatenate([epsilon, jnp.full_like(x, second_half)], axis=-1)
+        )
 
     return network
 
 
 def end_of_flow(x, sigma):
-    """Where the probability flow takes x at noise level sigma: deviations from the mean shrink in proportion to √(STD² + sigma²)."""
+    """Where the probability flow takes x at noise level sigma: deviations from the mean shrink in
+    proportion to √(STD² + sigma²)."""
     return MEAN + (np.asarray(x, np.float64) - MEAN) * STD / np.hypot(STD, sigma)
 
 
 def errors_of(draw, exact, steps):
-    return [np.abs(np.asarray(jax.jit(lambda n=n: draw(n))(), np.float64) - exact(n)).max() for n in steps]
+    return [
+        np.abs(np.asarray(jax.jit(lambda n=n: draw(n))(), np.float64) - exact(n)).max()
+        for n in steps
+    ]
 
 
 def edm_case(process, denoise, sampler):
@@ -54,11 +70,16 @@ def edm_case(process, denoise, sampler):
         sigma = process.sigmas(steps)[0]
         return end_of_flow(sigma * noise, sigma)
 
-    return lambda steps: getattr(samplers, sampler)(unguided(denoise), NOISE, {}, process.sigmas(steps)), exact
+    return lambda steps: getattr(samplers, sampler)(
+        unguided(denoise), NOISE, {}, process.sigmas(steps)
+    ), exact
 
 
 DISCRETE = DDPM(variance="fixed_small", loss_type="mse")
-CASES = {"edm": (EDM(), ideal_denoiser), "ddpm": (DISCRETE, lambda *a: DISCRETE.denoise(ideal_epsilon(DISCRETE), *a))}
+CASES = {
+    "edm": (EDM(), ideal_denoiser),
+    "ddpm": (DISCRETE, lambda *a: DISCRETE.denoise(ideal_epsilon(DISCRETE), *a)),
+}
 
 
 @pytest.mark.parametrize("process", CASES)
@@ -76,10 +97,14 @@ def test_ddim_is_of_first_order():
     noise = np.asarray(NOISE(0), np.float64)
 
     def exact(_):
-        return end_of_flow(noise * np.sqrt(1 + levels[-1] ** 2), levels[-1])  # x_T is scaled by √alpha_bar
+        return end_of_flow(
+            noise * np.sqrt(1 + levels[-1] ** 2), levels[-1]
+        )  # x_T is scaled by √alpha_bar
 
     def draw(n):
-        return ddpm.ddim(DISCRETE, unguided(ideal_epsilon(DISCRETE)), NOISE, {}, DISCRETE.steps(str(n)))
+        return ddpm.ddim(
+            DISCRETE, unguided(ideal_epsilon(DISCRETE)), NOISE, {}, DISCRETE.steps(str(n))
+        )
 
     errors = errors_of(draw, exact, steps=(25, 50, 100))
     for coarse, fine in itertools.pairwise(errors):
@@ -91,23 +116,35 @@ def test_deterministic_ddim_is_eulers_method():
     """The same levels and start, in the two formulations."""
     steps = DISCRETE.steps("20")
     levels = steps.sqrt_recipm1_alphas_cumprod[::-1]
-    in_sigma = jax.jit(lambda: samplers.euler(unguided(CASES["ddpm"][1]), NOISE, {}, np.append(levels, 0)))()
+    in_sigma = jax.jit(
+        lambda: samplers.euler(unguided(CASES["ddpm"][1]), NOISE, {}, np.append(levels, 0))
+    )()
     # Euler starts from sigma · noise, DDIM from unit noise, which stands for √(1 + sigma²) · noise.
     scale = levels[0] / np.hypot(1, levels[0])
-    discrete = jax.jit(lambda: ddpm.ddim(DISCRETE, unguided(ideal_epsilon(DISCRETE)), lambda i: scale * NOISE(i), {}, steps))()
+    discrete = jax.jit(
+        lambda: ddpm.ddim(
+            DISCRETE, unguided(ideal_epsilon(DISCRETE)), lambda i: scale * NOISE(i), {}, steps
+        )
+    )()
     np.testing.assert_allclose(in_sigma, discrete, atol=2e-4)  # float32 at sigma = 157
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_moments_of_ancestral_sampling_converge(variance):
-    """With more steps, mean and variance come to those of the data; with the posterior's variance from below, with beta from above."""
+    """With more steps, mean and variance come to those of the data; with the posterior's variance
+    from below, with beta from above."""
     process = DDPM(variance=variance, loss_type="hybrid" if variance == "learned_range" else "mse")
     network = ideal_epsilon(process, second_half=None if variance != "learned_range" else 0.0)
     noise = samplers.seeded_noise(jnp.arange(4096, dtype=jnp.uint32), SHAPE)
     gaps = []
     for count in ("25", "100", "400"):
         out = np.asarray(
-            jax.jit(lambda count=count: ddpm.ancestral(process, unguided(network), noise, {}, process.steps(count)))(), np.float64
+            jax.jit(
+                lambda count=count: ddpm.ancestral(
+                    process, unguided(network), noise, {}, process.steps(count)
+                )
+            )(),
+            np.float64,
         )
         assert abs(out.mean() - MEAN) < 0.025  # four standard errors are 0.016
         gaps.append(out.std() / STD - 1)
@@ -122,14 +159,28 @@ def test_moments_of_ancestral_sampling_converge(variance):
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_random_ddim_samples_the_data(eta):
     noise = samplers.seeded_noise(jnp.arange(4096, dtype=jnp.uint32), SHAPE)
-    out = jax.jit(lambda: ddpm.ddim(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}, DISCRETE.steps("250"), eta))()
+    out = jax.jit(
+        lambda: ddpm.ddim(
+            DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}, DISCRETE.steps("250"), eta
+        )
+    )()
     assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) / STD - 1) < 0.04
-    deterministic = jax.jit(lambda: ddpm.ddim(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}, DISCRETE.steps("250")))()
+    deterministic = jax.jit(
+        lambda: ddpm.ddim(
+            DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}, DISCRETE.steps("250")
+        )
+    )()
     assert np.abs(out - deterministic).max() > 0.1
 
 
 def test_churn_samples_the_data():
     """Stochastic sampling with EDM's churn ends in the data distribution too."""
     noise = samplers.seeded_noise(jnp.arange(8192, dtype=jnp.uint32), (1, 1, 1))
-    out = jax.jit(lambda: samplers.heun(unguided(ideal_denoiser), noise, {}, EDM().sigmas(64), samplers.Churn(30)))()
-    assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02  # four standard errors and the grid's error
+    out = jax.jit(
+        lambda: samplers.heun(
+            unguided(ideal_denoiser), noise, {}, EDM().sigmas(64), samplers.Churn(30)
+        )
+    )()
+    assert (
+        abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02
+    )  # four standard errors and the grid's error

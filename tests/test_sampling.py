@@ -18,13 +18,16 @@ from diffit_jax.training.state import create_state
 
 @pytest.fixture(scope="module")
 def lively():
-    """An experiment and variables that make images of more than noise: fresh ones have a head of zeros."""
+    """An experiment and variables that make images of more than noise: fresh ones have a head of
+    zeros."""
     experiment = build(small_config(sampling__num_steps=6))
     params = create_state(experiment, parallel.make_mesh()).params
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
     return experiment, {
-        "params": jax.tree.unflatten(tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) * 0.05 for leaf in leaves]),
+        "params": jax.tree.unflatten(
+            tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) * 0.05 for leaf in leaves]
+        ),
         "constants": {},
     }
 
@@ -32,7 +35,9 @@ def lively():
 def draw(lively, seeds, labels, devices, batch_size):
     experiment, variables = lively
     mesh = parallel.make_mesh(jax.devices()[:devices])
-    sampler = Sampler(experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=batch_size))
+    sampler = Sampler(
+        experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=batch_size)
+    )
     return sampler.draw(jax.device_put(variables, parallel.replicated(mesh)), seeds, labels)
 
 
@@ -42,8 +47,12 @@ def test_samples_do_not_depend_on_batches_or_devices(lively):
     assert reference.std(axis=0).mean() > 0.05
     order = np.array([7, 3, 10, 0, 1])
     for devices, batch_size in ((1, 4), (2, 4), (2, 12)):
-        np.testing.assert_allclose(draw(lively, seeds, labels, devices, batch_size), reference, rtol=0, atol=2e-4)  # 1e-4 of [-1, 1]
-    np.testing.assert_allclose(draw(lively, seeds[order], labels[order], 2, 2), reference[order], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(
+            draw(lively, seeds, labels, devices, batch_size), reference, rtol=0, atol=2e-4
+        )  # 1e-4 of [-1, 1]
+    np.testing.assert_allclose(
+        draw(lively, seeds[order], labels[order], 2, 2), reference[order], rtol=0, atol=2e-4
+    )
 
 
 def test_uint8_samples_agree(lively):
@@ -51,9 +60,13 @@ def test_uint8_samples_agree(lively):
     seeds, images = np.arange(40), []
     for devices, batch_size in ((1, 40), (2, 8)):
         mesh = parallel.make_mesh(jax.devices()[:devices])
-        settings = build(small_config(sampling__num_steps=6, sampling__batch_size=batch_size)).sampling
+        settings = build(
+            small_config(sampling__num_steps=6, sampling__batch_size=batch_size)
+        ).sampling
         sampler = Sampler(experiment, mesh, settings)
-        drawn = sampler.draw(jax.device_put(variables, parallel.replicated(mesh)), seeds, seeds % 10)
+        drawn = sampler.draw(
+            jax.device_put(variables, parallel.replicated(mesh)), seeds, seeds % 10
+        )
         images.append(np.asarray(pixels.to_pixels(drawn)).astype(int))
     difference = np.abs(images[0] - images[1])
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
@@ -66,7 +79,9 @@ def test_label_and_seed_matter(lively):
 
 def test_sample_writes_npz_and_grid(run, tmp_path):
     workdir, _ = run
-    path = sample(workdir, seeds=range(5), labels=[3, 4], output=tmp_path / "out" / "s.npz", batch_size=2)
+    path = sample(
+        workdir, seeds=range(5), labels=[3, 4], output=tmp_path / "out" / "s.npz", batch_size=2
+    )
     with np.load(path) as arrays:
         assert arrays["arr_0"].shape == (5, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == [3, 4, 3, 4, 3]
@@ -80,7 +95,10 @@ def test_sample_defaults(run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(run[0], workdir)  # other tests expect the run without samples
     path = sample(workdir, seeds=[7, 12, 31], guidance_scale=1.0, num_steps=2)
-    assert path.name == "samples_3x8x8x1-seeds=7_12_31,num_steps=2,guidance_scale=1.0.npz" and path.parent == workdir
+    assert (
+        path.name == "samples_3x8x8x1-seeds=7_12_31,num_steps=2,guidance_scale=1.0.npz"
+        and path.parent == workdir
+    )
     with np.load(path) as arrays:
         assert arrays["arr_1"].tolist() == [7, 2, 1]
 
@@ -93,8 +111,14 @@ def test_sample_defaults(run, tmp_path):
         (dict(seeds=[]), "seeds must be at least one whole number"),
         (dict(seeds=[0], guidance_scale=-1.0), "sampling.guidance_scale is -1.0"),
         (dict(seeds=[0], num_steps=1), "sampling.num_steps is 1"),
-        (dict(seeds=[0], batch_size=0), "sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device"),
-        (dict(seeds=[0], output="/dev/null/x/s.npz"), "output directory /dev/null/x cannot be written"),
+        (
+            dict(seeds=[0], batch_size=0),
+            "sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device",
+        ),
+        (
+            dict(seeds=[0], output="/dev/null/x/s.npz"),
+            "output directory /dev/null/x cannot be written",
+        ),
     ],
 )
 def test_bad_requests(run, arguments, message):
@@ -123,17 +147,26 @@ def test_unconditional_model_takes_no_labels(tmp_path):
 
 @pytest.mark.parametrize("config", [small_config, small_latent_config], ids=["image", "latent"])
 def test_a_copy_in_bfloat16_changes_no_sample(config):
-    """Casting once before the loop is casting in every evaluation: equal to a few bfloat16 roundings (measured: bit for bit)."""
+    """Casting once before the loop is casting in every evaluation: equal to a few bfloat16
+    roundings (measured: bit for bit)."""
     experiment = build(config(model__dtype="bfloat16"))
     variables = jax.jit(lambda: models.init_variables(experiment.model, jax.random.key(0)))()
     cast = cast_before_use(experiment.model, variables)
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): flag for path, flag in jax.tree_util.tree_leaves_with_path(cast)}
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): flag
+        for path, flag in jax.tree_util.tree_leaves_with_path(cast)
+    }
     assert sum(flag for name, flag in names.items() if name.endswith("kernel")) >= 6 and not any(
-        flag for name, flag in names.items() if "relative_position_bias" in name or name.split("/")[1] in ("final", "head")
+        flag
+        for name, flag in names.items()
+        if "relative_position_bias" in name or name.split("/")[1] in ("final", "head")
     )
     mesh = parallel.make_mesh(shape=parallel.MeshShape(data=1, fsdp=2))
     variables = jax.device_put(variables, parallel.shardings(mesh, variables))
-    with_copy, without = (Sampler(experiment, mesh, copy=copy).draw(variables, [1, 2, 3], [0, 1, 2]) for copy in (True, False))
+    with_copy, without = (
+        Sampler(experiment, mesh, copy=copy).draw(variables, [1, 2, 3], [0, 1, 2])
+        for copy in (True, False)
+    )
     np.testing.assert_allclose(with_copy, without, rtol=0, atol=2**-7 * np.abs(without).max())
 
 
@@ -147,7 +180,9 @@ def test_only_bfloat16_networks_are_copied():
     assert copy_fits(10, None) and copy_fits(10, 40) and not copy_fits(11, 40)
 
 
-@pytest.mark.parametrize(("asked", "count", "made"), [(3, None, 4), (-3, None, 6), (100, 5, 6), (-3, 1, 2), (4, 100, 4)])
+@pytest.mark.parametrize(
+    ("asked", "count", "made"), [(3, None, 4), (-3, None, 6), (100, 5, 6), (-3, 1, 2), (4, 100, 4)]
+)
 def test_batches_are_padded_to_the_devices(asked, count, made):
     """On two devices; a negative size is that of each device."""
     settings = dataclasses.replace(build(small_config()).sampling, batch_size=asked)

@@ -1,4 +1,5 @@
-"""What a run says about itself, and that its loop neither moves data to the host nor compiles anew."""
+"""What a run says about itself, and that its loop neither moves data to the host nor compiles
+anew."""
 
 import time
 
@@ -19,7 +20,15 @@ from diffit_jax.training.watch import Compilations, Watch
 
 def test_multiply_adds_of_an_image_network():
     """One stage without attention heads to speak of: counted by hand, layer by layer."""
-    model = ImageDiffiT(image_size=8, image_channels=3, channels=(16,), num_blocks=(2,), window=4, time_width=32, head_width=8)
+    model = ImageDiffiT(
+        image_size=8,
+        image_channels=3,
+        channels=(16,),
+        num_blocks=(2,),
+        window=4,
+        time_width=32,
+        head_width=8,
+    )
     pixels, width = 64, 16
     block = pixels * 9 * width**2  # convolution
     block += pixels * 3 * width**2 + 2 * 32 * width  # q, k, v; time to query and value
@@ -44,14 +53,17 @@ def test_report(monkeypatch):
     assert values["steps_per_s"] == 20 / 8 and values["data_wait_share"] == 2 / 8
     assert values["images_per_s"] == 20 and values["images_per_s_per_chip"] == 10
     flops = 6 * traced_multiply_adds(experiment.model) * 10
-    np.testing.assert_allclose([values["tflops_per_s_per_chip"], values["mfu"]], [flops / 1e12, flops / 1e9])
+    np.testing.assert_allclose(
+        [values["tflops_per_s_per_chip"], values["mfu"]], [flops / 1e12, flops / 1e9]
+    )
     clock[0] += 1
     assert watch.report(31)["steps_per_s"] == 1
 
 
 @pytest.mark.parametrize("config", [small_config(), small_latent_config(training__accumulation=2)])
 def test_steady_state_moves_nothing_and_compiles_nothing(config):
-    """Ten updates under a transfer guard: batches go to the devices explicitly, nothing comes back, and no program is built."""
+    """Ten updates under a transfer guard: batches go to the devices explicitly, nothing comes back,
+    and no program is built."""
     experiment, mesh = build(config), parallel.make_mesh()
     state = create_state(experiment, mesh)
     data = batches(open_training_data(experiment), experiment.training.batch_size, 0)
@@ -59,17 +71,26 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
     step, collected, _ = compile_train_step(experiment, mesh, state, batch)
     state, collected = step(state, collected, batch)
     compilations = Compilations()
-    with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_host("disallow"):
+    with (
+        jax.transfer_guard_host_to_device("disallow"),
+        jax.transfer_guard_device_to_host("disallow"),
+    ):
         for _ in range(10):
             state, collected = step(state, collected, parallel.put_batch(mesh, next(data), 8))
         jax.block_until_ready(state)
     assert compilations.count == 0 and int(state.step) == 11
-    with pytest.raises(Exception, match=r"[Dd]isallowed"), jax.transfer_guard("disallow"):  # the guard is awake
+    with (
+        pytest.raises(Exception, match=r"[Dd]isallowed"),
+        jax.transfer_guard("disallow"),
+    ):  # the guard is awake
         jax.jit(lambda x: x + 1)(np.ones(3))
 
 
 def test_profile_and_cache_are_reported(tmp_path, caplog):
     with caplog.at_level("INFO", logger="diffit_jax"):
         train(small_latent_config(training__total_steps=4), tmp_path / "run", profile_steps=(2, 3))
-    assert "training step: compilation cache" in caplog.text and "wrote a trace of steps 2-3" in caplog.text
+    assert (
+        "training step: compilation cache" in caplog.text
+        and "wrote a trace of steps 2-3" in caplog.text
+    )
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -16,7 +16,12 @@ _NAMES_FILE = "imagenet_classes.txt"
 @functools.cache
 def imagenet_names() -> list[list[str]]:
     """The synonyms of each of ImageNet's 1,000 classes, by index."""
-    lines = resources.files("diffit_jax.data").joinpath(_NAMES_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (
+        resources.files("diffit_jax.data")
+        .joinpath(_NAMES_FILE)
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     return [line.split("\t")[1].split(", ") for line in lines if not line.startswith("#")]
 
 
@@ -32,7 +37,10 @@ def imagenet_class(name: str) -> int:
             by_name.setdefault(synonym.lower(), []).append(index)
     found = by_name.get(name.strip().lower(), [])
     if len(found) > 1:
-        raise UserError(f"ImageNet has {len(found)} classes named {name.strip()!r}: use one of the indices {', '.join(map(str, found))}")
+        raise UserError(
+            f"ImageNet has {len(found)} classes named {name.strip()!r}: use one of the indices "
+            f"{', '.join(map(str, found))}"
+        )
     if not found:
         close = difflib.get_close_matches(name.strip().lower(), by_name, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "use its index"
@@ -44,8 +52,9 @@ def parse_labels(text: str, seeds: Sequence[int], num_classes: int) -> np.ndarra
     """The label of each seed from what a user wrote.
 
     Args:
-      text: comma-separated numbers, ranges (`0-9`) and, for models of 1,000 classes, names of ImageNet classes, given out to the seeds in
-        turn; or `random`: uniform, each a function of its seed number alone.
+      text: comma-separated numbers, ranges (`0-9`) and, for models of 1,000 classes, names of
+        ImageNet classes, given out to the seeds in turn; or `random`: uniform, each a function of
+        its seed number alone.
       seeds: n seed numbers.
       num_classes: of the model, at least 1.
 
@@ -56,11 +65,15 @@ def parse_labels(text: str, seeds: Sequence[int], num_classes: int) -> np.ndarra
       UserError: a number outside the classes, or a name of none.
     """
     if text.strip() == "random":
-        draws = [np.random.Philox(key=[int(seed), 1]).random_raw(1)[0] >> np.uint64(11) for seed in seeds]
+        draws = [
+            np.random.Philox(key=[int(seed), 1]).random_raw(1)[0] >> np.uint64(11) for seed in seeds
+        ]
         return np.array([int(draw) * num_classes >> 53 for draw in draws], np.int64)
     labels: list[int] = []
     for part in text.split(","):
-        named = num_classes == len(imagenet_names()) and any(character.isalpha() for character in part)
+        named = num_classes == len(imagenet_names()) and any(
+            character.isalpha() for character in part
+        )
         labels += [imagenet_class(part)] if named else parse_numbers("--labels", part)
     return give_out(labels, len(seeds), num_classes)
 
@@ -75,5 +88,8 @@ def give_out(labels: Sequence[int], count: int, num_classes: int) -> np.ndarray:
         raise UserError("--labels is empty: name at least one label, or leave it out")
     for label in labels:
         if not 0 <= label < num_classes:
-            raise UserError(f"label {label} is outside the classes 0-{num_classes - 1} of the model: change --labels")
+            raise UserError(
+                f"label {label} is outside the classes 0-{num_classes - 1} of the model: change "
+                "--labels"
+            )
     return np.resize(np.asarray(labels, np.int64), count)

@@ -1,4 +1,5 @@
-"""`digits`: a tensorflow-datasets builder over `data.digits`. It downloads nothing and does not import TensorFlow."""
+"""`digits`: a tensorflow-datasets builder over `data.digits`. It downloads nothing and does not
+import TensorFlow."""
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -7,7 +8,8 @@ from diffit_jax.data import digits
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Handwritten digits, 8×8×1 uint8 in [0, 255] with a label 0…9; 1,437 in `train`, 360 in `test`."""
+    """Handwritten digits, 8×8×1 uint8 in [0, 255] with a label 0…9; 1,437 in `train`, 360 in
+    `test`."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -27,23 +27,27 @@ def to_pixels(x: jax.Array, rounding: str = "edm") -> jax.Array:
 
     Args:
       x: any shape.
-      rounding: "edm": clip(127.5 x + 128, 0, 255), truncated (EDM, DiT); "adm": clip(127.5 (x + 1), 0, 255), truncated (ADM, MDT, DiffiT).
+      rounding: "edm": clip(127.5 x + 128, 0, 255), truncated (EDM, DiT); "adm": clip(127.5 (x + 1),
+        0, 255), truncated (ADM, MDT, DiffiT).
     """
     return jnp.clip(127.5 * x + (128 if rounding == "edm" else 127.5), 0, 255).astype(jnp.uint8)
 
 
 def latent_preview(x: jax.Array) -> jax.Array:
-    """(n, H, W, C) float32 latents of about unit variance → (n, H, W, 3 or 1) uint8: the first channels, [-3, 3] from dark to bright."""
+    """(n, H, W, C) float32 latents of about unit variance → (n, H, W, 3 or 1) uint8: the first
+    channels, [-3, 3] from dark to bright."""
     channels = 3 if x.shape[-1] >= 3 else 1
     return to_pixels(x[..., :channels] / 3)
 
 
 def write_preview(path: epath.PathLike, samples: np.ndarray, latents: bool = False) -> None:
-    """Writes a picture of some samples, ten in a row; one that cannot be drawn or written is a warning, since nothing depends on it.
+    """Writes a picture of some samples, ten in a row; one that cannot be drawn or written is a
+    warning, since nothing depends on it.
 
     Args:
       path: of the PNG.
-      samples: (n, H, W, C) uint8 images or float32 latents; of other than three channels the first three are shown, or the first as grey.
+      samples: (n, H, W, C) uint8 images or float32 latents; of other than three channels the first
+        three are shown, or the first as grey.
       latents: which of the two.
     """
     try:
@@ -51,11 +55,17 @@ def write_preview(path: epath.PathLike, samples: np.ndarray, latents: bool = Fal
         images = np.asarray(latent_preview(samples)) if latents else samples
         write_png(path, image_grid(images[..., : 3 if images.shape[-1] >= 3 else 1], columns=10))
     except Exception as error:
-        log.warning("the picture %s could not be made (%s: %s)", path, type(error).__name__, " ".join(str(error).split())[:160])
+        log.warning(
+            "the picture %s could not be made (%s: %s)",
+            path,
+            type(error).__name__,
+            " ".join(str(error).split())[:160],
+        )
 
 
 def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:
-    """Lays images out in rows, one pixel apart, small ones enlarged to about `min_side` pixels without smoothing.
+    """Lays images out in rows, one pixel apart, small ones enlarged to about `min_side` pixels
+    without smoothing.
 
     Args:
       images: (n, H, W, C) uint8, C 1 or 3.

@@ -1,4 +1,5 @@
-"""Named data sets as random-access sources: `len(source)` examples, any of which `source.read` returns."""
+"""Named data sets as random-access sources: `len(source)` examples, any of which `source.read`
+returns."""
 
 import dataclasses
 import logging
@@ -32,7 +33,8 @@ class Source(Protocol):
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), and one of two.
 
-        `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model takes it.
+        `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model
+          takes it.
         """
 
 
@@ -63,7 +65,8 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSource:
-    """Random examples of any shape, for benchmarks and smoke tests. Example i is a function of i alone; nothing is stored.
+    """Random examples of any shape, for benchmarks and smoke tests. Example i is a function of i
+    alone; nothing is stored.
 
     Attributes:
       latents: whether examples are normally distributed latents instead of uniform images.
@@ -81,9 +84,19 @@ class SyntheticSource:
         labels = (np.asarray(indices) % max(self.num_classes, 1)).astype(np.int32)
         if self.latents:
             streams = (np.random.Generator(np.random.Philox(key=int(index))) for index in indices)
-            return {"latent": np.stack([stream.standard_normal(self.image_shape, np.float32) for stream in streams]), "label": labels}
+            return {
+                "latent": np.stack(
+                    [stream.standard_normal(self.image_shape, np.float32) for stream in streams]
+                ),
+                "label": labels,
+            }
         size = math.prod(self.image_shape)
-        noise = [np.frombuffer(np.random.Philox(key=int(index)).random_raw(-(-size // 8)).tobytes(), np.uint8)[:size] for index in indices]
+        noise = [
+            np.frombuffer(
+                np.random.Philox(key=int(index)).random_raw(-(-size // 8)).tobytes(), np.uint8
+            )[:size]
+            for index in indices
+        ]
         return {"image": np.stack(noise).reshape(-1, *self.image_shape), "label": labels}
 
 
@@ -100,13 +113,15 @@ def open_dataset(
     Args:
       name: `digits`, `synthetic` or `imagenet_latents`.
       split: `train` or `test`.
-      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default, `~/tensorflow_datasets`.
+      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default,
+        `~/tensorflow_datasets`.
       image_shape: (H, W, C) that the model expects; None: any. `synthetic` has what is asked for.
       num_classes: number of labels that the model expects; 0 if it uses none; None: any.
       latents: whether the model expects an autoencoder's latents; `synthetic` then makes such.
 
     Raises:
-      UserError: unknown name or split, images or labels that the model does not expect, a data_dir that cannot be written.
+      UserError: unknown name or split, images or labels that the model does not expect, a data_dir
+        that cannot be written.
     """
     if data_dir:
         data_dir = str(files.resolve(data_dir, "data.data_dir"))
@@ -119,26 +134,38 @@ def open_dataset(
     if name == "synthetic":
         return SyntheticSource(image_shape, num_classes, latents)
     if name == "imagenet_latents":
-        folder = epath.Path(data_dir or "~/tensorflow_datasets").expanduser() / f"imagenet_latents_{'x'.join(map(str, image_shape))}"
+        folder = (
+            epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
+            / f"imagenet_latents_{'x'.join(map(str, image_shape))}"
+        )
         raise UserError(
-            f"data set imagenet_latents misses {folder}/manifest.json and {folder}/{split}-*.array_record, which cannot be encoded yet: "
+            f"data set imagenet_latents misses {folder}/manifest.json and "
+            f"{folder}/{split}-*.array_record, which cannot be encoded yet: "
             "use --config.data.name=synthetic meanwhile"
         )
     if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
-        raise UserError("there is no home directory to keep prepared data sets in: set data.data_dir, or the variable HOME")
+        raise UserError(
+            "there is no home directory to keep prepared data sets in: set data.data_dir, or the "
+            "variable HOME"
+        )
     source = _open_digits(split, data_dir)
     if image_shape not in (None, source.image_shape):
         raise UserError(
-            f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: change the model's image_size and "
+            f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: "
+            "change the model's image_size and "
             "image_channels (latent_diffit: input_size and input_channels), or data.name"
         )
     if num_classes not in (None, 0, source.num_classes):
-        raise UserError(f"data set {name} has {source.num_classes} classes, the model {num_classes}: change model.num_classes")
+        raise UserError(
+            f"data set {name} has {source.num_classes} classes, the model {num_classes}: change "
+            "model.num_classes"
+        )
     return source
 
 
 def _open_digits(split: str, data_dir: str) -> ArraySource:
-    """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in memory in the same order."""
+    """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in
+    memory in the same order."""
     from diffit_jax.data import digits
 
     loudness = absl_logging.get_verbosity()
@@ -149,9 +176,14 @@ def _open_digits(split: str, data_dir: str) -> ArraySource:
         from diffit_jax.data.digits_builder import Digits
 
         tfds.disable_progress_bar()
-    except Exception as error:  # its generated code and the installed protobuf do not fit together, say
+    except (
+        Exception
+    ) as error:  # its generated code and the installed protobuf do not fit together, say
         reason = " ".join(str(error).split())[:120]
-        log.info("data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)", reason)
+        log.info(
+            "data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)",
+            reason,
+        )
         return ArraySource(*digits.prepared(split), digits.NUM_CLASSES)
     finally:
         absl_logging.set_verbosity(loudness)
@@ -167,10 +199,15 @@ def _open_digits(split: str, data_dir: str) -> ArraySource:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"data_dir {place} cannot be written ({error}): set data.data_dir") from error
-    except Exception as error:  # whatever the library says of damaged metadata: JSON, protobuf, a missing field
+        raise UserError(
+            f"data_dir {place} cannot be written ({error}): set data.data_dir"
+        ) from error
+    except (
+        Exception
+    ) as error:  # whatever the library says of damaged metadata: JSON, protobuf, a missing field
         raise _damaged(f"{epath.Path(place).expanduser()}/digits", error) from error
-    # Small enough to keep in memory; decoding each example anew would take longer than a training step.
+    # Small enough to keep in memory; decoding each example anew would take longer than a training
+    # step.
     try:
         examples = list(builder.as_data_source(split))
         images = np.stack([example["image"] for example in examples])
@@ -185,4 +222,6 @@ def _open_digits(split: str, data_dir: str) -> ArraySource:
 
 def _damaged(place: epath.PathLike, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-    return UserError(f"data set digits in {place} is damaged ({reason}): delete it to have it prepared anew")
+    return UserError(
+        f"data set digits in {place} is damaged ({reason}): delete it to have it prepared anew"
+    )

@@ -1,7 +1,9 @@
-"""Discrete-time diffusion as in ADM and DiT: training loss, ancestral DDPM and DDIM sampling, and a denoiser for EDM's samplers.
+"""Discrete-time diffusion as in ADM and DiT: training loss, ancestral DDPM and DDIM sampling, and a
+denoiser for EDM's samplers.
 
-A `network(x_BHWC, timestep_B, conditioning) -> y_BHWC'` estimates the noise epsilon in x_t = √alpha_bar x_0 + √(1 - alpha_bar) epsilon.
-With learned-range variance it has twice the channels: epsilon, then v. It gets the original schedule's timestep 0…T-1, respaced or not.
+A `network(x_BHWC, timestep_B, conditioning) -> y_BHWC'` estimates the noise epsilon in x_t =
+√alpha_bar x_0 + √(1 - alpha_bar) epsilon. With learned-range variance it has twice the channels:
+epsilon, then v. It gets the original schedule's timestep 0…T-1, respaced or not.
 
 Shape suffixes: B batch, H, W, C height, width and channels of a sample.
 """
@@ -27,7 +29,8 @@ LOSSES = ("hybrid", "hybrid_rescaled", "mse", "kl")
 
 
 class Prediction(NamedTuple):
-    """What the network's output says of a step k: p(x_{k-1} | x_k), and the parts of x_k. All (B, H, W, C) float32."""
+    """What the network's output says of a step k: p(x_{k-1} | x_k), and the parts of x_k. All (B,
+    H, W, C) float32."""
 
     mean: jax.Array
     log_variance: jax.Array
@@ -42,10 +45,11 @@ class DDPM:
     Attributes:
       num_timesteps: T of the original schedule.
       schedule: "linear" or "cosine".
-      variance: "learned_range": ln variance = f ln beta + (1 - f) ln beta~ with f = (v + 1) / 2; or fixed at beta ("fixed_large") or at
-        the posterior's beta~ ("fixed_small").
-      loss_type: "mse" of epsilon; "hybrid": mse + vb, where the variational bound vb of a step trains the variance alone (ADM, DiT);
-        "hybrid_rescaled": mse + K / 1000 vb with K steps (improved DDPM); "kl": K vb.
+      variance: "learned_range": ln variance = f ln beta + (1 - f) ln beta~ with f = (v + 1) / 2; or
+        fixed at beta ("fixed_large") or at the posterior's beta~ ("fixed_small").
+      loss_type: "mse" of epsilon; "hybrid": mse + vb, where the variational bound vb of a step
+        trains the variance alone (ADM, DiT); "hybrid_rescaled": mse + K / 1000 vb with K steps
+        (improved DDPM); "kl": K vb.
       respacing: train on these timesteps only, see `respaced_timesteps`; "" is all.
       rho: of the grid for EDM's samplers, see `sigmas`.
     """
@@ -62,10 +66,14 @@ class DDPM:
         learned = self.variance == "learned_range"
         if self.loss_type != "kl" and learned != self.loss_type.startswith("hybrid"):
             remedy = "hybrid trains a learned variance" if learned else "mse needs a fixed variance"
-            raise UserError(f"loss_type {self.loss_type} does not fit variance {self.variance}: {remedy}; change either")
+            raise UserError(
+                f"loss_type {self.loss_type} does not fit variance {self.variance}: {remedy}; "
+                "change either"
+            )
         if self.steps().betas.max() >= 1:
             raise UserError(
-                f"config key process.num_timesteps is {self.num_timesteps}: too few for the {self.schedule} schedule, which "
+                f"config key process.num_timesteps is {self.num_timesteps}: too few for the "
+                f"{self.schedule} schedule, which "
                 "would drown the data in a single step; use at least 21"
             )
         self.steps(self.respacing)
@@ -90,7 +98,14 @@ class DDPM:
 
     # --- One step
 
-    def predict(self, y_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, steps: Schedule, clip: bool = False) -> Prediction:
+    def predict(
+        self,
+        y_BHWC: jax.Array,
+        x_BHWC: jax.Array,
+        k_B: jax.Array,
+        steps: Schedule,
+        clip: bool = False,
+    ) -> Prediction:
         """Reads the network's output.
 
         Args:
@@ -103,7 +118,10 @@ class DDPM:
         channels = x_BHWC.shape[-1]
         row = functools.partial(_row, k_B=k_B)
         epsilon = y_BHWC[..., :channels].astype(jnp.float32)
-        x0 = row(steps.sqrt_recip_alphas_cumprod) * x_BHWC - row(steps.sqrt_recipm1_alphas_cumprod) * epsilon
+        x0 = (
+            row(steps.sqrt_recip_alphas_cumprod) * x_BHWC
+            - row(steps.sqrt_recipm1_alphas_cumprod) * epsilon
+        )
         if clip:
             x0 = jnp.clip(x0, -1, 1)
         mean = row(steps.posterior_mean_coef1) * x0 + row(steps.posterior_mean_coef2) * x_BHWC
@@ -118,13 +136,23 @@ class DDPM:
             log_variance = jnp.broadcast_to(row(large), x_BHWC.shape)
         return Prediction(mean, log_variance, x0, epsilon)
 
-    def diffuse(self, x0_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array, steps: Schedule) -> jax.Array:
+    def diffuse(
+        self, x0_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array, steps: Schedule
+    ) -> jax.Array:
         """x_k ~ q(x_k | x_0) with standard normal noise, (B, H, W, C)."""
-        return _row(steps.sqrt_alphas_cumprod, k_B) * x0_BHWC + _row(steps.sqrt_one_minus_alphas_cumprod, k_B) * noise_BHWC
+        return (
+            _row(steps.sqrt_alphas_cumprod, k_B) * x0_BHWC
+            + _row(steps.sqrt_one_minus_alphas_cumprod, k_B) * noise_BHWC
+        )
 
-    def posterior(self, x0_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, steps: Schedule) -> tuple[jax.Array, jax.Array]:
+    def posterior(
+        self, x0_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, steps: Schedule
+    ) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of q(x_{k-1} | x_k, x_0), the latter clipped and (B, 1, 1, 1)."""
-        mean = _row(steps.posterior_mean_coef1, k_B) * x0_BHWC + _row(steps.posterior_mean_coef2, k_B) * x_BHWC
+        mean = (
+            _row(steps.posterior_mean_coef1, k_B) * x0_BHWC
+            + _row(steps.posterior_mean_coef2, k_B) * x_BHWC
+        )
         return mean, _row(steps.posterior_log_variance_clipped, k_B)
 
     # --- Training
@@ -138,18 +166,26 @@ class DDPM:
           network: called once.
           x_BHWC: (B, H, W, C) float32 data.
           conditioning: passed on to the network.
-          key_B: (B,) one key per example, so that an example's noise does not depend on how the batch is split.
+          key_B: (B,) one key per example, so that an example's noise does not depend on how the
+            batch is split.
 
         Returns:
           (B,) float32 loss and its parts, see `loss_at`.
         """
         step_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        k_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.steps(self.respacing))))(step_key_B)
+        k_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.steps(self.respacing))))(
+            step_key_B
+        )
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
         return self.loss_at(network, x_BHWC, conditioning, k_B, noise_BHWC)
 
     def loss_at(
-        self, network: Evaluation, x_BHWC: jax.Array, conditioning: Conditioning, k_B: jax.Array, noise_BHWC: jax.Array
+        self,
+        network: Evaluation,
+        x_BHWC: jax.Array,
+        conditioning: Conditioning,
+        k_B: jax.Array,
+        noise_BHWC: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of given steps and noise: means over H, W and C.
 
@@ -159,7 +195,8 @@ class DDPM:
           noise_BHWC: standard normal, like x_BHWC.
 
         Returns:
-          (B,) float32 loss, and its parts by name: `mse` of epsilon, and `vb` in bits per dimension where the loss contains it.
+          (B,) float32 loss, and its parts by name: `mse` of epsilon, and `vb` in bits per dimension
+          where the loss contains it.
         """
         steps = self.steps(self.respacing)
         noisy = self.diffuse(x_BHWC, k_B, noise_BHWC, steps)
@@ -170,7 +207,13 @@ class DDPM:
             return parts["mse"], parts
         if self.loss_type != "kl":
             # The bound trains the variance only; the mean is left to the mse.
-            y_BHWC = jnp.concatenate([jax.lax.stop_gradient(y_BHWC[..., : x_BHWC.shape[-1]]), y_BHWC[..., x_BHWC.shape[-1] :]], axis=-1)
+            y_BHWC = jnp.concatenate(
+                [
+                    jax.lax.stop_gradient(y_BHWC[..., : x_BHWC.shape[-1]]),
+                    y_BHWC[..., x_BHWC.shape[-1] :],
+                ],
+                axis=-1,
+            )
         parts["vb"] = self._bound(y_BHWC, x_BHWC, noisy, k_B, steps)
         match self.loss_type:
             case "kl":
@@ -179,21 +222,39 @@ class DDPM:
                 return parts["mse"] + len(steps) / 1000 * parts["vb"], parts
         return parts["mse"] + parts["vb"], parts
 
-    def _bound(self, y_BHWC: jax.Array, x0_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, steps: Schedule) -> jax.Array:
-        """One term of the variational bound, (B,) in bits per dimension: KL(q ‖ p), at k = 0 the likelihood of 8-bit data in [-1, 1]."""
+    def _bound(
+        self,
+        y_BHWC: jax.Array,
+        x0_BHWC: jax.Array,
+        x_BHWC: jax.Array,
+        k_B: jax.Array,
+        steps: Schedule,
+    ) -> jax.Array:
+        """One term of the variational bound, (B,) in bits per dimension: KL(q ‖ p), at k = 0 the
+        likelihood of 8-bit data in [-1, 1]."""
         mean, log_variance = self.posterior(x0_BHWC, x_BHWC, k_B, steps)
         model = self.predict(y_BHWC, x_BHWC, k_B, steps)
         difference = log_variance - model.log_variance
-        kl = 0.5 * (jnp.exp(difference) - difference - 1 + (mean - model.mean) ** 2 * jnp.exp(-model.log_variance))
+        kl = 0.5 * (
+            jnp.exp(difference)
+            - difference
+            - 1
+            + (mean - model.mean) ** 2 * jnp.exp(-model.log_variance)
+        )
         likelihood = _discretised_gaussian_nll(x0_BHWC, model.mean, model.log_variance / 2)
         return jnp.where(k_B == 0, _mean(likelihood), _mean(kl)) / math.log(2)
 
-    # --- The bridge to EDM: x_t / √alpha_bar is clean data plus noise of standard deviation sigma = √(1 / alpha_bar - 1).
+    # --- The bridge to EDM: x_t / √alpha_bar is clean data plus noise of standard deviation
+    # sigma = √(1 / alpha_bar - 1).
 
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """(N + 1,) float64 grid for EDM's samplers, from the schedule's last noise level to its first, then 0: `sampling_grid`."""
+        """(N + 1,) float64 grid for EDM's samplers, from the schedule's last noise level to its
+        first, then 0: `sampling_grid`."""
         if num_steps > self.num_timesteps:
-            raise UserError(f"num_steps {num_steps} is more than the schedule's {self.num_timesteps}: use at most {self.num_timesteps}")
+            raise UserError(
+                f"num_steps {num_steps} is more than the schedule's {self.num_timesteps}: use at "
+                f"most {self.num_timesteps}"
+            )
         levels = self.steps().sqrt_recipm1_alphas_cumprod
         return sampling_grid(levels[0], levels[-1], self.rho, num_steps)
 
@@ -201,8 +262,11 @@ class DDPM:
         """Share t / T of the schedule that has the noise level sigma, (n,) float64."""
         return self.steps().timestep_of(sigma) / self.num_timesteps
 
-    def denoise(self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning) -> jax.Array:
-        """D(x; sigma) = x - sigma epsilon(x / √(1 + sigma²), t(sigma)), with a fractional timestep between the schedule's levels.
+    def denoise(
+        self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
+    ) -> jax.Array:
+        """D(x; sigma) = x - sigma epsilon(x / √(1 + sigma²), t(sigma)), with a fractional timestep
+        between the schedule's levels.
 
         Args:
           network: called once.
@@ -221,8 +285,16 @@ class DDPM:
         return x_BHWC - sigma * y_BHWC[..., : x_BHWC.shape[-1]].astype(jnp.float32)
 
 
-def ancestral(process: DDPM, network: Guided, noise: Noise, conditioning: Conditioning, steps: Schedule, clip: bool = False) -> jax.Array:
-    """Ancestral sampling of DDPM: x_{k-1} = mean + exp(½ ln variance) z from the last step to the first, whose z is 0. K evaluations.
+def ancestral(
+    process: DDPM,
+    network: Guided,
+    noise: Noise,
+    conditioning: Conditioning,
+    steps: Schedule,
+    clip: bool = False,
+) -> jax.Array:
+    """Ancestral sampling of DDPM: x_{k-1} = mean + exp(½ ln variance) z from the last step to the
+    first, whose z is 0. K evaluations.
 
     Args:
       process: reads the network's output.
@@ -243,11 +315,19 @@ def ancestral(process: DDPM, network: Guided, noise: Noise, conditioning: Condit
 
 
 def ddim(
-    process: DDPM, network: Guided, noise: Noise, conditioning: Conditioning, steps: Schedule, eta: float = 0.0, clip: bool = False
+    process: DDPM,
+    network: Guided,
+    noise: Noise,
+    conditioning: Conditioning,
+    steps: Schedule,
+    eta: float = 0.0,
+    clip: bool = False,
 ) -> jax.Array:
-    """DDIM (Song et al. 2021, Eq. 12), K evaluations: x_{k-1} = √alpha_bar' x_0 + √(1 - alpha_bar' - s²) epsilon + s z.
+    """DDIM (Song et al. 2021, Eq. 12), K evaluations: x_{k-1} = √alpha_bar' x_0 + √(1 - alpha_bar'
+    - s²) epsilon + s z.
 
-    alpha_bar' is that of k - 1 and s = eta √((1 - alpha_bar') / (1 - alpha_bar)) √(1 - alpha_bar / alpha_bar'), 0 at the first step.
+    alpha_bar' is that of k - 1 and s = eta √((1 - alpha_bar') / (1 - alpha_bar)) √(1 - alpha_bar /
+    alpha_bar'), 0 at the first step.
 
     Args:
       eta: 0 is deterministic, 1 about as random as DDPM.
@@ -257,9 +337,14 @@ def ddim(
         raise UserError(f"eta {eta} is negative: use 0 for a deterministic sampler")
     now, before = steps.alphas_cumprod, steps.alphas_cumprod_prev
     spread = eta * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
-    tables = np.stack([np.sqrt(before), np.sqrt(np.maximum(1 - before - spread**2, 0)), spread], axis=1)
+    tables = np.stack(
+        [np.sqrt(before), np.sqrt(np.maximum(1 - before - spread**2, 0)), spread], axis=1
+    )
     table = jnp.asarray(tables, jnp.float32)
-    recip, recipm1 = (jnp.asarray(t, jnp.float32) for t in (steps.sqrt_recip_alphas_cumprod, steps.sqrt_recipm1_alphas_cumprod))
+    recip, recipm1 = (
+        jnp.asarray(t, jnp.float32)
+        for t in (steps.sqrt_recip_alphas_cumprod, steps.sqrt_recipm1_alphas_cumprod)
+    )
 
     def update(p: Prediction, x_BHWC: jax.Array, k: jax.Array, z_BHWC: jax.Array) -> jax.Array:
         signal, direction, spread = table[k]
@@ -270,7 +355,8 @@ def ddim(
 
 
 def _descend(process, network, noise, conditioning, steps, clip, update) -> jax.Array:
-    """The loop of both samplers: `x = update(prediction, x, k, z)` for k = K-1…0, with noise number 1 at the first of these."""
+    """The loop of both samplers: `x = update(prediction, x, k, z)` for k = K-1…0, with noise number
+    1 at the first of these."""
     timesteps = jnp.asarray(steps.timesteps, jnp.int32)
 
     def body(index: jax.Array, x_BHWC: jax.Array, evaluate: Evaluation) -> jax.Array:
@@ -292,15 +378,20 @@ def _mean(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _discretised_gaussian_nll(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """-ln of the probability that a Gaussian gives to the bin [x - 1/255, x + 1/255], open beyond ±0.999, in nats and elementwise.
+    """-ln of the probability that a Gaussian gives to the bin [x - 1/255, x + 1/255], open beyond
+    ±0.999, in nats and elementwise.
 
-    The cumulative distribution is approximated by ½ (1 + tanh(√(2/π) (u + 0.044715 u³))), as in DDPM's successors.
+    The cumulative distribution is approximated by ½ (1 + tanh(√(2/π) (u + 0.044715 u³))), as in
+    DDPM's successors.
     """
 
     def cdf(u: jax.Array) -> jax.Array:
         return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
     centred, inverse_scale = x - mean, jnp.exp(-log_scale)
-    above, below = cdf(inverse_scale * (centred + 1 / 255)), cdf(inverse_scale * (centred - 1 / 255))
+    above, below = (
+        cdf(inverse_scale * (centred + 1 / 255)),
+        cdf(inverse_scale * (centred - 1 / 255)),
+    )
     probability = jnp.where(x < -0.999, above, jnp.where(x > 0.999, 1 - below, above - below))
     return -jnp.log(jnp.maximum(probability, 1e-12))

@@ -1,7 +1,8 @@
-"""EDM: preconditioning and training loss of Karras et al. 2022, "Elucidating the design space of diffusion-based generative models".
+"""EDM: preconditioning and training loss of Karras et al. 2022, "Elucidating the design space of
+diffusion-based generative models".
 
-A `network(x_BHWC, noise_level_B, conditioning) -> y_BHWC` is turned into a denoiser D(x; sigma), which estimates the clean image in a
-noisy one with noise of standard deviation sigma.
+A `network(x_BHWC, noise_level_B, conditioning) -> y_BHWC` is turned into a denoiser D(x; sigma),
+which estimates the clean image in a noisy one with noise of standard deviation sigma.
 
 Shape suffixes: B batch, H, W, C height, width and channels.
 """
@@ -27,7 +28,8 @@ class EDM:
 
     Attributes:
       sigma_data: standard deviation of the data, in the units of the image (here [-1, 1]).
-      log_sigma_mean, log_sigma_std: training noise levels, ln sigma ~ N(mean, std²) (EDM's P_mean and P_std).
+      log_sigma_mean, log_sigma_std: training noise levels, ln sigma ~ N(mean, std²) (EDM's P_mean
+        and P_std).
       sigma_min, sigma_max, rho: the sampling grid, see `sigmas`.
     """
 
@@ -41,23 +43,38 @@ class EDM:
     def __post_init__(self):
         limits.check(self, "process")
         if not self.sigma_min < self.sigma_max:
-            raise UserError(f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}: change either")
+            raise UserError(
+                f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}: "
+                "change either"
+            )
 
-    def preconditioning(self, sigma: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def preconditioning(
+        self, sigma: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
         total = jnp.sqrt(sigma**2 + self.sigma_data**2)
-        return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total, jnp.log(sigma) / 4
+        return (
+            (self.sigma_data / total) ** 2,
+            sigma * self.sigma_data / total,
+            1 / total,
+            jnp.log(sigma) / 4,
+        )
 
     def loss_weight(self, sigma: jax.Array) -> jax.Array:
-        """lambda(sigma) = (sigma² + sigma_data²) / (sigma sigma_data)², so that c_out² lambda = 1."""
+        """lambda(sigma) = (sigma² + sigma_data²) / (sigma sigma_data)², so that c_out² lambda =
+        1."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
-    def denoise(self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning) -> jax.Array:
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the network computes in.
+    def denoise(
+        self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
+    ) -> jax.Array:
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the
+        network computes in.
 
         Args:
           network: F, called once.
-          x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation sigma.
+          x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation
+            sigma.
           sigma_B: (B,) float32 > 0.
           conditioning: passed on to the network.
 
@@ -65,30 +82,38 @@ class EDM:
           (B, H, W, C) float32 estimate of the clean images.
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
-        per_image = lambda c_B: c_B[:, None, None, None]  # noqa: E731
+
+        def per_image(c_B: jax.Array) -> jax.Array:
+            return c_B[:, None, None, None]
+
         f_BHWC = network(per_image(c_in) * x_BHWC, c_noise, conditioning).astype(jnp.float32)
         return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
 
     def loss(
         self, network: Evaluation, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """lambda(sigma) ‖D(x + n; sigma) - x‖² with ln sigma ~ N(log_sigma_mean, log_sigma_std²), n ~ N(0, sigma²), EDM Eq. 8.
+        """lambda(sigma) ‖D(x + n; sigma) - x‖² with ln sigma ~ N(log_sigma_mean, log_sigma_std²), n
+        ~ N(0, sigma²), EDM Eq. 8.
 
         Args:
           network: F.
           x_BHWC: (B, H, W, C) float32 clean images in [-1, 1].
           conditioning: passed on to the network.
-          key_B: (B,) one key per example, so that an example's noise does not depend on how the batch is split.
+          key_B: (B,) one key per example, so that an example's noise does not depend on how the
+            batch is split.
 
         Returns:
-          (B,) float32 loss, the weighted squared error *averaged* over H, W and C. (EDM's code sums over them and averages over the
-          batch; Adam does not see the constant factor.) And a dict of further (B,) values to report, empty here.
+          (B,) float32 loss, the weighted squared error *averaged* over H, W and C. (EDM's code sums
+          over them and averages over the batch; Adam does not see the constant factor.) And a dict
+          of further (B,) values to report, empty here.
         """
         sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
         normal_B = jax.vmap(jax.random.normal)(sigma_key_B)
         sigma_B = jnp.exp(self.log_sigma_mean + self.log_sigma_std * normal_B)
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
-        denoised = self.denoise(network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning)
+        denoised = self.denoise(
+            network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning
+        )
         return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3)), {}
 
     @property
@@ -101,9 +126,11 @@ class EDM:
         return channels
 
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """(N + 1,) float64, the sampling grid of EDM Eq. 5 from sigma_max to sigma_min, then 0: `sampling_grid`."""
+        """(N + 1,) float64, the sampling grid of EDM Eq. 5 from sigma_max to sigma_min, then 0:
+        `sampling_grid`."""
         return sampling_grid(self.sigma_min, self.sigma_max, self.rho, num_steps)
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level sigma: for guidance that asks for it."""
+        """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level
+        sigma: for guidance that asks for it."""
         return Schedule.make("linear", 1000).timestep_of(sigma) / 1000

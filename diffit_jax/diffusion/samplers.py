@@ -1,9 +1,12 @@
-"""Samplers in EDM's noise levels: from noise to a sample with a denoiser D(x; sigma), as loops that jit compiles once.
+"""Samplers in EDM's noise levels: from noise to a sample with a denoiser D(x; sigma), as loops that
+jit compiles once.
 
-They serve every process that has `denoise` and `sigmas`; those that belong to discrete-time diffusion are in `ddpm`.
+They serve every process that has `denoise` and `sigmas`; those that belong to discrete-time
+diffusion are in `ddpm`.
 
-A sample's randomness is a function of its seed number alone: one key per sample (`sample_keys`), from which its initial noise
-and the noise of each step are derived by number. It does not depend on the batch, its order or the devices.
+A sample's randomness is a function of its seed number alone: one key per sample (`sample_keys`),
+from which its initial noise and the noise of each step are derived by number. It does not depend on
+the batch, its order or the devices.
 
 Shape suffixes: B batch, H, W, C height, width and channels.
 """
@@ -22,13 +25,15 @@ from diffit_jax.diffusion.guidance import Conditioning, Evaluation, Guided
 from diffit_jax.errors import UserError
 from diffit_jax.limits import at_least
 
-# (number) → (B, H, W, C) float32 standard normal noise. Number 0 is the initial noise, i + 1 that of step i.
+# (number) → (B, H, W, C) float32 standard normal noise. Number 0 is the initial noise, i + 1 that
+# of step i.
 Noise = Callable[[jax.Array | int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Churn:
-    """Stochasticity of EDM's sampler (Algorithm 2): fresh noise is added wherever sigma_low <= sigma <= sigma_high.
+    """Stochasticity of EDM's sampler (Algorithm 2): fresh noise is added wherever sigma_low <=
+    sigma <= sigma_high.
 
     Attributes:
       amount: S_churn, spread over the steps; 0 makes the sampler deterministic.
@@ -45,13 +50,17 @@ class Churn:
         limits.check(self)
 
     def raised(self, sigmas: np.ndarray) -> np.ndarray:
-        """The noise level t̂ = t (1 + gamma) that each level t of the grid is raised to before its step; shaped like `sigmas`."""
+        """The noise level t̂ = t (1 + gamma) that each level t of the grid is raised to before its
+        step; shaped like `sigmas`."""
         gamma = min(self.amount / len(sigmas), math.sqrt(2) - 1)
-        return np.where((self.sigma_low <= sigmas) & (sigmas <= self.sigma_high), sigmas * (1 + gamma), sigmas)
+        return np.where(
+            (self.sigma_low <= sigmas) & (sigmas <= self.sigma_high), sigmas * (1 + gamma), sigmas
+        )
 
 
 def sample_keys(seed_B: jax.Array) -> jax.Array:
-    """One key per seed number, (B,) uint32 → (B,) keys; equal numbers give equal keys on any device."""
+    """One key per seed number, (B,) uint32 → (B,) keys; equal numbers give equal keys on any
+    device."""
     root = jax.random.key(0, impl="threefry2x32")
     return jax.vmap(lambda seed: jax.random.fold_in(root, seed))(seed_B)
 
@@ -68,19 +77,29 @@ def seeded_noise(seed_B: jax.Array, shape: tuple[int, ...]) -> Noise:
 
 
 def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
-    """EDM Eq. 5: (N + 1,) float64, t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N, then 0.
+    """EDM Eq. 5: (N + 1,) float64, t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) -
+    sigma_max^(1/rho)))^rho for i < N, then 0.
 
     Raises:
       UserError: `num_steps` N is below 2.
     """
     if num_steps < 2:
-        raise UserError(f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps")
+        raise UserError(
+            f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps"
+        )
     ends = np.array([sigma_max, sigma_min]) ** (1 / rho)
     return np.append(np.linspace(*ends, num_steps) ** rho, 0.0)
 
 
-def heun(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray, churn: Churn = Churn()) -> jax.Array:
-    """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at the end. 2N - 1 evaluations.
+def heun(
+    denoise: Guided,
+    noise: Noise,
+    conditioning: Conditioning,
+    sigmas: np.ndarray,
+    churn: Churn = Churn(),
+) -> jax.Array:
+    """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at
+    the end. 2N - 1 evaluations.
 
     Args:
       denoise: D(x, sigma, conditioning), guided or not.
@@ -98,8 +117,11 @@ def heun(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.n
     added = churn.noise * np.sqrt(raised**2 - here**2)
     grid = jnp.asarray(np.stack([raised, there, added], axis=1), jnp.float32)
 
-    def body(index: jax.Array, carry: tuple[jax.Array, ...], evaluate: Evaluation) -> tuple[jax.Array, ...]:
-        # Both slopes of a step come through this one call of the network, so that it is compiled once, not three times.
+    def body(
+        index: jax.Array, carry: tuple[jax.Array, ...], evaluate: Evaluation
+    ) -> tuple[jax.Array, ...]:
+        # Both slopes of a step come through this one call of the network, so that it is compiled
+        # once, not three times.
         x_BHWC, start_BHWC, first_slope = carry
         step, is_second = index // 2, index % 2 == 1
         level, target, fresh = grid[step]
@@ -113,17 +135,23 @@ def heun(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.n
 
     x_BHWC = jnp.float32(sigmas[0]) * noise(0)
     levels = np.stack([raised, there], axis=1).ravel()[:-1]
-    return denoise.run(body, (x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)), levels, np.repeat(here, 2)[:-1])[0]
+    return denoise.run(
+        body, (x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)), levels, np.repeat(here, 2)[:-1]
+    )[0]
 
 
-def dpm_solver(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray, order: int = 2) -> jax.Array:
-    """DPM-Solver++(2M) of Lu et al. 2022, one evaluation per step: exact for a D that is linear in ln sigma between the levels.
+def dpm_solver(
+    denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray, order: int = 2
+) -> jax.Array:
+    """DPM-Solver++(2M) of Lu et al. 2022, one evaluation per step: exact for a D that is linear in
+    ln sigma between the levels.
 
     With h = ln(sigma_i / sigma_{i+1}) and r = h_{i-1} / h,
 
         x_{i+1} = e^-h x_i + (1 - e^-h) (D_i + (D_i - D_{i-1}) / (2 r))
 
-    The first step has no D_{i-1}, and the last goes to sigma = 0, where x = D: both are of first order.
+    The first step has no D_{i-1}, and the last goes to sigma = 0, where x = D: both are of first
+    order.
 
     Args:
       denoise, noise, conditioning, sigmas: as in `heun`.
@@ -140,7 +168,9 @@ def dpm_solver(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas
         extrapolation[1:-1] = h[1:] / (2 * h[:-1])
     grid = jnp.asarray(np.stack([here, shrink, 1 - shrink, extrapolation], axis=1), jnp.float32)
 
-    def body(step: jax.Array, carry: tuple[jax.Array, jax.Array], evaluate: Evaluation) -> tuple[jax.Array, jax.Array]:
+    def body(
+        step: jax.Array, carry: tuple[jax.Array, jax.Array], evaluate: Evaluation
+    ) -> tuple[jax.Array, jax.Array]:
         x_BHWC, previous = carry
         level, keep, gain, extrapolate = grid[step]
         denoised = evaluate(x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
@@ -150,6 +180,9 @@ def dpm_solver(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas
     return denoise.run(body, (x_BHWC, jnp.zeros_like(x_BHWC)), here)[0]
 
 
-def euler(denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray) -> jax.Array:
-    """Euler's method down the noise levels, one evaluation per step; arguments and result as in `heun`."""
+def euler(
+    denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
+) -> jax.Array:
+    """Euler's method down the noise levels, one evaluation per step; arguments and result as in
+    `heun`."""
     return dpm_solver(denoise, noise, conditioning, sigmas, order=1)

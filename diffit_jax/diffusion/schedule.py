@@ -1,6 +1,8 @@
-"""Noise schedules of discrete-time diffusion (Ho et al. 2020, Nichol & Dhariwal 2021) and their respacing.
+"""Noise schedules of discrete-time diffusion (Ho et al. 2020, Nichol & Dhariwal 2021) and their
+respacing.
 
-All tables are float64 numpy arrays over the steps k = 0…K-1, made once when a program is built; loops read them as float32.
+All tables are float64 numpy arrays over the steps k = 0…K-1, made once when a program is built;
+loops read them as float32.
 """
 
 import dataclasses
@@ -13,14 +15,18 @@ from diffit_jax.errors import UserError
 
 
 def linear_betas(num_timesteps: int) -> np.ndarray:
-    """(T,) float64: from 1e-4 to 0.02 at T = 1000; for other T scaled by 1000 / T, so that the total noise stays about the same."""
+    """(T,) float64: from 1e-4 to 0.02 at T = 1000; for other T scaled by 1000 / T, so that the
+    total noise stays about the same."""
     scale = 1000 / num_timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
 
 
 def cosine_betas(num_timesteps: int) -> np.ndarray:
-    """(T,) float64: alpha_bar(t) = cos²(π/2 (t / T + 0.008) / 1.008), each beta at most 0.999 (improved DDPM, Eq. 17)."""
-    alpha_bar = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+    """(T,) float64: alpha_bar(t) = cos²(π/2 (t / T + 0.008) / 1.008), each beta at most 0.999
+    (improved DDPM, Eq. 17)."""
+    alpha_bar = (
+        np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+    )
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
@@ -32,8 +38,9 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
 
     Args:
       num_timesteps: T of the long schedule.
-      respacing: "250" spreads 250 steps from first to last timestep; "10,10,5" divides the T timesteps into equal sections with so many
-        steps each; "ddim50" takes a whole stride from 0 on (and so leaves out the last timestep); "" keeps all.
+      respacing: "250" spreads 250 steps from first to last timestep; "10,10,5" divides the T
+        timesteps into equal sections with so many steps each; "ddim50" takes a whole stride from 0
+        on (and so leaves out the last timestep); "" keeps all.
 
     Returns:
       (K,) int64, ascending.
@@ -51,30 +58,41 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
     if min(counts) < 1 or (ddim and len(counts) > 1):
         raise UserError(f"respacing {respacing!r} is none: write 250, 10,10,5 or ddim50")
     if sum(counts) > num_timesteps:
-        raise UserError(f"respacing {respacing!r} has more steps than the schedule's {num_timesteps}: use at most {num_timesteps}")
+        raise UserError(
+            f"respacing {respacing!r} has more steps than the schedule's {num_timesteps}: use at "
+            f"most {num_timesteps}"
+        )
     if ddim:
         for stride in range(1, num_timesteps + 1):
             if len(range(0, num_timesteps, stride)) == counts[0]:
                 return np.arange(0, num_timesteps, stride)
-        raise UserError(f"respacing {respacing!r} is impossible: no whole stride gives {counts[0]} of {num_timesteps} timesteps")
+        raise UserError(
+            f"respacing {respacing!r} is impossible: no whole stride gives {counts[0]} of "
+            f"{num_timesteps} timesteps"
+        )
 
     timesteps, start = [], 0
     for section, count in enumerate(counts):
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
         if count > size:
-            raise UserError(f"respacing {respacing!r} wants {count} steps of a section of {size} timesteps: use at most {size}")
+            raise UserError(
+                f"respacing {respacing!r} wants {count} steps of a section of {size} timesteps: "
+                f"use at most {size}"
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 1
         place = 0.0
         for _ in range(count):
             timesteps.append(start + round(place))
-            place += stride  # summed up, not multiplied: where it ends in a half, ADM's rounding depends on it
+            # Summed up, not multiplied: where it ends in a half, ADM's rounding depends on it.
+            place += stride
         start += size
     return np.array(timesteps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The tables of a diffusion with K steps. A step k is one of the schedule's own; `timesteps[k]` is what the network knows it by.
+    """The tables of a diffusion with K steps. A step k is one of the schedule's own; `timesteps[k]`
+    is what the network knows it by.
 
     Attributes:
       betas: (K,) float64, variance of the noise that step k adds.
@@ -123,7 +141,8 @@ class Schedule:
 
     @property
     def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
-        """√(1 / alpha_bar - 1): the noise level sigma of EDM, standard deviation of the noise relative to the signal."""
+        """√(1 / alpha_bar - 1): the noise level sigma of EDM, standard deviation of the noise
+        relative to the signal."""
         return np.sqrt(1 / self.alphas_cumprod - 1)
 
     @property
@@ -133,7 +152,8 @@ class Schedule:
 
     @property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """ln beta~_k, with the entry of k = 1 in place of the infinite one of k = 0 (of ln beta_0 if that is the only step)."""
+        """ln beta~_k, with the entry of k = 1 in place of the infinite one of k = 0 (of ln beta_0
+        if that is the only step)."""
         tail = self.posterior_variance[1:]
         return np.log(np.append(tail[:1] if len(tail) else self.betas[:1], tail))
 
@@ -148,9 +168,11 @@ class Schedule:
         return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
 
     def timestep_of(self, sigma: np.ndarray) -> np.ndarray:
-        """The timestep with a given noise level, float64 in [0, T - 1]: exact at the schedule's own levels, linear in ln sigma between.
+        """The timestep with a given noise level, float64 in [0, T - 1]: exact at the schedule's own
+        levels, linear in ln sigma between.
 
         Args:
-          sigma: noise levels > 0 as in EDM; beyond the schedule's ends they get its first or last timestep.
+          sigma: noise levels > 0 as in EDM; beyond the schedule's ends they get its first or last
+            timestep.
         """
         return np.interp(np.log(sigma), np.log(self.sqrt_recipm1_alphas_cumprod), self.timesteps)

@@ -1,4 +1,5 @@
-"""Fréchet distance between two sets of feature vectors, each described by its mean and covariance."""
+"""Fréchet distance between two sets of feature vectors, each described by its mean and
+covariance."""
 
 import numpy as np
 
@@ -9,11 +10,15 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al. 2017).
+def frechet_distance(
+    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al.
+    2017).
 
-    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0. The trace of the root is the sum of the square roots of the eigenvalues
-    of the symmetric S_1^½ S_2 S_1^½, which needs no general matrix square root.
+    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0. The trace of the root is the sum of
+    the square roots of the eigenvalues of the symmetric S_1^½ S_2 S_1^½, which needs no general
+    matrix square root.
 
     Args:
       one, other: (mean, covariance) from `statistics`.
@@ -26,10 +31,13 @@ def frechet_distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray
     return float(max(distance, 0.0))
 
 
-def resampled_distance(samples: np.ndarray, reference: np.ndarray, resamplings: int, seed: int) -> float:
+def resampled_distance(
+    samples: np.ndarray, reference: np.ndarray, resamplings: int, seed: int
+) -> float:
     """Mean Fréchet distance between `reference` and random subsets of `samples` of the same size.
 
-    The distance is biased upwards by an amount that depends on the number of samples; only at equal counts can two be compared.
+    The distance is biased upwards by an amount that depends on the number of samples; only at equal
+    counts can two be compared.
 
     Args:
       samples: (n, d) features, n at least that of the reference.
@@ -40,4 +48,6 @@ def resampled_distance(samples: np.ndarray, reference: np.ndarray, resamplings: 
     rng = np.random.default_rng(seed)
     of_reference = statistics(reference)
     subsets = (rng.choice(len(samples), len(reference), replace=False) for _ in range(resamplings))
-    return float(np.mean([frechet_distance(statistics(samples[subset]), of_reference) for subset in subsets]))
+    return float(
+        np.mean([frechet_distance(statistics(samples[subset]), of_reference) for subset in subsets])
+    )

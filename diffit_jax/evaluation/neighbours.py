@@ -1,4 +1,5 @@
-"""Distance to the nearest training image: memorising shows as samples that are nearer to it than unseen real images are."""
+"""Distance to the nearest training image: memorising shows as samples that are nearer to it than
+unseen real images are."""
 
 import numpy as np
 

@@ -24,12 +24,16 @@ RESAMPLINGS = 20
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
-    """The feature space of the small-data scores: the pixels themselves. (n, H, W, C) uint8 → (n, H·W·C) float64 in [-1, 1]."""
+    """The feature space of the small-data scores: the pixels themselves. (n, H, W, C) uint8 → (n,
+    H·W·C) float64 in [-1, 1]."""
     return images.reshape(len(images), -1) / 127.5 - 1
 
 
-def score_images(images: np.ndarray, labels: np.ndarray, train: Source, test: Source) -> dict[str, Any]:
-    """Scores generated images against the train and test split of a small data set that fits in memory.
+def score_images(
+    images: np.ndarray, labels: np.ndarray, train: Source, test: Source
+) -> dict[str, Any]:
+    """Scores generated images against the train and test split of a small data set that fits in
+    memory.
 
     Args:
       images: (n, H, W, C) uint8, n at least the number of test images.
@@ -38,14 +42,17 @@ def score_images(images: np.ndarray, labels: np.ndarray, train: Source, test: So
 
     Returns:
       Plain numbers by name:
-      * `classifier_accuracy`: share of the generated images that a support vector machine (RBF kernel on `pixel_features`, trained on the
-        real train split) gives the label that they were made for; `classifier_accuracy_real`: the same of the real test split.
-      * `frechet`: Fréchet distance in `pixel_features` between generated and real test images; `frechet_real`: between train and test
-        images. Both are means over 20 subsets, with as many images on either side as the test split has. `frechet_ratio`: the first over
-        the second.
-      * `nearest_train_median`: median Euclidean distance in `pixel_features` to the nearest training image; `nearest_train_median_real`:
-        that of the test images; `nearest_train_ratio`: the first over the second. Well below 1, the model has memorised.
-      * `count`, `count_frechet`: number of images scored, and on each side of the Fréchet distances.
+      * `classifier_accuracy`: share of the generated images that a support vector machine (RBF
+        kernel on `pixel_features`, trained on the real train split) gives the label that they were
+        made for; `classifier_accuracy_real`: the same of the real test split.
+      * `frechet`: Fréchet distance in `pixel_features` between generated and real test images;
+        `frechet_real`: between train and test images. Both are means over 20 subsets, with as many
+        images on either side as the test split has. `frechet_ratio`: the first over the second.
+      * `nearest_train_median`: median Euclidean distance in `pixel_features` to the nearest
+        training image; `nearest_train_median_real`: that of the test images; `nearest_train_ratio`:
+        the first over the second. Well below 1, the model has memorised.
+      * `count`, `count_frechet`: number of images scored, and on each side of the Fréchet
+        distances.
 
     Raises:
       UserError: too few images, or images of another shape.
@@ -53,14 +60,26 @@ def score_images(images: np.ndarray, labels: np.ndarray, train: Source, test: So
     from sklearn.svm import SVC
 
     train_images, train_labels, test_images, test_labels = (
-        split.read(np.arange(len(split)))[name] for split in (train, test) for name in ("image", "label")
+        split.read(np.arange(len(split)))[name]
+        for split in (train, test)
+        for name in ("image", "label")
     )
     if images.shape[1:] != test_images.shape[1:]:
-        raise UserError(f"the samples are {images.shape[1:]}, the data set has {test_images.shape[1:]}: name the data set they imitate")
+        raise UserError(
+            f"the samples are {images.shape[1:]}, the data set has {test_images.shape[1:]}: name "
+            "the data set they imitate"
+        )
     if len(images) < len(test_images):
-        raise UserError(f"{len(images)} samples are too few: the Fréchet distance needs at least {len(test_images)}")
-    generated, real_train, real_test = (pixel_features(array) for array in (images, train_images, test_images))
-    classifier = SVC(C=10.0, gamma=1 / (train_images[0].size * real_train.var())).fit(real_train, train_labels)
+        raise UserError(
+            f"{len(images)} samples are too few: the Fréchet distance needs at least "
+            f"{len(test_images)}"
+        )
+    generated, real_train, real_test = (
+        pixel_features(array) for array in (images, train_images, test_images)
+    )
+    classifier = SVC(C=10.0, gamma=1 / (train_images[0].size * real_train.var())).fit(
+        real_train, train_labels
+    )
 
     scores = {
         "count": len(images),
@@ -73,46 +92,65 @@ def score_images(images: np.ndarray, labels: np.ndarray, train: Source, test: So
         "nearest_train_median_real": float(np.median(nearest_distances(real_test, real_train))),
     }
     scores["frechet_ratio"] = scores["frechet"] / scores["frechet_real"]
-    scores["nearest_train_ratio"] = scores["nearest_train_median"] / scores["nearest_train_median_real"]
+    scores["nearest_train_ratio"] = (
+        scores["nearest_train_median"] / scores["nearest_train_median_real"]
+    )
     return scores
 
 
 def evaluate(
-    samples: epath.PathLike, dataset: str, data_dir: str = "", output: epath.PathLike | None = None, overwrite: bool = False
+    samples: epath.PathLike,
+    dataset: str,
+    data_dir: str = "",
+    output: epath.PathLike | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Scores an npz file of samples and writes the scores as JSON.
 
     Args:
-      samples: file with `arr_0` (n, H, W, C) uint8 images and `arr_1` (n,) labels, as `sample` writes it.
+      samples: file with `arr_0` (n, H, W, C) uint8 images and `arr_1` (n,) labels, as `sample`
+        writes it.
       dataset: name of the data set that the samples imitate.
       data_dir: where prepared data sets live, see `open_dataset`.
       output: path of the JSON; None: `<name of the samples>.metrics.json` beside them.
       overwrite: whether the scores of other samples may be replaced.
 
     Returns:
-      The scores, see `score_images`, with `samples`: which file they are of, `samples_sha256`: of its images, and, if `sample` has left a
-      record beside it, `request`: what was asked for, and `matmul_precision`: with which they were drawn.
+      The scores, see `score_images`, with `samples`: which file they are of, `samples_sha256`: of
+      its images, and, if `sample` has left a record beside it, `request`: what was asked for, and
+      `matmul_precision`: with which they were drawn.
 
     Raises:
-      UserError: a file that is no npz of samples, an unknown data set, an output that cannot be written or holds other scores.
+      UserError: a file that is no npz of samples, an unknown data set, an output that cannot be
+        written or holds other scores.
     """
     samples = files.resolve(samples, "samples")
-    output = samples.with_name(f"{samples.stem}.metrics.json") if output is None else files.resolve(output, "output")
+    output = (
+        samples.with_name(f"{samples.stem}.metrics.json")
+        if output is None
+        else files.resolve(output, "output")
+    )
     images, labels = read_samples(samples)
     digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
     _refuse_other_scores(output, digest, overwrite)
     train, test = (open_dataset(dataset, split, data_dir) for split in ("train", "test"))
     if images.shape[1:] != train.image_shape:
         raise UserError(
-            f"--samples {samples} has images of {images.shape[1:]}, data set {dataset} of {train.image_shape}: name the data set that "
+            f"--samples {samples} has images of {images.shape[1:]}, data set {dataset} of "
+            f"{train.image_shape}: name the data set that "
             "they imitate"
         )
     if labels.max() >= train.num_classes:
         raise UserError(
-            f"--samples {samples} has the label {labels.max()}, but data set {dataset} has the classes 0-{train.num_classes - 1}: name the "
+            f"--samples {samples} has the label {labels.max()}, but data set {dataset} has the "
+            f"classes 0-{train.num_classes - 1}: name the "
             "data set that they imitate"
         )
-    scores = score_images(images, labels, train, test) | {"samples": str(samples), "samples_sha256": digest, "dataset": dataset}
+    scores = score_images(images, labels, train, test) | {
+        "samples": str(samples),
+        "samples_sha256": digest,
+        "dataset": dataset,
+    }
     record = read_record(samples)
     if record is not None and record.get("arr_0_sha256") == digest:
         scores |= {name: record.get(name) for name in ("request", "matmul_precision")}
@@ -127,7 +165,11 @@ def read_samples(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UserError: says what was found there and what is wanted.
     """
-    wanted = "wanted is an npz file as launch/sample.py writes it, arr_0 (N, H, W, C) uint8 images and arr_1 (N,) labels"
+    wanted = (
+        "wanted is an npz file as launch/sample.py writes it, arr_0 (N, H, W, C) uint8 "
+        "images "
+        "and arr_1 (N,) labels"
+    )
 
     def refuse(found: str, error: Exception | None = None) -> NoReturn:
         raise UserError(f"--samples {path} {found}: {wanted}") from error
@@ -152,8 +194,16 @@ def read_samples(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
 
     # --- Images.
     if images.dtype != np.uint8:
-        span = f" from {images.min():.3g} to {images.max():.3g}" if images.size and images.dtype.kind in "fiub" else ""
-        kind = " (latents of an autoencoder are to be decoded first)" if images.ndim == 4 and images.shape[-1] == 4 else ""
+        span = (
+            f" from {images.min():.3g} to {images.max():.3g}"
+            if images.size and images.dtype.kind in "fiub"
+            else ""
+        )
+        kind = (
+            " (latents of an autoencoder are to be decoded first)"
+            if images.ndim == 4 and images.shape[-1] == 4
+            else ""
+        )
         refuse(f"has arr_0 of {images.dtype}{span}, not of uint8 from 0 to 255{kind}")
     if images.ndim != 4 or 0 in images.shape:
         refuse(f"has arr_0 of shape {images.shape}, which is not (N, H, W, C)")
@@ -181,19 +231,28 @@ def _refuse_other_scores(output: epath.Path, digest: str, overwrite: bool) -> No
     if held.get("samples_sha256") != digest:
         of = held.get("samples")
         what = f"holds the scores of {of}, which had other images" if of else "is of unknown origin"
-        raise UserError(f"{output} is there already and {what}: name another --output, or say --overwrite")
+        raise UserError(
+            f"{output} is there already and {what}: name another --output, or say --overwrite"
+        )
 
 
 def score_table(scores: dict[str, Any]) -> str:
     """The scores of `score_images` as text, generated beside real."""
+    rows = {
+        "classifier accuracy": "classifier_accuracy",
+        "Fréchet distance to held-out images (pixels)": "frechet",
+        "median distance to nearest training image": "nearest_train_median",
+    }
+    lines = [
+        f"{title:44}{scores[name]:10.3f}{scores[f'{name}_real']:10.3f}"
+        for title, name in rows.items()
+    ]
+    count = scores["count_frechet"]
     return "\n".join(
         [
             f"{'':44}{'generated':>10}{'real':>10}",
-            f"{'classifier accuracy':44}{scores['classifier_accuracy']:10.3f}{scores['classifier_accuracy_real']:10.3f}",
-            f"{'Fréchet distance to held-out images (pixels)':44}{scores['frechet']:10.3f}{scores['frechet_real']:10.3f}",
-            f"{'median distance to nearest training image':44}{scores['nearest_train_median']:10.3f}"
-            f"{scores['nearest_train_median_real']:10.3f}",
-            f"({scores['count']} samples; Fréchet distances between {scores['count_frechet']} and {scores['count_frechet']} images, "
+            *lines,
+            f"({scores['count']} samples; Fréchet distances between {count} and {count} images, "
             f"mean of {RESAMPLINGS} resamplings)",
         ]
     )

@@ -1,7 +1,9 @@
-"""Released DiffiT weights (`diffit_256.safetensors`, `diffit_512.safetensors`) in and out of `LatentDiffiT`, number for number.
+"""Released DiffiT weights (`diffit_256.safetensors`, `diffit_512.safetensors`) in and out of
+`LatentDiffiT`, number for number.
 
-Their tensors are named as in the authors' PyTorch modules, one for each layer; ours are stacked over the layers. Every tensor is a
-transpose and a reshape of ours. The transposes are in `_TENSORS`; shapes follow from the module.
+Their tensors are named as in the authors' PyTorch modules, one for each layer; ours are stacked
+over the layers. Every tensor is a transpose and a reshape of ours. The transposes are in
+`_TENSORS`; shapes follow from the module.
 """
 
 import collections
@@ -30,7 +32,8 @@ from diffit_jax.models.latent import LatentDiffiT
 _LINEAR = (1, 0)  # PyTorch's (out, in) → (in, out)
 _SAME = None
 
-# Name in the file, `{}` standing for the layer: (collection and path of ours, axes of theirs in the order of ours).
+# Name in the file, `{}` standing for the layer: (collection and path of ours, axes of theirs in the
+# order of ours).
 _TENSORS = {
     "pos_embed": ("constants/pos_embed", _SAME),
     "x_embedder.proj.weight": ("params/patch_embed/kernel", (2, 3, 1, 0)),
@@ -40,7 +43,10 @@ _TENSORS = {
     "t_embedder.mlp.2.weight": ("params/time/out/kernel", _LINEAR),
     "t_embedder.mlp.2.bias": ("params/time/out/bias", _SAME),
     "y_embedder.embedding_table.weight": ("params/time/label/embedding", _SAME),
-    "blocks.{}.attn.relative_position_bias_table": ("params/blocks/attention/relative_position_bias", _SAME),
+    "blocks.{}.attn.relative_position_bias_table": (
+        "params/blocks/attention/relative_position_bias",
+        _SAME,
+    ),
     "blocks.{}.attn.qkv_temb.weight": ("params/blocks/attention/time_qkv_kernel", _LINEAR),
     "blocks.{}.attn.qkv_temb.bias": ("params/blocks/attention/time_qkv_bias", _SAME),
     "blocks.{}.attn.qkv.weight": ("params/blocks/attention/qkv_kernel", _LINEAR),
@@ -55,7 +61,8 @@ _TENSORS = {
     "final_layer.linear.bias": ("params/final/bias", _SAME),
 }
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
-# What a file says: the sizes, and that it is in the released parametrisation. All other attributes are the config's.
+# What a file says: the sizes, and that it is in the released parametrisation. All other attributes
+# are the config's.
 _SIZES = (
     "input_size",
     "input_channels",
@@ -68,7 +75,9 @@ _SIZES = (
     "learn_sigma",
     "slim_tmsa",
 )
-_TUNING = tuple(name for name in LatentDiffiT.__dataclass_fields__ if name not in (*_SIZES, "parent", "name"))
+_TUNING = tuple(
+    name for name in LatentDiffiT.__dataclass_fields__ if name not in (*_SIZES, "parent", "name")
+)
 _DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
 
 
@@ -101,37 +110,49 @@ def load(
 ) -> tuple[LatentDiffiT, dict[str, Any]]:
     """Reads a released weight file.
 
-    Every size is inferred from the tensors. One array of ours is read at a time, so that host memory stays below the parameters plus two
-    of the stacked arrays. In float32 the network then equals the released one to rounding; on TPUs and GPUs that takes
+    Every size is inferred from the tensors. One array of ours is read at a time, so that host
+    memory stays below the parameters plus two of the stacked arrays. In float32 the network then
+    equals the released one to rounding; on TPUs and GPUs that takes
     `jax.default_matmul_precision("highest")`.
 
     Args:
-      path: a local or mounted safetensors file in float32, float16 or bfloat16, or the index of several; see `weight_files`.
-      input_size: side of the latents that the model shall take; None: that of the file. Another size interpolates the position embedding
-        and the position bias, see `resolution`.
-      sharding: where the arrays go, one for all or a tree like the variables; None: the default device.
+      path: a local or mounted safetensors file in float32, float16 or bfloat16, or the index of
+        several; see `weight_files`.
+      input_size: side of the latents that the model shall take; None: that of the file. Another
+        size interpolates the position embedding and the position bias, see `resolution`.
+      sharding: where the arrays go, one for all or a tree like the variables; None: the default
+        device.
       allow_nonfinite: whether there may be NaNs and infinities.
-      **attributes: further attributes of `LatentDiffiT` that do not change the parameters: `dtype`, `scan_unroll`, `remat`, `attention`.
+      **attributes: further attributes of `LatentDiffiT` that do not change the parameters: `dtype`,
+        `scan_unroll`, `remat`, `attention`.
 
     Returns:
-      The module, in the released parametrisation, and its variables: `params` and `constants`, float32 `jax.Array`s.
+      The module, in the released parametrisation, and its variables: `params` and `constants`,
+      float32 `jax.Array`s.
 
     Raises:
-      UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen tensors, or such that are not finite (each
-        named, at most ten).
+      UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen
+        tensors, or such that are not finite (each named, at most ten).
     """
     if not attributes.keys() <= set(_TUNING):
-        raise TypeError(f"load takes the attributes {', '.join(_TUNING)}, not {', '.join(attributes.keys() - set(_TUNING))}")
+        raise TypeError(
+            f"load takes the attributes {', '.join(_TUNING)}, not "
+            f"{', '.join(attributes.keys() - set(_TUNING))}"
+        )
     path = epath.Path(path)
     with _open(path) as file:
         found = _infer_module(path, file)
         leaves = _leaves(found)
         _check_tensors(path, leaves, file.shapes, file.dtypes)
-        module = found.clone(input_size=found.input_size if input_size is None else input_size, **attributes)
+        module = found.clone(
+            input_size=found.input_size if input_size is None else input_size, **attributes
+        )
         module.check()
 
         flat, bad = {}, []
-        with Progress(f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor", every_s=2) as progress:
+        with Progress(
+            f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor", every_s=2
+        ) as progress:
             for leaf in leaves:
                 array = np.empty(leaf.shape, np.float32)
                 for layer, name in enumerate(leaf.names):
@@ -144,21 +165,27 @@ def load(
                 if module.grid != found.grid:
                     array = _resized(leaf.path, array, found.grid, module.grid)
                 flat[leaf.path] = jax.block_until_ready(
-                    jax.device_put(array, _at(sharding, leaf.path) if isinstance(sharding, Mapping) else sharding)
+                    jax.device_put(
+                        array,
+                        _at(sharding, leaf.path) if isinstance(sharding, Mapping) else sharding,
+                    )
                 )
     if bad and not allow_nonfinite:
         raise UserError(
-            f"weights {path} are not finite: there are NaNs or infinities in {contents.first_few(bad)}; use other weights, or say "
+            f"weights {path} are not finite: there are NaNs or infinities in "
+            f"{contents.first_few(bad)}; use other weights, or say "
             "--allow_nonfinite"
         )
     return module, _nest(flat)
 
 
 def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) -> dict[str, Any]:
-    """A config for the network in a weight file: `config` with the sizes of the file in its section `model`.
+    """A config for the network in a weight file: `config` with the sizes of the file in its section
+    `model`.
 
     Args:
-      config: of a latent experiment. What a file says nothing about (`_TUNING`, and every attribute to come that is no size) stays.
+      config: of a latent experiment. What a file says nothing about (`_TUNING`, and every attribute
+        to come that is no size) stays.
       path: as in `load`; only names and shapes are read.
       **model: attributes that take the place of the file's and the config's.
 
@@ -166,7 +193,10 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
       UserError: as `load`.
     """
     if not isinstance(config.get("model"), Mapping):
-        raise UserError("the config has no section model: use one of a latent experiment, like configs/imagenet256_latent.py")
+        raise UserError(
+            "the config has no section model: use one of a latent experiment, like "
+            "configs/imagenet256_latent.py"
+        )
     module = _read_module(path)
     config = copy.deepcopy(dict(config))
     sizes = {name: getattr(module, name) for name in _SIZES}
@@ -176,38 +206,58 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
 
 
 def read_input_size(path: epath.PathLike) -> int:
-    """Side of the latents of the network in a weight file; only names and shapes are read. Raises as `load`."""
+    """Side of the latents of the network in a weight file; only names and shapes are read. Raises
+    as `load`."""
     return _read_module(path).input_size
 
 
-def save(path: epath.PathLike, module: LatentDiffiT, variables: Mapping[str, Any], index_buffers: bool = False) -> None:
-    """Writes variables as a file that the released code can load: float32, with its names and shapes.
+def save(
+    path: epath.PathLike,
+    module: LatentDiffiT,
+    variables: Mapping[str, Any],
+    index_buffers: bool = False,
+) -> None:
+    """Writes variables as a file that the released code can load: float32, with its names and
+    shapes.
 
     Args:
       path: file to write, local or `gs://`; it appears when it is complete.
       module: the network; a slim one is written with zeros for what it leaves out.
       variables: `params` and `constants` of the network.
-      index_buffers: also write the int64 buffer `relative_position_index` of every block, which the released code derives itself but asks
-        for when it loads strictly.
+      index_buffers: also write the int64 buffer `relative_position_index` of every block, which the
+        released code derives itself but asks for when it loads strictly.
 
     Raises:
-      UserError: an unconditional module, for which the released code has no place, or a file that cannot be written.
+      UserError: an unconditional module, for which the released code has no place, or a file that
+        cannot be written.
     """
     if not module.num_classes:
-        raise UserError("the released code has no unconditional model: weights of a model without classes cannot be written for it")
+        raise UserError(
+            "the released code has no unconditional model: weights of a model without classes "
+            "cannot be written for it"
+        )
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     entries = _entries(module, index_buffers)
     for name, dtype, shape in entries:
         size = {"F32": 4, "I64": 8}[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     # The library's writer wants all tensors in memory at once.
-    with files.writing(path) as file, Progress(f"save {epath.Path(path).name}", len(entries), unit="tensor", every_s=2) as progress:
+    with (
+        files.writing(path) as file,
+        Progress(
+            f"save {epath.Path(path).name}", len(entries), unit="tensor", every_s=2
+        ) as progress,
+    ):
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in range(module.depth if index_buffers else 0):
             file.write(relative_position_index(module.grid).astype(np.int64).tobytes())
@@ -222,9 +272,15 @@ def save(path: epath.PathLike, module: LatentDiffiT, variables: Mapping[str, Any
 def _entries(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor of a file, in the order in which they are written."""
     shape = (module.grid**2, module.grid**2)
-    buffers = [(_INDEX.format(layer), "I64", shape) for layer in range(module.depth)] if index_buffers else []
+    buffers = (
+        [(_INDEX.format(layer), "I64", shape) for layer in range(module.depth)]
+        if index_buffers
+        else []
+    )
     # The buffers come first, where their 8 bytes are aligned.
-    return buffers + [(name, "F32", leaf.official_shape) for leaf in _leaves(module) for name in leaf.names]
+    return buffers + [
+        (name, "F32", leaf.official_shape) for leaf in _leaves(module) for name in leaf.names
+    ]
 
 
 def _open(path: epath.PathLike) -> WeightFiles:
@@ -238,9 +294,14 @@ def _read_module(path: epath.PathLike) -> LatentDiffiT:
 
 
 def _leaves(module: LatentDiffiT) -> list[_Leaf]:
-    """Every array of a module in the released parametrisation, with its tensors' names and shapes."""
+    """Every array of a module in the released parametrisation, with its tensors' names and
+    shapes."""
     shapes = jax.eval_shape(lambda: models.init_variables(module, jax.random.key(0)))
-    width, hidden, patch = module.hidden_size, module.mlp_ratio * module.hidden_size, module.patch_size
+    width, hidden, patch = (
+        module.hidden_size,
+        module.mlp_ratio * module.hidden_size,
+        module.patch_size,
+    )
     official_shapes = {
         "pos_embed": (1, module.grid**2, width),
         "x_embedder.proj.weight": (width, module.input_channels, patch, patch),
@@ -263,28 +324,47 @@ def _leaves(module: LatentDiffiT) -> list[_Leaf]:
 
 
 def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
-    """The module whose tensors these are. Where tensors disagree about a size, the majority decides, so that the others are reported."""
+    """The module whose tensors these are. Where tensors disagree about a size, the majority
+    decides, so that the others are reported."""
     shapes = file.shapes
     depth = _depth(shapes)
     known = set(_names(depth))
     missing = [f"missing {name}" for name in _in_order(known - shapes.keys())]
-    extra = [f"extra {name}" for name in _in_order(shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)})]
+    extra = [
+        f"extra {name}"
+        for name in _in_order(
+            shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)}
+        )
+    ]
     if missing or extra:
         _refuse(path, missing, extra, file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """What most tensors say: (pattern, rank, their shape → the size)."""
-        sizes = [size(shapes[name]) for pattern, rank, size in witnesses for name in _expand(pattern, depth) if len(shapes[name]) == rank]
+        sizes = [
+            size(shapes[name])
+            for pattern, rank, size in witnesses
+            for name in _expand(pattern, depth)
+            if len(shapes[name]) == rank
+        ]
         if not sizes:
             name, rank = witnesses[0][0].format(0), witnesses[0][1]
             _refuse(path, [f"misshapen {name} {shapes[name]}, which must have {rank} axes"])
         return collections.Counter(sizes).most_common(1)[0][0]
 
     axis = operator.itemgetter
-    biases = ("x_embedder.proj.bias", "t_embedder.mlp.2.bias", "blocks.{}.attn.proj.bias", "blocks.{}.mlp.fc2.bias")
+    biases = (
+        "x_embedder.proj.bias",
+        "t_embedder.mlp.2.bias",
+        "blocks.{}.attn.proj.bias",
+        "blocks.{}.mlp.fc2.bias",
+    )
     width = vote(*((name, 1, axis(0)) for name in biases))
     table = "blocks.{}.attn.relative_position_bias_table"
-    grid = vote((table, 2, lambda shape: (math.isqrt(shape[0]) + 1) // 2), ("pos_embed", 3, lambda shape: math.isqrt(shape[1])))
+    grid = vote(
+        (table, 2, lambda shape: (math.isqrt(shape[0]) + 1) // 2),
+        ("pos_embed", 3, lambda shape: math.isqrt(shape[1])),
+    )
     patch = vote(("x_embedder.proj.weight", 4, axis(3)))
     channels = vote(("x_embedder.proj.weight", 4, axis(1)))
     heads = vote((table, 2, axis(1)))
@@ -298,7 +378,11 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         suspects.append("blocks.0.attn.proj.bias")
     if heads < 1 or width % max(heads, 1) or grid < 1:
         suspects.append(table.format(0))
-    if patch < 1 or channels < 1 or outputs not in (patch * patch * channels, 2 * patch * patch * channels):
+    if (
+        patch < 1
+        or channels < 1
+        or outputs not in (patch * patch * channels, 2 * patch * patch * channels)
+    ):
         suspects += ["x_embedder.proj.weight", "final_layer.linear.bias"]
     if hidden < 1 or hidden % max(width, 1):
         suspects.append("blocks.0.mlp.fc1.bias")
@@ -320,13 +404,21 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
 
 
 def _depth(names: Iterable[str]) -> int:
-    """Number of layers: up to the last one that has at least half of its tensors; what lies beyond is extra."""
-    found = collections.Counter(int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name)))
+    """Number of layers: up to the last one that has at least half of its tensors; what lies beyond
+    is extra."""
+    found = collections.Counter(
+        int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))
+    )
     per_layer = sum("{}" in pattern for pattern in _TENSORS)
     return max((layer for layer, count in found.items() if 2 * count >= per_layer), default=0) + 1
 
 
-def _check_tensors(path: epath.Path, leaves: list[_Leaf], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
+def _check_tensors(
+    path: epath.Path,
+    leaves: list[_Leaf],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+) -> None:
     problems = []
     for leaf in leaves:
         for name in leaf.names:
@@ -338,12 +430,17 @@ def _check_tensors(path: epath.Path, leaves: list[_Leaf], shapes: Mapping[str, t
         _refuse(path, problems)
 
 
-def _refuse(path: epath.PathLike, problems: list[str], others: Sequence[str] = (), hint: str = "") -> NoReturn:
+def _refuse(
+    path: epath.PathLike, problems: list[str], others: Sequence[str] = (), hint: str = ""
+) -> NoReturn:
     """Lists at most ten problems; of two kinds, each gets five places at least."""
     listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
     left = len(problems) + len(others) - len(listed)
     shown = "; ".join(listed) + (f"; and {left} more" if left else "")
-    raise UserError(f"weights {path} are not those of a latent DiffiT ({shown}){hint}: name a file of the released layout")
+    raise UserError(
+        f"weights {path} are not those of a latent DiffiT ({shown}){hint}: name a file of the "
+        "released layout"
+    )
 
 
 def _expand(pattern: str, depth: int) -> list[str]:
@@ -356,7 +453,12 @@ def _names(depth: int) -> Iterator[str]:
 
 def _in_order(names: set[str]) -> list[str]:
     """Sorted, numbers by value."""
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(
+        names,
+        key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
+        ],
+    )
 
 
 def _resized(path: str, array: np.ndarray, old: int, new: int) -> np.ndarray:

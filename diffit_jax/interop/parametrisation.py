@@ -1,4 +1,5 @@
-"""Between the two parametrisations of TMSA: the released one, and the slim one without what can never change the output."""
+"""Between the two parametrisations of TMSA: the released one, and the slim one without what can
+never change the output."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,37 +7,47 @@ from typing import Any
 import jax
 import numpy as np
 
-# Name in the released parametrisation → in the slim one. The shares (query, key, value) are on the third axis from the right in all of
-# them, stacked over layers or not.
-_RENAMED = {"time_qkv_kernel": "time_qv_kernel", "time_qkv_bias": "time_qv_bias", "qkv_bias": "qv_bias"}
+# Name in the released parametrisation → in the slim one. The shares (query, key, value) are on the
+# third axis from the right in all of them, stacked over layers or not.
+_RENAMED = {
+    "time_qkv_kernel": "time_qv_kernel",
+    "time_qkv_bias": "time_qv_bias",
+    "qkv_bias": "qv_bias",
+}
 _SHARES_AXIS = -3
 
 
 def to_slim(tree: Any) -> Any:
-    """Drops the key's time projection and both key biases wherever they occur in a pytree: parameters, averages, optimizer moments.
+    """Drops the key's time projection and both key biases wherever they occur in a pytree:
+    parameters, averages, optimizer moments.
 
     Args:
       tree: pytree of host or device arrays in which the parameters of a TMSA are a dict.
 
     Returns:
-      The same tree for a model with `slim_tmsa`, the changed leaves as numpy arrays. Other leaves are the same objects.
+      The same tree for a model with `slim_tmsa`, the changed leaves as numpy arrays. Other leaves
+      are the same objects.
     """
-    drop_key = lambda array: np.delete(np.asarray(array), 1, axis=_SHARES_AXIS)  # noqa: E731
-    return _convert(tree, _RENAMED, drop_key)
+    return _convert(tree, _RENAMED, lambda array: np.delete(array, 1, axis=_SHARES_AXIS))
 
 
 def to_released(tree: Any) -> Any:
-    """The inverse of `to_slim`, with zeros for what was dropped (its gradient is zero, so optimizer moments are exact too)."""
-    add_key = lambda array: np.insert(np.asarray(array), 1, 0, axis=_SHARES_AXIS)  # noqa: E731
-    return _convert(tree, {slim: released for released, slim in _RENAMED.items()}, add_key)
+    """The inverse of `to_slim`, with zeros for what was dropped (its gradient is zero, so optimizer
+    moments are exact too)."""
+    renamed = {slim: released for released, slim in _RENAMED.items()}
+    return _convert(tree, renamed, lambda array: np.insert(array, 1, 0, axis=_SHARES_AXIS))
 
 
 def _convert(tree: Any, renamed: dict[str, str], change: Callable[[Any], np.ndarray]) -> Any:
-    is_attention = lambda node: isinstance(node, dict) and not renamed.keys().isdisjoint(node)  # noqa: E731
+    def is_attention(node: Any) -> bool:
+        return isinstance(node, dict) and not renamed.keys().isdisjoint(node)
 
     def convert(node: Any) -> Any:
         if not is_attention(node):
             return node
-        return {renamed.get(name, name): change(leaf) if name in renamed else leaf for name, leaf in node.items()}
+        return {
+            renamed.get(name, name): change(leaf) if name in renamed else leaf
+            for name, leaf in node.items()
+        }
 
     return jax.tree.map(convert, tree, is_leaf=is_attention)

@@ -1,4 +1,5 @@
-"""Files of weights as people have them: one safetensors file or several, with prefixes before the names; others are named."""
+"""Files of weights as people have them: one safetensors file or several, with prefixes before the
+names; others are named."""
 
 import collections
 import contextlib
@@ -19,14 +20,26 @@ from diffit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 # Numbers that trainers keep beside the weights.
-_BOOKKEEPING = {"step", "steps", "global_step", "epoch", "iteration", "num_updates", "n_averaged", "decay", "ema_decay", "initted"}
+_BOOKKEEPING = {
+    "step",
+    "steps",
+    "global_step",
+    "epoch",
+    "iteration",
+    "num_updates",
+    "n_averaged",
+    "decay",
+    "ema_decay",
+    "initted",
+}
 
 
 class WeightFiles:
     """The tensors of a network in safetensors files, as a context manager.
 
     Attributes:
-      shapes, dtypes: of each tensor by its name, without a prefix; dtypes as safetensors names them ("F32").
+      shapes, dtypes: of each tensor by its name, without a prefix; dtypes as safetensors names them
+        ("F32").
       hint: what else may be wrong if tensors are missing, for the error message; "" if nothing.
     """
 
@@ -34,7 +47,8 @@ class WeightFiles:
         """Opens the files and reads their names.
 
         Args:
-          path: of a safetensors file, or of the index of several (`model.safetensors.index.json`), on a local or mounted disk.
+          path: of a safetensors file, or of the index of several (`model.safetensors.index.json`),
+            on a local or mounted disk.
           known: regular expression of the names that the network's tensors have.
 
         Raises:
@@ -44,7 +58,8 @@ class WeightFiles:
         path = epath.Path(path)
         if not files.is_local(path):
             raise UserError(
-                f"weights {path} must lie on a local or mounted disk, since they are read through a memory map: copy them first"
+                f"weights {path} must lie on a local or mounted disk, since they are read through "
+                "a memory map: copy them first"
             )
         with contextlib.ExitStack() as stack:
             places: dict[str, Any] = {}
@@ -56,11 +71,20 @@ class WeightFiles:
         slices = {name: file.get_slice(full) for name, (file, full) in self._places.items()}
         self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
         self.dtypes = {name: each.get_dtype() for name, each in slices.items()}
-        for name in [name for name in self.shapes if name.rpartition(".")[2] in _BOOKKEEPING and np.prod(self.shapes[name]) <= 1]:
+        for name in [
+            name
+            for name in self.shapes
+            if name.rpartition(".")[2] in _BOOKKEEPING and np.prod(self.shapes[name]) <= 1
+        ]:
             log.info("weights %s hold the trainer's number %s too: left out", path, name)
             del self.shapes[name], self.dtypes[name]
         shard = re.search(r"(.*)-\d+-of-(\d+)\.safetensors$", path.name)
-        self.hint = f" (it is one of {int(shard[2])} files: name their index, {shard[1]}.safetensors.index.json)" if shard else ""
+        self.hint = (
+            f" (it is one of {int(shard[2])} files: name their index, "
+            f"{shard[1]}.safetensors.index.json)"
+            if shard
+            else ""
+        )
 
     def __enter__(self) -> "WeightFiles":
         return self
@@ -82,15 +106,21 @@ def _parts(path: epath.Path) -> list[epath.Path]:
         index = json.loads(path.read_text())
         names = sorted(set(index["weight_map"].values()))
     except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file") from error
+        raise UserError(
+            f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"weights {path} are JSON, but no index of safetensors files: name a safetensors file, or the index of several"
+            f"weights {path} are JSON, but no index of safetensors files: name a safetensors file, "
+            "or the index of several"
         ) from error
     parts = [path.parent / str(name) for name in names]
     missing = [part.name for part in parts if not part.exists()]
     if missing or not parts:
-        raise UserError(f"weights {path} list {len(parts)} files, of which {', '.join(missing[:3]) or 'none'} is not there: fetch it too")
+        raise UserError(
+            f"weights {path} list {len(parts)} files, of which {', '.join(missing[:3]) or 'none'} "
+            "is not there: fetch it too"
+        )
     return parts
 
 
@@ -100,7 +130,9 @@ def _open(path: epath.Path) -> Any:
             start = file.read(512)
         return safe_open(path, framework="numpy")
     except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file") from error
+        raise UserError(
+            f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file"
+        ) from error
     except SafetensorError as error:
         raise UserError(f"weights {path} {_what_it_is(path, start, error)}") from error
 
@@ -109,11 +141,20 @@ def _what_it_is(path: epath.Path, start: bytes, error: Exception) -> str:
     """What a file is that is no safetensors file, and the remedy."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
-        return "are a Git LFS pointer, not the file itself: run git lfs pull there, or download the file from its page"
+        return (
+            "are a Git LFS pointer, not the file itself: run git lfs pull there, or download "
+            "the file from its page"
+        )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "are a web page that was saved under this name: download the file itself (on Hugging Face, the address with /resolve/)"
+        return (
+            "are a web page that was saved under this name: download the file itself (on "
+            "Hugging Face, the address with /resolve/)"
+        )
     if text.startswith((b"{", b"[")):
-        return "are JSON text: name a safetensors file, or an index of several by its name (….safetensors.index.json)"
+        return (
+            "are JSON text: name a safetensors file, or an index of several by its name "
+            "(….safetensors.index.json)"
+        )
     if start.startswith(b"PK\x03\x04"):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -123,10 +164,16 @@ def _what_it_is(path: epath.Path, start: bytes, error: Exception) -> str:
         if names and all(name.endswith(".npy") for name in names):
             return "are an npz file of numpy arrays: convert them to safetensors first"
         if any(name.endswith(".pkl") for name in names):
-            return "are a pickle, which could run code and is never read: convert them to safetensors first"
+            return (
+                "are a pickle, which could run code and is never read: convert them to "
+                "safetensors first"
+            )
         return "are a zip archive: unpack it, and name the safetensors file in it"
     if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return "are a pickle, which could run code and is never read: convert them to safetensors first"
+        return (
+            "are a pickle, which could run code and is never read: convert them to safetensors "
+            "first"
+        )
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "are compressed: unpack them first"
     kinds = {b"\x93NUMPY": "a numpy array", b"\x89HDF": "an HDF5 file", b"GGUF": "a GGUF file"}
@@ -136,11 +183,14 @@ def _what_it_is(path: epath.Path, start: bytes, error: Exception) -> str:
     return f"are truncated or no safetensors file ({error}): fetch them again"
 
 
-def _without_prefix(path: epath.Path, places: Mapping[str, Any], known: str) -> dict[str, tuple[Any, str]]:
+def _without_prefix(
+    path: epath.Path, places: Mapping[str, Any], known: str
+) -> dict[str, tuple[Any, str]]:
     """Name without prefix → (file, name in it).
 
-    Wrappers and compilers put their own names before a network's (`module.`, `_orig_mod.`, `model.diffusion_model.`), and trainers keep an
-    average of it (`ema.`), which is then the one to use.
+    Wrappers and compilers put their own names before a network's (`module.`, `_orig_mod.`,
+    `model.diffusion_model.`), and trainers keep an average of it (`ema.`), which is then the one to
+    use.
     """
     found: collections.Counter[str] = collections.Counter()
     for name in places:
@@ -156,11 +206,16 @@ def _without_prefix(path: epath.Path, places: Mapping[str, Any], known: str) -> 
         whole = [""]
     if len(averages or whole) > 1:
         raise UserError(
-            f"weights {path} hold {len(whole)} networks, with names that begin with {', '.join(sorted(whole))}: save the wanted one alone"
+            f"weights {path} hold {len(whole)} networks, with names that begin with "
+            f"{', '.join(sorted(whole))}: save the wanted one alone"
         )
     (prefix,) = averages or whole
     if prefix:
         others = len(places) - sum(name.startswith(prefix) for name in places)
         left = f"; {others} other tensors are left out" if others else ""
         log.info("names in weights %s begin with %s: it is taken off%s", path, prefix, left)
-    return {name.removeprefix(prefix): (file, name) for name, file in places.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): (file, name)
+        for name, file in places.items()
+        if name.startswith(prefix)
+    }

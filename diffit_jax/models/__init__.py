@@ -17,24 +17,35 @@ def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 variables of a network (use it under `jit` or `eval_shape`).
 
     Returns:
-      `params`: what training changes; `constants`: fixed arrays that belong to the model (`pos_embed`), empty for some models.
+      `params`: what training changes; `constants`: fixed arrays that belong to the model
+        (`pos_embed`), empty for some models.
     """
     x_BHWC = jnp.zeros((1, *model.sample_shape), jnp.float32)
     variables = model.init(key, x_BHWC, jnp.zeros((1,), jnp.float32), {})
     return {"params": variables["params"], "constants": variables.get("constants", {})}
 
 
-def as_network(model: nn.Module, variables: Mapping[str, Any]) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
-    """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion processes know.
+def as_network(
+    model: nn.Module, variables: Mapping[str, Any]
+) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+    """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion
+    processes know.
 
-    Call it inside jit with `variables` (`params` and `constants`) an argument of the jitted function: captured from outside, they would
-    become constants of the program.
+    Call it inside jit with `variables` (`params` and `constants`) an argument of the jitted
+    function: captured from outside, they would become constants of the program.
     """
-    return lambda x_BHWC, noise_level_B, conditioning: model.apply(variables, x_BHWC, noise_level_B, conditioning)
+    return lambda x_BHWC, noise_level_B, conditioning: model.apply(
+        variables, x_BHWC, noise_level_B, conditioning
+    )
 
 
 def attention_in_words(model: nn.Module, platform: str) -> str:
-    """How a network computes attention on a platform ("tpu", "gpu", "cpu"), for people: "xla (why it is not what was asked for)"."""
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)  # as devices and lowering rules name them
-    backend, reason = model.attention_backend(platform) if hasattr(model, "attention_backend") else ("xla", "")
+    """How a network computes attention on a platform ("tpu", "gpu", "cpu"), for people: "xla (why
+    it is not what was asked for)"."""
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(
+        platform, platform
+    )  # as devices and lowering rules name them
+    backend, reason = (
+        model.attention_backend(platform) if hasattr(model, "attention_backend") else ("xla", "")
+    )
     return f"{backend} ({reason})" if reason else backend

@@ -1,18 +1,21 @@
 """Time-dependent multi-head self-attention (TMSA), DiffiT Eq. 3-6, inside non-overlapping windows.
 
-Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of the time token, H heads, D head width.
+Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of the time token, H
+heads, D head width.
 
 Eq. 3-6 as written, for spatial tokens x_s and the time token x_t:
 
     q = x_s W_qs + x_t W_qt,  k = x_s W_ks + x_t W_kt,  v = x_s W_vs + x_t W_vt
     TMSA = softmax(q kᵀ / √D + bias) v
 
-Two exact simplifications are built in (tests/test_attention.py proves both against the equations above):
+Two exact simplifications are built in (tests/test_attention.py proves both against the equations
+above):
 
-  * Whatever is the same for every key (x_t W_kt, and any key bias) adds a constant to each row of logits, which the softmax ignores.
-    It can never change the output, so it is never computed and its gradient is exactly zero.
-  * The weights of a row sum to one, so whatever is the same for every value passes straight through:
-    TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
+  * Whatever is the same for every key (x_t W_kt, and any key bias) adds a constant to each row of
+    logits, which the softmax ignores. It can never change the output, so it is never computed and
+    its gradient is exactly zero.
+  * The weights of a row sum to one, so whatever is the same for every value passes straight
+    through: TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
 """
 
 import functools
@@ -35,7 +38,8 @@ def relative_position_index(window: int) -> np.ndarray:
       window: side w of the square window, L = w² tokens in row-major order.
 
     Returns:
-      (L, L) int32, `[query, key] = (r_q - r_k + w - 1)(2w - 1) + (c_q - c_k + w - 1)`, in [0, (2w - 1)²).
+      (L, L) int32, `[query, key] = (r_q - r_k + w - 1)(2w - 1) + (c_q - c_k + w - 1)`, in [0, (2w -
+      1)²).
     """
     row, column = np.divmod(np.arange(window * window), window)
     row_offset = row[:, None] - row[None, :] + window - 1
@@ -44,14 +48,16 @@ def relative_position_index(window: int) -> np.ndarray:
 
 
 def partition_windows(x_BHWC: jax.Array, window: int) -> jax.Array:
-    """Cuts (B, height, width, C) into non-overlapping windows: (B, N, L, C), windows and tokens both row-major."""
+    """Cuts (B, height, width, C) into non-overlapping windows: (B, N, L, C), windows and tokens
+    both row-major."""
     batch, height, width, channels = x_BHWC.shape
     x = x_BHWC.reshape(batch, height // window, window, width // window, window, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, window * window, channels)
 
 
 def merge_windows(x_BNLC: jax.Array, height: int, width: int) -> jax.Array:
-    """Puts the windows of `partition_windows` back together: (B, N, L, C) → (B, height, width, C)."""
+    """Puts the windows of `partition_windows` back together: (B, N, L, C) → (B, height, width,
+    C)."""
     batch, _, tokens, channels = x_BNLC.shape
     window = int(tokens**0.5)
     x = x_BNLC.reshape(batch, height // window, width // window, window, window, channels)
@@ -59,15 +65,21 @@ def merge_windows(x_BNLC: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _xavier_to_heads(scale: float = 1.0):
-    """Xavier-uniform for kernels (C, shares, heads, head width), with `scale` times its variance."""
-    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3))
+    """Xavier-uniform for kernels (C, shares, heads, head width), with `scale` times its
+    variance."""
+    return nn.initializers.variance_scaling(
+        scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3)
+    )
 
 
-# How attention is computed. "auto" is the kernel on TPUs, where it serves the window and compiles, and XLA elsewhere.
+# How attention is computed. "auto" is the kernel on TPUs, where it serves the window and compiles,
+# and XLA elsewhere.
 BACKENDS = ("auto", "xla", "pallas", "cudnn")
 
 
-def choose_backend(wanted: str, platform: str, window: int, head_width: int, dtype: jnp.dtype) -> tuple[str, str]:
+def choose_backend(
+    wanted: str, platform: str, window: int, head_width: int, dtype: jnp.dtype
+) -> tuple[str, str]:
     """How attention is computed for a platform.
 
     Args:
@@ -78,8 +90,8 @@ def choose_backend(wanted: str, platform: str, window: int, head_width: int, dty
       dtype: of the matrix products.
 
     Returns:
-      ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on other platforms than TPUs only if it is
-      asked for by name, emulated and slow.
+      ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on
+      other platforms than TPUs only if it is asked for by name, emulated and slow.
     """
     if wanted in ("auto", "pallas"):
         if wanted == "auto" and platform != "tpu":
@@ -88,37 +100,56 @@ def choose_backend(wanted: str, platform: str, window: int, head_width: int, dty
         if reason:
             return "xla", f"the kernel does not serve it: {reason}"
         refusal = attention_kernel.refusal() if wanted == "auto" else ""
-        return ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
-    if wanted == "cudnn" and (platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128):
-        return "xla", "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8"
+        return (
+            ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
+        )
+    if wanted == "cudnn" and (
+        platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128
+    ):
+        return (
+            "xla",
+            "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8",
+        )
     return wanted, ""
 
 
-def _softmax_attention(q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, table: jax.Array, window: int, backend: str) -> jax.Array:
+def _softmax_attention(
+    q_BHLD: jax.Array,
+    k_BHLD: jax.Array,
+    v_BHLD: jax.Array,
+    table: jax.Array,
+    window: int,
+    backend: str,
+) -> jax.Array:
     """softmax(q kᵀ + bias) v by the TPU's kernel or cuDNN's. The table's heads come last."""
     if backend == "pallas":
         strips = attention_kernel.bias_strips(table, window)
-        return attention_kernel.attention(q_BHLD, k_BHLD, v_BHLD, strips, interpret=platform() != "tpu")
+        return attention_kernel.attention(
+            q_BHLD, k_BHLD, v_BHLD, strips, interpret=platform() != "tpu"
+        )
     bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q_BHLD.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLD, k_BHLD, v_BHLD))
-    return jax.nn.dot_product_attention(q, k, v, bias_HLL[None], scale=1.0, implementation="cudnn").transpose(0, 2, 1, 3)
+    return jax.nn.dot_product_attention(
+        q, k, v, bias_HLL[None], scale=1.0, implementation="cudnn"
+    ).transpose(0, 2, 1, 3)
 
 
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
-    The parameters are those of the released model, (q, k, v) × heads × head width with a bias for the spatial and the time projection,
-    although the key's share of `time_qkv` and both key biases have no effect (see the top of this file). The slim parametrisation
-    leaves these out, and computes the same functions.
+    The parameters are those of the released model, (q, k, v) × heads × head width with a bias for
+    the spatial and the time projection, although the key's share of `time_qkv` and both key biases
+    have no effect (see the top of this file). The slim parametrisation leaves these out, and
+    computes the same functions.
 
     Attributes:
       num_heads: number of heads; must divide C.
       window: side of the square window, L = window².
       dtype: dtype of the matrix products; parameters, logits and softmax are float32.
-      slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take the place of `time_qkv_kernel`,
-        `time_qkv_bias` and `qkv_bias`.
-      backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept ("intermediates") with XLA only, which is
-        therefore used when they are asked for.
+      slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take
+        the place of `time_qkv_kernel`, `time_qkv_bias` and `qkv_bias`.
+      backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
+        ("intermediates") with XLA only, which is therefore used when they are asked for.
     """
 
     num_heads: int
@@ -132,10 +163,14 @@ class TMSA(nn.Module):
         """Maps tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
         channels, heads = x_BNLC.shape[-1], self.num_heads
         if channels % heads:
-            raise UserError(f"{channels} channels do not divide into {heads} heads: change channels or the head width")
+            raise UserError(
+                f"{channels} channels do not divide into {heads} heads: change channels or the "
+                "head width"
+            )
         head_width = channels // heads
 
-        # Without the key's share, the bounds of a fresh time projection stay those of the released shape.
+        # Without the key's share, the bounds of a fresh time projection stay those of the released
+        # shape.
         letters, shares = ("qv", 2) if self.slim else ("qkv", 3)
         query, value = 0, shares - 1
         time_width = time_BT.shape[-1]
@@ -143,15 +178,29 @@ class TMSA(nn.Module):
         zeros = nn.initializers.zeros_init()
         qkv_kernel = self.param("qkv_kernel", _xavier_to_heads(), (channels, 3, heads, head_width))
         qkv_bias = self.param(f"{letters}_bias", zeros, (shares, heads, head_width))
-        time_kernel = self.param(f"time_{letters}_kernel", _xavier_to_heads(slim_scale), (time_width, shares, heads, head_width))
+        time_kernel = self.param(
+            f"time_{letters}_kernel",
+            _xavier_to_heads(slim_scale),
+            (time_width, shares, heads, head_width),
+        )
         time_bias = self.param(f"time_{letters}_bias", zeros, (shares, heads, head_width))
-        bias_table = self.param("relative_position_bias", nn.initializers.truncated_normal(0.02), ((2 * self.window - 1) ** 2, heads))
+        bias_table = self.param(
+            "relative_position_bias",
+            nn.initializers.truncated_normal(0.02),
+            ((2 * self.window - 1) ** 2, heads),
+        )
 
-        x_BNLC, qkv_kernel = x_BNLC.astype(self.dtype), weight("attention/qkv_kernel", qkv_kernel, self.dtype)
+        x_BNLC, qkv_kernel = (
+            x_BNLC.astype(self.dtype),
+            weight("attention/qkv_kernel", qkv_kernel, self.dtype),
+        )
         time_kernel = weight(f"attention/time_{letters}_kernel", time_kernel, self.dtype)
-        q_BNHLD, k_BNHLD, v_BNHLD = (jnp.einsum("bnlc,chd->bnhld", x_BNLC, qkv_kernel[:, i]) for i in range(3))
+        q_BNHLD, k_BNHLD, v_BNHLD = (
+            jnp.einsum("bnlc,chd->bnhld", x_BNLC, qkv_kernel[:, i]) for i in range(3)
+        )
         q_time_BHD, v_time_BHD = (
-            jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i]) + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
+            jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i])
+            + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
             for i in (query, value)
         )
 
@@ -160,14 +209,22 @@ class TMSA(nn.Module):
         backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
             bias_LLH = bias_table[relative_position_index(self.window)]
-            logits = jnp.einsum("bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32)
+            logits = jnp.einsum(
+                "bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32
+            )
             weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
-            self.sow("intermediates", "attention", weights)  # kept only when the caller asks for "intermediates"
+            self.sow(
+                "intermediates", "attention", weights
+            )  # kept only when the caller asks for "intermediates"
             out_BNHLD = jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
         else:
-            attend = per_shard(functools.partial(_softmax_attention, window=self.window, backend=backend))
+            attend = per_shard(
+                functools.partial(_softmax_attention, window=self.window, backend=backend)
+            )
             windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
-            out_BNHLD = checkpoint_name(attend(*windows, bias_table).reshape(q_BNHLD.shape), "attention")
+            out_BNHLD = checkpoint_name(
+                attend(*windows, bias_table).reshape(q_BNHLD.shape), "attention"
+            )
         out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
 
         out_kernel = self.param(
@@ -176,6 +233,6 @@ class TMSA(nn.Module):
             (heads, head_width, channels),
         )
         out_bias = self.param("out_bias", zeros, (channels,))
-        return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, weight("attention/out_kernel", out_kernel, self.dtype)) + out_bias.astype(
-            self.dtype
-        )
+        return jnp.einsum(
+            "bnhld,hdc->bnlc", out_BNHLD, weight("attention/out_kernel", out_kernel, self.dtype)
+        ) + out_bias.astype(self.dtype)

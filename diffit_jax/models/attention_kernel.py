@@ -1,12 +1,15 @@
 """Attention with DiffiT's relative position bias as a Pallas kernel for TPUs, forward and backward.
 
-The bias of a window of w² tokens depends on the offset between query and key alone: a table of (2w - 1)² numbers for each head stands for
-a matrix of w⁴. At 512 pixels (w = 32) writing that matrix, its gradient and the logits to memory takes longer than all matrix products.
-Here none of them leaves the chip's fast memory: the kernel takes the bias as *strips*, 1/8 of the matrix (see `bias_strips`), and its
-backward pass returns the gradient of the strips, which XLA turns into that of the table.
+The bias of a window of w² tokens depends on the offset between query and key alone: a table of (2w
+- 1)² numbers for each head stands for a matrix of w⁴. At 512 pixels (w = 32) writing that matrix,
+its gradient and the logits to memory takes longer than all matrix products. Here none of them
+leaves the chip's fast memory: the kernel takes the bias as *strips*, 1/8 of the matrix (see
+`bias_strips`), and its backward pass returns the gradient of the strips, which XLA turns into that
+of the table.
 
-Softmax needs whole rows, and they fit: a block of 128 queries sees all L keys at once, so there is nothing online about it. The backward
-pass computes logits and softmax again instead of reading them.
+Softmax needs whole rows, and they fit: a block of 128 queries sees all L keys at once, so there is
+nothing online about it. The backward pass computes logits and softmax again instead of reading
+them.
 
 Shape suffixes: B batch (times windows), H heads, L tokens, D head width, w side of the window.
 """
@@ -19,7 +22,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCK = 128  # queries that are worked on at once: the lanes of a vector register, to which slices of the strips must be aligned
+# Queries that are worked on at once: the lanes of a vector register, to which slices of the strips
+# must be aligned.
+BLOCK = 128
 
 
 def supports(window: int) -> str:
@@ -36,12 +41,14 @@ _tried: dict[str, str] = {}
 
 
 def refusal() -> str:
-    """Why the TPU's compiler does not take the kernel, as far as `try_to_compile` has found out; "" if nothing speaks against it."""
+    """Why the TPU's compiler does not take the kernel, as far as `try_to_compile` has found out; ""
+    if nothing speaks against it."""
     return next((reason for reason in _tried.values() if reason), "")
 
 
 def try_to_compile(device: jax.Device) -> None:
-    """Compiles a small kernel for a TPU, forward and backward, once in a process: jax and the TPU's library may not fit together.
+    """Compiles a small kernel for a TPU, forward and backward, once in a process: jax and the TPU's
+    library may not fit together.
 
     Without this, "auto" would choose a kernel that ends the run.
     """
@@ -51,7 +58,9 @@ def try_to_compile(device: jax.Device) -> None:
     shapes = [small] * 3 + [((2 * window - 1) ** 2, 1)]
 
     def total(q, k, v, table):
-        return jnp.sum(attention(q, k, v, bias_strips(table.astype(jnp.float32), window)), dtype=jnp.float32)
+        return jnp.sum(
+            attention(q, k, v, bias_strips(table.astype(jnp.float32), window)), dtype=jnp.float32
+        )
 
     try:
         there = jax.sharding.SingleDeviceSharding(device)
@@ -63,22 +72,28 @@ def try_to_compile(device: jax.Device) -> None:
 
 
 def bias_strips(table: jax.Array, window: int) -> jax.Array:
-    """The position bias of every block of 128 queries, as one array of which each block takes a slice.
+    """The position bias of every block of 128 queries, as one array of which each block takes a
+    slice.
 
-    A block is 128/w rows of the window; the next block's bias is the same matrix moved by 128 keys, since only offsets matter.
+    A block is 128/w rows of the window; the next block's bias is the same matrix moved by 128 keys,
+    since only offsets matter.
 
     Args:
-      table: ((2w - 1)², H) float32, row (r_q - r_k + w - 1)(2w - 1) + (c_q - c_k + w - 1) for an offset.
+      table: ((2w - 1)², H) float32, row (r_q - r_k + w - 1)(2w - 1) + (c_q - c_k + w - 1) for an
+        offset.
       window: w, a divisor of 128.
 
     Returns:
-      (H, 128, 2 L - 128) float32; the bias of queries 128 i … 128 i + 127 is `[:, :, start : start + L]` with start = L - 128 (i + 1).
+      (H, 128, 2 L - 128) float32; the bias of queries 128 i … 128 i + 127 is `[:, :, start : start
+      + L]` with start = L - 128 (i + 1).
     """
     heads, tokens, rows = table.shape[1], window * window, BLOCK // window
-    # One row of the window sees w keys of a row d above it through a w × w Toeplitz matrix: a product with zeros and ones, which rounds
-    # nothing, and whose transpose adds up the gradient.
+    # One row of the window sees w keys of a row d above it through a w × w Toeplitz matrix: a
+    # product with zeros and ones, which rounds nothing, and whose transpose adds up the gradient.
     table_DXH = table.reshape(2 * window - 1, 2 * window - 1, heads)[::-1]
-    toeplitz_HQDK = jnp.einsum("dxh,xqk->hqdk", table_DXH, _one_hot(window), precision=jax.lax.Precision.HIGHEST)
+    toeplitz_HQDK = jnp.einsum(
+        "dxh,xqk->hqdk", table_DXH, _one_hot(window), precision=jax.lax.Precision.HIGHEST
+    )
     strip = toeplitz_HQDK.reshape(heads, window, (2 * window - 1) * window)
     # The r-th row of a block sees the strip moved by r rows of keys.
     width = 2 * tokens - BLOCK
@@ -95,7 +110,13 @@ def _one_hot(window: int) -> np.ndarray:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, strips: jax.Array, interpret: bool = False) -> jax.Array:
+def attention(
+    q_BHLD: jax.Array,
+    k_BHLD: jax.Array,
+    v_BHLD: jax.Array,
+    strips: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
     """softmax(q kᵀ + bias) v, logits and softmax in float32.
 
     Args:
@@ -112,7 +133,13 @@ def attention(q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, strips: j
     head, strip = _blocks(q_BHLD, strips)
     # Two products of L × L × D.
     options = _options("tmsa_forward", ("parallel", "parallel"), 2, (*arrays, like), interpret)
-    return pl.pallas_call(_forward_kernel, in_specs=[head, head, head, strip], out_specs=head, out_shape=like, **options)(*arrays)
+    return pl.pallas_call(
+        _forward_kernel,
+        in_specs=[head, head, head, strip],
+        out_specs=head,
+        out_shape=like,
+        **options,
+    )(*arrays)
 
 
 def _forward(q_BHLD, k_BHLD, v_BHLD, strips, interpret):
@@ -126,7 +153,9 @@ def _backward(interpret, saved, gradient_BHLD):
     results = [like, like, like, jax.ShapeDtypeStruct(strips.shape, jnp.float32)]
     head, strip = _blocks(q_BHLD, strips)
     # The gradient of a head's strips is added up over the batch, which therefore goes one by one.
-    options = _options("tmsa_backward", ("parallel", "arbitrary"), 5, (*arrays, *results), interpret)
+    options = _options(
+        "tmsa_backward", ("parallel", "arbitrary"), 5, (*arrays, *results), interpret
+    )
     sums = [pltpu.VMEM(q_BHLD.shape[2:], jnp.float32)] * 2
     return pl.pallas_call(
         _backward_kernel,
@@ -144,23 +173,31 @@ attention.defvjp(_forward, lambda *args: tuple(_backward(*args)))
 def _blocks(q_BHLD: jax.Array, strips: jax.Array) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """What a step of the grid works on: one head of a few examples, and the strips of the head."""
     _, _, tokens, width = q_BHLD.shape
-    head = pl.BlockSpec((examples_per_step(len(q_BHLD), tokens), 1, tokens, width), lambda h, b: (b, h, 0, 0))
+    head = pl.BlockSpec(
+        (examples_per_step(len(q_BHLD), tokens), 1, tokens, width), lambda h, b: (b, h, 0, 0)
+    )
     return head, pl.BlockSpec((1, *strips.shape[1:]), lambda h, _: (h, 0, 0))
 
 
 def examples_per_step(batch: int, tokens: int) -> int:
-    """Examples per step of the grid. With 1,024 queries at hand, one block's matrix products fill the gaps of another's softmax."""
+    """Examples per step of the grid. With 1,024 queries at hand, one block's matrix products fill
+    the gaps of another's softmax."""
     most = max(1024 // tokens, 1)
     return max(count for count in range(1, most + 1) if batch % count == 0)
 
 
-def _options(name: str, order: tuple[str, str], products: int, arrays: tuple, interpret: bool) -> dict:
+def _options(
+    name: str, order: tuple[str, str], products: int, arrays: tuple, interpret: bool
+) -> dict:
     batch, heads, tokens, width = arrays[0].shape
     logits = batch * heads * tokens * tokens
     estimate = pl.CostEstimate(
-        flops=2 * products * logits * width, transcendentals=logits, bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays)
+        flops=2 * products * logits * width,
+        transcendentals=logits,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
     )
-    # Beside two copies of each block (one at work, one under way) there are logits of 128 × L, a few times.
+    # Beside two copies of each block (one at work, one under way) there are logits of 128 × L, a
+    # few times.
     compiler_params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=64 * 2**20)
     return dict(
         grid=(heads, batch // examples_per_step(batch, tokens)),
@@ -179,10 +216,24 @@ def _forward_kernel(q_ref, k_ref, v_ref, strips_ref, out_ref):
         for start in range(0, tokens, BLOCK):
             rows = pl.ds(start, BLOCK)
             weights, total = _softmax(_logits(q_ref[example, 0, rows], k, strips_ref, start))
-            out_ref[example, 0, rows] = (_dot(weights.astype(v.dtype), v, 1, 0) / total).astype(out_ref.dtype)
+            out_ref[example, 0, rows] = (_dot(weights.astype(v.dtype), v, 1, 0) / total).astype(
+                out_ref.dtype
+            )
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, strips_ref, gradient_ref, q_out_ref, k_out_ref, v_out_ref, strips_out_ref, k_sum_ref, v_sum_ref):
+def _backward_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    strips_ref,
+    gradient_ref,
+    q_out_ref,
+    k_out_ref,
+    v_out_ref,
+    strips_out_ref,
+    k_sum_ref,
+    v_sum_ref,
+):
     """One head of a few examples; the gradient of the strips is added up over the batch."""
 
     @pl.when(pl.program_id(1) == 0)
@@ -229,4 +280,10 @@ def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """Product over one axis of each, added up in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

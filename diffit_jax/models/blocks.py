@@ -1,6 +1,7 @@
 """The DiffiT transformer block (Eq. 7-8) and its image-space ResBlock (Eq. 9-10).
 
-Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of the time token; H, W height and width of an image.
+Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of the time token; H,
+W height and width of an image.
 """
 
 import flax.linen as nn
@@ -15,16 +16,20 @@ XAVIER = nn.initializers.xavier_uniform()
 
 
 def _computed_once(*arrays: jax.Array):
-    """The arrays, computed once. XLA's CPU compiler would otherwise fuse their computation into each of their consumers, and repeat it."""
-    return jax.lax.platform_dependent(*arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=lambda *xs: xs)
+    """The arrays, computed once. XLA's CPU compiler would otherwise fuse their computation into
+    each of their consumers, and repeat it."""
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=lambda *xs: xs
+    )
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh form, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), of any shape.
 
-    Its own backward pass makes a training step of a small network on a CPU 1.5 times as fast: the tanh is not repeated, see
-    `_computed_once`. On other devices it is what XLA makes of `jax.nn.gelu`.
+    Its own backward pass makes a training step of a small network on a CPU 1.5 times as fast: the
+    tanh is not repeated, see `_computed_once`. On other devices it is what XLA makes of
+    `jax.nn.gelu`.
     """
     return _computed_once(nn.gelu(x))[0]
 
@@ -65,10 +70,19 @@ class DiffiTBlock(nn.Module):
         """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
         channels = x_BNLC.shape[-1]
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
-        attention = TMSA(self.num_heads, self.window, self.dtype, self.slim_tmsa, self.attention, name="attention")
+        attention = TMSA(
+            self.num_heads,
+            self.window,
+            self.dtype,
+            self.slim_tmsa,
+            self.attention,
+            name="attention",
+        )
         x_BNLC = x_BNLC + checkpoint_name(attention(normed, time_BT), "attention_out")
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
-        hidden = checkpoint_name(dense(self.mlp_ratio * channels, self.dtype, "mlp_in")(normed), "mlp_in")
+        hidden = checkpoint_name(
+            dense(self.mlp_ratio * channels, self.dtype, "mlp_in")(normed), "mlp_in"
+        )
         return x_BNLC + dense(channels, self.dtype, "mlp_out")(gelu(hidden))
 
 
@@ -86,32 +100,42 @@ class DiffiTResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, time_BT: jax.Array) -> jax.Array:
-        """Maps (B, H, W, C), H and W multiples of `window`, and the time token (B, T) to (B, H, W, C)."""
+        """Maps (B, H, W, C), H and W multiples of `window`, and the time token (B, T) to (B, H, W,
+        C)."""
         _, height, width, channels = x_BHWC.shape
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
         hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
-        block = DiffiTBlock(self.num_heads, self.window, self.mlp_ratio, self.dtype, name="transformer")
+        block = DiffiTBlock(
+            self.num_heads, self.window, self.mlp_ratio, self.dtype, name="transformer"
+        )
         hidden = block(partition_windows(hidden, self.window), time_BT)
         return x_BHWC + merge_windows(hidden, height, width)
 
 
 def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> nn.LayerNorm:
-    """Layer normalisation over the channels, statistics in float32; `affine` gives it a learned scale and shift."""
+    """Layer normalisation over the channels, statistics in float32; `affine` gives it a learned
+    scale and shift."""
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name)
 
 
 def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
-    """Group normalisation with groups of at least four channels, at most 32 groups (as EDM's networks have)."""
+    """Group normalisation with groups of at least four channels, at most 32 groups (as EDM's
+    networks have)."""
     return nn.GroupNorm(num_groups=min(32, channels // 4), epsilon=1e-6, dtype=dtype, name=name)
 
 
-def conv3x3(channels: int, dtype: jnp.dtype, name: str, stride: int = 1, kernel_init=XAVIER) -> nn.Conv:
+def conv3x3(
+    channels: int, dtype: jnp.dtype, name: str, stride: int = 1, kernel_init=XAVIER
+) -> nn.Conv:
     """3×3 convolution to `channels`, padded by one pixel on each side."""
-    return nn.Conv(channels, (3, 3), stride, padding=1, kernel_init=kernel_init, dtype=dtype, name=name)
+    return nn.Conv(
+        channels, (3, 3), stride, padding=1, kernel_init=kernel_init, dtype=dtype, name=name
+    )
 
 
 class Upsample(nn.Module):
-    """Transposed 2×2 convolution of stride 2, as one matrix product: each pixel becomes a 2×2 square.
+    """Transposed 2×2 convolution of stride 2, as one matrix product: each pixel becomes a 2×2
+    square.
 
     Attributes:
       channels: of the output.
@@ -126,7 +150,9 @@ class Upsample(nn.Module):
         """Maps (B, H, W, C) to (B, 2H, 2W, channels)."""
         batch, height, width, _ = x_BHWC.shape
         squares = dense(4 * self.channels, self.dtype, "project")(x_BHWC)
-        squares = squares.reshape(batch, height, width, 2, 2, self.channels).transpose(0, 1, 3, 2, 4, 5)
+        squares = squares.reshape(batch, height, width, 2, 2, self.channels).transpose(
+            0, 1, 3, 2, 4, 5
+        )
         return squares.reshape(batch, 2 * height, 2 * width, self.channels)
 
 
@@ -134,21 +160,31 @@ class Upsample(nn.Module):
 REMAT_POLICIES = {
     "none": None,  # everything is kept
     # Results of matrix products with weights are kept, and of attention where a kernel computes it.
-    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "attention_out", "mlp_in"),
+    "dots": jax.checkpoint_policies.save_only_these_names(
+        "qkv", "attention", "attention_out", "mlp_in"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input is kept
 }
 
 
-def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks: int, unroll: int, remat: str = "none") -> jax.Array:
+def repeat_block(
+    block: nn.Module,
+    x: jax.Array,
+    time_BT: jax.Array,
+    num_blocks: int,
+    unroll: int,
+    remat: str = "none",
+) -> jax.Array:
     """Runs `num_blocks` copies of a block one after the other, as one scanned layer.
 
     Args:
-      block: module that maps (x, time_BT) to an array like x. Its parameters get a leading axis of `num_blocks`.
+      block: module that maps (x, time_BT) to an array like x. Its parameters get a leading axis of
+        `num_blocks`.
       x: input of the first copy.
       time_BT: (B, T) time token, the same for every copy.
       num_blocks: how many copies.
-      unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks` shows the compiler all of them at once,
-        which is faster for a small network on a CPU.
+      unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks`
+        shows the compiler all of them at once, which is faster for a small network on a CPU.
       remat: a name in `REMAT_POLICIES`.
 
     Returns:
@@ -159,7 +195,8 @@ def repeat_block(block: nn.Module, x: jax.Array, time_BT: jax.Array, num_blocks:
         return laid_out(block(laid_out(x), time_BT))
 
     if remat != "none":
-        # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled they could.
+        # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled
+        # they could.
         run = nn.remat(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
     scan = nn.scan(
         lambda block, x, time_BT: (run(block, x, time_BT), None),

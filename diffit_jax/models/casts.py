@@ -1,4 +1,5 @@
-"""Which parameters a network casts before each use, so that a copy in that dtype is as good as the original."""
+"""Which parameters a network casts before each use, so that a copy in that dtype is as good as the
+original."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ _NOT_ONE_FOR_ONE = ("pallas_call",)
 
 
 def cast_before_use(model: nn.Module, variables: Mapping[str, Any]) -> Any:
-    """Finds the variables of which an evaluation uses nothing but their cast to the model's dtype, in the traced program.
+    """Finds the variables of which an evaluation uses nothing but their cast to the model's dtype,
+    in the traced program.
 
     Args:
       model: the network.
@@ -29,12 +31,17 @@ def cast_before_use(model: nn.Module, variables: Mapping[str, Any]) -> Any:
     label_B = {"label": jax.ShapeDtypeStruct((1,), jnp.int32)} if model.num_classes else {}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     level_B = jax.ShapeDtypeStruct((1,), jnp.float32)
-    evaluate = lambda variables, *inputs: models.as_network(model, variables)(*inputs)  # noqa: E731
+
+    def evaluate(variables: Any, *inputs: Any) -> jax.Array:
+        return models.as_network(model, variables)(*inputs)
+
     with laid_out_nowhere():  # one example, which no devices divide
         jaxpr = jax.make_jaxpr(evaluate)(shapes, x_BHWC, level_B, label_B).jaxpr
     leaves, tree = jax.tree.flatten(shapes)
     dtype = jnp.dtype(model.dtype)
-    flags = [leaf.dtype != dtype and _only_cast(jaxpr, index, dtype) for index, leaf in enumerate(leaves)]
+    flags = [
+        leaf.dtype != dtype and _only_cast(jaxpr, index, dtype) for index, leaf in enumerate(leaves)
+    ]
     return jax.tree.unflatten(tree, flags)
 
 
@@ -48,11 +55,20 @@ def _only_cast(jaxpr: Any, index: int, dtype: jnp.dtype) -> bool:
             if operand is not variable:
                 continue
             used = True
-            if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == dtype:
+            if (
+                equation.primitive.name == "convert_element_type"
+                and equation.params["new_dtype"] == dtype
+            ):
                 continue
-            inner = next((equation.params[name] for name in _INNER if name in equation.params), None)
+            inner = next(
+                (equation.params[name] for name in _INNER if name in equation.params), None
+            )
             inner = getattr(inner, "jaxpr", inner)
-            if inner is None or equation.primitive.name in _NOT_ONE_FOR_ONE or len(inner.invars) != len(equation.invars):
+            if (
+                inner is None
+                or equation.primitive.name in _NOT_ONE_FOR_ONE
+                or len(inner.invars) != len(equation.invars)
+            ):
                 return False
             if not _only_cast(inner, place, dtype):
                 return False

@@ -11,28 +11,42 @@ from diffit_jax import models
 
 
 def traced_multiply_adds(model: nn.Module) -> int:
-    """Multiply-adds of the matrix products and convolutions of one evaluation for one example, counted in the traced program.
+    """Multiply-adds of the matrix products and convolutions of one evaluation for one example,
+    counted in the traced program.
 
-    The same for every way to compute attention: a kernel's are those of the products that it stands for.
+    The same for every way to compute attention: a kernel's are those of the products that it stands
+    for.
     """
     if hasattr(model, "attention"):
         model = model.clone(attention="xla")
     shapes = jax.eval_shape(lambda: models.init_variables(model, jax.random.key(0)))
     x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
-    return count_multiply_adds(jax.make_jaxpr(lambda v, x: models.as_network(model, v)(x, jnp.zeros(1), {}))(shapes, x_BHWC).jaxpr)
+    return count_multiply_adds(
+        jax.make_jaxpr(lambda v, x: models.as_network(model, v)(x, jnp.zeros(1), {}))(
+            shapes, x_BHWC
+        ).jaxpr
+    )
 
 
 def count_multiply_adds(jaxpr: Any) -> int:
-    """Multiply-adds of the matrix products and convolutions of a traced program, in which loops have a fixed length."""
+    """Multiply-adds of the matrix products and convolutions of a traced program, in which loops
+    have a fixed length."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            total += equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += equation.outvars[0].aval.size * math.prod(
+                equation.invars[0].aval.shape[axis] for axis in contracted
+            )
         elif equation.primitive.name == "conv_general_dilated":
-            kernel, layout = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+            kernel, layout = (
+                equation.invars[1].aval.shape,
+                equation.params["dimension_numbers"].rhs_spec,
+            )
             total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1  # a scanned body counts as often as it runs
+        times = (
+            equation.params["length"] if equation.primitive.name == "scan" else 1
+        )  # a scanned body counts as often as it runs
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

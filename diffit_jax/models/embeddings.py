@@ -1,4 +1,5 @@
-"""The time token: a noise level, and a label if there is one, as one vector (DiffiT §3.2); and the fixed embedding of positions.
+"""The time token: a noise level, and a label if there is one, as one vector (DiffiT §3.2); and the
+fixed embedding of positions.
 
 Shape suffixes: B batch, T width of the time token, L tokens, C channels.
 """
@@ -11,16 +12,21 @@ import numpy as np
 from diffit_jax.models.layout import dense
 
 
-def sinusoidal_embedding(noise_level_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoidal ("positional") embedding of a scalar, the better of the two in the paper's Table 8.
+def sinusoidal_embedding(
+    noise_level_B: jax.Array, width: int, max_period: float = 10_000.0
+) -> jax.Array:
+    """Sinusoidal ("positional") embedding of a scalar, the better of the two in the paper's Table
+    8.
 
     Args:
-      noise_level_B: (B,) any real dtype; a timestep or EDM's `c_noise`. It is used as it is, without scaling.
+      noise_level_B: (B,) any real dtype; a timestep or EDM's `c_noise`. It is used as it is,
+        without scaling.
       width: even number of output channels.
       max_period: the slowest frequency is about 1 / max_period.
 
     Returns:
-      (B, width) float32, `[cos(t w_k), sin(t w_k)]` with `w_k = max_period^(-k / (width / 2))` for `k < width / 2`.
+      (B, width) float32, `[cos(t w_k), sin(t w_k)]` with `w_k = max_period^(-k / (width / 2))` for
+      `k < width / 2`.
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -29,15 +35,17 @@ def sinusoidal_embedding(noise_level_B: jax.Array, width: int, max_period: float
 
 
 def position_embedding(grid: int, width: int) -> np.ndarray:
-    """Fixed two-dimensional sine-cosine embedding of the tokens of a square grid, as the released latent model has it.
+    """Fixed two-dimensional sine-cosine embedding of the tokens of a square grid, as the released
+    latent model has it.
 
     Args:
       grid: side of the grid; its L = grid² tokens are in row-major order.
       width: number of channels C, a multiple of 4.
 
     Returns:
-      (L, C) float32, computed in float64. The first half of the channels encodes the column p, the second half the row, each as
-      `[sin(p w_k), cos(p w_k)]` with `w_k = 10000^(-k / (C / 4))` for `k < C / 4`.
+      (L, C) float32, computed in float64. The first half of the channels encodes the column p, the
+      second half the row, each as `[sin(p w_k), cos(p w_k)]` with `w_k = 10000^(-k / (C / 4))` for
+      `k < C / 4`.
     """
     frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
     angles = np.arange(grid)[:, None] * frequencies
@@ -49,8 +57,8 @@ def position_embedding(grid: int, width: int) -> np.ndarray:
 class TimeToken(nn.Module):
     """Noise level (and label) → the token `x_t` that every TMSA layer receives.
 
-    A sinusoidal embedding goes through a two-layer MLP with swish; class-conditional models add a row of a learned label table whose
-    last row, index `num_classes`, stands for "no label".
+    A sinusoidal embedding goes through a two-layer MLP with swish; class-conditional models add a
+    row of a learned label table whose last row, index `num_classes`, stands for "no label".
 
     Attributes:
       width: width T of the token.
@@ -66,7 +74,8 @@ class TimeToken(nn.Module):
 
     @nn.compact
     def __call__(self, noise_level_B: jax.Array, label_B: jax.Array | None = None) -> jax.Array:
-        """Maps (B,) noise levels and (B,) int labels in [0, num_classes] (None: no label) to the (B, T) token."""
+        """Maps (B,) noise levels and (B,) int labels in [0, num_classes] (None: no label) to the
+        (B, T) token."""
         init = nn.initializers.normal(0.02)
         token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
         token_BT = dense(self.width, self.dtype, "in", init)(token_BT)
@@ -74,6 +83,12 @@ class TimeToken(nn.Module):
         if self.num_classes:
             if label_B is None:
                 label_B = jnp.full(noise_level_B.shape, self.num_classes, jnp.int32)
-            table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, dtype=self.dtype, name="label")
+            table = nn.Embed(
+                self.num_classes + 1,
+                self.width,
+                embedding_init=init,
+                dtype=self.dtype,
+                name="label",
+            )
             token_BT = token_BT + table(label_B)
         return token_BT

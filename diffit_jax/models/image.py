@@ -1,7 +1,8 @@
 """ImageDiffiT: the U-shaped network for images (DiffiT §3.2, appendices H.1 and I.1).
 
     Tokenizer (conv) → stage 0 → down → stage 1 → … → stage S-1        encoder
-    Head (GN, swish, conv) ← stage 0 ← up ← … ← stage S-2 ← up ←       decoder, with a skip connection at every resolution
+    Head (GN, swish, conv) ← stage 0 ← up ← … ← stage S-2 ← up ←       decoder, with a skip
+    connection at every resolution
 
 Each stage is a stack of DiffiTResBlocks at one resolution with one number of channels.
 """
@@ -63,56 +64,75 @@ class ImageDiffiT(nn.Module):
     @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the parameters whose leading axis counts layers."""
-        return tuple(f"{path}_{stage}" for path in ("encoder", "decoder") for stage in range(len(self.channels)))
+        return tuple(
+            f"{path}_{stage}"
+            for path in ("encoder", "decoder")
+            for stage in range(len(self.channels))
+        )
 
     def check(self) -> None:
-        """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
+        """Raises `UserError` if the sizes do not fit together; called before anything is allocated
+        or compiled."""
         limits.check(self, "model")
         stages = len(self.channels)
         if len(self.num_blocks) != stages:
             raise UserError(
-                f"channels {tuple(self.channels)} describe {stages} stages but num_blocks {tuple(self.num_blocks)} describe "
+                f"channels {tuple(self.channels)} describe {stages} stages but num_blocks "
+                f"{tuple(self.num_blocks)} describe "
                 f"{len(self.num_blocks)}: give one entry for each stage in both"
             )
         factor = 2 ** (stages - 1)
         if self.image_size % factor:
             raise UserError(
-                f"image_size {self.image_size} is not divisible by {factor}, which {stages} stages need: "
+                f"image_size {self.image_size} is not divisible by {factor}, which {stages} stages "
+                "need: "
                 "change image_size or the number of stages"
             )
         for stage, channels in enumerate(self.channels):
             size = self.image_size >> stage
             if size % min(self.window, size):
                 raise UserError(
-                    f"stage {stage} is {size} pixels wide, which window {self.window} does not divide: "
+                    f"stage {stage} is {size} pixels wide, which window {self.window} does not "
+                    "divide: "
                     f"change window or image_size {self.image_size}"
                 )
             if channels % self.head_width or channels % 4:
                 raise UserError(
-                    f"stage {stage} has {channels} channels, which is not a multiple of head_width {self.head_width} and of 4: "
+                    f"stage {stage} has {channels} channels, which is not a multiple of head_width "
+                    f"{self.head_width} and of 4: "
                     "change channels or head_width"
                 )
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]
+    ) -> jax.Array:
         """One evaluation of the network.
 
         Args:
-          x_BHWC: (B, image_size, image_size, image_channels) noisy images, scaled by the diffusion process.
+          x_BHWC: (B, image_size, image_size, image_channels) noisy images, scaled by the diffusion
+            process.
           noise_level_B: (B,) EDM's `c_noise`, or a timestep.
-          conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as does an absent key.
+          conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
+            does an absent key.
 
         Returns:
           Array like x_BHWC, float32.
         """
         self.check()
         label_B = conditioning.get("label") if self.num_classes else None
-        time_BT = nn.silu(TimeToken(self.time_width, self.num_classes, dtype=self.dtype, name="time")(noise_level_B, label_B))
+        time_BT = nn.silu(
+            TimeToken(self.time_width, self.num_classes, dtype=self.dtype, name="time")(
+                noise_level_B, label_B
+            )
+        )
 
         def run_stage(name: str, x: jax.Array, stage: int) -> jax.Array:
             heads = self.channels[stage] // self.head_width
             window = min(self.window, self.image_size >> stage)
-            block = DiffiTResBlock(heads, window, self.mlp_ratio, self.dtype, name=f"{name}_{stage}")
+            block = DiffiTResBlock(
+                heads, window, self.mlp_ratio, self.dtype, name=f"{name}_{stage}"
+            )
             return repeat_block(block, x, time_BT, self.num_blocks[stage], self.scan_unroll)
 
         x = conv3x3(self.channels[0], self.dtype, name="tokenizer")(x_BHWC.astype(self.dtype))
@@ -127,5 +147,9 @@ class ImageDiffiT(nn.Module):
             x = jnp.concatenate([x, skips[stage]], axis=-1)
             x = dense(self.channels[stage], self.dtype, f"merge_{stage}")(x)
             x = run_stage("decoder", x, stage)
-        x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(jnp.float32)
-        return conv3x3(self.image_channels, jnp.float32, name="head", kernel_init=nn.initializers.zeros_init())(x)
+        x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(
+            jnp.float32
+        )
+        return conv3x3(
+            self.image_channels, jnp.float32, name="head", kernel_init=nn.initializers.zeros_init()
+        )(x)

@@ -1,6 +1,8 @@
-"""LatentDiffiT: the isotropic transformer for the latents of an autoencoder (DiffiT §3.3, appendix H.2), as released.
+"""LatentDiffiT: the isotropic transformer for the latents of an autoencoder (DiffiT §3.3, appendix
+H.2), as released.
 
-Shape suffixes: B batch, L tokens, C channels; H, W height and width of the latent; p is the side of a patch.
+Shape suffixes: B batch, L tokens, C channels; H, W height and width of the latent; p is the side of
+a patch.
 """
 
 from collections.abc import Mapping
@@ -39,7 +41,8 @@ def named_size(name: str) -> dict[str, int]:
 
 
 class LatentDiffiT(nn.Module):
-    """The latent DiffiT, unconditional or class-conditional. `LatentDiffiT(32, **named_size("XL/2"))` is the one of ImageNet-256.
+    """The latent DiffiT, unconditional or class-conditional. `LatentDiffiT(32,
+    **named_size("XL/2"))` is the one of ImageNet-256.
 
     Attributes:
       input_size: side of the square latent: 32 for images of 256 pixels, 64 for 512.
@@ -47,15 +50,18 @@ class LatentDiffiT(nn.Module):
       patch_size: side p of the square patch that becomes a token.
       hidden_size: channels C of a token, and width of the time token.
       depth: number of blocks.
-      num_heads: attention heads; 9 of width 128 fill a TPU's lanes better than the released 16 of width 72, at the same parameter count.
+      num_heads: attention heads; 9 of width 128 fill a TPU's lanes better than the released 16 of
+        width 72, at the same parameter count.
       mlp_ratio: width of the blocks' MLP in multiples of C.
       num_classes: number of labels; 0 makes the model unconditional.
-      learn_sigma: whether the output has twice the channels of the input: epsilon and the variance's interpolation.
+      learn_sigma: whether the output has twice the channels of the input: epsilon and the
+        variance's interpolation.
       slim_tmsa: leave out the parameters that can never change the output, see `TMSA`.
       scan_unroll: blocks per iteration of the scan, see `repeat_block`.
       remat: what the backward pass keeps, a name in `REMAT_POLICIES`.
       attention: how attention is computed, a name in `attention.BACKENDS`.
-      dtype: dtype of the matrix products of the blocks; parameters, softmax, normalisation and the last layer are float32.
+      dtype: dtype of the matrix products of the blocks; parameters, softmax, normalisation and the
+        last layer are float32.
     """
 
     input_size: Side = 32
@@ -94,28 +100,40 @@ class LatentDiffiT(nn.Module):
         return self.input_size // self.patch_size
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
-        """How attention is computed on a platform, and why not as asked for: `attention.choose_backend`."""
-        return choose_backend(self.attention, platform, self.grid, self.hidden_size // self.num_heads, self.dtype)
+        """How attention is computed on a platform, and why not as asked for:
+        `attention.choose_backend`."""
+        return choose_backend(
+            self.attention, platform, self.grid, self.hidden_size // self.num_heads, self.dtype
+        )
 
     def check(self) -> None:
-        """Raises `UserError` if the sizes do not fit together; called before anything is allocated or compiled."""
+        """Raises `UserError` if the sizes do not fit together; called before anything is allocated
+        or compiled."""
         limits.check(self, "model")
         if self.input_size % self.patch_size:
-            raise UserError(f"input_size {self.input_size} is not divisible by patch_size {self.patch_size}: change either")
+            raise UserError(
+                f"input_size {self.input_size} is not divisible by patch_size {self.patch_size}: "
+                "change either"
+            )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UserError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} and of 4: change hidden_size or num_heads"
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} "
+                "and of 4: change hidden_size or num_heads"
             )
 
     def multiply_adds(self) -> dict[str, int]:
-        """Multiply-adds of the matrix products of one evaluation for one latent, by part (the paper's Table 9 counts these).
+        """Multiply-adds of the matrix products of one evaluation for one latent, by part (the
+        paper's Table 9 counts these).
 
-        The equations are counted as written: the released parametrisation includes the key's time projection, which is never computed.
+        The equations are counted as written: the released parametrisation includes the key's time
+        projection, which is never computed.
         """
         tokens, width, depth = self.grid**2, self.hidden_size, self.depth
         patch = self.patch_size**2
         return {
-            "embeddings": tokens * patch * self.input_channels * width + 256 * width + width * width,
+            "embeddings": tokens * patch * self.input_channels * width
+            + 256 * width
+            + width * width,
             "qkv": depth * tokens * 3 * width * width,
             "time_qkv": depth * (2 if self.slim_tmsa else 3) * width * width,
             "attention": depth * 2 * tokens * tokens * width,
@@ -125,13 +143,17 @@ class LatentDiffiT(nn.Module):
         }
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]
+    ) -> jax.Array:
         """One evaluation of the network.
 
         Args:
           x_BHWC: (B, input_size, input_size, input_channels) noisy latents.
-          noise_level_B: (B,) the timestep 0…999 of the original schedule (or EDM's `c_noise`), used as it is.
-          conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as does an absent key.
+          noise_level_B: (B,) the timestep 0…999 of the original schedule (or EDM's `c_noise`), used
+            as it is.
+          conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
+            does an absent key.
 
         Returns:
           (B, input_size, input_size, output_channels) float32.
@@ -139,21 +161,42 @@ class LatentDiffiT(nn.Module):
         self.check()
         batch, grid, patch = len(x_BHWC), self.grid, self.patch_size
         label_B = conditioning.get("label") if self.num_classes else None
-        time_BT = TimeToken(self.hidden_size, self.num_classes, dtype=self.dtype, name="time")(noise_level_B, label_B)
+        time_BT = TimeToken(self.hidden_size, self.num_classes, dtype=self.dtype, name="time")(
+            noise_level_B, label_B
+        )
 
         # Tokens are in row-major order, and so are the pixels of a patch, channels last.
-        x = x_BHWC.reshape(batch, grid, patch, grid, patch, -1).transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, -1)
+        x = (
+            x_BHWC.reshape(batch, grid, patch, grid, patch, -1)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(batch, grid * grid, -1)
+        )
         x_BLC = dense(self.hidden_size, self.dtype, "patch_embed")(x)
-        position_LC = self.variable("constants", "pos_embed", lambda: jnp.asarray(position_embedding(grid, self.hidden_size)))
+        position_LC = self.variable(
+            "constants",
+            "pos_embed",
+            lambda: jnp.asarray(position_embedding(grid, self.hidden_size)),
+        )
         x_BLC = x_BLC + position_LC.value.astype(self.dtype)
 
         block = DiffiTBlock(
-            self.num_heads, grid, self.mlp_ratio, self.dtype, self.slim_tmsa, affine_norm=False, attention=self.attention, name="blocks"
+            self.num_heads,
+            grid,
+            self.mlp_ratio,
+            self.dtype,
+            self.slim_tmsa,
+            affine_norm=False,
+            attention=self.attention,
+            name="blocks",
         )
         # The whole grid is one window.
-        x_BLC = repeat_block(block, x_BLC[:, None], time_BT, self.depth, self.scan_unroll, self.remat)[:, 0]
+        x_BLC = repeat_block(
+            block, x_BLC[:, None], time_BT, self.depth, self.scan_unroll, self.remat
+        )[:, 0]
 
         x_BLC = nn.silu(layer_norm(jnp.float32, affine=False, name="final_norm")(x_BLC))
-        last = dense(patch * patch * self.output_channels, jnp.float32, "final", nn.initializers.zeros_init())
+        last = dense(
+            patch * patch * self.output_channels, jnp.float32, "final", nn.initializers.zeros_init()
+        )
         x = last(x_BLC).reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(batch, self.input_size, self.input_size, self.output_channels)

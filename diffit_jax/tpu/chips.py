@@ -1,8 +1,9 @@
 """What is known about TPU chips: the one table for utilisation and preflight.
 
-Peak, bandwidth and links are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (Cloud TPU documentation, system
-architecture); links are all of a chip's together, in one direction. `memory` is what the compiler says a program may use. Clocks are those
-at which the compiler's cycles and the peak agree: peak = clock × 2 × 128² × matrix units × cores.
+Peak, bandwidth and links are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+(Cloud TPU documentation, system architecture); links are all of a chip's together, in one
+direction. `memory` is what the compiler says a program may use. Clocks are those at which the
+compiler's cycles and the peak agree: peak = clock × 2 × 128² × matrix units × cores.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ class Chip:
       cores: tensor cores.
       devices: into how many devices the compiler divides a chip. With 1, its cores share a program.
       example: a small topology that the compiler knows.
-      calibrated: whether its estimates come near the peak for large matrix products, as they do on the real chip (`calibrate`).
+      calibrated: whether its estimates come near the peak for large matrix products, as they do on
+        the real chip (`calibrate`).
     """
 
     device_kind: str
@@ -40,7 +42,10 @@ class Chip:
 
     def device(self) -> "Chip":
         """The share of the chip that the compiler calls a device."""
-        share = {name: getattr(self, name) / self.devices for name in ("peak_flops", "memory", "memory_bandwidth", "link_bandwidth")}
+        share = {
+            name: getattr(self, name) / self.devices
+            for name in ("peak_flops", "memory", "memory_bandwidth", "link_bandwidth")
+        }
         return dataclasses.replace(self, cores=self.cores // self.devices, devices=1, **share)
 
 
@@ -68,4 +73,7 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[name]
 
 
-KNOWN_TOPOLOGIES = "v4:2x2x1 … v4:8x8x16, v5e:2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16, v5p:2x2x1 … v5p:8x8x16, v6e like v5e"
+KNOWN_TOPOLOGIES = (
+    "v4:2x2x1 … v4:8x8x16, v5e:2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16, v5p:2x2x1 … "
+    "v5p:8x8x16, v6e like v5e"
+)

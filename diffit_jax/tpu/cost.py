@@ -1,11 +1,14 @@
 """What a compiled TPU program costs, by the compiler's own estimate.
 
-The compiler notes `estimated_cycles` on most scheduled operations. A step's estimate walks the entry computation and multiplies the
-body of a loop by its trip count, weighs the branches of a conditional, and adds up. What has no estimate is never silently free:
+The compiler notes `estimated_cycles` on most scheduled operations. A step's estimate walks the
+entry computation and multiplies the body of a loop by its trip count, weighs the branches of a
+conditional, and adds up. What has no estimate is never silently free:
 
-* collectives: bytes over the bandwidth of a chip's links, a lower bound, kept apart because compute can hide it;
+* collectives: bytes over the bandwidth of a chip's links, a lower bound, kept apart because compute
+can hide it;
 * copies and fusions without an estimate: bytes over the bandwidth of the memory (HBM);
-* custom kernels: the cycles of their static schedule, given by whoever knows them; a kernel that nobody knows is listed as unpriced.
+* custom kernels: the cycles of their static schedule, given by whoever knows them; a kernel that
+nobody knows is listed as unpriced.
 """
 
 import collections
@@ -25,7 +28,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-broadcast",
 )
-# Operations that move nothing: names for parts of buffers, constants, and the ends of what was counted at its start.
+# Operations that move nothing: names for parts of buffers, constants, and the ends of what was
+# counted at its start.
 _FREE = frozenset(
     [
         "parameter",
@@ -45,7 +49,15 @@ _ASYNC_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-up
 _KERNEL = "tpu_custom_call"
 # What the compiler says to itself in the form of calls.
 _MARKERS = frozenset(
-    ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "ZeroCrop", "Sharding")
+    (
+        "AllocateBuffer",
+        "AssumeGatherIndicesInBound",
+        "AsyncCollectiveDone",
+        "AsyncCollectiveStart",
+        "ConcatBitcast",
+        "ZeroCrop",
+        "Sharding",
+    )
 )
 
 
@@ -74,7 +86,8 @@ class Operation:
       source: file:line.
       cycles: of all runs together.
       times: how often it runs.
-      estimated: whether the compiler estimated it; otherwise it is priced by its bytes, or by a kernel's schedule.
+      estimated: whether the compiler estimated it; otherwise it is priced by its bytes, or by a
+        kernel's schedule.
     """
 
     name: str
@@ -93,9 +106,11 @@ class Cost:
     Attributes:
       operations: everything that was priced.
       collectives: kind → [how often, bytes that leave or enter the chip].
-      async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside other operations.
+      async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside
+        other operations.
       unpriced: name of a custom kernel or call without a known price → how often it runs.
-      even_conditionals: conditionals of which it was not said how often each branch is taken; all branches count alike.
+      even_conditionals: conditionals of which it was not said how often each branch is taken; all
+        branches count alike.
       unknown_loops: loops whose trip count could not be found; they count once.
     """
 
@@ -126,7 +141,11 @@ class Cost:
         for operation in self.operations:
             groups[operation.source, operation.where, operation.opcode].append(operation)
         merged = [
-            dataclasses.replace(max(group, key=lambda o: o.cycles), cycles=sum(o.cycles for o in group), times=sum(o.times for o in group))
+            dataclasses.replace(
+                max(group, key=lambda o: o.cycles),
+                cycles=sum(o.cycles for o in group),
+                times=sum(o.times for o in group),
+            )
             for group in groups.values()
         ]
         return sorted(merged, key=lambda operation: -operation.cycles)[:count]
@@ -142,10 +161,11 @@ def cost(
 
     Args:
       program: from `parse`.
-      bytes_per_cycle: bandwidth of the chip's memory, for operations that the compiler did not estimate.
+      bytes_per_cycle: bandwidth of the chip's memory, for operations that the compiler did not
+        estimate.
       kernels: a custom kernel → cycles of one call, None if they are not known.
-      frequencies: name of a conditional, or a pattern found in its metadata → how often each of its branches is taken, as shares. Others:
-        all branches alike.
+      frequencies: name of a conditional, or a pattern found in its metadata → how often each of its
+        branches is taken, as shares. Others: all branches alike.
     """
     return _Walk(program, bytes_per_cycle, kernels, frequencies or {}).run()
 
@@ -155,14 +175,23 @@ def kernels(program: Program) -> set[Kernel]:
     found = set()
     for instructions in program.computations.values():
         by_name = {instruction.name: instruction for instruction in instructions}
-        found |= {kernel_of(i, by_name) for i in instructions if f'custom_call_target="{_KERNEL}"' in i.attributes}
+        found |= {
+            kernel_of(i, by_name)
+            for i in instructions
+            if f'custom_call_target="{_KERNEL}"' in i.attributes
+        }
     return found
 
 
 def kernel_of(instruction: Instruction, by_name: Mapping[str, Instruction]) -> Kernel:
     """The kernel that an instruction calls."""
     named = re.search(r'op_name="(?:[^"]*[/(])?([\w.\-]+)\)*/pallas_call', instruction.attributes)
-    operands = tuple(part for name in instruction.operands if name in by_name for part in parts(by_name[name].result))
+    operands = tuple(
+        part
+        for name in instruction.operands
+        if name in by_name
+        for part in parts(by_name[name].result)
+    )
     size = instruction.bytes + sum(type_bytes(part) for part in operands)
     return Kernel(named[1] if named else instruction.name, operands, size)
 
@@ -175,13 +204,22 @@ def group_size(attributes: str) -> int | None:
         return int(found[1])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]) if name in sizes)
+        return math.prod(
+            int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]) if name in sizes
+        )
     return None
 
 
 class _Walk:
-    def __init__(self, program: Program, bytes_per_cycle: float, kernels: Callable, frequencies: Mapping):
-        self._program, self._bytes_per_cycle, self._kernels, self._frequencies = program, bytes_per_cycle, kernels, frequencies
+    def __init__(
+        self, program: Program, bytes_per_cycle: float, kernels: Callable, frequencies: Mapping
+    ):
+        self._program, self._bytes_per_cycle, self._kernels, self._frequencies = (
+            program,
+            bytes_per_cycle,
+            kernels,
+            frequencies,
+        )
         self._cost = Cost()
 
     def run(self) -> Cost:
@@ -191,11 +229,15 @@ class _Walk:
     def _computation(self, name: str, times: float) -> None:
         instructions = self._program.computations[name]
         by_name = {instruction.name: instruction for instruction in instructions}
-        chains: set[str] = set()  # collectives spread over several fusions of this computation; each counts once
+        chains: set[str] = (
+            set()
+        )  # collectives spread over several fusions of this computation; each counts once
         for instruction in instructions:
             self._instruction(instruction, times, by_name, chains)
 
-    def _instruction(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+    def _instruction(
+        self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]
+    ) -> None:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return
@@ -206,7 +248,9 @@ class _Walk:
             for called in instruction.called("condition", "body"):
                 self._computation(called, times * (trips or 1))
         elif opcode == "conditional":
-            branches = instruction.called("branch_computations", "true_computation", "false_computation")
+            branches = instruction.called(
+                "branch_computations", "true_computation", "false_computation"
+            )
             shares = self._shares(instruction, len(branches))
             if shares is None:
                 self._cost.even_conditionals.append(instruction.name)
@@ -220,15 +264,23 @@ class _Walk:
             self._collective(instruction, times, by_name, chains)
         elif opcode in _ASYNC_COPIES:
             self._cost.async_copies[0] += times
-            self._cost.async_copies[1] += times * max((type_bytes(part) for part in parts(instruction.result)), default=0)
+            self._cost.async_copies[1] += times * max(
+                (type_bytes(part) for part in parts(instruction.result)), default=0
+            )
         elif opcode == "custom-call":
             self._custom_call(instruction, times, by_name)
         else:
             self._plain(instruction, times, by_name, chains)
 
-    def _plain(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+    def _plain(
+        self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]
+    ) -> None:
         """A fusion, copy or single operation: the compiler's estimate, or its bytes."""
-        inner = [i for name in instruction.called("calls") for i in self._program.computations.get(name, ())]
+        inner = [
+            i
+            for name in instruction.called("calls")
+            for i in self._program.computations.get(name, ())
+        ]
         for collective in (i for i in inner if i.opcode.removesuffix("-start") in COLLECTIVES):
             self._collective(collective, times, by_name, chains)
         cycles = instruction.estimated_cycles
@@ -238,7 +290,9 @@ class _Walk:
         if not estimated:
             # A fusion of fusions may have estimates inside.
             inside = [i.estimated_cycles for i in inner if i.estimated_cycles is not None]
-            moved = instruction.bytes + sum(by_name[name].bytes for name in instruction.operands if name in by_name)
+            moved = instruction.bytes + sum(
+                by_name[name].bytes for name in instruction.operands if name in by_name
+            )
             cycles = sum(inside) if inside else moved / self._bytes_per_cycle
             estimated = bool(inside)
         self._add(instruction, cycles, times, estimated)
@@ -259,20 +313,26 @@ class _Walk:
         else:
             self._add(instruction, cycles, times, False)
 
-    def _collective(self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]) -> None:
+    def _collective(
+        self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]
+    ) -> None:
         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
         if channel and channel[1] in chains:
             return
         chains.add(channel[1] if channel else instruction.name)
         kind = instruction.opcode.removesuffix("-start")
         sizes = [type_bytes(part) for part in parts(instruction.result)] or [0]
-        # An asynchronous one shows its operand beside its result. The larger side counts: the whole that is gathered, or was scattered.
+        # An asynchronous one shows its operand beside its result. The larger side counts: the whole
+        # that is gathered, or was scattered.
         result = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
-        size = max(result, sum(by_name[name].bytes for name in instruction.operands if name in by_name))
+        size = max(
+            result, sum(by_name[name].bytes for name in instruction.operands if name in by_name)
+        )
         members = group_size(instruction.attributes)
         entry = self._cost.collectives.setdefault(kind, [0.0, 0.0])
         entry[0] += times
-        # Each of n members has an n-th already. A ring sends the rest once for a gather or a scatter, twice for a sum that all get.
+        # Each of n members has an n-th already. A ring sends the rest once for a gather or a
+        # scatter, twice for a sum that all get.
         share = 1.0 if kind == "collective-permute" or members is None else (members - 1) / members
         entry[1] += times * size * share * (2 if kind == "all-reduce" else 1)
 
@@ -282,7 +342,17 @@ class _Walk:
         found = re.search(r'op_name="([^"]*)"', instruction.attributes)
         where = found[1] if found else ""
         source = self._program.source(instruction)
-        self._cost.operations.append(Operation(instruction.name, instruction.opcode, where, source, cycles * times, times, estimated))
+        self._cost.operations.append(
+            Operation(
+                instruction.name,
+                instruction.opcode,
+                where,
+                source,
+                cycles * times,
+                times,
+                estimated,
+            )
+        )
 
     def _trip_count(self, loop: Instruction) -> int | None:
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
@@ -293,7 +363,8 @@ class _Walk:
         constants = {
             int(value[1])
             for instruction in self._reach(condition)
-            if instruction.opcode == "constant" and (value := re.match(r"constant\((\d+)\)", instruction.attributes))
+            if instruction.opcode == "constant"
+            and (value := re.match(r"constant\((\d+)\)", instruction.attributes))
         }
         return constants.pop() if len(constants) == 1 else None
 
@@ -305,6 +376,8 @@ class _Walk:
 
     def _shares(self, conditional: Instruction, count: int) -> Sequence[float] | None:
         for pattern, shares in self._frequencies.items():
-            if len(shares) == count and re.search(pattern, f"{conditional.name} {conditional.attributes}"):
+            if len(shares) == count and re.search(
+                pattern, f"{conditional.name} {conditional.attributes}"
+            ):
                 return shares
         return None

@@ -1,4 +1,5 @@
-"""Reads the text of a compiled TPU program (`compiled.as_text()`): computations, and what each instruction says about itself."""
+"""Reads the text of a compiled TPU program (`compiled.as_text()`): computations, and what each
+instruction says about itself."""
 
 import collections
 import dataclasses
@@ -7,7 +8,21 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +54,8 @@ class Instruction:
         return int(found[1]) if found else None
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations given by attributes like `calls=` or `branch_computations={…}`."""
+        """Names of the computations given by attributes like `calls=` or
+        `branch_computations={…}`."""
         names = []
         for key in keys:
             found = re.search(key + r"=(\{[^}]*\}|%?[\w.\-]+)", self.attributes)
@@ -49,7 +65,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A parsed program: computations by name, each a list of instructions in the order of their schedule.
+    """A parsed program: computations by name, each a list of instructions in the order of their
+    schedule.
 
     Attributes:
       entry: name of the computation where it starts.
@@ -62,10 +79,17 @@ class Program:
     sources: Mapping[int, str]
 
     def source(self, instruction: Instruction) -> str:
-        """Where in the source an instruction comes from, and in which part of the network; "" if unknown."""
+        """Where in the source an instruction comes from, and in which part of the network; "" if
+        unknown."""
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         inline = re.search(r'source_file="([^"]+)"(?: source_line=(\d+))?', instruction.attributes)
-        return self.sources.get(int(frame[1]), "") if frame else f"{inline[1]}:{inline[2] or '?'}" if inline else ""
+        return (
+            self.sources.get(int(frame[1]), "")
+            if frame
+            else f"{inline[1]}:{inline[2] or '?'}"
+            if inline
+            else ""
+        )
 
 
 def type_bytes(text: str) -> int:
@@ -75,7 +99,9 @@ def type_bytes(text: str) -> int:
     """
     total = 0
     for dtype, shape in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", text):
-        total += _BYTES.get(dtype, 1 if dtype.startswith("f8") else 0) * math.prod(int(size) for size in shape.split(",") if size)
+        total += _BYTES.get(dtype, 1 if dtype.startswith("f8") else 0) * math.prod(
+            int(size) for size in shape.split(",") if size
+        )
     return total
 
 
@@ -112,7 +138,9 @@ def _instruction(line: str) -> Instruction:
     attributes = rest.lstrip(", ")
     if opcode == "constant":
         attributes = f"constant({operands}) {attributes}"
-    return Instruction(name, opcode.strip(), result, tuple(re.findall(r"%([\w.\-]+)", operands)), attributes)
+    return Instruction(
+        name, opcode.strip(), result, tuple(re.findall(r"%([\w.\-]+)", operands)), attributes
+    )
 
 
 def _leading_type(text: str) -> tuple[str, str]:

@@ -9,10 +9,12 @@ from diffit_jax.experiment import EMA
 
 
 def ema_rate(settings: EMA, update: jax.Array, batch_size: int) -> jax.Array:
-    """1 - beta of an update by its number (from 0): float32 scalar in (0, 1], exactly 1 in the first update.
+    """1 - beta of an update by its number (from 0): float32 scalar in (0, 1], exactly 1 in the
+    first update.
 
-    beta = 0.5^(1 / h) with the half-life in updates h = min(halflife_images / batch_size, update · rampup_ratio). Updates are counted, not
-    images, which would leave the range of int32 and float32; `expm1` keeps 1 - beta exact where beta is nearly 1.
+    beta = 0.5^(1 / h) with the half-life in updates h = min(halflife_images / batch_size, update ·
+    rampup_ratio). Updates are counted, not images, which would leave the range of int32 and
+    float32; `expm1` keeps 1 - beta exact where beta is nearly 1.
     """
     halflife = jnp.minimum(settings.halflife_images / batch_size, update * settings.rampup_ratio)
     return -jnp.expm1(-jnp.log(2.0) / jnp.maximum(halflife, 1e-8))

@@ -14,24 +14,35 @@ from diffit_jax.experiment import Optimizer
 def learning_rate(settings: Optimizer, update: jax.Array | int) -> jax.Array:
     """Learning rate of an update, by its number from 0.
 
-    learning_rate · min(update / warmup_steps, 1), so 0 in the first, as in EDM; with the schedule "cosine" times
-    (1 + cos(π share)) / 2, where share is how much of the way from `warmup_steps` to `decay_steps` is done.
+    learning_rate · min(update / warmup_steps, 1), so 0 in the first, as in EDM; with the schedule
+    "cosine" times (1 + cos(π share)) / 2, where share is how much of the way from `warmup_steps` to
+    `decay_steps` is done.
     """
-    rate = settings.learning_rate * jnp.minimum(update / settings.warmup_steps if settings.warmup_steps else 1.0, 1.0)
+    rate = settings.learning_rate * jnp.minimum(
+        update / settings.warmup_steps if settings.warmup_steps else 1.0, 1.0
+    )
     if settings.schedule == "cosine":
         share = (update - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps)
         rate = rate * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0.0, 1.0))) / 2
     return rate
 
 
-def make_optimizer(settings: Optimizer, stacked: Sequence[str] = ()) -> optax.GradientTransformation:
-    """Adam, AdamW or LAMB as an optax transformation; its state is two arrays like each parameter and the number of updates.
+def make_optimizer(
+    settings: Optimizer, stacked: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """Adam, AdamW or LAMB as an optax transformation; its state is two arrays like each parameter
+    and the number of updates.
 
     Args:
       settings: section `optimizer`.
-      stacked: names of the parameters (at the top of the tree) whose leading axis counts layers. LAMB measures each layer by itself.
+      stacked: names of the parameters (at the top of the tree) whose leading axis counts layers.
+        LAMB measures each layer by itself.
     """
-    chain = [optax.clip_by_global_norm(settings.max_gradient_norm)] if settings.max_gradient_norm else []
+    chain = (
+        [optax.clip_by_global_norm(settings.max_gradient_norm)]
+        if settings.max_gradient_norm
+        else []
+    )
     chain.append(optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon))
     if settings.weight_decay:
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays))
@@ -42,14 +53,19 @@ def make_optimizer(settings: Optimizer, stacked: Sequence[str] = ()) -> optax.Gr
 
 
 def decays(params: Any) -> Any:
-    """Which parameters weight decay acts on, a tree of bools: matrices and convolutions, by their name."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1].endswith("kernel"), params)
+    """Which parameters weight decay acts on, a tree of bools: matrices and convolutions, by their
+    name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _names(path)[-1].endswith("kernel"), params
+    )
 
 
 def scale_by_layer_trust_ratio(stacked: Sequence[str]) -> optax.GradientTransformation:
-    """LAMB's trust ratio (You et al. 2020), ‖parameter‖ / ‖update‖, of every array, and of every layer of a stack by itself.
+    """LAMB's trust ratio (You et al. 2020), ‖parameter‖ / ‖update‖, of every array, and of every
+    layer of a stack by itself.
 
-    Where either norm is 0 the ratio is 1. `optax.scale_by_trust_ratio` would take one ratio for a whole stack.
+    Where either norm is 0 the ratio is 1. `optax.scale_by_trust_ratio` would take one ratio for a
+    whole stack.
     """
 
     def ratio(update: jax.Array, param: jax.Array) -> jax.Array:

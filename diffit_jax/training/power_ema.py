@@ -1,8 +1,11 @@
-"""Averages whose length is chosen after training: the power-function averages of EDM2 (Karras et al. 2024, §3 and appendix C).
+"""Averages whose length is chosen after training: the power-function averages of EDM2 (Karras et
+al. 2024, §3 and appendix C).
 
-An average with exponent gamma weighs the parameters after n of N updates in proportion to n^gamma; how much of training it covers is
-its relative standard deviation sigma, here called its length (0.05: the last 5 % or so). Training keeps two of them and now and then a
-snapshot of both; any other length is a sum of the snapshots, with factors that a least-squares fit of the weight profiles gives.
+An average with exponent gamma weighs the parameters after n of N updates in proportion to n^gamma;
+how much of training it covers is its relative standard deviation sigma, here called its length
+(0.05: the last 5 % or so). Training keeps two of them and now and then a snapshot of both; any
+other length is a sum of the snapshots, with factors that a least-squares fit of the weight profiles
+gives.
 
 Only ratios of times matter, so updates are counted, not images.
 """
@@ -20,7 +23,8 @@ LONGEST = 12**-0.5  # of a constant weight, gamma = 0
 
 
 def gamma_of(length: float) -> float:
-    """Exponent of an average with a length in (0, 12^-½): the largest root of g³ + 7 g² + (16 - s) g + 12 - s with s = length^-2.
+    """Exponent of an average with a length in (0, 12^-½): the largest root of g³ + 7 g² + (16 - s)
+    g + 12 - s with s = length^-2.
 
     Raises:
       UserError: a length outside that range.
@@ -32,22 +36,29 @@ def gamma_of(length: float) -> float:
 
 
 def power_rate(gamma: float, update: jax.Array) -> jax.Array:
-    """1 - beta of an update by its number n from 0, float32: beta = (1 - 1 / (n + 1))^(gamma + 1), so exactly 1 in the first.
+    """1 - beta of an update by its number n from 0, float32: beta = (1 - 1 / (n + 1))^(gamma + 1),
+    so exactly 1 in the first.
 
-    1 - beta is far below the spacing of floats around 1 late in training; `log1p` and `expm1` keep its digits.
+    1 - beta is far below the spacing of floats around 1 late in training; `log1p` and `expm1` keep
+    its digits.
     """
     share = 1 / (update.astype(jnp.float32) + 1)
     return -jnp.expm1((gamma + 1) * jnp.log1p(-share))
 
 
 def profile_products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Inner products of weight profiles, float64: (n, 2) and (m, 2) rows of (time, gamma) → (n, m)."""
+    """Inner products of weight profiles, float64: (n, 2) and (m, 2) rows of (time, gamma) → (n,
+    m)."""
     (t_a, g_a), (t_b, g_b) = one.T[:, :, None], other.T[:, None, :]
     exponent = np.where(t_a < t_b, g_b, -g_a)
-    return (g_a + 1) * (g_b + 1) * (t_a / t_b) ** exponent / ((g_a + g_b + 1) * np.maximum(t_a, t_b))
+    return (
+        (g_a + 1) * (g_b + 1) * (t_a / t_b) ** exponent / ((g_a + g_b + 1) * np.maximum(t_a, t_b))
+    )
 
 
-def reconstruction(times: Sequence[float], lengths: Sequence[float], target_time: float, target_length: float) -> np.ndarray:
+def reconstruction(
+    times: Sequence[float], lengths: Sequence[float], target_time: float, target_length: float
+) -> np.ndarray:
     """Factors that make an average of any length out of snapshots.
 
     Args:
@@ -58,10 +69,16 @@ def reconstruction(times: Sequence[float], lengths: Sequence[float], target_time
     Returns:
       (n,) float64 with sum 1; snapshots after the target time get 0.
     """
-    rows = np.array([(time, gamma_of(length)) for time, length in zip(times, lengths, strict=True)], np.float64)
+    rows = np.array(
+        [(time, gamma_of(length)) for time, length in zip(times, lengths, strict=True)], np.float64
+    )
     usable = rows[:, 0] <= target_time
     target = np.array([[target_time, gamma_of(target_length)]])
-    solved = np.linalg.lstsq(profile_products(rows[usable], rows[usable]), profile_products(rows[usable], target)[:, 0], rcond=None)[0]
+    solved = np.linalg.lstsq(
+        profile_products(rows[usable], rows[usable]),
+        profile_products(rows[usable], target)[:, 0],
+        rcond=None,
+    )[0]
     factors = np.zeros(len(rows))
     factors[usable] = solved / solved.sum()
     return factors

@@ -21,7 +21,8 @@ class TrainState:
     """Everything that an update changes. All float32 but the counters.
 
     Attributes:
-      step: int32 scalar, batches seen so far; the data position and all random numbers follow from it.
+      step: int32 scalar, batches seen so far; the data position and all random numbers follow from
+        it.
       skipped: int32 scalar, how many of them made no update because the gradient was not finite.
       skipped_in_row: int32 scalar, how many of the last ones.
       params: parameters of the network.
@@ -53,7 +54,8 @@ class Opened:
     Attributes:
       experiment: the config as typed values.
       mesh: the devices.
-      state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that samples are drawn with.
+      state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that
+        samples are drawn with.
     """
 
     experiment: Experiment
@@ -67,13 +69,15 @@ def open_experiment(
     to_train: bool = True,
     config_file: epath.PathLike | None = None,
 ) -> Opened:
-    """Checks everything about a config that can be checked before anything is allocated, compiled or written: what every verb begins with.
+    """Checks everything about a config that can be checked before anything is allocated, compiled
+    or written: what every verb begins with.
 
     Args:
       config: of the experiment.
-      devices: to use; None: all of all processes. Descriptions of devices that are not there (`preflight`) will do.
-      to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a mesh that does not fit the devices gives
-        way to one that does.
+      devices: to use; None: all of all processes. Descriptions of devices that are not there
+        (`preflight`) will do.
+      to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a
+        mesh that does not fit the devices gives way to one that does.
       config_file: of the work directory that the config was read from, see `experiment.build`.
 
     Raises:
@@ -83,7 +87,9 @@ def open_experiment(
     settings = experiment.training
     if to_train:
         mesh = parallel.make_mesh(devices, experiment.mesh)
-        parallel.check_batch_size(mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation)
+        parallel.check_batch_size(
+            mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation
+        )
     else:
         mesh = parallel.any_mesh(devices, experiment.mesh)
     if getattr(experiment.model, "attention", "") == "auto":
@@ -119,7 +125,9 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
     optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(experiment.ema.power_lengths))]
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, params, constants, optimizer.init(params), copies[0], tuple(copies[1:]))
+    return TrainState(
+        zero, zero, zero, params, constants, optimizer.init(params), copies[0], tuple(copies[1:])
+    )
 
 
 def _init(experiment: Experiment) -> TrainState:

@@ -1,4 +1,5 @@
-"""What a run tells about itself while it trains: speed, utilisation, memory, waiting, compilations."""
+"""What a run tells about itself while it trains: speed, utilisation, memory, waiting,
+compilations."""
 
 import collections
 import contextlib
@@ -19,9 +20,13 @@ from diffit_jax.tpu.chips import CHIPS
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what `device_kind` begins with.
+# Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what
+# `device_kind` begins with.
 PEAK_FLOPS = {
-    **{chip.device_kind: chip.peak_flops for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))},
+    **{
+        chip.device_kind: chip.peak_flops
+        for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))
+    },
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -29,7 +34,8 @@ PEAK_FLOPS = {
 
 
 def training_flops(model: nn.Module) -> int:
-    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs two.
+    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs
+    two.
 
     What is computed again in the backward pass, to save memory, is not counted.
     """
@@ -38,11 +44,14 @@ def training_flops(model: nn.Module) -> int:
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s of a device, None if it is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
+    return next(
+        (peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None
+    )
 
 
 class Watch:
-    """Measures intervals of a run. `data_wait` goes around every wait for a batch; `report` ends one interval and begins the next."""
+    """Measures intervals of a run. `data_wait` goes around every wait for a batch; `report` ends
+    one interval and begins the next."""
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._device, self._devices = parallel.local_device(mesh), mesh.size
@@ -53,7 +62,8 @@ class Watch:
         self.begin_interval(0)
 
     def start(self, step: int) -> None:
-        """Begins the first interval after batch number `step`; what was compiled before counts as start-up."""
+        """Begins the first interval after batch number `step`; what was compiled before counts as
+        start-up."""
         self.begin_interval(step)
         self._compilations.reset()
 
@@ -72,9 +82,10 @@ class Watch:
         """Figures of the interval up to batch number `step`; the next begins.
 
         Returns:
-          `steps_per_s`, `images_per_s`, `images_per_s_per_chip`, `tflops_per_s_per_chip` (of matrix products, three forward passes for each
-          image), `data_wait_share`, `compilations` since the run began its loop, and where they are known `mfu` (of the device's dense
-          bfloat16 peak) and `device_memory_gb`, the largest so far.
+          `steps_per_s`, `images_per_s`, `images_per_s_per_chip`, `tflops_per_s_per_chip` (of matrix
+          products, three forward passes for each image), `data_wait_share`, `compilations` since
+          the run began its loop, and where they are known `mfu` (of the device's dense bfloat16
+          peak) and `device_memory_gb`, the largest so far.
         """
         seconds = time.monotonic() - self._start
         rate = (step - self._step) / seconds
@@ -96,11 +107,15 @@ class Watch:
         return values
 
 
-_CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
+_CACHE_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "hits",
+    "/jax/compilation_cache/cache_misses": "misses",
+}
 
 
 class Compilations:
-    """Counts programs compiled by this process, and how many of them the persistent cache had, since it was made or reset."""
+    """Counts programs compiled by this process, and how many of them the persistent cache had,
+    since it was made or reset."""
 
     def __init__(self):
         _listen()
@@ -153,11 +168,17 @@ def cache_report(what: str) -> Iterator[None]:
     if not directory:
         log.info("%s: no compilation cache (set JAX_COMPILATION_CACHE_DIR)", what)
     else:
-        log.info("%s: compilation cache %s in %s", what, "hit" if compilations.hits and not compilations.misses else "miss", directory)
+        log.info(
+            "%s: compilation cache %s in %s",
+            what,
+            "hit" if compilations.hits and not compilations.misses else "miss",
+            directory,
+        )
 
 
 class Tracer:
-    """Writes a profiler trace of some steps, on every process. Use it as a context manager: what is traced when it ends is written."""
+    """Writes a profiler trace of some steps, on every process. Use it as a context manager: what is
+    traced when it ends is written."""
 
     def __init__(self, directory: epath.Path, steps: tuple[int, int] | None):
         """Traces the steps from first to last of `steps` into a directory; None: never."""
@@ -168,7 +189,9 @@ class Tracer:
 
     def __exit__(self, *_) -> None:
         if self._steps and self._first is None:
-            log.warning("no trace was written: steps %d-%d were not among those of this run", *self._steps)
+            log.warning(
+                "no trace was written: steps %d-%d were not among those of this run", *self._steps
+            )
         self._stop()
 
     def before(self, step: int) -> None:
@@ -191,7 +214,11 @@ class Tracer:
         if self._steps and self._first is not None:
             try:
                 jax.profiler.stop_trace()
-                log.info("wrote a trace of steps %d-%d to %s", self._first, self._last, self._directory)
+                log.info(
+                    "wrote a trace of steps %d-%d to %s", self._first, self._last, self._directory
+                )
             except (RuntimeError, OSError) as error:
-                log.warning("the trace could not be written (%s)", " ".join(str(error).split())[:160])
+                log.warning(
+                    "the trace could not be written (%s)", " ".join(str(error).split())[:160]
+                )
         self._steps = None

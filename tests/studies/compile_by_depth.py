@@ -1,8 +1,10 @@
-"""How compile time grows with depth: the full-width (XL/2) training step at 4 and 28 blocks, `scan_unroll=1`, nothing allocated.
+"""How compile time grows with depth: the full-width (XL/2) training step at 4 and 28 blocks,
+`scan_unroll=1`, nothing allocated.
 
   python tests/studies/compile_by_depth.py [batch size]
 
-Each depth is compiled three times in turn, in one process, without any cache; the medians are compared.
+Each depth is compiled three times in turn, in one process, without any cache; the medians are
+compared.
 """
 
 import statistics
@@ -31,7 +33,10 @@ def compile_seconds(depth: int, batch_size: int) -> float:
     mesh = parallel.make_mesh()
     state = abstract_state(experiment, mesh)
     collected = parallel.abstract(mesh, jax.eval_shape(step_metrics(experiment.process).empty))
-    shapes = {"latent": ((batch_size, *experiment.model.sample_shape), jnp.float32), "label": ((batch_size,), jnp.int32)}
+    shapes = {
+        "latent": ((batch_size, *experiment.model.sample_shape), jnp.float32),
+        "label": ((batch_size,), jnp.int32),
+    }
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     started = time.monotonic()
     jax.jit(make_train_step(experiment)).lower(state, collected, batch).compile()
@@ -46,7 +51,10 @@ def main() -> None:
             times.append(compile_seconds(depth, batch_size))
             print(f"depth {depth}: {times[-1]:.2f} s", flush=True)
     medians = {depth: statistics.median(times) for depth, times in seconds.items()}
-    print(f"medians: {medians[4]:.2f} s at 4 blocks, {medians[28]:.2f} s at 28; ratio {medians[28] / medians[4]:.3f}")
+    print(
+        f"medians: {medians[4]:.2f} s at 4 blocks, {medians[28]:.2f} s at 28; ratio "
+        f"{medians[28] / medians[4]:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Memory and time of loading full-size weights (561 M parameters): writes a file of random numbers, loads it in a fresh process.
+"""Memory and time of loading full-size weights (561 M parameters): writes a file of random numbers,
+loads it in a fresh process.
 
 python tests/studies/full_size_load.py [directory with 2.3 GB of room]
 """
@@ -20,19 +21,39 @@ from diffit_jax.models.latent import LatentDiffiT, named_size
 
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
-        path, module, rng = Path(folder) / "random.safetensors", LatentDiffiT(32, **named_size("XL/2")), np.random.default_rng(0)
-        arrays = official._nest({leaf.path: rng.standard_normal(leaf.shape, np.float32) for leaf in official._leaves(module)})
+        path, module, rng = (
+            Path(folder) / "random.safetensors",
+            LatentDiffiT(32, **named_size("XL/2")),
+            np.random.default_rng(0),
+        )
+        arrays = official._nest(
+            {
+                leaf.path: rng.standard_normal(leaf.shape, np.float32)
+                for leaf in official._leaves(module)
+            }
+        )
         started = time.monotonic()
         official.save(path, module, arrays, index_buffers=True)
         print(f"wrote {path.stat().st_size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
         del arrays
         started = time.monotonic()
-        result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], stdout=subprocess.PIPE, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         peak, total, largest = map(int, result.stdout.split())
         print(f"loaded in {time.monotonic() - started:.1f} s")
-        print(f"peak anonymous memory {peak / 1e9:.3f} GB; parameters {total / 1e9:.3f} GB, largest stacked array {largest / 1e9:.3f} GB")
+        print(
+            f"peak anonymous memory {peak / 1e9:.3f} GB; parameters {total / 1e9:.3f} GB, largest "
+            f"stacked array {largest / 1e9:.3f} GB"
+        )
         bound = total + 2 * largest
-        print(f"bound, parameters + two stacked arrays: {bound / 1e9:.3f} GB: {'kept' if peak <= bound else 'BROKEN'}")
+        print(
+            f"bound, parameters + two stacked arrays: {bound / 1e9:.3f} GB: "
+            f"{'kept' if peak <= bound else 'BROKEN'}"
+        )
 
 
 if __name__ == "__main__":

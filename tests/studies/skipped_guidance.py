@@ -1,8 +1,11 @@
-"""What power-cosine guidance loses by not running the unconditional pass where the scale is nearly 1.
+"""What power-cosine guidance loses by not running the unconditional pass where the scale is nearly
+1.
 
-  python tests/studies/skipped_guidance.py RUN [scale]      RUN: work directory of a latent experiment
+  python tests/studies/skipped_guidance.py RUN [scale]      RUN: work directory of a latent
+  experiment
 
-Draws 64 samples with 250 DDPM steps and equal noise for each tolerance, and compares them with samples whose every step runs both passes.
+Draws 64 samples with 250 DDPM steps and equal noise for each tolerance, and compares them with
+samples whose every step runs both passes.
 """
 
 import dataclasses
@@ -48,18 +51,29 @@ def main() -> None:
             batch_size=64,
         )
         scales = settings.guide.scales(loaded.process.time_of(levels), levels)
-        return Sampler(loaded, mesh, settings).draw(variables, seeds, labels), int(np.sum(scales != 1))
+        return Sampler(loaded, mesh, settings).draw(variables, seeds, labels), int(
+            np.sum(scales != 1)
+        )
 
     Guidance.scales = never_skip
     exact, count = draw(0.0)
     Guidance.scales = SCALES
-    print(f"scale {scale}; without skipping {count} unconditional evaluations, samples' standard deviation {exact.std():.4f}")
-    print("| tolerance | evaluations of 500 | unconditional ones saved | largest deviation | root mean square |\n|---|---|---|---|---|")
+    print(
+        f"scale {scale}; without skipping {count} unconditional evaluations, samples' standard "
+        f"deviation {exact.std():.4f}"
+    )
+    print(
+        "| tolerance | evaluations of 500 | unconditional ones saved | largest deviation | root "
+        "mean square |\n|---|---|---|---|---|"
+    )
     for tolerance in (0.0, 1e-3, 0.03):
         samples, count = draw(tolerance)
         difference = samples - exact
         rms = np.sqrt(np.mean(difference**2))
-        print(f"| {tolerance:g} | {250 + count} | {1 - count / 250:.0%} | {np.abs(difference).max():.2e} | {rms:.2e} |")
+        print(
+            f"| {tolerance:g} | {250 + count} | {1 - count / 250:.0%} | "
+            f"{np.abs(difference).max():.2e} | {rms:.2e} |"
+        )
 
 
 if __name__ == "__main__":
