@@ -17,16 +17,15 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from diffit_jax import interruption
 from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.runtime import interruption
 
 if TYPE_CHECKING:
-    from diffit_jax.distributed import Cluster
+    from diffit_jax.runtime.distributed import Cluster
 
 interruption.listen()  # jax and what stands on it are imported later: they take seconds
-gc.set_threshold(
-    200_000, 20, 100
-)  # tracing makes many small objects; looking for garbage among them took 8 % of a command's start
+# Tracing makes many small objects; looking for garbage among them took 8 % of a command's start.
+gc.set_threshold(200_000, 20, 100)
 
 
 class _PathParser(flags.ArgumentParser):
@@ -36,7 +35,7 @@ class _PathParser(flags.ArgumentParser):
         self._flag = flag
 
     def parse(self, argument: str) -> str:
-        from diffit_jax.files import resolve  # brings etils
+        from diffit_jax.runtime.files import resolve  # brings etils
 
         try:
             return str(resolve(argument, self._flag))
@@ -121,7 +120,7 @@ def define_cluster() -> "Callable[[], Cluster]":
     )
 
     def cluster() -> "Cluster":
-        from diffit_jax.distributed import Cluster
+        from diffit_jax.runtime.distributed import Cluster
 
         return Cluster(coordinator.value, num_processes.value, process_id.value, timeout.value)
 
@@ -141,7 +140,8 @@ def define_fewer_devices() -> Callable[[ConfigDict], Any]:
     def devices(config: ConfigDict) -> Any:
         if not fewer.value:
             return None
-        from diffit_jax import experiment, parallel
+        from diffit_jax import experiment
+        from diffit_jax.runtime import parallel
 
         built = experiment.build(config)
         return parallel.fitting_devices(
@@ -170,10 +170,10 @@ def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None
             _import_jax()
             _cache_programs()
             if cluster:
-                from diffit_jax.distributed import initialize
+                from diffit_jax.runtime.distributed import initialize
 
                 initialize(cluster())
-            from diffit_jax import backend
+            from diffit_jax.runtime import backend
 
             backend.devices()  # that there are none is said before anything else
             main()
@@ -205,9 +205,8 @@ def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None
                 ": ; ", ": "
             )
             if interruption.pressed() != 1:
-                interruption.end(
-                    interruption.EXIT_INTERRUPTED, line
-                )  # does not wait for saves under way, as `sys.exit` would
+                # Does not wait for saves under way, as `sys.exit` would.
+                interruption.end(interruption.EXIT_INTERRUPTED, line)
             interruption.finished(interruption.EXIT_INTERRUPTED)
             print(line, file=sys.stderr, flush=True)
             sys.exit(interruption.EXIT_INTERRUPTED)
@@ -269,7 +268,7 @@ def _cache_programs() -> None:
     is no such directory."""
     import jax
 
-    from diffit_jax.files import home
+    from diffit_jax.runtime.files import home
 
     if not jax.config.jax_compilation_cache_dir and home():
         jax.config.update("jax_compilation_cache_dir", str(home() / ".cache/diffit_jax/compiled"))

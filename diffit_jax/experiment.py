@@ -19,13 +19,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import files, limits, lock
+from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.errors import UserError
 from diffit_jax.limits import at_least
 from diffit_jax.models import MODELS
-from diffit_jax.parallel import MeshShape
+from diffit_jax.runtime import files, lock
+from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
 
 Process = EDM | DDPM

@@ -18,7 +18,8 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from diffit_jax import benchmark, distributed, files
+    from diffit_jax.runtime import distributed, files
+    from diffit_jax.verbs import benchmark
 
     figures = benchmark.measure(CONFIG.value, STEPS.value, FEWER_DEVICES(CONFIG.value))
     if not distributed.is_first():

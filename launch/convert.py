@@ -42,7 +42,7 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 
 
 def main() -> None:
-    from diffit_jax import convert
+    from diffit_jax.verbs import convert
 
     cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
     cli.require_one(to_workdir=TO_WORKDIR.value, to_weights=TO_WEIGHTS.value)

@@ -23,8 +23,8 @@ flags.mark_flag_as_required("samples")
 
 
 def main() -> None:
-    from diffit_jax import distributed
-    from diffit_jax.evaluation.score import evaluate, score_table
+    from diffit_jax.evaluation.small import evaluate, score_table
+    from diffit_jax.runtime import distributed
 
     def score() -> dict:
         output = OUTPUT.value

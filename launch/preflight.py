@@ -39,7 +39,9 @@ flags.mark_flag_as_required("topology")
 
 
 def main() -> None:
-    from diffit_jax import files, preflight, preflight_report
+    from diffit_jax.runtime import files
+    from diffit_jax.tpu import report as preflight_report
+    from diffit_jax.verbs import preflight
 
     config = CONFIG.value
     if config is not None and BATCH.value is not None:

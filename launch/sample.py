@@ -89,8 +89,8 @@ OVERRIDES = [
 
 
 def main() -> None:
-    from diffit_jax.generate import Run, Weights, sample
-    from diffit_jax.ranges import parse_numbers
+    from diffit_jax.runtime.ranges import parse_numbers
+    from diffit_jax.verbs.sample import Run, Weights, sample
 
     cli.require_one(workdir=WORKDIR.value, weights=WEIGHTS.value)
     if WORKDIR.value and CONFIG.value:

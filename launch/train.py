@@ -20,8 +20,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    from diffit_jax.ranges import parse_numbers
-    from diffit_jax.training.loop import train
+    from diffit_jax.runtime.ranges import parse_numbers
+    from diffit_jax.verbs.train import train
 
     steps = PROFILE_STEPS.value and parse_numbers("--profile_steps", PROFILE_STEPS.value)
     train(

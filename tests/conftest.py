@@ -8,9 +8,8 @@ import tempfile
 
 from processes import QUICK_TO_COMPILE
 
-gc.set_threshold(
-    200_000, 20, 100
-)  # tracing makes many small objects; looking for garbage took a tenth of the time
+# Tracing makes many small objects; looking for garbage took a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)  # commands that tests start inherit it
 # Under nohup commands would inherit that SIGHUP is ignored; one that is handled they do not.
 signal.signal(signal.SIGHUP, lambda *_: None)
@@ -41,9 +40,8 @@ def small_config(**overrides) -> ConfigDict:
                 "name": "image_diffit",
                 "image_size": 8,
                 "image_channels": 1,
-                "channels": (
-                    8,
-                ),  # one stage: a third of the time to compile; tests of the network have more
+                # One stage: a third of the time to compile; tests of the network have more.
+                "channels": (8,),
                 "num_blocks": (2,),
                 "window": 4,
                 "time_width": 16,
@@ -112,7 +110,7 @@ def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """(workdir, final state) of a finished small run; tests only read it."""
-    from diffit_jax.training.loop import train
+    from diffit_jax.verbs.train import train
 
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train(small_config(), workdir)
@@ -121,7 +119,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latent_run(tmp_path_factory):
     """The same of the small latent experiment."""
-    from diffit_jax.training.loop import train
+    from diffit_jax.verbs.train import train
 
     workdir = tmp_path_factory.mktemp("latent_run")
     return workdir, train(small_latent_config(), workdir)

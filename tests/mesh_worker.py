@@ -28,20 +28,15 @@ import numpy as np
 from conftest import small_config, small_latent_config
 from pods import arranged
 
-from diffit_jax import distributed, parallel
-from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
-from diffit_jax.parallel import MeshShape
-from diffit_jax.sampling import Sampler
-from diffit_jax.training.loop import (
-    compile_train_step,
-    open_training_data,
-    restore_state,
-    save_state,
-)
+from diffit_jax.runtime import distributed, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.parallel import MeshShape
+from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.watch import Watch
+from diffit_jax.verbs.train import compile_train_step, open_training_data, restore_state, save_state
 
 POD = json.loads(os.environ.get("POD", "null"))
 STEPS = 20

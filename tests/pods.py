@@ -6,15 +6,15 @@ import os
 import numpy as np
 from jax.sharding import Mesh
 
-from diffit_jax import parallel
-from diffit_jax.parallel import MeshShape
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.parallel import MeshShape
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 def pod_mesh(topology, shape=MeshShape(-1, -1), num_slices=1):
     """The mesh of a topology's own devices, which only have numbers and processes."""
-    from diffit_jax.preflight import topology_devices
+    from diffit_jax.verbs.preflight import topology_devices
 
     shape = MeshShape(shape.data, shape.fsdp, shape.tensor, num_slices)
     return parallel.make_mesh(topology_devices(topology, num_slices), shape)

@@ -156,9 +156,8 @@ def test_relative_position_index():
     for window in (1, 2, 5):
         index = relative_position_index(window)
         assert index.shape == (window**2, window**2) and index.dtype == np.int32
-        assert set(index.ravel()) == set(
-            range((2 * window - 1) ** 2)
-        )  # every row of the table is used
+        # Every row of the table is used.
+        assert set(index.ravel()) == set(range((2 * window - 1) ** 2))
         for query in range(window**2):
             for key in range(window**2):
                 rows, columns = query // window - key // window, query % window - key % window

@@ -10,15 +10,16 @@ import pytest
 from conftest import small_latent_config
 from test_configs import config_of
 
-from diffit_jax import models, parallel
+from diffit_jax import models
 from diffit_jax.experiment import build
 from diffit_jax.models import attention_kernel
 from diffit_jax.models.attention import BACKENDS, TMSA, choose_backend, relative_position_index
-from diffit_jax.models.cost import traced_multiply_adds
-from diffit_jax.models.layout import Layout, layout
-from diffit_jax.parallel import MeshShape
-from diffit_jax.training.loop import lower_train_step
+from diffit_jax.models.flops import traced_multiply_adds
+from diffit_jax.models.placement import Layout, layout
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.state import abstract_state
+from diffit_jax.verbs.train import lower_train_step
 
 
 def inputs(window, width, batch, heads, dtype=np.float32):
@@ -284,7 +285,8 @@ def test_auto_takes_xlas_attention_where_the_kernel_does_not_compile(monkeypatch
 
 def test_the_compiler_at_hand_takes_the_kernel(monkeypatch):
     """Forward and backward, for a chip that is not here."""
-    from diffit_jax import parallel, preflight
+    from diffit_jax.runtime import parallel
+    from diffit_jax.verbs import preflight
 
     monkeypatch.setattr(attention_kernel, "_tried", {})
     devices = preflight.topology_devices("v5e:2x2")

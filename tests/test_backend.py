@@ -12,12 +12,13 @@ import pytest
 from conftest import small_config, small_latent_config
 from processes import ROOT, command, environment, write_config
 
-from diffit_jax import backend, experiment
+from diffit_jax import experiment
 from diffit_jax.errors import UserError
-from diffit_jax.generate import sample
-from diffit_jax.sampling import Sampler
-from diffit_jax.training.loop import train
+from diffit_jax.runtime import backend
+from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.training.state import create_state, open_experiment
+from diffit_jax.verbs.sample import sample
+from diffit_jax.verbs.train import train
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
 
-from diffit_jax import parallel
-from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.generate import sample
-from diffit_jax.training.loop import _items, restore_state, train
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.training.state import abstract_state
+from diffit_jax.verbs.sample import sample
+from diffit_jax.verbs.train import _items, restore_state, train
 
 TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}
 

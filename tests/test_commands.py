@@ -12,8 +12,8 @@ from golden_data import WEIGHTS
 from PIL import Image
 from processes import environment, write_config
 
-from diffit_jax import files
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import files
 
 ROOT = Path(__file__).parents[1]
 
@@ -381,7 +381,7 @@ def test_configs_are_found_beside_the_script(tmp_path):
     """The package may be installed elsewhere, and the scripts run from a clone."""
     code = """
 import sys
-from diffit_jax import cli  # listens to signals from here on: in a process of its own
+from diffit_jax import cli# listens to signals from here on: in a process of its own
 cli.__file__ = "/site-packages/diffit_jax/cli.py"
 print(cli.config_for_weights(None, sys.argv[1])["model"]["depth"])
 sys.argv[0] = "/elsewhere/launch/sample.py"

@@ -11,7 +11,7 @@ import pytest
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.training.loop import open_training_data, train
+from diffit_jax.verbs.train import open_training_data, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffit_jax import contents, parallel
+from diffit_jax.runtime import contents, parallel
 
 
 def tree(seed=0):

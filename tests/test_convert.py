@@ -11,11 +11,11 @@ from conftest import small_latent_config
 from golden_data import WEIGHTS
 from safetensors.numpy import load_file
 
-from diffit_jax import convert
 from diffit_jax.errors import UserError
-from diffit_jax.generate import sample
 from diffit_jax.interop.parametrisation import to_slim
-from diffit_jax.training.loop import train
+from diffit_jax.verbs import convert
+from diffit_jax.verbs.sample import sample
+from diffit_jax.verbs.train import train
 
 CONFIG = small_latent_config(
     sampling__num_steps=3, training__total_steps=2, training__batch_size=2, training__grid_images=2

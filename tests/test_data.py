@@ -61,9 +61,10 @@ def test_no_tensorflow(tmp_path):
     """Nothing that trains, samples or scores imports TensorFlow, not even preparing the digits."""
     code = f"""
 import sys
-from diffit_jax import cli, sampling
-from diffit_jax.evaluation import score
-from diffit_jax.training import loop
+from diffit_jax import cli
+from diffit_jax.sampling import sampler
+from diffit_jax.evaluation import small
+from diffit_jax.verbs import train
 from diffit_jax.data.sources import open_dataset
 open_dataset("digits", "train", {str(tmp_path)!r}, (8, 8, 1), 10)
 assert "tensorflow" not in sys.modules
@@ -79,9 +80,8 @@ def numbered(count):
 
 def test_every_epoch_is_a_new_permutation_without_gaps():
     stream = itertools.islice(batches(numbered(10), 4, seed=3), 10)
-    labels = np.concatenate([batch["label"] for batch in stream]).reshape(
-        4, 10
-    )  # 40 examples: four epochs
+    # 40 examples: four epochs.
+    labels = np.concatenate([batch["label"] for batch in stream]).reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in labels)
     assert len({tuple(epoch) for epoch in labels}) == 4
 

@@ -239,12 +239,10 @@ def test_loss_draws_uniform_steps_and_does_not_depend_on_the_batch():
     keys = jax.random.split(jax.random.key(1), 20_000)
     process.loss(lambda x, t, _: seen.append(t) or x, jnp.zeros((20_000, 1, 1, 1)), {}, keys)
     steps = np.asarray(seen[0])
-    assert (
-        steps.min() == 0 and steps.max() == 999 and abs(steps.mean() - 499.5) < 9
-    )  # four standard errors
-    assert (
-        np.abs(np.histogram(steps, 10)[0] - 2000).max() < 180
-    )  # four standard deviations of a bin
+    # Four standard errors.
+    assert steps.min() == 0 and steps.max() == 999 and abs(steps.mean() - 499.5) < 9
+    # Four standard deviations of a bin.
+    assert np.abs(np.histogram(steps, 10)[0] - 2000).max() < 180
     x = jax.random.normal(jax.random.key(0), (6, 2, 2, 1))
     whole, _ = process.loss(lambda x, *_: x, x, {}, keys[:6])
     part, _ = process.loss(lambda x, *_: x, x[2:4], {}, keys[2:4])
@@ -294,9 +292,10 @@ def test_trajectories_golden(network_a, name):
         network = models.as_network(module, variables)
 
         def recorded(x, timestep, conditioning):
+            # Without the unconditional copies.
             jax.debug.callback(
                 lambda x: inputs.append(np.asarray(x)), x[:: len(x) // 2], ordered=True
-            )  # without the unconditional copies
+            )
             return network(x, timestep, conditioning)
 
         guided = guide(guidance, recorded, PROCESS.time_of, null_label=10)
@@ -344,9 +343,8 @@ def plain_loop(process, network, noise, steps, eta=None, clip=False):
         z = noise[index + 1] if k else 0
         if eta is None:
             beta = 1 - alphas[k] / before
-            tilde = (
-                beta * (1 - before) / (1 - alphas[k]) if k else 1.0
-            )  # the last step adds no noise
+            # The last step adds no noise.
+            tilde = beta * (1 - before) / (1 - alphas[k]) if k else 1.0
             mean = (
                 np.sqrt(before) * beta / (1 - alphas[k]) * x0
                 + np.sqrt(1 - beta) * (1 - before) / (1 - alphas[k]) * x

@@ -12,9 +12,9 @@ import pytest
 from conftest import small_latent_config
 from processes import checkpoints_of, environment, free_port, write_config
 
-from diffit_jax.distributed import Cluster, initialize
 from diffit_jax.errors import UserError
-from diffit_jax.generate import sample
+from diffit_jax.runtime.distributed import Cluster, initialize
+from diffit_jax.verbs.sample import sample
 
 ROOT = Path(__file__).parents[1]
 
@@ -232,7 +232,7 @@ def test_who_is_missing_is_said(tmp_path):
     """Two of three come: both say that the third is missing, in the time allowed."""
     port = free_port()
     code = (
-        "import sys\nfrom diffit_jax.distributed import Cluster, "
+        "import sys\nfrom diffit_jax.runtime.distributed import Cluster, "
         "initialize\ninitialize(Cluster(sys.argv[1], 3, int(sys.argv[2]), 5))"
     )
     processes = [
@@ -324,7 +324,8 @@ def test_tasks_of_a_step_meet(monkeypatch):
 
 def test_a_step_whose_tasks_do_not_come_ends_in_one_line(tmp_path):
     code = (
-        "from diffit_jax.distributed import Cluster, initialize\ninitialize(Cluster(timeout_s=4))"
+        "from diffit_jax.runtime.distributed import Cluster, initialize\n"
+        "initialize(Cluster(timeout_s=4))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -97,9 +97,8 @@ def test_loss_draws_log_normal_noise_levels():
         lambda x, level, _: levels.append(level) or x, jnp.zeros((20_000, 1, 1, 1)), {}, keys
     )
     log_sigma = 4 * np.asarray(levels[0], np.float64)
-    assert (
-        abs(log_sigma.mean() + 0.8) < 0.05 and abs(log_sigma.std() - 1.6) < 0.04
-    )  # four standard errors
+    # Four standard errors.
+    assert abs(log_sigma.mean() + 0.8) < 0.05 and abs(log_sigma.std() - 1.6) < 0.04
 
 
 def test_loss_of_an_example_does_not_depend_on_the_batch():

@@ -9,8 +9,8 @@ from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.frechet import frechet_distance, resampled_distance, statistics
 from diffit_jax.evaluation.neighbours import nearest_distances
-from diffit_jax.evaluation.score import evaluate, score_images
-from diffit_jax.generate import sample
+from diffit_jax.evaluation.small import evaluate, score_images
+from diffit_jax.verbs.sample import sample
 
 
 def test_frechet_of_known_gaussians():

@@ -16,13 +16,13 @@ from conftest import small_latent_config
 from processes import checkpoints_of, environment, write_config
 from test_training import assert_equal_trees
 
-from diffit_jax import parallel
-from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.training.loop import restore_state, train
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.training.state import abstract_state
+from diffit_jax.verbs.train import restore_state, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,9 +93,8 @@ def test_ten_kills_lose_nothing(tmp_path):
     status, errors = finish(start("train", tmp_path, "--workdir", workdir, config=config))
     assert status == 0 and f"resuming at step {newest}" in errors, errors
     assert_equal_trees(final_state(workdir, config), final_state(tmp_path / "whole", config))
-    assert all(
-        path.name.isdigit() for path in (workdir / "checkpoints").iterdir()
-    )  # half-written ones are cleaned away
+    # Half-written ones are cleaned away.
+    assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
 
 
 def test_sigterm_saves_and_says_resume_me(tmp_path):
@@ -225,7 +224,7 @@ CLOCK = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from conftest import small_latent_config
-from diffit_jax.training import loop
+from diffit_jax.verbs import train as loop
 
 real, offset = time.time, [0.0]
 time.time = lambda: real() + offset[0]

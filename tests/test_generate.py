@@ -11,13 +11,13 @@ from conftest import small_config, small_latent_config
 from golden_data import WEIGHTS
 from PIL import Image
 
-from diffit_jax import generate
-from diffit_jax.data.classes import give_out, imagenet_class, imagenet_names, parse_labels
+from diffit_jax.data.labels import give_out, imagenet_class, imagenet_names, parse_labels
 from diffit_jax.data.pixels import to_pixels
 from diffit_jax.errors import UserError
-from diffit_jax.generate import Weights, sample
 from diffit_jax.interop import official
-from diffit_jax.sampling import Sampler
+from diffit_jax.sampling.sampler import Sampler
+from diffit_jax.verbs import sample as generate
+from diffit_jax.verbs.sample import Weights, sample
 
 
 def arrays_of(path):
@@ -69,7 +69,8 @@ def test_sampling_from_weights_is_sampling_with_them(tmp_path):
     arrays = arrays_of(path)
     assert arrays["arr_0"].shape == (3, 32, 32, 4) and arrays["arr_1"].tolist() == [7, 1, 7]
     module, variables = official.load(WEIGHTS["a"])
-    from diffit_jax import experiment, parallel
+    from diffit_jax import experiment
+    from diffit_jax.runtime import parallel
 
     mesh = parallel.make_mesh()
     loaded = experiment.build(official.fit_config(weight_config(), WEIGHTS["a"]))
@@ -115,7 +116,7 @@ def test_image_models_take_every_guidance(run, tmp_path, sampler, guidance):
 def test_autoguidance_by_an_earlier_run(latent_run, tmp_path):
     """The weaker network is another run; at scale 1 it has no effect, and a run guides itself to
     itself."""
-    from diffit_jax.training.loop import train
+    from diffit_jax.verbs.train import train
 
     weak = tmp_path / "weak"
     train(small_latent_config(training__total_steps=2, model__hidden_size=8, model__depth=1), weak)

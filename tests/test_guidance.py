@@ -155,9 +155,8 @@ def test_equivalences_and_evaluations_over_every_sampler(sampler):
     constant = run(sampler, Guidance("constant", 2.0), calls)
     assert calls == [2 * BATCH] * count and np.abs(constant - plain).max() > 1e-3
     calls = []
-    np.testing.assert_array_equal(
-        run(sampler, Guidance("interval", 2.0), calls), constant
-    )  # the full interval
+    # The full interval.
+    np.testing.assert_array_equal(run(sampler, Guidance("interval", 2.0), calls), constant)
     assert calls == [2 * BATCH] * count
 
     calls = []
@@ -174,9 +173,8 @@ def test_equivalences_and_evaluations_over_every_sampler(sampler):
 
     calls = []
     run(sampler, Guidance("power_cosine", 4.4), calls)
-    assert (
-        calls == sorted(calls) and 0 < calls.count(BATCH) < count
-    )  # the noisiest steps are not guided
+    # The noisiest steps are not guided.
+    assert calls == sorted(calls) and 0 < calls.count(BATCH) < count
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "heun"])

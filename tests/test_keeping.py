@@ -19,13 +19,14 @@ from PIL import Image
 from processes import ROOT, checkpoints_of, environment, write_config
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffit_jax import experiment, files
-from diffit_jax.checkpoint import Checkpoints
+from diffit_jax import experiment
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
-from diffit_jax.generate import Run, sample
-from diffit_jax.training import loop
-from diffit_jax.training.loop import train
+from diffit_jax.runtime import files
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.verbs import train as loop
+from diffit_jax.verbs.sample import Run, sample
+from diffit_jax.verbs.train import train
 
 # --- Events
 

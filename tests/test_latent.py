@@ -12,8 +12,8 @@ from diffit_jax.diffusion.guidance import Guidance, guide
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
-from diffit_jax.models.cost import traced_multiply_adds
 from diffit_jax.models.embeddings import position_embedding
+from diffit_jax.models.flops import traced_multiply_adds
 from diffit_jax.models.latent import SIZES, LatentDiffiT, named_size
 
 SMALL = dict(
@@ -251,9 +251,8 @@ def test_shapes_dtypes_and_null_label():
     )
     rounded = evaluate(model.clone(dtype="bfloat16"), variables, x, t, {})
     error = np.abs(rounded - out).max() / np.abs(out).max()
-    assert (
-        rounded.dtype == jnp.float32 and 1e-5 < error < 0.05
-    )  # 8 bits through three layers; not zero, or it computed in float32
+    # 8 bits through three layers; not zero, or it computed in float32.
+    assert rounded.dtype == jnp.float32 and 1e-5 < error < 0.05
 
 
 def test_unroll_and_remat_change_no_numbers():

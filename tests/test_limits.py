@@ -76,7 +76,7 @@ def test_every_attribute_is_declared():
     from diffit_jax.diffusion.samplers import Churn
     from diffit_jax.experiment import PROCESSES
     from diffit_jax.models import MODELS
-    from diffit_jax.parallel import MeshShape
+    from diffit_jax.runtime.parallel import MeshShape
     from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
 
     for kind in (

@@ -12,13 +12,13 @@ import pytest
 from conftest import small_latent_config
 from processes import command, environment, write_config
 
-from diffit_jax import files, lock
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import claimed_workdir
+from diffit_jax.runtime import files, lock
 
 OWNER = """
 import sys, time
-from diffit_jax import files, lock
+from diffit_jax.runtime import files, lock
 if sys.argv[2] == "heartbeat":
     files.is_local = lambda _: False
     lock.BEAT_S, lock.PATIENCE_S, lock.SETTLE_S = 0.1, 1.0, 0.1

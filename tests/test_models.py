@@ -210,9 +210,8 @@ def test_bfloat16_is_close_to_float32():
     )
     assert rounded.dtype == jnp.float32
     error = np.abs(exact - rounded).max() / np.abs(exact).max()
-    assert (
-        1e-5 < error < 0.05
-    )  # 8 bits through some twenty layers; not zero, or it computed in float32
+    # 8 bits through some twenty layers; not zero, or it computed in float32.
+    assert 1e-5 < error < 0.05
 
 
 def test_paper_sizes():

@@ -401,7 +401,7 @@ def test_loading_holds_little_more_than_the_parameters(tmp_path):
 
 
 def test_progress_shows(capfd, monkeypatch):
-    from diffit_jax import console
+    from diffit_jax.runtime import console
 
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))

@@ -10,15 +10,15 @@ import optax
 import pytest
 from conftest import small_config, small_latent_config
 
-from diffit_jax import parallel
 from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Optimizer, build
-from diffit_jax.training import loop
-from diffit_jax.training.loop import open_training_data, train
+from diffit_jax.runtime import parallel
 from diffit_jax.training.optimizer import decays, learning_rate, make_optimizer
 from diffit_jax.training.state import create_state
 from diffit_jax.training.step import make_train_step, step_metrics
+from diffit_jax.verbs import train as loop
+from diffit_jax.verbs.train import open_training_data, train
 
 PLAIN = dict(learning_rate=0.1, warmup_steps=0)
 
@@ -90,9 +90,8 @@ def test_lamb_measures_each_layer_by_itself():
     expected = -0.1 * np.linalg.norm(single) / np.sqrt(5) * sign(gradient["final"]["bias"])
     np.testing.assert_allclose(ours["final"]["bias"], expected, rtol=1e-5)
     whole = one_update(Optimizer(**PLAIN, name="lamb", epsilon=1e-12), gradient, params)
-    assert (
-        np.abs(whole["blocks"]["kernel"] - ours["blocks"]["kernel"]).max() > 0.1
-    )  # one ratio for the stack is something else
+    # One ratio for the stack is something else.
+    assert np.abs(whole["blocks"]["kernel"] - ours["blocks"]["kernel"]).max() > 0.1
 
 
 def test_models_name_their_stacks():

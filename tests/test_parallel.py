@@ -16,12 +16,12 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from processes import environment, free_port
 from test_configs import config_of
 
-from diffit_jax import parallel
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.parallel import MeshShape
-from diffit_jax.training.loop import train
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.state import TrainState, abstract_state
+from diffit_jax.verbs.train import train
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 # data, fsdp, tensor, accumulation, devices; see mesh_worker.py

@@ -10,14 +10,15 @@ from conftest import small_latent_config
 from golden_data import WEIGHTS
 from processes import command, write_config
 
-from diffit_jax import convert, files
-from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.score import evaluate
+from diffit_jax.evaluation.small import evaluate
 from diffit_jax.experiment import claim_workdir
-from diffit_jax.generate import Run, Weights, sample
-from diffit_jax.training.loop import train
+from diffit_jax.runtime import files
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.verbs import convert
+from diffit_jax.verbs.sample import Run, Weights, sample
+from diffit_jax.verbs.train import train
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import pytest
 from conftest import small_latent_config
 
 from diffit_jax import experiment
-from diffit_jax.checkpoint import Checkpoints
 from diffit_jax.errors import UserError
-from diffit_jax.generate import Run, reconstruct_variables, sample
+from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.training.ema import ema_update
-from diffit_jax.training.loop import train
 from diffit_jax.training.power_ema import gamma_of, power_rate, reconstruction
 from diffit_jax.training.state import open_experiment
+from diffit_jax.verbs.sample import Run, reconstruct_variables, sample
+from diffit_jax.verbs.train import train
 
 # EDM2's formulas, in float64.
 GAMMAS = {
@@ -51,9 +51,8 @@ def test_factors_golden():
         [-5.62e-4, 1.944e-3, -1.3148e-2, 3.802e-2, -7.7958e-2, 0.200409, -0.264062, 1.115358],
         atol=6e-7,
     )
-    np.testing.assert_allclose(
-        reconstruction(times, lengths, 4, 0.10), [0] * 7 + [1], atol=1e-6
-    )  # one that is there
+    # One that is there.
+    np.testing.assert_allclose(reconstruction(times, lengths, 4, 0.10), [0] * 7 + [1], atol=1e-6)
     assert reconstruction(times, lengths, 3, 0.10)[6:].tolist() == [0, 0]
     np.testing.assert_allclose(
         reconstruction(1000 * times, lengths, 4000, 0.15),

@@ -14,11 +14,14 @@ from conftest import small_config, small_latent_config
 from processes import write_config
 from test_configs import config_of
 
-from diffit_jax import models, parallel, preflight, preflight_report
+from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.parallel import MeshShape
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.parallel import MeshShape
+from diffit_jax.tpu import report as preflight_report
 from diffit_jax.training.state import fresh_state
+from diffit_jax.verbs import preflight
 
 ROOT = Path(__file__).parents[1]
 # libtpu's version → config → [topology, estimated seconds of a training step];

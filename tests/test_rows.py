@@ -11,12 +11,12 @@ import pods
 import pytest
 from conftest import small_latent_config
 
-from diffit_jax import parallel
 from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
-from diffit_jax.parallel import MeshShape
-from diffit_jax.training.loop import train
+from diffit_jax.runtime import parallel
+from diffit_jax.runtime.parallel import MeshShape
+from diffit_jax.verbs.train import train
 
 ESTIMATES = json.loads((Path(__file__).parent / "golden" / "estimates.json").read_text())
 # With how many batches one contiguous block for each process would read in all: what there was

@@ -12,15 +12,16 @@ from conftest import small_config, small_latent_config
 from PIL import Image
 from processes import checkpoints_of
 
-from diffit_jax import models, sample_files
+from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.generate import Run, Weights, sample
 from diffit_jax.interop import official
 from diffit_jax.models.latent import LatentDiffiT
-from diffit_jax.ranges import in_short, parse_numbers
-from diffit_jax.sample_files import default_name, stretches
-from diffit_jax.sampling import Sampler
-from diffit_jax.training.loop import train
+from diffit_jax.runtime.ranges import in_short, parse_numbers
+from diffit_jax.sampling.files import default_name, stretches
+from diffit_jax.sampling.sampler import Sampler
+from diffit_jax.sampling.sampler import files as sample_files
+from diffit_jax.verbs.sample import Run, Weights, sample
+from diffit_jax.verbs.train import train
 
 
 @pytest.fixture
@@ -166,9 +167,10 @@ def test_a_run_that_was_moved_goes_on(mine, tmp_path, monkeypatch):
     seen = drawn_by(monkeypatch)
     path = sample(tmp_path / "moved", seeds=range(8), batch_size=2)
     assert seen == [[4, 5], [6, 7]]
+    # Rounding of another batch.
     np.testing.assert_allclose(
         arrays_of(path)[0], reference, rtol=0, atol=1e-5 * np.abs(reference).max()
-    )  # rounding of another batch
+    )
 
 
 def test_another_batch_size_goes_on(mine, tmp_path, monkeypatch):
@@ -300,7 +302,7 @@ def poisoned(tmp_path, value=np.nan):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
-    from diffit_jax import convert
+    from diffit_jax.verbs import convert
 
     path, config = poisoned(tmp_path, value), small_latent_config().to_dict()
     message = (
@@ -354,12 +356,11 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
 
 def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     """It is refused, with the tensor's name, unless it is asked for."""
-    from diffit_jax.training import loop
+    from diffit_jax.verbs import train as loop
 
     config = small_config(training__total_steps=4)
-    monkeypatch.setattr(
-        loop, "all_finite", lambda _: True
-    )  # a checkpoint of a version that did not look
+    # A checkpoint of a version that did not look.
+    monkeypatch.setattr(loop, "all_finite", lambda _: True)
 
     def poison(state):
         kernel = state.ema["head"]["kernel"] if "kernel" in state.ema.get("head", {}) else None

@@ -97,9 +97,8 @@ def test_ddim_is_of_first_order():
     noise = np.asarray(NOISE(0), np.float64)
 
     def exact(_):
-        return end_of_flow(
-            noise * np.sqrt(1 + levels[-1] ** 2), levels[-1]
-        )  # x_T is scaled by √alpha_bar
+        # x_T is scaled by √alpha_bar.
+        return end_of_flow(noise * np.sqrt(1 + levels[-1] ** 2), levels[-1])
 
     def draw(n):
         return ddpm.ddim(
@@ -181,6 +180,5 @@ def test_churn_samples_the_data():
             unguided(ideal_denoiser), noise, {}, EDM().sigmas(64), samplers.Churn(30)
         )
     )()
-    assert (
-        abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02
-    )  # four standard errors and the grid's error
+    # Four standard errors and the grid's error.
+    assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
 
-from diffit_jax import models, parallel
+from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.generate import sample
 from diffit_jax.models.casts import cast_before_use
-from diffit_jax.sampling import Sampler, batch_settings, copy_bytes, copy_fits
+from diffit_jax.runtime import parallel
+from diffit_jax.sampling.sampler import Sampler, batch_settings, copy_bytes, copy_fits
 from diffit_jax.training.state import create_state
+from diffit_jax.verbs.sample import sample
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,10 @@ def test_samples_do_not_depend_on_batches_or_devices(lively):
     assert reference.std(axis=0).mean() > 0.05
     order = np.array([7, 3, 10, 0, 1])
     for devices, batch_size in ((1, 4), (2, 4), (2, 12)):
+        # 1e-4 of [-1, 1].
         np.testing.assert_allclose(
             draw(lively, seeds, labels, devices, batch_size), reference, rtol=0, atol=2e-4
-        )  # 1e-4 of [-1, 1]
+        )
     np.testing.assert_allclose(
         draw(lively, seeds[order], labels[order], 2, 2), reference[order], rtol=0, atol=2e-4
     )

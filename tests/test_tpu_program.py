@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffit_jax import parallel, preflight
+from diffit_jax.runtime import parallel
 from diffit_jax.tpu.chips import CHIPS, chip_of
 from diffit_jax.tpu.cost import Kernel, cost, group_size, kernels
 from diffit_jax.tpu.program import parse, type_bytes
+from diffit_jax.verbs import preflight
 
 
 def estimate(cycles):

@@ -9,16 +9,16 @@ import pytest
 from conftest import small_config
 from tensorboardX.proto import event_pb2
 
-from diffit_jax import parallel
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import EMA, Optimizer, build
+from diffit_jax.runtime import parallel
 from diffit_jax.training.ema import ema_rate, ema_update
-from diffit_jax.training.loop import train
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.step import make_train_step, step_metrics
+from diffit_jax.verbs.train import train
 
 
 def assert_equal_trees(one, other):
@@ -34,9 +34,8 @@ def test_ema_rate_is_edms():
     # max(min(halflife, 5 % of the images), 1e-8)).
     for batch, beta in ((512, 0.99929047), (256, 0.99964517)):
         assert abs(1 - float(ema_rate(settings, jnp.int32(10**6), batch)) - beta) < 1e-8
-    assert (
-        float(ema_rate(settings, jnp.int32(0), 512)) == 1
-    )  # the first update replaces the initial parameters
+    # The first update replaces the initial parameters.
+    assert float(ema_rate(settings, jnp.int32(0), 512)) == 1
     for step in (1, 100, 10_000):
         expected = 1 - 0.5 ** (512 / min(500_000, step * 512 * 0.05))
         np.testing.assert_allclose(ema_rate(settings, jnp.int32(step), 512), expected, rtol=1e-6)
@@ -177,9 +176,8 @@ def test_loss_falls():
             state, jax.device_put(step_metrics(experiment.process).empty(), sharding), batch
         )
         losses.append(float(metrics.compute()["loss"]))
-    assert np.mean(losses[-10:]) < 0.7 * np.mean(
-        losses[:10]
-    )  # measured 0.55; noise in a mean of 80 losses is about 0.1
+    # Measured 0.55; noise in a mean of 80 losses is about 0.1.
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
 def test_resumed_run_equals_uninterrupted_run(run, tmp_path):

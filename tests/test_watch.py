@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
 
-from diffit_jax import parallel
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
-from diffit_jax.models.cost import traced_multiply_adds
+from diffit_jax.models.flops import traced_multiply_adds
 from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.training.loop import compile_train_step, open_training_data, train
+from diffit_jax.runtime import parallel
 from diffit_jax.training.state import create_state
 from diffit_jax.training.watch import Compilations, Watch
+from diffit_jax.verbs.train import compile_train_step, open_training_data, train
 
 
 def test_multiply_adds_of_an_image_network():

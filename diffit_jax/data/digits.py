@@ -26,9 +26,8 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # takes a second to import
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[
-        ..., None
-    ]  # grey levels 0…16 in the source
+    # Grey levels 0…16 in the source.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     return images, digits.target.astype(np.int32)
 
 

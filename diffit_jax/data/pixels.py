@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from diffit_jax.files import write_bytes
+from diffit_jax.runtime.files import write_bytes
 
 log = logging.getLogger(__name__)
 

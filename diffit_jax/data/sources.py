@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging as absl_logging
 from etils import epath
 
-from diffit_jax import files, lock
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import files, lock
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,15 @@ import ml_dtypes  # noqa: F401
 import numpy as np
 from etils import epath
 
-from diffit_jax import contents, files, models
-from diffit_jax.console import Progress
+from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.interop.parametrisation import to_released
 from diffit_jax.interop.resolution import resize_bias_table, resize_position_embedding
 from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.attention import relative_position_index
 from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.runtime import contents, files
+from diffit_jax.runtime.console import Progress
 
 _LINEAR = (1, 0)  # PyTorch's (out, in) → (in, out)
 _SAME = None

@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from diffit_jax import files
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import files
 
 log = logging.getLogger(__name__)
 

@@ -42,9 +42,8 @@ def as_network(
 def attention_in_words(model: nn.Module, platform: str) -> str:
     """How a network computes attention on a platform ("tpu", "gpu", "cpu"), for people: "xla (why
     it is not what was asked for)"."""
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(
-        platform, platform
-    )  # as devices and lowering rules name them
+    # As devices and lowering rules name them.
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     backend, reason = (
         model.attention_backend(platform) if hasattr(model, "attention_backend") else ("xla", "")
     )

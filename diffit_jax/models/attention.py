@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention_kernel
-from diffit_jax.models.layout import per_shard, platform, weight
+from diffit_jax.models.placement import per_shard, platform, weight
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -213,9 +213,8 @@ class TMSA(nn.Module):
                 "bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32
             )
             weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
-            self.sow(
-                "intermediates", "attention", weights
-            )  # kept only when the caller asks for "intermediates"
+            # Kept only when the caller asks for "intermediates".
+            self.sow("intermediates", "attention", weights)
             out_BNHLD = jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
         else:
             attend = per_shard(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
-from diffit_jax.models.layout import dense, laid_out
+from diffit_jax.models.placement import dense, laid_out
 
 XAVIER = nn.initializers.xavier_uniform()
 

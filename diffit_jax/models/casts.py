@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax import models
-from diffit_jax.models.layout import laid_out_nowhere
+from diffit_jax.models.placement import laid_out_nowhere
 
 # Parameter of an equation → its inner program, whose inputs are those of the equation, one for one.
 _INNER = ("jaxpr", "call_jaxpr")

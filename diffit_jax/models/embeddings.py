@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.models.layout import dense
+from diffit_jax.models.placement import dense
 
 
 def sinusoidal_embedding(

@@ -19,7 +19,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, CountOrZero, Dtype, Side, Width, at_least
 from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
-from diffit_jax.models.layout import dense
+from diffit_jax.models.placement import dense
 
 
 class ImageDiffiT(nn.Module):

@@ -18,7 +18,7 @@ from diffit_jax.limits import Count, CountOrZero, Dtype, Side, Width, one_of
 from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
-from diffit_jax.models.layout import dense
+from diffit_jax.models.placement import dense
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
 SIZES = {

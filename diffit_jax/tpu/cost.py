@@ -229,9 +229,8 @@ class _Walk:
     def _computation(self, name: str, times: float) -> None:
         instructions = self._program.computations[name]
         by_name = {instruction.name: instruction for instruction in instructions}
-        chains: set[str] = (
-            set()
-        )  # collectives spread over several fusions of this computation; each counts once
+        # Collectives spread over several fusions of this computation; each counts once.
+        chains: set[str] = set()
         for instruction in instructions:
             self._instruction(instruction, times, by_name, chains)
 

@@ -11,8 +11,9 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffit_jax import backend, models, parallel
+from diffit_jax import models
 from diffit_jax.experiment import Experiment, build
+from diffit_jax.runtime import backend, parallel
 from diffit_jax.training.optimizer import make_optimizer
 
 

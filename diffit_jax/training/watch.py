@@ -13,9 +13,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from diffit_jax import parallel
 from diffit_jax.experiment import Experiment
-from diffit_jax.models.cost import traced_multiply_adds
+from diffit_jax.models.flops import traced_multiply_adds
+from diffit_jax.runtime import parallel
 from diffit_jax.tpu.chips import CHIPS
 
 log = logging.getLogger(__name__)

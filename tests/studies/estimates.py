@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
-from diffit_jax import preflight
+from diffit_jax.verbs import preflight
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "tests" / "golden" / "estimates.json"

@@ -21,8 +21,8 @@ from typing import Any
 
 from etils import epath
 
-from diffit_jax import files
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import files
 
 log = logging.getLogger(__name__)
 

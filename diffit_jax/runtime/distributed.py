@@ -22,8 +22,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffit_jax import interruption
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import interruption
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:
 
 def code_version() -> str:
     """Digest of this package's source and of the versions of what it stands on."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return f"{digest} jax {jax.__version__}"
 

@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from diffit_jax import (
+from diffit_jax import experiment
+from diffit_jax.data import pixels
+from diffit_jax.data.labels import give_out, parse_labels
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, Sampling
+from diffit_jax.interop import official
+from diffit_jax.runtime import (
     backend,
     checkpoint,
     contents,
     distributed,
-    experiment,
     files,
     interruption,
     parallel,
 )
-from diffit_jax.console import Progress
-from diffit_jax.data import pixels
-from diffit_jax.data.classes import give_out, parse_labels
-from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, Sampling
-from diffit_jax.interop import official
-from diffit_jax.ranges import in_short
-from diffit_jax.sample_files import Request, SampleFiles, default_name, named_seeds, stretches
-from diffit_jax.sampling import Sampler, Variables, batch_settings, default_labels
+from diffit_jax.runtime.console import Progress
+from diffit_jax.runtime.ranges import in_short
+from diffit_jax.sampling.files import Request, SampleFiles, default_name, named_seeds, stretches
+from diffit_jax.sampling.sampler import Sampler, Variables, batch_settings, default_labels
 from diffit_jax.training import power_ema
 from diffit_jax.training.state import Opened, TrainState, open_experiment
 

@@ -109,9 +109,8 @@ def is_local(path: epath.PathLike) -> bool:
 def size(path: epath.PathLike) -> int:
     """Bytes of a file."""
     path = epath.Path(path)
-    return (
-        os.stat(path).st_size if is_local(path) else path.stat().length
-    )  # etils' also asks for the owner's name, who may have none
+    # etils' also asks for the owner's name, who may have none.
+    return os.stat(path).st_size if is_local(path) else path.stat().length
 
 
 def read_json(path: epath.PathLike, kind: type = dict) -> Any:
@@ -132,9 +131,8 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
       UserError: the place cannot be written.
     """
     path = epath.Path(path)
-    temporary = (
-        path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    )  # two may write the same file at once
+    # Two may write the same file at once.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         with temporary.open("wb") as file:
             yield file

@@ -28,17 +28,18 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from diffit_jax import backend, files, models, parallel
+from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
-from diffit_jax.sampling import copy_bytes, copy_fits, sampler_without_autoguidance
+from diffit_jax.runtime import backend, files, parallel
+from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, KNOWN_TOPOLOGIES, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.cost import cost
 from diffit_jax.tpu.program import parse
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
-from diffit_jax.training.loop import lower_train_step
 from diffit_jax.training.state import Opened, TrainState, open_experiment
 from diffit_jax.training.watch import training_flops
+from diffit_jax.verbs.train import lower_train_step
 
 log = logging.getLogger(__name__)
 

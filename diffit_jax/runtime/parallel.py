@@ -22,11 +22,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffit_jax import backend, limits
+from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
 from diffit_jax.models import attention_kernel
-from diffit_jax.models.layout import Layout, layout
+from diffit_jax.models.placement import Layout, layout
+from diffit_jax.runtime import backend
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +41,22 @@ _FSDP_FILL = 16
 # *last* dimensions). The first pattern that is found counts; dimensions before (the layers of a
 # stack) are not divided, and neither are those that `fsdp` does not divide.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # (C, shares, heads, head width).
     (
         r"attention/(time_)?qk?v_kernel$",
         (FSDP, None, TENSOR, None),
-    ),  # (C, shares, heads, head width)
+    ),
     (r"attention/(time_)?qk?v_bias$", (None, TENSOR, None)),
     (r"attention/relative_position_bias$", (None, TENSOR)),  # (offsets, heads)
     (r"attention/out_kernel$", (TENSOR, None, FSDP)),  # (heads, head width, C)
     (r"mlp_in/kernel$", (FSDP, TENSOR)),
     (r"mlp_in/bias$", (TENSOR,)),
     (r"mlp_out/kernel$", (TENSOR, FSDP)),
+    # Convolutions, other matrices and tables: their last dimension.
     (
         r"(kernel|embedding)$",
         (FSDP,),
-    ),  # convolutions, other matrices and tables: their last dimension
+    ),
 )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffit_jax import contents, distributed, files
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import contents, distributed, files
 
 log = logging.getLogger(__name__)
 

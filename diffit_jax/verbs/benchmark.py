@@ -10,12 +10,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffit_jax import backend, distributed, models, parallel
-from diffit_jax.console import Progress
+from diffit_jax import models
 from diffit_jax.data.pipeline import batches
-from diffit_jax.training.loop import compile_train_step, open_training_data
+from diffit_jax.runtime import backend, distributed, parallel
+from diffit_jax.runtime.console import Progress
 from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.training.watch import peak_flops, training_flops
+from diffit_jax.verbs.train import compile_train_step, open_training_data
 
 
 @backend.pinned()

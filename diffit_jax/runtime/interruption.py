@@ -134,9 +134,8 @@ def finished(status: int = 0) -> None:
     with _lock:
         _holders += 1
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGINT, lambda *_: os._exit(status)
-        )  # not a traceback out of the interpreter's own end
+        # Not a traceback out of the interpreter's own end.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(status))
         for number in (
             _wanted()
         ):  # the interpreter's end gives up handlers before the process is gone, but not this

@@ -44,9 +44,8 @@ def count_multiply_adds(jaxpr: Any) -> int:
                 equation.params["dimension_numbers"].rhs_spec,
             )
             total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]
-        times = (
-            equation.params["length"] if equation.primitive.name == "scan" else 1
-        )  # a scanned body counts as often as it runs
+        # A scanned body counts as often as it runs.
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

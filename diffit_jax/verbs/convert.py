@@ -8,16 +8,17 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import backend, experiment, files, lock, parallel
-from diffit_jax.checkpoint import Checkpoints
+from diffit_jax import experiment
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import CHECKPOINTS, Experiment
-from diffit_jax.generate import restore_variables
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.latent import LatentDiffiT
-from diffit_jax.training.loop import restore_state, save_state
+from diffit_jax.runtime import backend, files, lock, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.training.state import Opened, TrainState, fresh_state, open_experiment
+from diffit_jax.verbs.sample import restore_variables
+from diffit_jax.verbs.train import restore_state, save_state
 
 
 @backend.pinned()
@@ -129,9 +130,8 @@ def _write(
             checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
             save_state(checkpoints, state, loaded.training.batch_size)
             checkpoints.wait()
-            experiment.write_config(
-                workdir, ConfigDict(config)
-            )  # last: with it, the directory holds a run
+            # Last: with it, the directory holds a run.
+            experiment.write_config(workdir, ConfigDict(config))
         except BaseException:
             if (workdir / CHECKPOINTS).exists():
                 (workdir / CHECKPOINTS).rmtree()

@@ -8,7 +8,7 @@ from importlib import resources
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.ranges import parse_numbers
+from diffit_jax.runtime.ranges import parse_numbers
 
 _NAMES_FILE = "imagenet_classes.txt"
 

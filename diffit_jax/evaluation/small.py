@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 from etils import epath
 
-from diffit_jax import files
 from diffit_jax.data.sources import Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.frechet import resampled_distance
 from diffit_jax.evaluation.neighbours import nearest_distances
-from diffit_jax.sample_files import read_record
+from diffit_jax.runtime import files
+from diffit_jax.sampling.files import read_record
 
 log = logging.getLogger(__name__)
 

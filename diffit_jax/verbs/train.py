@@ -13,9 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from diffit_jax import backend, distributed, files, models, parallel
-from diffit_jax.checkpoint import Checkpoints
-from diffit_jax.console import Progress
+from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, open_dataset
@@ -28,7 +26,10 @@ from diffit_jax.experiment import (
     claimed_workdir,
     write_config,
 )
-from diffit_jax.sampling import Sampler, default_labels, sampler_without_autoguidance
+from diffit_jax.runtime import backend, distributed, files, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.console import Progress
+from diffit_jax.sampling.sampler import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.state import Opened, TrainState, all_finite, create_state, open_experiment
 from diffit_jax.training.step import Batch, gradient_is_finite, make_train_step, step_metrics
 from diffit_jax.training.watch import Tracer, Watch, cache_report
@@ -216,16 +217,14 @@ def _train(
             if not last:
                 with watch.data_wait():
                     host_batch = next(data)
-                batch = parallel.put_batch(
-                    mesh, host_batch, settings.batch_size
-                )  # while the devices are at work
+                # While the devices are at work.
+                batch = parallel.put_batch(mesh, host_batch, settings.batch_size)
             progress.advance()
             due = step % settings.checkpoint_steps == 0 or last
 
             if step % settings.log_steps == 0 or last:
-                values = {
-                    name: float(value) for name, value in collected.compute().items()
-                }  # waits for the devices
+                # Waits for the devices.
+                values = {name: float(value) for name, value in collected.compute().items()}
                 values |= watch.report(step)
                 if events:
                     for name, value in values.items():

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from diffit_jax import files, lock
 from diffit_jax.errors import UserError
-from diffit_jax.ranges import in_short
+from diffit_jax.runtime import files, lock
+from diffit_jax.runtime.ranges import in_short
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax import backend, distributed, models, parallel
+from diffit_jax import models
 from diffit_jax.diffusion import ddpm, guidance, samplers
 from diffit_jax.experiment import Experiment, Sampling, check_sampling
 from diffit_jax.models.casts import cast_before_use
-from diffit_jax.models.cost import count_multiply_adds
+from diffit_jax.models.flops import count_multiply_adds
+from diffit_jax.runtime import backend, distributed, parallel
 
 Variables = dict[str, Any]
 
