@@ -19,7 +19,7 @@ from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.runtime.ranges import in_short, parse_numbers
 from diffit_jax.sampling.files import default_name, stretches
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.sampling.sampler import files as sample_files
+from diffit_jax.sampling import files as sample_files
 from diffit_jax.verbs.sample import Run, Weights, sample
 from diffit_jax.verbs.train import train
 

@@ -336,7 +336,7 @@ def _compile(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dic
     """What the compiler says about a program: its memory plan, and its cost in cycles; from the
     cache if it was asked before."""
     text = lowered.as_text()
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     ours = b"".join(
         path.read_bytes()
         for path in (
