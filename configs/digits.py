@@ -65,6 +65,10 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
 
     config.sampling = ConfigDict(
-        dict(num_steps=18, guidance_scale=1.5, batch_size=100, churn_amount=0.0)
+        dict(
+            sampler=dict(name="heun", num_steps=18, churn_amount=0.0),
+            guidance=dict(kind="constant", scale=1.5),
+            batch_per_device=100,
+        )
     )
     return config.lock()

@@ -65,13 +65,10 @@ def get_config() -> ConfigDict:
 
     config.sampling = ConfigDict(
         dict(
-            sampler="ddpm",
-            num_steps=100,
-            guidance="constant",
-            guidance_scale=1.5,
-            guide_channels=0,  # all (there is only one)
-            clip_denoised=True,  # these latents have bounds
-            batch_size=100,
+            # These latents have bounds.
+            sampler=dict(name="ddpm", num_steps=100, clip_denoised=True),
+            guidance=dict(kind="constant", scale=1.5, channels=0),  # all (there is only one)
+            batch_per_device=100,
         )
     )
     return config.lock()

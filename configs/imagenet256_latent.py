@@ -86,16 +86,18 @@ def get_config(size: str = "XL/2") -> ConfigDict:
 
     config.sampling = ConfigDict(
         dict(
-            sampler="ddpm",
-            num_steps=250,  # the release and Table 1
-            guidance="power_cosine",
-            guidance_scale=4.4,  # the release's script; the paper has 4.6 (Fig. 7a)
-            guidance_power=4.0,  # the release
-            guide_channels=3,  # the release: three of the four latent channels
-            # A third of the unconditional evaluations saved; configs/README.md has the deviation.
-            skip_tolerance=1e-3,
+            sampler=dict(name="ddpm", num_steps=250),  # the release and Table 1
+            guidance=dict(
+                kind="power_cosine",
+                scale=4.4,  # the release's script; the paper has 4.6 (Fig. 7a)
+                power=4.0,  # the release
+                channels=3,  # the release: three of the four latent channels
+                # A third of the unconditional evaluations saved; configs/README.md has the
+                # deviation.
+                skip_tolerance=1e-3,
+            ),
             pixel_rounding="adm",  # the release: (x + 1) · 127.5, truncated
-            batch_size=-64,  # on each device; launch/PERFORMANCE.md has others
+            batch_per_device=64,  # launch/PERFORMANCE.md has others
         )
     )
     return config.lock()

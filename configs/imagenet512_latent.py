@@ -14,7 +14,9 @@ def get_config(size: str = "XL/2") -> ConfigDict:
     config.training.batch_size = 512  # I.2
     config.ema.halflife_images = 3_548_736  # decay 0.9999 per update of 512 images (I.2)
     config.training.total_steps = 3_000_000  # not stated; DiT's at 512×512
-    config.sampling.guidance = "constant"  # the release, for latents larger than 32
-    config.sampling.guidance_scale = 1.49  # Table 1 and the release
-    config.sampling.batch_size = -16  # on each device, as many tokens as with 64 at 256 pixels
+    # The release, for latents larger than 32; the scale is Table 1's too.
+    guidance = dict(kind="constant", scale=1.49, channels=3, skip_tolerance=1e-3)
+    with config.unlocked():
+        config.sampling.guidance = ConfigDict(guidance)
+    config.sampling.batch_per_device = 16  # as many tokens as with 64 at 256 pixels
     return config

@@ -1,12 +1,12 @@
 """What all commands in `launch/` share: flags, logging, and one-line errors."""
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import logging
 import os
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
 
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.runtime import interruption
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
     from diffit_jax.runtime.distributed import Cluster
 
 interruption.listen()  # jax and what stands on it are imported later: they take seconds
@@ -51,18 +52,57 @@ def define_path(name: str, help_text: str) -> flags.FlagHolder[str]:
     )
 
 
+class ConfigFlag:
+    """The flag `--config FILE`, whose keys can be overridden by `--config.section.key=value`."""
+
+    def __init__(self, help_text: str, required: bool):
+        # For --help and --flagfile only: the value is taken out before flags are parsed.
+        flags.DEFINE_string("config", None, help_text)
+        self.value: ConfigDict | None = None
+        self._required = required
+
+    def take_from(self, arguments: Sequence[str]) -> list[str]:
+        """Loads the config that a command line names; returns the other arguments."""
+        from diffit_jax import experiment
+        from diffit_jax.runtime import config_files
+
+        given = config_files.Given.find(flags.FLAGS.read_flags_from_files(list(arguments), False))
+        if given.file is None:
+            if given.overrides:
+                raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
+            if self._required:
+                raise UserError("--config is missing: name a file with get_config()")
+            return list(given.others)
+        config, keys = config_files.load(given.file), given.keys()
+        for section, (key, choices) in experiment.CHOICES.items():
+            name = given.text_of(f"{section}.{key}")
+            if name in choices:
+                experiment.choose(config, section, name)
+        added = experiment.complete(config)
+        for key in keys:
+            experiment.check_key(config, key)
+        config_files.override(config, given, given.file)
+        experiment.remove(config, set(added) - set(keys))
+        self.value = config.lock()
+        return list(given.others)
+
+
+_config: ConfigFlag | None = None
+_when_parsed: list[Callable[[], None]] = []
+
+
 def define_config(
     help_text: str = "File with get_config(); override keys by --config.section.key=value.",
-) -> flags.FlagHolder[ConfigDict]:
-    """The flag `--config FILE`, whose keys can be overridden by `--config.section.key=value`."""
-    try:
-        return config_flags.DEFINE_config_file("config", None, help_text)
-    except flags.Error as error:  # it looks for itself in the files that --flagfile names
-        fail(str(error).replace("ERROR:: ", ""))
+    required: bool = False,
+) -> ConfigFlag:
+    """The flag `--config`; `required`: whether the command ends if it is not given."""
+    global _config
+    _config = ConfigFlag(help_text, required)
+    return _config
 
 
 def config_for_weights(
-    config: ConfigDict | None, weights: str, input_size: int | None = None
+    config: "ConfigDict | None", weights: str, input_size: int | None = None
 ) -> dict[str, Any]:
     """The config that released weights are used with: the one given, or that of their size in
     `configs/`.
@@ -75,24 +115,78 @@ def config_for_weights(
     if config is not None:
         return config.to_dict()
     from diffit_jax.interop.official import read_input_size
+    from diffit_jax.runtime import config_files
 
-    name = (
-        "imagenet256_latent"
-        if (read_input_size(weights) if input_size is None else input_size) <= 32
-        else "imagenet512_latent"
-    )
-    # Beside the package, or, if that is installed elsewhere, beside the script that runs.
-    places = [
-        Path(file).resolve().parents[1] / "configs" / f"{name}.py"
-        for file in (__file__, sys.argv[0])
-    ]
+    size = read_input_size(weights) if input_size is None else input_size
+    name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
+    package, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
+    # Beside the package in a checkout, inside of it or beside the script where it is installed.
+    folders = [package.parent, package, script.parents[1]]
+    places = [folder / "configs" / f"{name}.py" for folder in folders]
     path = next((place for place in places if place.exists()), None)
     if path is None:
         raise UserError(
             f"there is no configs/{name}.py in this installation ({places[0]}): name a config by "
             "--config"
         )
-    return runpy.run_path(str(path))["get_config"]().to_dict()
+    return config_files.load(str(path)).to_dict()
+
+
+class SamplingFlags:
+    """Flags that override the config's section `sampling`: one for each key of its classes."""
+
+    def __init__(self):
+        self._holders: dict[str, flags.FlagHolder] = {}
+        _when_parsed.append(self._define)
+
+    def _define(self) -> None:
+        from diffit_jax import limits, sections
+
+        def define(name: str, declared: Any, help_text: str) -> None:
+            kind = limits.type_of(declared)
+            if limits.is_path(declared):
+                self._holders[name] = define_path(name, help_text)
+            else:
+                make = {int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(kind)
+                make = flags.DEFINE_bool if kind is bool else make or flags.DEFINE_string
+                self._holders[name] = make(name, None, help_text)
+
+        for field in dataclasses.fields(sections.Sampling):
+            explained = limits.explained(sections.Sampling)
+            if field.name not in sections.CHOICES:
+                define(field.name, field.type, explained[field.name])
+                continue
+            choices = sections.CHOICES[field.name]
+            define(field.name, str, f"{', '.join(choices)}.")
+            keys: dict[str, tuple[list[str], Any, str]] = {}
+            for kind, cls in choices.items():
+                for key in dataclasses.fields(cls):
+                    text = limits.explained(cls).get(key.name, "")
+                    of, _, _ = keys.setdefault(key.name, ([], key.type, text))
+                    of.append(kind)
+            for key, (of, declared, text) in keys.items():
+                define(f"{field.name}.{key}", declared, f"Of {', '.join(of)}: {text}")
+        for old, new in sections.OLD_KEYS.items():
+            if old not in self._holders:
+                flags.DEFINE_flag(_OldFlag(old, new))
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The values that are given, as `Sampling.overridden` takes them."""
+        return {
+            name: holder.value for name, holder in self._holders.items() if holder.value is not None
+        }
+
+
+class _OldFlag(flags.Flag):
+    """A flag that has another name now."""
+
+    def __init__(self, old: str, new: str):
+        self._new = new
+        super().__init__(flags.ArgumentParser(), None, old, None, f"now --{new}")
+
+    def parse(self, argument: Any) -> NoReturn:
+        fail(f"--{self.name} is now --{self._new}: write that")
 
 
 def require_one(**flag_values: str | None) -> None:
@@ -127,7 +221,7 @@ def define_cluster() -> "Callable[[], Cluster]":
     return cluster
 
 
-def define_fewer_devices() -> Callable[[ConfigDict], Any]:
+def define_fewer_devices() -> "Callable[[ConfigDict], Any]":
     """The flag that leaves devices out; what it returns takes a config and gives the devices to
     train it on, None for all."""
     fewer = flags.DEFINE_bool(
@@ -137,14 +231,14 @@ def define_fewer_devices() -> Callable[[ConfigDict], Any]:
         "process).",
     )
 
-    def devices(config: ConfigDict) -> Any:
+    def devices(config: "ConfigDict") -> Any:
         if not fewer.value:
             return None
         from diffit_jax import experiment
-        from diffit_jax.runtime import parallel
+        from diffit_jax.runtime import rows
 
         built = experiment.build(config)
-        return parallel.fitting_devices(
+        return rows.fitting_devices(
             built.training.batch_size, built.mesh, built.training.accumulation
         )
 
@@ -275,6 +369,13 @@ def _cache_programs() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    try:
+        if _when_parsed or _config:
+            _import_jax()
+        for define in _when_parsed:
+            define()
+    except UserError as error:
+        fail(str(error))
     wanted = next(
         (
             argument
@@ -288,27 +389,11 @@ def _parse(argv: list[str]) -> list[str]:
             app.usage(shorthelp=not wanted.endswith("full"), writeto_stdout=True)
         sys.exit(0)
     try:
-        rest = flags.FLAGS(_with_home(argv))
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            # A config file that could not be loaded only says so when it is used.
-            flags.FLAGS.config.items()
+        rest = flags.FLAGS([argv[0], *(_config.take_from(argv[1:]) if _config else argv[1:])])
     except flags.Error as error:
-        first, *others = str(error).strip().splitlines()
-        if any(
-            line.startswith("Traceback") for line in others
-        ):  # what went wrong inside get_config(), with all of its traceback
-            fail(
-                "--config cannot be loaded "
-                f"({others[-1].removeprefix('diffit_jax.errors.UserError: ')})"
-            )
-        fail(f"{first} (--help lists the flags)")
-    except (AttributeError, KeyError) as error:
-        # ConfigDict names the key and perhaps a similar one, in quotes and on two lines.
-        unknown, *similar = re.findall(r"""['"](\w+)\\*['"]""", str(error)) or [str(error)]
-        hint = f"did you mean {similar[0]}?" if similar else "see the file given by --config"
-        fail(f"config key {unknown} is unknown: {hint}")
-    except (OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        fail(f"--config cannot be loaded ({error}): name a file with get_config()")
+        fail(f"{str(error).strip().splitlines()[0]} (--help lists the flags)")
+    except UserError as error:
+        fail(str(error))
     if len(rest) > 1:
         fail(f"argument {rest[1]!r} is not a flag: write --name=value")
     return rest
@@ -318,17 +403,6 @@ def fail(message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit status 1."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
-
-
-def _with_home(argv: list[str]) -> list[str]:
-    """The arguments with `~` in the path of a config resolved, which the shell leaves alone after
-    `=`."""
-    resolved = list(argv)
-    for index, argument in enumerate(argv[1:], 1):
-        if re.match(r"--?config=~", argument):
-            name, _, path = argument.partition("=")
-            resolved[index] = f"{name}={os.path.expanduser(path)}"
-    return resolved
 
 
 class _Plain(logging.Formatter):

@@ -5,36 +5,25 @@ Every section of a config becomes one frozen object: a model, a process, or sett
 anything is allocated, compiled or written.
 """
 
-import contextlib
 import copy
 import dataclasses
 import difflib
-import inspect
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-import flax.linen as nn
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import limits
-from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.edm import EDM
+from diffit_jax import limits, sections
+from diffit_jax.diffusion import PROCESSES
+from diffit_jax.diffusion.seams import Process
 from diffit_jax.errors import UserError
-from diffit_jax.limits import at_least
-from diffit_jax.models import MODELS
-from diffit_jax.runtime import files, lock
+from diffit_jax.limits import FREE, at_least
+from diffit_jax.models import MODELS, Model
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
-
-Process = EDM | DDPM
-PROCESSES = {"edm": EDM, "ddpm": DDPM}
-# What a work directory holds.
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
-SNAPSHOTS = "ema_snapshots"
+from diffit_jax.spaces import Space, make_space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,43 +36,44 @@ class Experiment:
       model: the network.
       process: the diffusion process around it.
       data, optimizer, ema, training, sampling: the sections of those names.
+      space: how examples enter the step and samples leave it; it follows from `data` and
+        `sampling`.
       mesh: the section of that name, which may be left out.
     """
 
     seed: Annotated[int, at_least(0, most=2**32 - 1)]
-    model: nn.Module
+    model: Model
     process: Process
     data: Data
     optimizer: Optimizer
     ema: EMA
     training: Training
-    sampling: Sampling
-    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    sampling: Annotated[Sampling, FREE]
+    space: Annotated[Space, FREE]
+    mesh: Annotated[MeshShape, FREE] = dataclasses.field(default_factory=MeshShape)
 
     def __post_init__(self):
         limits.check(self, section="")
         self.model.check()
+        _check_output(self)
+        _check_sampling(self)
+
+    def with_sampling(self, sampling: Sampling) -> "Experiment":
+        """The same experiment, sampled in another way.
+
+        Raises:
+          UserError: it cannot be.
+        """
+        space = make_space(self.data.autoencoder, sampling.pixel_rounding)
+        return dataclasses.replace(self, sampling=sampling, space=space)
 
 
-# What may differ between a config and the run that it continues, because the numbers do not depend
-# on it: whole sections, and keys.
-_FREE_SECTIONS = ("mesh", "sampling")
-_FREE_KEYS = {
-    "data.data_dir",
-    "ema.snapshot_steps",
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-    "training.accumulation",
-    "training.checkpoint_minutes",
-    "training.checkpoint_steps",
-    "training.grid_images",
-    "training.grid_steps",
-    "training.keep_checkpoints",
-    "training.keep_every_steps",
-    "training.log_steps",
-    "training.max_bad_steps",
-    "training.total_steps",
+# Sections whose class one of their keys chooses: that key, and the classes by name.
+CHOICES: Mapping[str, tuple[str, Mapping[str, type]]] = {
+    "model": ("name", MODELS),
+    "process": ("name", PROCESSES),
+    "sampling.sampler": ("name", sections.SAMPLERS),
+    "sampling.guidance": ("kind", sections.GUIDANCE),
 }
 
 
@@ -93,8 +83,9 @@ def build(
     """Checks a config and makes the objects that it describes; allocates nothing.
 
     Args:
-      config: nested mapping, one entry for each attribute of `Experiment`; `model` and `process`
-        choose their class by `name`. Keys that have a default may be left out.
+      config: nested mapping, one entry for each section of `Experiment` (`space` follows from the
+        others). Sections in `CHOICES` choose their class by a key. Keys that have a default may be
+        left out.
       config_file: of the work directory that it was read from, if it was: perhaps another version
         of this package wrote it.
 
@@ -102,31 +93,157 @@ def build(
       UserError: an unknown or missing key, or a value that cannot be; the message names it, and the
         file.
     """
+    plain = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
     if config_file is None:
-        return _build(config, _Here())
+        return _build(plain, _Here())
     try:
-        return _build(config, _InFile(config_file))
+        return _build(plain, _InFile(config_file))
     except UserError as error:
         if str(config_file) in str(error):
             raise
         raise UserError(f"{config_file}: {error}") from error
 
 
+def class_name(section: str, value: Any) -> str | None:
+    """The name by which a config chooses the class of a section's object; None if it does not."""
+    _, classes = CHOICES.get(section, ("", {}))
+    return next((name for name, cls in classes.items() if cls is type(value)), None)
+
+
+def keys_of(section: str, cls: type) -> dict[str, dataclasses.Field]:
+    """The keys of a section (a dataclass or Flax module), beside the one that chooses its class."""
+    of_flax = ("parent", "name") if section == "model" else ()
+    return {
+        field.name: field
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in of_flax
+    }
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    """Whether the key of this field may be left out."""
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
+    """The class of every section of a config by its dotted name, as far as they are known."""
+    classes = {
+        field.name: limits.type_of(field.type)
+        for field in dataclasses.fields(Experiment)
+        if field.name not in ("seed", "space")
+    }
+    for section, (key, choices) in CHOICES.items():
+        classes.pop(section, None)
+        name = _node(config, f"{section}.{key}")
+        if isinstance(name, str) and name in choices:
+            classes[section] = choices[name]
+    return classes
+
+
+def choose(config: ConfigDict, section: str, name: str) -> None:
+    """Changes the class of a section in `CHOICES`. A sampler or guidance of another kind keeps what
+    the two have in common."""
+    key, choices = CHOICES[section]
+    node = _node(config, section)
+    if not isinstance(node, ConfigDict) or node.get(key) == name:
+        return
+    with config.unlocked():
+        node[key] = name
+        if section.startswith("sampling."):
+            known = keys_of(section, choices[name])
+            for other in [other for other in node if other != key and other not in known]:
+                del node[other]
+
+
+def complete(config: ConfigDict) -> list[str]:
+    """Adds the keys with a default that a config leaves out, in their section's type, so that each
+    can be overridden; returns their dotted names."""
+    added: list[str] = []
+    with config.unlocked():
+        for section, cls in section_classes(config).items():
+            parent, _, last = section.rpartition(".")
+            above = _node(config, parent) if parent else config
+            if isinstance(above, ConfigDict) and last not in above:
+                above[last] = ConfigDict()
+                added.append(section)
+            node = _node(config, section)
+            if isinstance(node, ConfigDict):
+                added += [f"{section}.{name}" for name in _complete(node, section, cls)]
+    return added
+
+
+def _complete(node: ConfigDict, section: str, cls: type) -> list[str]:
+    added = []
+    for name, field in keys_of(section, cls).items():
+        kind = limits.type_of(field.type)
+        if f"{section}.{name}" in CHOICES or not has_default(field):
+            continue
+        if name not in node:
+            missing = field.default is dataclasses.MISSING
+            default = field.default_factory() if missing else field.default
+            node[name] = np.dtype(default).name if kind is np.dtype else default
+            added.append(name)
+        elif kind is float and node.get_type(name) is int:
+            with node.ignore_type():  # `scale=2` may become 1.5
+                node[name] = float(node[name])
+    return added
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+    """Raises `UserError` if a config, all of whose keys are there (`complete`), has no such one."""
+    section = ""
+    for name in key.split("."):
+        node = _node(config, section) if section else config
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"config key {key} is unknown: {section} is not a section")
+        section = f"{section}.{name}" if section else name
+        if name not in node:
+            raise unknown_key(section, list(node))
+
+
+def remove(config: ConfigDict, keys: Iterable[str]) -> None:
+    """Takes keys out of a config again, and sections that are empty then."""
+    with config.unlocked():
+        for key in sorted(keys, key=len, reverse=True):
+            parent, _, name = key.rpartition(".")
+            node = _node(config, parent) if parent else config
+            if not isinstance(node[name], ConfigDict) or not len(node[name]):
+                del node[name]
+
+
+def _node(config: Any, section: str) -> Any:
+    """The section of a dotted name, or whatever is there; None if nothing is."""
+    for part in section.split("."):
+        is_section = isinstance(config, ConfigDict | Mapping)
+        config = config[part] if is_section and part in config else None
+    return config
+
+
 class _Here:
     """What is wrong with a key of a config that somebody has just written."""
 
     def unknown(self, key: str, known: Iterable[str]) -> UserError:
-        prefix, _, name = key.rpartition(".")
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = (
-            f"did you mean {prefix}{'.' if prefix else ''}{close[0]}?"
-            if close
-            else f"known are {', '.join(known)}"
-        )
-        return UserError(f"config key {key} is unknown: {hint}")
+        return unknown_key(key, known)
 
     def missing(self, key: str) -> UserError:
         return UserError(f"config key {key} is missing: add it to the config")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> UserError:
+    """What is said of a key that its section does not have: its new name, or one that is like it.
+
+    Args:
+      key: dotted.
+      known: names in its section.
+    """
+    section, _, name = key.rpartition(".")
+    if section == "sampling" and name in sections.OLD_KEYS:
+        return UserError(f"config key {key} is now sampling.{sections.OLD_KEYS[name]}: write that")
+    close = difflib.get_close_matches(name, known, n=1)
+    dot = "." if section else ""
+    hint = f"did you mean {section}{dot}{close[0]}?" if close else f"known are {', '.join(known)}"
+    return UserError(f"config key {key} is unknown: {hint}")
 
 
 class _InFile(_Here):
@@ -138,194 +255,56 @@ class _InFile(_Here):
     def unknown(self, key: str, known: Iterable[str]) -> UserError:
         return UserError(
             f"{self._path} has the key {key}, which this version of diffit_jax does not know "
-            f"(known are {', '.join(known)}): it was "
-            "written by another version or program; use that one, or delete the key if the run "
-            "does not depend on it"
+            f"(known are {', '.join(known)}): it was written by another version or program; use "
+            "that one, or delete the key if the run does not depend on it"
         )
 
     def missing(self, key: str) -> UserError:
         return UserError(
             f"{self._path} has no key {key}, which this version of diffit_jax needs: it was "
-            "written by another version or program; use "
-            "that one, or add the key"
+            "written by another version or program; use that one, or add the key"
         )
 
 
-def _build(config: ConfigDict | Mapping[str, Any], wrong: _Here) -> Experiment:
-    config = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
-    kinds = {field.name: field.type for field in dataclasses.fields(Experiment)}
-    _check_keys("", config, kinds, [section for section in kinds if section != "mesh"], wrong)
-    for section in kinds:
-        if section != "seed" and not isinstance(config.get(section, {}), Mapping):
-            raise UserError(f"config key {section} is {config[section]!r}: it must be a section")
-    for section, choices in (("model", MODELS), ("process", PROCESSES)):
-        name = config[section].pop("name", None)
+def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
+    fields = {
+        field.name: field for field in dataclasses.fields(Experiment) if field.name != "space"
+    }
+    _check_keys("", config, fields, [name for name in fields if name != "mesh"], wrong)
+    values: dict[str, Any] = {}
+    for name, given in config.items():
+        if name == "seed":
+            values[name] = given
+        else:
+            values[name] = _make(name, given, limits.type_of(fields[name].type), wrong)
+    space = make_space(values["data"].autoencoder, values["sampling"].pixel_rounding)
+    return Experiment(**values, space=space)
+
+
+def _make(section: str, given: Any, cls: Any, wrong: _Here) -> Any:
+    """The object of a section, and those of the sections in it."""
+    if not isinstance(given, Mapping):
+        written = f" now: write {CHOICES[section][0]}={given!r} in it" * (section in _WERE_TEXT)
+        raise UserError(f"config key {section} is {given!r}: it must be a section{written}")
+    arguments = dict(given)
+    if section in CHOICES:
+        key, choices = CHOICES[section]
+        name = arguments.pop(key, None)
         if name not in choices:
-            raise UserError(f"config key {section}.name is {name!r}: use {' or '.join(choices)}")
-        kinds[section] = choices[name]
-
-    values = {"seed": config.pop("seed")}
-    for section, arguments in config.items():
-        parameters = dict(inspect.signature(kinds[section]).parameters)
-        parameters.pop("parent", None)  # Flax's own
-        if section == "model":
-            parameters.pop("name", None)
-        required = [
-            name
-            for name, parameter in parameters.items()
-            if parameter.default is inspect.Parameter.empty
-        ]
-        _check_keys(f"{section}.", arguments, parameters, required, wrong)
-        # A config read back from JSON has lists where Flax wants hashable tuples.
-        values[section] = kinds[section](
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in arguments.items()
-            }
-        )
-    experiment = Experiment(**values)
-    _check_output(experiment)
-    check_sampling(experiment, experiment.sampling)
-    return experiment
+            raise UserError(f"config key {section}.{key} is {name!r}: use {' or '.join(choices)}")
+        cls = choices[name]
+    keys = keys_of(section, cls)
+    required = [name for name, field in keys.items() if not has_default(field)]
+    _check_keys(f"{section}.", arguments, keys, required, wrong)
+    for name, value in arguments.items():
+        if f"{section}.{name}" in CHOICES:
+            arguments[name] = _make(f"{section}.{name}", value, None, wrong)
+        elif isinstance(value, list):  # of JSON, where Flax wants hashable tuples
+            arguments[name] = tuple(value)
+    return cls(**arguments)
 
 
-def check_sampling(experiment: Experiment, settings: Sampling) -> None:
-    """Raises `UserError` if an experiment cannot be sampled with these settings (its own, or
-    overridden ones)."""
-    model, process = experiment.model, experiment.process
-    if settings.discrete and not isinstance(process, DDPM):
-        raise UserError(
-            f"config key sampling.sampler is {settings.sampler}, which needs the process ddpm: use "
-            "euler, heun or dpm_solver"
-        )
-    if settings.discrete:
-        process.steps(settings.respacing or str(settings.num_steps))
-    else:
-        process.sigmas(settings.num_steps)
-    if settings.guide_channels > model.sample_shape[-1]:
-        raise UserError(
-            f"config key sampling.guide_channels is {settings.guide_channels}: the model has only "
-            f"{model.sample_shape[-1]} channels"
-        )
-    if settings.guide.active and settings.guidance != "autoguidance" and not model.num_classes:
-        raise UserError(
-            "config key sampling.guidance_scale guides by labels, but model.num_classes is 0: set "
-            "guidance_scale to 1"
-        )
-
-
-def _check_output(experiment: Experiment) -> None:
-    model, process = experiment.model, experiment.process
-    needed = process.output_channels(model.sample_shape[-1])
-    if model.output_channels != needed:
-        raise UserError(
-            f"the process wants a network with {needed} output channels, the model has "
-            f"{model.output_channels}: "
-            "change model.learn_sigma (latent_diffit) or process.variance and process.loss_type "
-            "(ddpm)"
-        )
-
-
-@contextlib.contextmanager
-def claimed_workdir(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
-    """Claims a work directory for a run of `config`, as `claim_workdir` does, and owns it for the
-    length of the block.
-
-    Raises:
-      UserError: as `claim_workdir`, or another living process owns it.
-    """
-    with lock.owned(files.make_directory(workdir, "workdir"), "workdir"):
-        claim_workdir(workdir, config)
-        yield
-
-
-def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Creates a work directory for a run of `config`, or makes sure that it holds one already.
-
-    Args:
-      workdir: absolute; local or `gs://`.
-      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`,
-        sampling) may differ from the run's, and all of them as long as nothing has been trained
-        there.
-
-    Raises:
-      UserError: it cannot be written, holds a run of another config, or one that is past
-        `total_steps`.
-    """
-    path = files.make_directory(workdir, "workdir") / CONFIG_FILE
-    held = read_config(workdir) if path.exists() else None
-    if held is not None and not {"model", "process", "training"} <= held.keys():
-        raise UserError(
-            f"workdir {workdir} holds a {CONFIG_FILE} of another program: choose another workdir"
-        )
-    trained = _steps(workdir, CHECKPOINTS, f"{CHECKPOINTS}_damaged", SNAPSHOTS)
-    if held is None and trained:
-        raise UserError(
-            f"workdir {workdir} holds step {max(trained)} of a run without its {CONFIG_FILE}: put "
-            "it back, or choose another workdir"
-        )
-    if held is not None and trained:
-        ours, theirs = _settings(config.to_dict()), _settings(held, path)
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                raise UserError(
-                    f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config "
-                    f"has {ours.get(key)}: "
-                    "choose another workdir or the config of that run"
-                )
-        newest = max(_steps(workdir, CHECKPOINTS), default=0)
-        if config.training.total_steps < newest:
-            raise UserError(
-                f"config key training.total_steps is {config.training.total_steps}, but workdir "
-                f"{workdir} holds step {newest}: set it "
-                f"to at least {newest}, or choose another workdir"
-            )
-    write_config(workdir, config)
-
-
-def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes the config of the run in a work directory."""
-    files.write_bytes(epath.Path(workdir) / CONFIG_FILE, config.to_json(indent=2).encode())
-
-
-def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
-    """Step numbers of what some directories in a work directory hold."""
-    folders = [epath.Path(workdir) / name for name in names]
-    return [
-        int(entry.name)
-        for folder in folders
-        if folder.exists()
-        for entry in folder.iterdir()
-        if entry.name.isdigit()
-    ]
-
-
-def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The config of the run in a work directory, as nested dicts.
-
-    Raises:
-      UserError: there is no run, or its config cannot be read.
-    """
-    path = epath.Path(workdir) / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-        return config
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"workdir {workdir} holds no run (no {CONFIG_FILE}): train first, or name the "
-            "directory of a run"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}): ask its owner for permission, or "
-            "copy the run"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not a config ({error}): restore it or choose another workdir"
-        ) from error
+_WERE_TEXT = ("sampling.sampler", "sampling.guidance")
 
 
 def _check_keys(
@@ -339,36 +318,28 @@ def _check_keys(
             raise wrong.missing(f"{prefix}{key}")
 
 
-def number_settings(section: str, value: Any) -> dict[str, Any]:
-    """The settings of a section's object that change numbers, JSON values by name; `name` of a
-    model and a process is among them."""
-    names = [
-        field.name
-        for field in dataclasses.fields(value)
-        if not (isinstance(value, nn.Module) and field.name in ("parent", "name"))
-    ]
-    settings = {
-        name: getattr(value, name) for name in names if f"{section}.{name}" not in _FREE_KEYS
-    }
-    if "dtype" in settings:
-        settings["dtype"] = np.dtype(settings["dtype"]).name
-    kinds = {kind: name for name, kind in (MODELS | PROCESSES).items()}
-    return {"name": kinds[type(value)]} | settings if type(value) in kinds else settings
+def _check_output(experiment: Experiment) -> None:
+    model, process = experiment.model, experiment.process
+    needed = process.output_channels(model.sample_shape[-1])
+    if model.output_channels != needed:
+        raise UserError(
+            f"the process wants a network with {needed} output channels, the model has "
+            f"{model.output_channels}: change model.learn_sigma (latent_diffit) or "
+            "process.variance and process.loss_type (ddpm)"
+        )
 
 
-def _settings(
-    config: Mapping[str, Any], config_file: epath.PathLike | None = None
-) -> dict[str, Any]:
-    """Every setting of a config that changes numbers by its dotted key, defaults included."""
-    settings = {}
-    for section, value in vars(build(config, config_file)).items():
-        if section in _FREE_SECTIONS:
-            continue
-        if dataclasses.is_dataclass(value):
-            settings |= {
-                f"{section}.{name}": setting
-                for name, setting in number_settings(section, value).items()
-            }
-        else:
-            settings[section] = value
-    return settings
+def _check_sampling(experiment: Experiment) -> None:
+    """Raises `UserError` if the experiment cannot be sampled as its section `sampling` says."""
+    model, guidance = experiment.model, experiment.sampling.guidance
+    experiment.sampling.sampler.check(experiment.process)
+    if guidance.channels > model.sample_shape[-1]:
+        raise UserError(
+            f"config key sampling.guidance.channels is {guidance.channels}: the model has only "
+            f"{model.sample_shape[-1]} channels"
+        )
+    if guidance.active and guidance.by_label and not model.num_classes:
+        raise UserError(
+            "config key sampling.guidance.scale guides by labels, but model.num_classes is 0: set "
+            "it to 1"
+        )

@@ -12,7 +12,9 @@ it does not know is left alone.
 """
 
 import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, get_args, get_origin
 
@@ -105,6 +107,10 @@ def one_of(*choices: str) -> Limits:
 
 
 FINITE = Limits()
+# Beside a field whose setting may differ between a config and the run that it continues, because
+# the numbers do not depend on it.
+FREE = "free"
+Path = Annotated[str, "path"]  # as a person writes it, see `files.resolve`
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
 Side = Annotated[int, at_least(1, most=2**14)]  # of an image or latent
@@ -112,6 +118,40 @@ Width = Annotated[int, at_least(1, most=2**20)]
 NoiseLevel = Annotated[float, at_least(1e-9, most=1e9)]  # whose square float32 holds
 GridPower = Annotated[float, at_least(0.1, most=1000)]  # rho of EDM's grid, which has 7
 Dtype = Annotated[np.dtype, one_of("float32", "bfloat16")]
+
+
+def is_free(declared: Any) -> bool:
+    """Whether a field with this declaration has the mark `FREE`."""
+    return FREE in getattr(declared, "__metadata__", ())
+
+
+def is_path(declared: Any) -> bool:
+    """Whether a field with this declaration holds a path."""
+    return "path" in getattr(declared, "__metadata__", ())
+
+
+def type_of(declared: Any) -> Any:
+    """The plain type of a declaration: int, float, bool, str, `np.dtype`, a `Sequence` of …"""
+    return _parts(declared)[0]
+
+
+def explained(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of its fields, by their names."""
+    texts: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        _, _, attributes = (inspect.cleandoc(owner.__doc__ or "") + "\n").partition("Attributes:\n")
+        for names, text in re.findall(r"(?m)^  ([\w, ]+): (.*\n(?:    .*\n)*)", attributes):
+            said = " ".join(text.split())
+            texts |= {name: said for name in names.split(", ") if not said.startswith("as in `")}
+    return texts
+
+
+def _parts(declared: Any) -> tuple[Any, Limits]:
+    """(type, limits) of a declaration."""
+    if get_origin(declared) is not Annotated:
+        return declared, FINITE
+    declared, *marks = get_args(declared)
+    return declared, next((mark for mark in marks if isinstance(mark, Limits)), FINITE)
 
 
 def check(settings: Any, section: str | None = None) -> None:
@@ -139,9 +179,7 @@ def check(settings: Any, section: str | None = None) -> None:
 
 def _problem(value: Any, declared: Any) -> str:
     """What is wrong with a value, "" if nothing is."""
-    limits = FINITE
-    if get_origin(declared) is Annotated:
-        declared, limits = get_args(declared)
+    declared, limits = _parts(declared)
     if get_origin(declared) is Sequence:
         (item_type,) = get_args(declared)
         if not isinstance(value, list | tuple):

@@ -1,19 +1,19 @@
-"""The sections of a config that are plain settings: frozen, typed, and checked when they are
-made."""
+"""The sections of a config that are plain settings: frozen, typed, and checked when they are made.
+
+Keys that are marked `FREE` may change when a run is continued.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from diffit_jax import limits
 from diffit_jax.data import pixels
-from diffit_jax.diffusion.guidance import KINDS, Guidance
-from diffit_jax.diffusion.samplers import Churn
+from diffit_jax.diffusion import GUIDANCE, SAMPLERS
+from diffit_jax.diffusion.guidance import Guidance, Unguided
+from diffit_jax.diffusion.samplers import SamplingMethod
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrZero, above, at_least, one_of, share
-
-# The first two belong to the process ddpm; the others serve both.
-SAMPLERS = ("ddpm", "ddim", "euler", "heun", "dpm_solver")
+from diffit_jax.limits import FREE, Count, CountOrZero, above, at_least, one_of, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Data:
     """
 
     name: str
-    data_dir: str = ""
+    data_dir: Annotated[limits.Path, FREE] = ""
     autoencoder: str = ""
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class EMA:
     halflife_images: Annotated[float, above(0)]
     rampup_ratio: Annotated[float, above(0)] = 0.05
     power_lengths: Sequence[Annotated[float, above(0, below=12**-0.5)]] = ()
-    snapshot_steps: Count = 10_000
+    snapshot_steps: Annotated[Count, FREE] = 10_000
 
     def __post_init__(self):
         limits.check(self, "ema")
@@ -120,16 +120,16 @@ class Training:
 
     batch_size: Count
     label_dropout: Annotated[float, share()]
-    total_steps: Count
-    log_steps: Count = 100
-    grid_steps: Count = 10_000
-    checkpoint_steps: Count = 5_000
-    keep_checkpoints: Count = 3
-    grid_images: Count = 100
-    accumulation: Count = 1
-    max_bad_steps: Count = 20
-    checkpoint_minutes: Annotated[float, at_least(0)] = 0.0
-    keep_every_steps: CountOrZero = 0
+    total_steps: Annotated[Count, FREE]
+    log_steps: Annotated[Count, FREE] = 100
+    grid_steps: Annotated[Count, FREE] = 10_000
+    checkpoint_steps: Annotated[Count, FREE] = 5_000
+    keep_checkpoints: Annotated[Count, FREE] = 3
+    grid_images: Annotated[Count, FREE] = 100
+    accumulation: Annotated[Count, FREE] = 1
+    max_bad_steps: Annotated[Count, FREE] = 20
+    checkpoint_minutes: Annotated[float, at_least(0), FREE] = 0.0
+    keep_every_steps: Annotated[CountOrZero, FREE] = 0
 
     def __post_init__(self):
         limits.check(self, "training")
@@ -140,82 +140,122 @@ class Sampling:
     """Section `sampling`: how samples are drawn unless the command line says otherwise.
 
     Attributes:
-      num_steps: steps N of the sampler. Evaluations of the network: 2N - 1 with heun, else N.
-      guidance_scale: 1 is no guidance.
-      batch_size: samples per call of the sampler: over all devices, or, if it is negative, so many
-        on each. Rounded up to a number that the devices divide.
-      sampler: "ddpm" (ancestral) or "ddim", of the process ddpm; "euler", "heun" or "dpm_solver"
-        (2M), of any process.
-      respacing: of ddpm and ddim, in place of `num_steps`: "250", "10,10,5" or "ddim50", see
-        `respaced_timesteps`.
-      eta: randomness of ddim, 0 none.
-      clip_denoised: whether ddpm and ddim clip their estimate of the clean sample to [-1, 1]: for
-        images, not for latents.
-      guidance, guidance_power, guidance_sigma_low, guidance_sigma_high, guide_channels,
-        skip_tolerance: see `guidance.Guidance`.
-      guide_workdir: for autoguidance, the work directory of the weaker network.
+      sampler: section `sampling.sampler`: `name`, and the attributes of that class in
+        `diffusion.SAMPLERS`. "ddpm" (ancestral) and "ddim" belong to the process ddpm; "euler",
+        "heun" and "dpm_solver" (2M) serve any process.
+      guidance: section `sampling.guidance`, which may be left out: `kind`, and the attributes of
+        that class in `diffusion.GUIDANCE`.
+      batch_per_device: samples that each device draws per call of the sampler.
       pixel_rounding: from [-1, 1] to uint8: "edm" or "adm", see `pixels.to_pixels`.
-      churn_amount, churn_sigma_low, churn_sigma_high, churn_noise: of heun, see `samplers.Churn`.
     """
 
-    num_steps: Annotated[int, at_least(1, most=100_000)]
-    guidance_scale: Annotated[float, at_least(0)]
-    batch_size: Annotated[int, at_least(-(2**31), most=2**31 - 1)]
-    sampler: Annotated[str, one_of(*SAMPLERS)] = "heun"
-    respacing: str = ""
-    eta: Annotated[float, at_least(0)] = 0.0
-    clip_denoised: bool = False
-    guidance: Annotated[str, one_of(*KINDS)] = "constant"
-    guidance_power: Annotated[float, above(0)] = 4.0
-    guidance_sigma_low: Annotated[float, at_least(0)] = 0.0
-    guidance_sigma_high: Annotated[float, at_least(0, infinite=True)] = float("inf")
-    guide_channels: CountOrZero = 0
-    skip_tolerance: Annotated[float, at_least(0)] = 1e-3
-    guide_workdir: str = ""
+    sampler: SamplingMethod
+    batch_per_device: Annotated[int, at_least(1, most=1_000_000)]
+    guidance: Guidance = dataclasses.field(default_factory=Unguided)
     pixel_rounding: Annotated[str, one_of(*pixels.ROUNDINGS)] = "edm"
-    churn_amount: Annotated[float, at_least(0)] = 0.0
-    churn_sigma_low: Annotated[float, at_least(0)] = 0.0
-    churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = float("inf")
-    churn_noise: Annotated[float, at_least(0)] = 1.0
 
     def __post_init__(self):
         limits.check(self, "sampling")
-        if self.num_steps < 2 and not self.discrete:
-            raise UserError(
-                f"config key sampling.num_steps is {self.num_steps}: it must be at least 2 with "
-                f"sampler {self.sampler}"
-            )
-        if not self.batch_size:
-            raise UserError(
-                "config key sampling.batch_size is 0: set it to a number of samples, or -16 for 16 "
-                "on each device"
-            )
-        if self.respacing and not self.discrete:
-            raise UserError(
-                "config key sampling.respacing is for the samplers ddpm and ddim, not "
-                f"{self.sampler}: set sampling.num_steps"
-            )
-        _ = self.guide, self.churn  # these check the rest
 
-    @property
-    def discrete(self) -> bool:
-        """Whether the sampler walks down a discrete schedule."""
-        return self.sampler in ("ddpm", "ddim")
+    def overridden(self, overrides: Mapping[str, Any]) -> "Sampling":
+        """The section with values from the command line, each of which must have an effect.
 
-    @property
-    def guide(self) -> Guidance:
-        return Guidance(
-            self.guidance,
-            self.guidance_scale,
-            self.guidance_power,
-            self.guidance_sigma_low,
-            self.guidance_sigma_high,
-            self.guide_channels,
-            self.skip_tolerance,
+        Args:
+          overrides: by key within the section: `batch_per_device`, `sampler` (a name),
+            `sampler.num_steps`, `guidance` (a kind), `guidance.scale` … A sampler or guidance of
+            another kind keeps what the two have in common.
+
+        Raises:
+          UserError: a key that has no effect, or a value that cannot be.
+        """
+        values = {name: value for name, value in overrides.items() if name in _PLAIN}
+        for section, classes in CHOICES.items():
+            given = {
+                name.removeprefix(f"{section}."): value
+                for name, value in overrides.items()
+                if name.startswith(f"{section}.")
+            }
+            values[section] = _chosen(
+                section, classes, getattr(self, section), overrides.get(section), given
+            )
+        for name in overrides:
+            if name not in _PLAIN and name.partition(".")[0] not in CHOICES:
+                raise UserError(f"--{name} is unknown: see --help")
+        return dataclasses.replace(self, **values)
+
+
+# The parts of the section `sampling` whose class is chosen by name, and the classes.
+CHOICES = {"sampler": SAMPLERS, "guidance": GUIDANCE}
+_PLAIN = ("batch_per_device", "pixel_rounding")
+
+
+def _chosen(section: str, classes: Mapping[str, type], old: Any, name: str | None, given: dict):
+    """A sampler or guidance: `old` with the values of `given`, or one of another class."""
+    if name is not None and name not in classes:
+        raise UserError(f"--{section} {name} is unknown: use {', '.join(classes)}")
+    chosen = type(old) if name is None else classes[name]
+    name = next(name for name, cls in classes.items() if cls is chosen)
+    fields = {field.name: field for field in dataclasses.fields(chosen)}
+    for key in given:
+        if key not in fields:
+            raise UserError(f"--{section}.{key} has no effect with {section} {name}: leave it out")
+    kept = {key: getattr(old, key) for key in fields if hasattr(old, key)}
+    one, other = getattr(chosen, "alternatives", (None, None))
+    if one in given and other in given:
+        raise UserError(
+            f"--{section}.{one} and --{section}.{other} both say how many steps there are: leave "
+            "out either"
         )
+    if one in given:
+        kept.pop(other, None)
+    for key, field in fields.items():
+        needed = field.default is dataclasses.MISSING
+        if needed and key not in kept | given:
+            raise UserError(f"--{section}.{key} is missing: {section} {name} needs it")
+    return chosen(**kept | given)
 
-    @property
-    def churn(self) -> Churn:
-        return Churn(
-            self.churn_amount, self.churn_sigma_low, self.churn_sigma_high, self.churn_noise
-        )
+
+# Keys of the section `sampling` as it was until it had sections of its own, and what they are now.
+OLD_KEYS = {
+    "num_steps": "sampler.num_steps",
+    "respacing": "sampler.respacing",
+    "eta": "sampler.eta",
+    "clip_denoised": "sampler.clip_denoised",
+    "churn_amount": "sampler.churn_amount",
+    "churn_sigma_low": "sampler.churn_sigma_low",
+    "churn_sigma_high": "sampler.churn_sigma_high",
+    "churn_noise": "sampler.churn_noise",
+    "guidance_scale": "guidance.scale",
+    "guidance_power": "guidance.power",
+    "guidance_sigma_low": "guidance.sigma_low",
+    "guidance_sigma_high": "guidance.sigma_high",
+    "guide_channels": "guidance.channels",
+    "skip_tolerance": "guidance.skip_tolerance",
+    "guide_workdir": "guidance.workdir",
+    "batch_size": "batch_per_device",
+}
+
+
+def lift_old_keys(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """A section `sampling` with flat keys, as versions before the sections `sampler` and `guidance`
+    wrote it, as it is now; one that has these is returned as it is.
+
+    What had no effect with its sampler and guidance is left out.
+    """
+    if isinstance(sampling.get("sampler"), Mapping):
+        return dict(sampling)
+    flat = dict(sampling)
+    parts = {
+        "sampler": {"name": flat.pop("sampler", "heun")},
+        "guidance": {"kind": flat.pop("guidance", "constant")},
+    }
+    lifted: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, key = OLD_KEYS.get(name, name).rpartition(".")
+        if not section:
+            lifted[key] = abs(value) if name == "batch_size" and isinstance(value, int) else value
+            continue
+        chosen = CHOICES[section].get(next(iter(parts[section].values())))
+        if chosen is not None and key in {field.name for field in dataclasses.fields(chosen)}:
+            parts[section][key] = value
+    return lifted | parts

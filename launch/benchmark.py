@@ -9,12 +9,11 @@ from absl import flags
 
 from diffit_jax import cli
 
-CONFIG = cli.define_config()
+CONFIG = cli.define_config(required=True)
 STEPS = flags.DEFINE_integer("steps", 50, "Updates to time.", lower_bound=1)
 JSON = cli.define_path("json", "File to write the figures to.")
 FEWER_DEVICES = cli.define_fewer_devices()
 CLUSTER = cli.define_cluster()
-flags.mark_flag_as_required("config")
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ flags.mark_flag_as_required("samples")
 
 
 def main() -> None:
-    from diffit_jax.evaluation.small import evaluate, score_table
+    from diffit_jax.evaluation.small import score_table
     from diffit_jax.runtime import distributed
+    from diffit_jax.verbs.evaluate import evaluate
 
     def score() -> dict:
         output = OUTPUT.value

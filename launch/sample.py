@@ -1,6 +1,6 @@
 """Draws samples from a run or from released weights:
 
-    python launch/sample.py --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance_scale 1.5
+    python launch/sample.py --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
     python launch/sample.py --weights diffit_256.safetensors --labels "golden retriever,88"
 
 Interrupted, the same command goes on where it was.
@@ -48,49 +48,13 @@ EMA_LENGTH = flags.DEFINE_float(
 )
 CLUSTER = cli.define_cluster()
 
-# These override the config's section `sampling`, where each is explained (diffit_jax/sections.py).
-OVERRIDES = [
-    flags.DEFINE_string("sampler", None, "ddpm, ddim, euler, heun or dpm_solver."),
-    flags.DEFINE_integer("num_steps", None, "Steps of the sampler."),
-    flags.DEFINE_string("respacing", None, "Steps of ddpm and ddim: 250, 10,10,5 or ddim50."),
-    flags.DEFINE_float("eta", None, "Randomness of ddim."),
-    flags.DEFINE_bool(
-        "clip_denoised",
-        None,
-        "Clip the estimate of the clean sample to [-1, 1] (ddpm, ddim; not for latents).",
-    ),
-    flags.DEFINE_string(
-        "guidance", None, "none, constant, power_cosine, interval or autoguidance."
-    ),
-    flags.DEFINE_float(
-        "guidance_scale", None, "1 is no guidance, more follows the label more closely."
-    ),
-    flags.DEFINE_float("guidance_power", None, "Exponent of power_cosine."),
-    flags.DEFINE_float("guidance_sigma_low", None, "Lower end of interval, in noise levels."),
-    flags.DEFINE_float("guidance_sigma_high", None, "Upper end of interval."),
-    flags.DEFINE_integer("guide_channels", None, "So many first channels are guided; 0: all."),
-    flags.DEFINE_float(
-        "skip_tolerance", None, "No second evaluation where the scale is within this of 1."
-    ),
-    flags.DEFINE_float("churn_amount", None, "Fresh noise of heun (S_churn); 0: none."),
-    flags.DEFINE_float(
-        "churn_sigma_low", None, "Lowest noise level at which heun adds noise (S_min)."
-    ),
-    flags.DEFINE_float("churn_sigma_high", None, "Highest (S_max)."),
-    flags.DEFINE_float(
-        "churn_noise", None, "Standard deviation of that noise (S_noise); 1 is nominal."
-    ),
-    cli.define_path("guide_workdir", "Directory of the weaker network's run, for autoguidance."),
-    flags.DEFINE_string("pixel_rounding", None, "To uint8: edm or adm."),
-    flags.DEFINE_integer(
-        "batch_size", None, "Samples per call of the sampler, over all devices; -16: 16 on each."
-    ),
-]
+SAMPLING = cli.SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
 
 
 def main() -> None:
     from diffit_jax.runtime.ranges import parse_numbers
-    from diffit_jax.verbs.sample import Run, Weights, sample
+    from diffit_jax.sampling.networks import Run, Weights
+    from diffit_jax.verbs.sample import sample
 
     cli.require_one(workdir=WORKDIR.value, weights=WEIGHTS.value)
     if WORKDIR.value and CONFIG.value:
@@ -108,15 +72,8 @@ def main() -> None:
             ALLOW_NONFINITE.value,
         )
     )
-    overrides = {flag.name: flag.value for flag in OVERRIDES if flag.value is not None}
-    path = sample(
-        source,
-        parse_numbers("--seeds", SEEDS.value),
-        LABELS.value,
-        OUTPUT.value,
-        OVERWRITE.value,
-        **overrides,
-    )
+    seeds = parse_numbers("--seeds", SEEDS.value)
+    path = sample(source, seeds, LABELS.value, OUTPUT.value, OVERWRITE.value, SAMPLING.value)
     print(f"wrote {path} and {path.with_suffix('.png')}")
 
 

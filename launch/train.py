@@ -7,7 +7,7 @@ from absl import flags
 
 from diffit_jax import cli
 
-CONFIG = cli.define_config()
+CONFIG = cli.define_config(required=True)
 WORKDIR = cli.define_path(
     "workdir", "Directory of the run, local or gs://; a run that is in it is continued."
 )
@@ -16,7 +16,7 @@ PROFILE_STEPS = flags.DEFINE_string(
 )
 FEWER_DEVICES = cli.define_fewer_devices()
 CLUSTER = cli.define_cluster()
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:

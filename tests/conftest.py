@@ -31,7 +31,8 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def small_config(**overrides) -> ConfigDict:
-    """A conditional 8×8 experiment that trains in seconds; `overrides` are dotted keys."""
+    """A conditional 8×8 experiment that trains in seconds; `overrides` are keys
+    with `__` between their parts."""
     config = ConfigDict(
         {
             "seed": 0,
@@ -62,7 +63,11 @@ def small_config(**overrides) -> ConfigDict:
                 "keep_checkpoints": 3,
                 "grid_images": 4,
             },
-            "sampling": {"num_steps": 3, "guidance_scale": 1.5, "batch_size": 4},
+            "sampling": {
+                "sampler": {"name": "heun", "num_steps": 3},
+                "guidance": {"kind": "constant", "scale": 1.5},
+                "batch_per_device": 2,
+            },
         }
     )
     return _override(config, overrides)
@@ -87,11 +92,9 @@ def small_latent_config(**overrides) -> ConfigDict:
     config.process = ConfigDict({"name": "ddpm"})
     config.sampling = ConfigDict(
         {
-            "sampler": "ddpm",
-            "num_steps": 4,
-            "guidance": "power_cosine",
-            "guidance_scale": 4.4,
-            "batch_size": 4,
+            "sampler": {"name": "ddpm", "num_steps": 4},
+            "guidance": {"kind": "power_cosine", "scale": 4.4},
+            "batch_per_device": 2,
         }
     )
     return _override(config, overrides)
@@ -99,11 +102,11 @@ def small_latent_config(**overrides) -> ConfigDict:
 
 def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
     for key, value in overrides.items():
-        section, _, name = key.partition("__")
-        if name:
-            config[section][name] = value
-        else:
-            config[section] = value
+        *parents, name = key.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
     return config
 
 

@@ -30,13 +30,14 @@ from pods import arranged
 
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
-from diffit_jax.runtime import distributed, parallel
+from diffit_jax.runtime import distributed, parallel, rows
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.sampling.sampler import Sampler
+from diffit_jax.training.compiling import compile_train_step, open_training_data
+from diffit_jax.training.saving import restore_state, save_state
 from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.watch import Watch
-from diffit_jax.verbs.train import compile_train_step, open_training_data, restore_state, save_state
 
 POD = json.loads(os.environ.get("POD", "null"))
 STEPS = 20
@@ -54,12 +55,12 @@ def run(
     two after half of the updates too."""
     config = config.copy_and_resolve_references()
     config.training.update(batch_size=16, accumulation=accumulation)
-    config.sampling.update(batch_size=8, num_steps=3)
+    config.sampling.sampler.num_steps = 3
     experiment = build(config)
     mesh = parallel.make_mesh(devices, shape)
     if POD and mesh.devices.shape == tuple(POD["sizes"]):
         mesh = arranged(POD, devices)
-    parallel.prove_rows(mesh, 16)
+    rows.prove_rows(mesh, 16)
     Watch(experiment, mesh).report(1)  # of a device of this process, wherever it lies
     state = (
         restore_state(Checkpoints(resume), abstract_state(experiment, mesh))
@@ -71,9 +72,9 @@ def run(
         [np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)]
     )
     first, losses = flat(state.params), []
-    rows = parallel.local_rows(mesh, 16)
-    data = batches(open_training_data(experiment), 16, experiment.seed, start, rows)
-    batch = parallel.put_batch(mesh, next(data), 16)
+    mine = rows.local_rows(mesh, 16)
+    data = batches(open_training_data(experiment), 16, experiment.seed, start, mine)
+    batch = rows.put_batch(mesh, next(data), 16)
     step, empty, _ = compile_train_step(experiment, mesh, state, batch)
     results = {"first": first}
     sampler = None if resume else Sampler(experiment, mesh)
@@ -95,9 +96,9 @@ def run(
             checkpoints = Checkpoints(save, keep=1)
             save_state(checkpoints, state, 16)
             checkpoints.wait()
-        state, collected = step(state, empty, batch)
+        state, collected = step(state, empty, batch, {})
         losses.append(float(collected.compute()["loss"]))
-        batch = parallel.put_batch(mesh, next(data), 16)
+        batch = rows.put_batch(mesh, next(data), 16)
     return results | {"losses": np.array(losses)} | look()
 
 

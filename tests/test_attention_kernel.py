@@ -15,11 +15,12 @@ from diffit_jax.experiment import build
 from diffit_jax.models import attention_kernel
 from diffit_jax.models.attention import BACKENDS, TMSA, choose_backend, relative_position_index
 from diffit_jax.models.flops import traced_multiply_adds
-from diffit_jax.models.placement import Layout, layout
+from diffit_jax.models.placement import Placement, under
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
+from diffit_jax.tpu import compiler
+from diffit_jax.training.compiling import lower_train_step
 from diffit_jax.training.state import abstract_state
-from diffit_jax.verbs.train import lower_train_step
 
 
 def inputs(window, width, batch, heads, dtype=np.float32):
@@ -155,7 +156,7 @@ def loss_and_gradient(backend, mesh, remat="none"):
         network = models.as_network(experiment.model, {**variables, "params": params})
         return jnp.mean(network(x, jnp.linspace(0, 900, 8), {"label": jnp.arange(8)}) ** 2)
 
-    with parallel.activations(mesh):
+    with parallel.placement(mesh):
         value, gradient = jax.jit(jax.value_and_grad(loss))(variables["params"])
     return value, gradient
 
@@ -189,7 +190,7 @@ def test_flops_are_the_same_for_kernel_and_xla():
     """MFU on a TPU must not depend on how attention is computed: the count equals the closed
     form."""
     model = build(config_of("imagenet256_latent")).model
-    with layout(Layout(platform="tpu")):
+    with under(Placement(platform="tpu")):
         counts = {
             backend: traced_multiply_adds(model.clone(attention=backend))
             for backend in ("auto", "xla")
@@ -235,7 +236,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch):
     def loss(variables, x, time):
         return jnp.sum(module.apply(variables, x, time).astype(jnp.float32))
 
-    with layout(Layout(platform="gpu")):
+    with under(Placement(platform="gpu")):
         text = (
             jax.jit(jax.grad(loss))
             .trace(variables, x, time)
@@ -286,10 +287,9 @@ def test_auto_takes_xlas_attention_where_the_kernel_does_not_compile(monkeypatch
 def test_the_compiler_at_hand_takes_the_kernel(monkeypatch):
     """Forward and backward, for a chip that is not here."""
     from diffit_jax.runtime import parallel
-    from diffit_jax.verbs import preflight
 
     monkeypatch.setattr(attention_kernel, "_tried", {})
-    devices = preflight.topology_devices("v5e:2x2")
-    with preflight._for_another_machine():
+    devices = compiler.topology_devices("v5e:2x2")
+    with compiler.for_another_machine():
         parallel.try_kernel(parallel.make_mesh(devices))
     assert list(attention_kernel._tried.values()) == [""]

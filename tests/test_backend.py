@@ -12,11 +12,12 @@ import pytest
 from conftest import small_config, small_latent_config
 from processes import ROOT, command, environment, write_config
 
-from diffit_jax import experiment
+from diffit_jax import workdir
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import backend
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.training.state import create_state, open_experiment
+from diffit_jax.training.compiling import open_experiment
+from diffit_jax.training.state import create_state
 from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
@@ -206,7 +207,7 @@ def test_too_much_for_this_machine(tmp_path):
     for words in ("training.batch_size", "training.accumulation", "mesh.fsdp", preflight):
         assert words in last, last
     config = small_config(model__image_size=512, training__batch_size=2)
-    experiment.claim_workdir(tmp_path / "run", config)
+    workdir.claim(tmp_path / "run", config)
 
 
 def test_pinned_is_for_threads_and_nested_calls():

@@ -15,9 +15,10 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.training.saving import items_of, restore_state
 from diffit_jax.training.state import abstract_state
 from diffit_jax.verbs.sample import sample
-from diffit_jax.verbs.train import _items, restore_state, train
+from diffit_jax.verbs.train import train
 
 TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_a_deeper_model_is_named(latent_run, tmp_path):
     mesh = parallel.make_mesh()
     checkpoints = Checkpoints(workdir / "checkpoints")
     assert (
-        checkpoints._differences(6, _items(abstract_state(build(small_latent_config()), mesh)))
+        checkpoints._differences(6, items_of(abstract_state(build(small_latent_config()), mesh)))
         == ""
     )
     with pytest.raises(

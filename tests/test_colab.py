@@ -103,7 +103,7 @@ def test_the_quickstart_in_short(tmp_path):
     )
     (tmp_path / "configs").mkdir()
     config = small_latent_config(
-        training__total_steps=4, sampling={"num_steps": 2, "guidance_scale": 1.5, "batch_size": 100}
+        training__total_steps=4, sampling__sampler__num_steps=2, sampling__batch_per_device=100
     )
     config.data.update(name="digits", autoencoder="")
     config.model.input_channels = 1

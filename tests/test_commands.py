@@ -56,12 +56,12 @@ def test_train_then_sample(tmp_path):
         "0-2,7",
         "--labels",
         "3,5",
-        "--guidance_scale",
+        "--guidance.scale",
         "2",
         tmp_path=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    name = "samples_4x8x8x1-seeds=0-2_7,labels=3_5,guidance_scale=2.0"
+    name = "samples_4x8x8x1-seeds=0-2_7,labels=3_5,guidance.scale=2.0"
     with np.load(workdir / f"{name}.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [3, 5, 3, 5]
     with Image.open(workdir / f"{name}.png") as picture:
@@ -94,7 +94,10 @@ def test_benchmark(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config.model.widow=3",), "config key widow is unknown: did you mean window?"),
+        (
+            ("--config.model.widow=3",),
+            "config key model.widow is unknown: did you mean model.window?",
+        ),
         (("--config.model.window=three",), "config.model.window=three"),
         (("--colour=red",), "Unknown command line flag 'colour'"),
         (("stray",), "argument 'stray' is not a flag"),
@@ -146,10 +149,10 @@ def test_weights_to_samples_and_workdirs(tmp_path):
         "0-2",
         "--sampler",
         "ddim",
-        "--num_steps",
+        "--sampler.num_steps",
         "2",
-        "--batch_size",
-        "2",
+        "--batch_per_device",
+        "1",
     )
     result = launch(
         "sample",

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from diffit_jax.data.sources import SyntheticSource
+from diffit_jax.diffusion import GUIDANCE
+from diffit_jax.diffusion.ddpm_samplers import Ancestral
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.verbs.train import open_training_data, train
+from diffit_jax.training.compiling import open_training_data
+from diffit_jax.verbs.train import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -48,12 +51,9 @@ def test_imagenet_recipes_are_the_papers():
         assert (experiment.optimizer.learning_rate, experiment.training.batch_size) == (rate, batch)
         np.testing.assert_allclose(1 - decay(experiment), 1e-4, rtol=1e-6)
         sampling = experiment.sampling
-        assert (sampling.sampler, sampling.num_steps, sampling.guide_channels) == ("ddpm", 250, 3)
-        assert (sampling.guidance, sampling.guidance_scale, sampling.guidance_power) == (
-            kind,
-            scale,
-            4,
-        )
+        assert sampling.sampler == Ancestral(num_steps=250)
+        assert sampling.guidance == GUIDANCE[kind](scale=scale, channels=3)
+        assert getattr(sampling.guidance, "power", 4) == 4
 
 
 def test_large_batch_scales_the_rate_by_the_root():
@@ -102,7 +102,7 @@ def test_training_a_small_imagenet_config_on_synthetic_latents(tmp_path):
     config.data.name = "synthetic"
     config.model.update(hidden_size=16, depth=2, num_heads=2, input_size=8)
     config.training.update(batch_size=4, total_steps=2, log_steps=1, grid_images=2)
-    config.sampling.update(num_steps=3)
+    config.sampling.sampler.num_steps = 3
     state = train(config, tmp_path)
     assert int(state.step) == 2 and (tmp_path / "grids" / "00000002.png").exists()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))

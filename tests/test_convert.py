@@ -18,7 +18,10 @@ from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 CONFIG = small_latent_config(
-    sampling__num_steps=3, training__total_steps=2, training__batch_size=2, training__grid_images=2
+    sampling__sampler__num_steps=3,
+    training__total_steps=2,
+    training__batch_size=2,
+    training__grid_images=2,
 ).to_dict()
 
 
@@ -39,7 +42,9 @@ def test_a_converted_run_can_be_sampled_and_trained(tmp_path):
         and config["model"]["hidden_size"] == 48
         and config["model"]["input_size"] == 64
     )
-    with np.load(sample(tmp_path / "run", seeds=[0, 1], batch_size=2)) as arrays:
+    with np.load(
+        sample(tmp_path / "run", seeds=[0, 1], overrides={"batch_per_device": 1})
+    ) as arrays:
         assert np.isfinite(arrays["arr_0"]).all()
     from ml_collections import ConfigDict
 

@@ -8,9 +8,9 @@ import pytest
 from golden_data import WEIGHTS, evaluate, golden
 
 from diffit_jax import models
-from diffit_jax.diffusion import ddpm
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.guidance import Guidance, guide, unguided
+from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
+from diffit_jax.diffusion.guidance import PowerCosine, guide, unguided
 from diffit_jax.diffusion.schedule import Schedule, respaced_timesteps
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
@@ -34,9 +34,9 @@ def test_schedule_golden():
         name, _, respacing = key.removesuffix("]").partition("[")
         if name == "log_one_minus_alphas_cumprod":  # not needed here
             continue
-        steps = PROCESS.steps(respacing)
+        steps = PROCESS.schedule_for(respacing)
         if name == "betas_squaredcos":
-            name, steps = "betas", DDPM(schedule="cosine").steps()
+            name, steps = "betas", DDPM(schedule="cosine").schedule_for()
         ours = getattr(steps, {"timestep_map": "timesteps"}.get(name, name))
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12, err_msg=key)
         compared += 1
@@ -81,14 +81,14 @@ def test_respacing_sums_up_its_stride():
         ("600,10", "wants 600 steps of a section of 500"),
         ("ddim3000", "has more steps than the schedule's 1000"),
         ("ddim999", "no whole stride gives 999"),
-        ("many", "'many' is none"),
-        ("0", "'0' is none"),
-        ("ddim10,10", "is none"),
+        ("many", "'many' is not a respacing"),
+        ("0", "'0' is not a respacing"),
+        ("ddim10,10", "is not a respacing"),
     ],
 )
 def test_impossible_respacings(respacing, message):
     with pytest.raises(UserError, match=message):
-        PROCESS.steps(respacing)
+        PROCESS.schedule_for(respacing)
 
 
 def test_schedule_scales_with_its_length():
@@ -100,10 +100,10 @@ def test_schedule_scales_with_its_length():
 
 
 def test_timestep_of_inverts_the_levels():
-    levels = PROCESS.steps().sqrt_recipm1_alphas_cumprod
-    np.testing.assert_array_equal(PROCESS.steps().timestep_of(levels), np.arange(1000))
-    assert PROCESS.steps().timestep_of(np.array([1e-9, 1e9])).tolist() == [0, 999]
-    between = PROCESS.steps().timestep_of(np.sqrt(levels[10:11] * levels[11:12]))
+    levels = PROCESS.schedule_for().sqrt_recipm1_alphas_cumprod
+    np.testing.assert_array_equal(PROCESS.schedule_for().timestep_of(levels), np.arange(1000))
+    assert PROCESS.schedule_for().timestep_of(np.array([1e-9, 1e9])).tolist() == [0, 999]
+    between = PROCESS.schedule_for().timestep_of(np.sqrt(levels[10:11] * levels[11:12]))
     np.testing.assert_allclose(between, 10.5)
 
 
@@ -114,7 +114,7 @@ def test_scalar_golden():
     """x_0 = 0.3, epsilon = 0.5, predicted 0.4, v = 0.2, computed in float64 from the formulas."""
     constant = jnp.array([0.4, 0.2]) * jnp.ones((3, 1, 1, 2))
     x0, noise, k = jnp.full((3, 1, 1, 1), 0.3), jnp.full((3, 1, 1, 1), 0.5), jnp.array([500, 1, 0])
-    steps = PROCESS.steps()
+    steps = PROCESS.schedule_for()
     noisy = PROCESS.diffuse(x0, k, noise, steps)
     p = PROCESS.predict(constant, noisy, k, steps)
     flat = lambda x: np.ravel(x)
@@ -135,7 +135,7 @@ def test_scalar_golden():
 
 
 def test_distributions_golden():
-    data, steps = golden("train_losses.npz"), PROCESS.steps()
+    data, steps = golden("train_losses.npz"), PROCESS.schedule_for()
     half = lambda name: jnp.asarray(data[name][:4])
     k = half("t")
     # Bound 1e-5 of the largest value: x_0 of the noisiest step is a difference of numbers 150 times
@@ -181,7 +181,7 @@ def test_losses_golden(network_a, name, process):
     for part in ("mse", "vb"):
         if f"{name}_{part}" in data:
             np.testing.assert_allclose(parts[part], data[f"{name}_{part}"], rtol=1e-5)
-    assert set(parts) == set(process.loss_parts)
+    assert set(parts) == set(process.loss_terms)
 
 
 def test_hybrid_gradient_golden(network_a):
@@ -251,7 +251,7 @@ def test_loss_draws_uniform_steps_and_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_fixed_variances(clip):
-    steps, k = PROCESS.steps("10"), jnp.array([0, 9])
+    steps, k = PROCESS.schedule_for("10"), jnp.array([0, 9])
     x, y = jnp.ones((2, 1, 1, 1)), jnp.full((2, 1, 1, 1), 0.1)
     small = DDPM(variance="fixed_small", loss_type="mse").predict(y, x, k, steps, clip)
     large = DDPM(variance="fixed_large", loss_type="mse").predict(y, x, k, steps, clip)
@@ -272,17 +272,16 @@ def test_trajectories_golden(network_a, name):
     1e-6)."""
     module, variables = network_a
     data = golden(f"{name}.npz")
-    steps = PROCESS.steps("25")
+    steps = PROCESS.schedule_for("25")
     np.testing.assert_array_equal(steps.timesteps, data["timestep_map"])
     np.testing.assert_allclose(steps.betas, data["betas"], rtol=0, atol=1e-12)
     fresh = data["noise"] if "noise" in data else np.zeros((25, *data["x_T"].shape), np.float32)
     noise = jnp.asarray(np.concatenate([data["x_T"][None], fresh]))
     # The scale is exactly 1 or it is not: skipping more would be faster and less exact than these
     # bounds.
-    guidance = Guidance(
-        "power_cosine",
-        float(data["cfg_scale"]),
-        float(data["scale_pow"]),
+    guidance = PowerCosine(
+        scale=float(data["cfg_scale"]),
+        power=float(data["scale_pow"]),
         channels=3,
         skip_tolerance=0,
     )
@@ -299,10 +298,9 @@ def test_trajectories_golden(network_a, name):
             return network(x, timestep, conditioning)
 
         guided = guide(guidance, recorded, PROCESS.time_of, null_label=10)
-        sampler = ddpm.ancestral if name == "ddpm25_cfg" else ddpm.ddim
-        return sampler(
-            PROCESS, guided, lambda index: noise[index], {"label": jnp.asarray(data["y"])}, steps
-        )
+        sampler = Ancestral(25) if name == "ddpm25_cfg" else DDIM(25)
+        labels = {"label": jnp.asarray(data["y"])}
+        return sampler.draw(PROCESS, guided, lambda index: noise[index], labels)
 
     final = jax.jit(draw)(variables)
     jax.effects_barrier()
@@ -360,7 +358,7 @@ def plain_loop(process, network, noise, steps, eta=None, clip=False):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [None, 0.0, 0.7, 1.0])
 def test_samplers_equal_their_formulas(eta, clip, respacing):
-    steps = PROCESS.steps(respacing)
+    steps = PROCESS.schedule_for(respacing)
     noise = np.random.default_rng(0).normal(size=(len(steps) + 1, 3, 2, 2, 1)).astype(np.float32)
 
     def network(x, t, xp=np):
@@ -369,9 +367,9 @@ def test_samplers_equal_their_formulas(eta, clip, respacing):
     def draw():
         evaluate = unguided(lambda x, t, _: network(x, t[:, None, None, None], jnp))
         given = lambda index: jnp.asarray(noise)[index]
-        if eta is None:
-            return ddpm.ancestral(PROCESS, evaluate, given, {}, steps, clip)
-        return ddpm.ddim(PROCESS, evaluate, given, {}, steps, eta, clip)
+        settings = dict(num_steps=1, respacing=respacing, clip_denoised=clip)
+        sampler = Ancestral(**settings) if eta is None else DDIM(**settings, eta=eta)
+        return sampler.draw(PROCESS, evaluate, given, {})
 
     expected = plain_loop(PROCESS, network, noise, steps, eta, clip)
     ours = jax.jit(draw)()
@@ -399,5 +397,5 @@ def test_impossible_processes(arguments, message):
 def test_step_counts_above_the_schedule():
     with pytest.raises(UserError, match="num_steps 1001 is more than the schedule's 1000"):
         PROCESS.sigmas(1001)
-    with pytest.raises(UserError, match="eta -1 is negative"):
-        ddpm.ddim(PROCESS, unguided(lambda x, *_: x), None, {}, PROCESS.steps("2"), eta=-1)
+    with pytest.raises(UserError, match="eta is -1: it must be at least 0"):
+        DDIM(2, eta=-1)

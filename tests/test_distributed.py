@@ -123,9 +123,9 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     request = [
         "--seeds",
         "0-199",
-        "--batch_size",
-        "4",
-        "--num_steps",
+        "--batch_per_device",
+        "1",
+        "--sampler.num_steps",
         "100",
         "--output",
         tmp_path / "s.npz",
@@ -141,7 +141,12 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
         tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request
     ).wait()
     assert statuses == [0, 0], texts
-    alone = sample(latent_run[0], seeds=range(200), num_steps=100, output=tmp_path / "alone.npz")
+    alone = sample(
+        latent_run[0],
+        seeds=range(200),
+        overrides={"sampler.num_steps": 100},
+        output=tmp_path / "alone.npz",
+    )
     with np.load(tmp_path / "s.npz") as ours, np.load(alone) as theirs:
         np.testing.assert_allclose(
             ours["arr_0"], theirs["arr_0"], rtol=0, atol=1e-4 * np.abs(theirs["arr_0"]).max()

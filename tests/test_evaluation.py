@@ -9,7 +9,8 @@ from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.frechet import frechet_distance, resampled_distance, statistics
 from diffit_jax.evaluation.neighbours import nearest_distances
-from diffit_jax.evaluation.small import evaluate, score_images
+from diffit_jax.evaluation.small import score_images
+from diffit_jax.verbs.evaluate import evaluate
 from diffit_jax.verbs.sample import sample
 
 
@@ -106,10 +107,13 @@ def test_evaluate_writes_metrics(splits, tmp_path):
 def test_metrics_say_which_samples_they_are_of(splits, run, tmp_path):
     """Path, digest, request and precision; scores of other samples are not replaced unasked."""
     data_dir, _, test = splits
-    path = sample(run[0], seeds=range(360), num_steps=2, output=tmp_path / "s.npz")
+    path = sample(
+        run[0], seeds=range(360), overrides={"sampler.num_steps": 2}, output=tmp_path / "s.npz"
+    )
     scores = evaluate(path, "digits", data_dir)
     assert (
-        scores["samples"] == str(path) and scores["request"]["identity"]["sampling.num_steps"] == 2
+        scores["samples"] == str(path)
+        and scores["request"]["identity"]["sampling.sampler.num_steps"] == 2
     )
     assert (
         scores["matmul_precision"] == "default"

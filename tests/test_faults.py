@@ -21,8 +21,9 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.training.saving import restore_state
 from diffit_jax.training.state import abstract_state
-from diffit_jax.verbs.train import restore_state, train
+from diffit_jax.verbs.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,9 +124,9 @@ def test_sigterm_in_the_middle_of_sampling(latent_run, tmp_path):
         latent_run[0],
         "--seeds",
         "0-399",
-        "--batch_size",
-        "2",
-        "--num_steps",
+        "--batch_per_device",
+        "1",
+        "--sampler.num_steps",
         "20",
     )
     whole = start("sample", tmp_path, *flags, "--output", tmp_path / "whole.npz")

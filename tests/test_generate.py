@@ -15,9 +15,10 @@ from diffit_jax.data.labels import give_out, imagenet_class, imagenet_names, par
 from diffit_jax.data.pixels import to_pixels
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
+from diffit_jax.sampling.networks import Weights
 from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.verbs import sample as generate
-from diffit_jax.verbs.sample import Weights, sample
+from diffit_jax.verbs.sample import sample
 
 
 def arrays_of(path):
@@ -54,7 +55,10 @@ def test_name_is_the_evaluators(latent_run, run, tmp_path):
 
 def weight_config(**overrides):
     config = small_latent_config(
-        sampling__num_steps=3, sampling__batch_size=2, model__hidden_size=999, **overrides
+        sampling__sampler__num_steps=3,
+        sampling__batch_per_device=1,
+        model__hidden_size=999,
+        **overrides,
     )
     return config.to_dict()
 
@@ -84,7 +88,10 @@ def test_sampling_from_weights_is_sampling_with_them(tmp_path):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm_solver"])
 def test_every_sampler_draws_from_the_same_network(latent_run, tmp_path, sampler):
     path = sample(
-        latent_run[0], seeds=[0, 1], output=tmp_path / "l.npz", sampler=sampler, num_steps=3
+        latent_run[0],
+        seeds=[0, 1],
+        output=tmp_path / "l.npz",
+        overrides={"sampler": sampler, "sampler.num_steps": 3},
     )
     assert np.isfinite(arrays_of(path)["arr_0"]).all()
 
@@ -92,22 +99,25 @@ def test_every_sampler_draws_from_the_same_network(latent_run, tmp_path, sampler
 @pytest.mark.parametrize("guidance", ["none", "constant", "power_cosine", "interval"])
 @pytest.mark.parametrize("sampler", ["heun", "dpm_solver"])
 def test_image_models_take_every_guidance(run, tmp_path, sampler, guidance):
-    settings = dict(sampler=sampler, guidance=guidance)
+    overrides = {"sampler": sampler, "sampler.num_steps": 6, "guidance": guidance}
     if guidance != "none":
-        settings["guidance_scale"] = 300.0
+        overrides["guidance.scale"] = 300.0
     if guidance == "interval":
-        settings |= dict(guidance_sigma_low=0.1, guidance_sigma_high=5.0)
+        overrides |= {"guidance.sigma_low": 0.1, "guidance.sigma_high": 5.0}
     image = arrays_of(
-        sample(run[0], seeds=[0, 1], output=tmp_path / "s.npz", num_steps=6, **settings)
+        sample(
+            run[0],
+            seeds=[0, 1],
+            output=tmp_path / "s.npz",
+            overrides=overrides,
+        )
     )["arr_0"]
     plain = arrays_of(
         sample(
             run[0],
             seeds=[0, 1],
             output=tmp_path / "t.npz",
-            num_steps=6,
-            sampler=sampler,
-            guidance="none",
+            overrides={"sampler.num_steps": 6, "sampler": sampler, "guidance": "none"},
         )
     )["arr_0"]
     assert (guidance == "none") == np.array_equal(image, plain)
@@ -123,23 +133,41 @@ def test_autoguidance_by_an_earlier_run(latent_run, tmp_path):
     draw = lambda name, **settings: arrays_of(
         sample(latent_run[0], seeds=[0, 1], output=tmp_path / name, **settings)
     )["arr_0"]
-    plain = draw("plain.npz", guidance="none")
+    plain = draw("plain.npz", overrides={"guidance": "none"})
     guided = draw(
-        "guided.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(weak)
+        "guided.npz",
+        overrides={
+            "guidance": "autoguidance",
+            "guidance.scale": 2.0,
+            "guidance.workdir": str(weak),
+        },
     )
     assert np.abs(guided - plain).max() > 1e-3
     np.testing.assert_array_equal(
-        draw("one.npz", guidance="autoguidance", guidance_scale=1.0, guide_workdir=str(weak)), plain
+        draw(
+            "one.npz",
+            overrides={
+                "guidance": "autoguidance",
+                "guidance.scale": 1.0,
+                "guidance.workdir": str(weak),
+            },
+        ),
+        plain,
     )
     itself = draw(
-        "itself.npz", guidance="autoguidance", guidance_scale=2.0, guide_workdir=str(latent_run[0])
+        "itself.npz",
+        overrides={
+            "guidance": "autoguidance",
+            "guidance.scale": 2.0,
+            "guidance.workdir": str(latent_run[0]),
+        },
     )
     np.testing.assert_allclose(itself, plain, atol=1e-3 * np.abs(plain).max())
 
 
 def test_autoguidance_needs_a_fitting_run(latent_run, run, tmp_path):
     for workdir, message in (
-        ("", "name its run by --guide_workdir"),
+        ("", "name its run by --guidance.workdir"),
         (str(run[0]), "differs in process, shape or number of classes"),
     ):
         with pytest.raises(UserError, match=message):
@@ -147,17 +175,21 @@ def test_autoguidance_needs_a_fitting_run(latent_run, run, tmp_path):
                 latent_run[0],
                 seeds=[0],
                 output=tmp_path / "l.npz",
-                guidance="autoguidance",
-                guidance_scale=2.0,
-                guide_workdir=workdir,
+                overrides={
+                    "guidance": "autoguidance",
+                    "guidance.scale": 2.0,
+                    "guidance.workdir": workdir,
+                },
             )
     with pytest.raises(UserError, match="holds no run"):
         sample(
             latent_run[0],
             seeds=[0],
-            guidance="autoguidance",
-            guidance_scale=2.0,
-            guide_workdir=str(tmp_path / "none"),
+            overrides={
+                "guidance": "autoguidance",
+                "guidance.scale": 2.0,
+                "guidance.workdir": str(tmp_path / "none"),
+            },
         )
 
 
@@ -167,7 +199,7 @@ def test_autoguidance_needs_a_fitting_run(latent_run, run, tmp_path):
 def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
     """Killed between batches and in the middle of a file, the same request draws only what is
     missing and ends with the same bytes."""
-    request = dict(seeds=range(10), labels="random", batch_size=2)
+    request = dict(seeds=range(10), labels="random", overrides={"batch_per_device": 1})
     whole = sample(latent_run[0], output=tmp_path / "whole.npz", **request)
     drawn, draw_batch = [], Sampler.draw_batch
 
@@ -202,7 +234,10 @@ def test_parts_of_another_request_are_refused(latent_run, tmp_path, monkeypatch)
     )
     for change, name in (
         (dict(seeds=range(1, 5)), "another seeds"),
-        (dict(seeds=range(4), num_steps=3), "another sampling.num_steps .4, now 3."),
+        (
+            dict(seeds=range(4), overrides={"sampler.num_steps": 3}),
+            "another sampling.sampler.num_steps .4, now 3.",
+        ),
     ):
         with pytest.raises(UserError, match=name):
             sample(latent_run[0], output=output, **change)
@@ -220,48 +255,65 @@ def test_damaged_request(latent_run, tmp_path, content):
 
 
 def test_num_steps_takes_the_place_of_the_configs_respacing(tmp_path):
-    weights = Weights(WEIGHTS["a"], weight_config(sampling__respacing="2"))
+    weights = Weights(WEIGHTS["a"], weight_config(sampling__sampler__respacing="2"))
     three, two = (
         arrays_of(sample(weights, seeds=[0, 1], output=tmp_path / f"{name}.npz", **change))["arr_0"]
-        for name, change in (("a", dict(num_steps=3)), ("b", {}))
+        for name, change in (("a", dict(overrides={"sampler.num_steps": 3})), ("b", {}))
     )
     assert np.abs(three - two).max() > 1e-3
 
 
 def test_refused_requests_leave_nothing(latent_run, tmp_path):
     for change, message in (
-        (dict(num_steps=1001), "more steps than the schedule's 1000"),
-        (dict(sampler="heun", num_steps=1001), "num_steps 1001 is more than the schedule's 1000"),
-        (dict(respacing="ddim999"), "no whole stride"),
-        (dict(guidance_scale=-0.5), "sampling.guidance_scale is -0.5"),
-        (dict(guide_channels=5), "sampling.guide_channels is 5: the model has only 4"),
+        (dict(overrides={"sampler.num_steps": 1001}), "more steps than the schedule's 1000"),
         (
-            dict(sampler="plms"),
-            "sampling.sampler is 'plms': use ddpm, ddim, euler, heun, dpm_solver",
+            dict(
+                overrides={"sampler": "heun", "sampler.num_steps": 1001},
+            ),
+            "num_steps 1001 is more than the schedule's 1000",
+        ),
+        (dict(overrides={"sampler.respacing": "ddim999"}), "no whole stride"),
+        (dict(overrides={"guidance.scale": -0.5}), "sampling.guidance.scale is -0.5"),
+        (
+            dict(overrides={"guidance.channels": 5}),
+            "sampling.guidance.channels is 5: the model has only 4",
         ),
         (
-            dict(sampler="heun", respacing="10"),
-            "sampling.respacing is for the samplers ddpm and ddim",
+            dict(overrides={"sampler": "plms"}),
+            "--sampler plms is unknown: use ddpm, ddim, euler, heun, dpm_solver",
         ),
-        (dict(eta=-1.0), "sampling.eta is -1.0"),
+        (
+            dict(
+                overrides={"sampler": "heun", "sampler.respacing": "10"},
+            ),
+            "--sampler.respacing has no effect with sampler heun",
+        ),
+        (dict(overrides={"sampler": "ddim", "sampler.eta": -1.0}), "sampling.sampler.eta is -1.0"),
         (dict(labels="10"), "label 10 is outside the classes 0-9"),
         (dict(labels=[-1]), "label -1 is outside the classes 0-9"),
         (dict(labels="tench"), "--labels 'tench' is not a list of whole numbers"),
-        (dict(pixel_rounding="up"), "sampling.pixel_rounding is 'up': use edm, adm"),
+        (dict(overrides={"pixel_rounding": "up"}), "sampling.pixel_rounding is 'up': use edm, adm"),
         (
-            dict(guidance_scale=float("inf")),
-            "guidance_scale is inf: it must be finite and at least 0",
+            dict(overrides={"guidance.scale": float("inf")}),
+            "guidance.scale is inf: it must be finite and at least 0",
         ),
-        (dict(guidance_power=0.0), "guidance_power is 0.0: it must be above 0"),
-        (dict(num_steps=2, respacing="3"), "leave out either"),
-        (dict(eta=0.5), "--eta has no effect with sampler ddpm"),
+        (dict(overrides={"guidance.power": 0.0}), "guidance.power is 0.0: it must be above 0"),
         (
-            dict(guide_workdir="x"),
-            "--guide_workdir has no effect with sampler ddpm and guidance power_cosine",
+            dict(
+                overrides={"sampler.num_steps": 2, "sampler.respacing": "3"},
+            ),
+            "leave out either",
+        ),
+        (dict(overrides={"sampler.eta": 0.5}), "--sampler.eta has no effect with sampler ddpm"),
+        (
+            dict(overrides={"guidance.workdir": "x"}),
+            "--guidance.workdir has no effect with guidance power_cosine",
         ),
         (
-            dict(sampler="heun", clip_denoised=True),
-            "--clip_denoised has no effect with sampler heun",
+            dict(
+                overrides={"sampler": "heun", "sampler.clip_denoised": True},
+            ),
+            "--sampler.clip_denoised has no effect with sampler heun",
         ),
         (dict(labels=[]), "--labels is empty"),
     ):
@@ -276,8 +328,10 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
 
 
 def test_discrete_samplers_need_the_discrete_process(run):
-    with pytest.raises(UserError, match=r"sampling\.sampler is ddim, which needs the process ddpm"):
-        sample(run[0], seeds=[0], sampler="ddim")
+    with pytest.raises(
+        UserError, match=r"sampling.sampler.name is ddim, which needs the process ddpm"
+    ):
+        sample(run[0], seeds=[0], overrides={"sampler": "ddim"})
 
 
 # --- Labels and pixels
@@ -335,7 +389,12 @@ def test_both_published_rounding_rules():
 def test_pixel_rounding_is_applied(run, tmp_path):
     images = [
         arrays_of(
-            sample(run[0], seeds=range(4), output=tmp_path / f"{rule}.npz", pixel_rounding=rule)
+            sample(
+                run[0],
+                seeds=range(4),
+                output=tmp_path / f"{rule}.npz",
+                overrides={"pixel_rounding": rule},
+            )
         )["arr_0"].astype(int)
         for rule in ("edm", "adm")
     ]
@@ -344,9 +403,13 @@ def test_pixel_rounding_is_applied(run, tmp_path):
 
 
 def test_unconditional_models_take_autoguidance_only(tmp_path):
-    config = small_config(model__num_classes=0, sampling__guidance_scale=1.0)
+    config = small_config(model__num_classes=0, sampling__guidance__scale=1.0)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    with pytest.raises(UserError, match="unconditional: leave out --guidance_scale"):
-        sample(tmp_path, seeds=[0], guidance_scale=2.0)
-    with pytest.raises(UserError, match="name its run by --guide_workdir"):
-        sample(tmp_path, seeds=[0], guidance_scale=2.0, guidance="autoguidance")
+    with pytest.raises(UserError, match=r"unconditional: leave out --guidance.scale"):
+        sample(tmp_path, seeds=[0], overrides={"guidance.scale": 2.0})
+    with pytest.raises(UserError, match=r"name its run by --guidance.workdir"):
+        sample(
+            tmp_path,
+            seeds=[0],
+            overrides={"guidance.scale": 2.0, "guidance": "autoguidance"},
+        )

@@ -5,10 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion import ddpm, samplers
+from diffit_jax.diffusion import SAMPLERS as METHODS
+from diffit_jax.diffusion import samplers
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
-from diffit_jax.diffusion.guidance import Guidance, drop_labels, guide, unguided
+from diffit_jax.diffusion.guidance import (
+    GUIDANCE,
+    Autoguidance,
+    Constant,
+    Interval,
+    PowerCosine,
+    Unguided,
+    drop_labels,
+    guide,
+    unguided,
+)
 from diffit_jax.errors import UserError
 
 NULL = 10
@@ -46,7 +57,7 @@ def test_mixture_is_the_formula(arguments, kind, scale, channels):
         if kind == "autoguidance"
         else evaluate(x, level, {"label": jnp.full(4, NULL)})
     )
-    guided = guide(Guidance(kind, scale, channels=channels), evaluate, np.zeros_like, NULL, weaker)
+    guided = guide(GUIDANCE[kind](scale, channels=channels), evaluate, np.zeros_like, NULL, weaker)
     y = guided.mixed(x, level, conditioning, scale)
     count = channels or 4
     np.testing.assert_allclose(
@@ -63,20 +74,18 @@ def test_power_cosine_golden():
         (3.8, [1, 1, 1.000105, 1.026901, 1.636545, 3.059374, 3.8]),
         (4.4, [1, 1, 1.000128, 1.032665, 1.772948, 3.500668, 4.4]),
     ):
-        scales = Guidance("power_cosine", scale, skip_tolerance=0).scales(timesteps / 1000, None)
+        scales = PowerCosine(scale, skip_tolerance=0).scales(timesteps / 1000, None)
         np.testing.assert_allclose(scales, golden, rtol=0, atol=6e-7)
 
 
 @pytest.mark.parametrize(("tolerance", "percent"), [(0, 9), (1e-3, 32), (0.03, 49)])
 def test_power_cosine_scale_is_one_in_high_noise(tolerance, percent):
-    scales = Guidance("power_cosine", 4.4, skip_tolerance=tolerance).scales(
-        np.arange(1000) / 1000, None
-    )
+    scales = PowerCosine(4.4, skip_tolerance=tolerance).scales(np.arange(1000) / 1000, None)
     assert int(100 * np.mean(scales == 1)) == percent
 
 
 def test_interval_is_open_below_and_closed_above():
-    scales = Guidance("interval", 2.0, sigma_low=0.5, sigma_high=2.0).scales(
+    scales = Interval(2.0, sigma_low=0.5, sigma_high=2.0).scales(
         np.zeros(4), np.array([0.5, 0.51, 2.0, 2.01])
     )
     assert scales.tolist() == [1, 2, 2, 1]
@@ -107,6 +116,7 @@ def run(sampler, guidance, calls=None, weak_calls=None):
     wrap = (lambda e: e) if sampler in ("ddpm", "ddim") else first_half
     noise = samplers.seeded_noise(jnp.arange(BATCH, dtype=jnp.uint32), (2, 2, 4))
     conditioning = {"label": jnp.array([1, 2])}
+    process = PROCESS if sampler in ("ddpm", "ddim") else EDM()
 
     @jax.jit
     def draw():
@@ -117,11 +127,7 @@ def run(sampler, guidance, calls=None, weak_calls=None):
             NULL,
             wrap(counting(weak_calls, weaker)),
         )
-        if sampler in ("ddpm", "ddim"):
-            return getattr(ddpm, "ancestral" if sampler == "ddpm" else "ddim")(
-                PROCESS, guided, noise, conditioning, PROCESS.steps("10")
-            )
-        return getattr(samplers, sampler)(guided, noise, conditioning, EDM().sigmas(10))
+        return METHODS[sampler](num_steps=10).draw(process, guided, noise, conditioning)
 
     out = np.asarray(draw())
     jax.effects_barrier()
@@ -136,33 +142,29 @@ EVALUATIONS = {name: 19 if name == "heun" else 10 for name in SAMPLERS}
 def test_equivalences_and_evaluations_over_every_sampler(sampler):
     count = EVALUATIONS[sampler]
     calls = []
-    plain = run(sampler, Guidance(), calls)
+    plain = run(sampler, Unguided(), calls)
     assert calls == [BATCH] * count  # no guidance: the network alone
 
     calls, weak_calls = [], []
-    np.testing.assert_array_equal(
-        run(sampler, Guidance("autoguidance", 1.0), calls, weak_calls), plain
-    )
+    np.testing.assert_array_equal(run(sampler, Autoguidance(1.0), calls, weak_calls), plain)
     assert calls == [BATCH] * count and not weak_calls  # weight 1: the main network alone
 
     calls, weak_calls = [], []
-    assert (
-        np.abs(run(sampler, Guidance("autoguidance", 2.0), calls, weak_calls) - plain).max() > 1e-3
-    )
+    assert np.abs(run(sampler, Autoguidance(2.0), calls, weak_calls) - plain).max() > 1e-3
     assert calls == weak_calls == [BATCH] * count
 
     calls = []
-    constant = run(sampler, Guidance("constant", 2.0), calls)
+    constant = run(sampler, Constant(2.0), calls)
     assert calls == [2 * BATCH] * count and np.abs(constant - plain).max() > 1e-3
     calls = []
     # The full interval.
-    np.testing.assert_array_equal(run(sampler, Guidance("interval", 2.0), calls), constant)
+    np.testing.assert_array_equal(run(sampler, Interval(2.0), calls), constant)
     assert calls == [2 * BATCH] * count
 
     calls = []
-    run(sampler, Guidance("interval", 2.0, sigma_low=0.3, sigma_high=3.0), calls)
+    run(sampler, Interval(2.0, sigma_low=0.3, sigma_high=3.0), calls)
     levels = (
-        PROCESS.steps("10").sqrt_recipm1_alphas_cumprod[::-1]
+        PROCESS.schedule_for("10").sqrt_recipm1_alphas_cumprod[::-1]
         if sampler in ("ddpm", "ddim")
         else EDM().sigmas(10)[:-1]
     )
@@ -172,50 +174,52 @@ def test_equivalences_and_evaluations_over_every_sampler(sampler):
     assert 0 < calls.count(2 * BATCH) < count
 
     calls = []
-    run(sampler, Guidance("power_cosine", 4.4), calls)
+    run(sampler, PowerCosine(4.4), calls)
     # The noisiest steps are not guided.
     assert calls == sorted(calls) and 0 < calls.count(BATCH) < count
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "heun"])
 def test_skipping_changes_no_more_than_the_skipped_guidance(sampler):
-    exact = run(sampler, Guidance("power_cosine", 4.4, skip_tolerance=0))
-    skipped = run(sampler, Guidance("power_cosine", 4.4, skip_tolerance=1e-3))
+    exact = run(sampler, PowerCosine(4.4, skip_tolerance=0))
+    skipped = run(sampler, PowerCosine(4.4, skip_tolerance=1e-3))
     assert np.abs(exact - skipped).max() < 1e-3 * np.abs(exact).max()
 
 
 def test_guidance_of_no_use_is_no_guidance():
     for guidance in (
-        Guidance("constant", 1.0),
-        Guidance("none", 3.0),
-        Guidance("constant", 1.0005),
+        Constant(1.0),
+        Unguided(),
+        Constant(1.0005),
     ):
-        assert guide(guidance, evaluate, np.zeros_like).main is evaluate and not guidance.active
+        assert guide(guidance, evaluate, np.zeros_like).plain is evaluate and not guidance.active
     assert unguided(evaluate).scales(np.ones(3)).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(kind="strong"), "Guidance.kind is 'strong': use none, constant"),
-        (dict(kind="constant", scale=-1), "Guidance.scale is -1: it must be at least 0"),
+        (dict(kind="constant", scale=-1), "guidance.scale is -1: it must be at least 0"),
         (
             dict(kind="interval", scale=2, sigma_low=3, sigma_high=2),
-            "guidance_sigma_low 3 must lie between 0 and",
+            "guidance.sigma_low 3 must lie between 0 and",
         ),
-        (dict(kind="constant", channels=-1), r"Guidance\.channels is -1: it must be at least 0"),
+        (
+            dict(kind="constant", scale=1, channels=-1),
+            r"guidance\.channels is -1: it must be at least 0",
+        ),
     ],
 )
 def test_impossible_settings(arguments, message):
     with pytest.raises(UserError, match=message):
-        Guidance(**arguments)
+        GUIDANCE[arguments.pop("kind")](**arguments)
 
 
 def test_what_guidance_needs():
     with pytest.raises(UserError, match="autoguidance needs a second, weaker network"):
-        guide(Guidance("autoguidance", 2.0), evaluate, np.zeros_like, NULL)
+        guide(Autoguidance(2.0), evaluate, np.zeros_like, NULL)
     with pytest.raises(UserError, match="guides by labels, which the model does not have"):
-        guide(Guidance("constant", 2.0), evaluate, np.zeros_like)
+        guide(Constant(2.0), evaluate, np.zeros_like)
 
 
 def test_drop_labels_rate_and_independence_of_the_batch():

@@ -19,13 +19,15 @@ from PIL import Image
 from processes import ROOT, checkpoints_of, environment, write_config
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffit_jax import experiment
+from diffit_jax import experiment, limits, workdir
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.sampling.networks import Run
+from diffit_jax.spaces import LatentSpace, PixelSpace
 from diffit_jax.verbs import train as loop
-from diffit_jax.verbs.sample import Run, sample
+from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 # --- Events
@@ -117,7 +119,8 @@ def test_any_number_of_channels_makes_a_picture(tmp_path, channels, latents):
         if latents
         else np.full(shape, 200, np.uint8)
     )
-    pixels.write_preview(tmp_path / "deep" / "p.png", samples, latents)
+    space = LatentSpace("vae") if latents else PixelSpace()
+    pixels.write_preview(tmp_path / "deep" / "p.png", samples, space.preview)
     with Image.open(tmp_path / "deep" / "p.png") as picture:
         assert picture.mode == ("RGB" if channels >= 3 else "L")
 
@@ -127,12 +130,13 @@ def test_any_number_of_channels_makes_a_picture(tmp_path, channels, latents):
     [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8), np.uint8), np.zeros((2, 8, 8, 3), object)],
 )
 def test_what_cannot_be_drawn_is_one_warning(tmp_path, caplog, samples):
-    pixels.write_preview(tmp_path / "p.png", samples)
+    preview = PixelSpace().preview
+    pixels.write_preview(tmp_path / "p.png", samples, preview)
     assert caplog.text.count("could not be made") <= 1 and (
         (tmp_path / "p.png").exists() or "p.png could not be made" in caplog.text
     )
     (tmp_path / "file").write_text("")
-    pixels.write_preview(tmp_path / "file" / "p.png", np.zeros((2, 8, 8, 3), np.uint8))
+    pixels.write_preview(tmp_path / "file" / "p.png", np.zeros((2, 8, 8, 3), np.uint8), preview)
     assert "file/p.png could not be made" in caplog.text
 
 
@@ -361,21 +365,35 @@ def test_what_may_not_change_under_a_run(mine, change, key):
         train(small_latent_config(training__total_steps=8, **change), mine)
 
 
-def test_free_keys_are_whole_keys():
-    """A key to come that begins like a free one is not free."""
-    known = {
+def test_free_keys_are_marked_beside_their_fields():
+    """And change no number: they are not in what is compared with the run."""
+    model = experiment.build(small_latent_config()).model
+    settings = workdir.number_settings("model", model)
+    assert {"remat", "attention", "scan_unroll"}.isdisjoint(settings)
+    assert settings["name"] == "latent_diffit" and {"dtype", "depth"} < settings.keys()
+    free = {
         f"{section}.{name}"
-        for section, value in vars(experiment.build(small_latent_config())).items()
-        if hasattr(value, "__dataclass_fields__")
-        for name in value.__dataclass_fields__
+        for section, cls in experiment.section_classes(small_latent_config()).items()
+        for name, field in experiment.keys_of(section, cls).items()
+        if limits.is_free(field.type)
     }
-    assert known >= experiment._FREE_KEYS
-    settings = experiment.number_settings("model", experiment.build(small_latent_config()).model)
-    assert (
-        {"remat", "attention", "scan_unroll"}.isdisjoint(settings)
-        and settings["name"] == "latent_diffit"
-        and {"dtype", "depth"} < settings.keys()
-    )
+    assert free == {
+        "data.data_dir",
+        "ema.snapshot_steps",
+        "model.attention",
+        "model.remat",
+        "model.scan_unroll",
+        "training.accumulation",
+        "training.checkpoint_minutes",
+        "training.checkpoint_steps",
+        "training.grid_images",
+        "training.grid_steps",
+        "training.keep_checkpoints",
+        "training.keep_every_steps",
+        "training.log_steps",
+        "training.max_bad_steps",
+        "training.total_steps",
+    }
 
 
 # --- Owners, profiler, churn
@@ -413,10 +431,19 @@ def test_a_profiler_that_is_busy_does_not_end_a_run(tmp_path, caplog):
 def test_churn_changes_samples_of_heun_and_is_refused_elsewhere(run, tmp_path):
     plain, churned = (
         np.load(
-            sample(run[0], seeds=range(4), output=tmp_path / f"{amount}.npz", churn_amount=amount)
+            sample(
+                run[0],
+                seeds=range(4),
+                output=tmp_path / f"{amount}.npz",
+                overrides={"sampler.churn_amount": amount},
+            )
         )["arr_0"]
         for amount in (0.0, 30.0)
     )
     assert (plain != churned).any()
-    with pytest.raises(UserError, match="--churn_amount has no effect with sampler euler"):
-        sample(Run(run[0]), seeds=[0], sampler="euler", churn_amount=1.0)
+    with pytest.raises(UserError, match=r"--sampler.churn_amount has no effect with sampler euler"):
+        sample(
+            Run(run[0]),
+            seeds=[0],
+            overrides={"sampler": "euler", "sampler.churn_amount": 1.0},
+        )

@@ -8,7 +8,7 @@ import pytest
 from golden_data import WEIGHTS, evaluate, golden, golden_tensors
 
 from diffit_jax import models
-from diffit_jax.diffusion.guidance import Guidance, guide
+from diffit_jax.diffusion.guidance import Constant, PowerCosine, Unguided, guide
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
@@ -141,15 +141,15 @@ def test_gradients_golden(network_a):
 @pytest.mark.parametrize(
     ("name", "key", "guidance"),
     [
-        ("a", "out_cfg4.4", Guidance("power_cosine", 4.4, channels=3, skip_tolerance=0)),
+        ("a", "out_cfg4.4", PowerCosine(4.4, channels=3, skip_tolerance=0)),
         (
             "a",
             "out_cfg4.4_pow0.01",
-            Guidance("power_cosine", 4.4, power=0.01, channels=3, skip_tolerance=0),
+            PowerCosine(4.4, power=0.01, channels=3, skip_tolerance=0),
         ),
-        ("a", "out_cfg1.49", Guidance("power_cosine", 1.49, channels=3, skip_tolerance=0)),
-        ("b", "out_cfg1.49", Guidance("constant", 1.49, channels=3)),
-        ("b", "out_cfg4.4", Guidance("constant", 4.4, channels=3)),
+        ("a", "out_cfg1.49", PowerCosine(1.49, channels=3, skip_tolerance=0)),
+        ("b", "out_cfg1.49", Constant(1.49, channels=3)),
+        ("b", "out_cfg4.4", Constant(4.4, channels=3)),
     ],
 )
 def test_guided_evaluation_golden(name, key, guidance):
@@ -178,9 +178,9 @@ def test_guidance_without_a_scale_is_a_plain_forward_pass(network_a):
     module, variables = network_a
     data = golden("diffit_a_cfg.npz")
     network = lambda *i: evaluate(module, variables, *i)
-    guided = guide(Guidance("none"), network, lambda sigma: sigma, null_label=10)
+    guided = guide(Unguided(), network, lambda sigma: sigma, null_label=10)
     batch = data["x"], data["t"], {"label": data["y"]}
-    np.testing.assert_array_equal(guided.main(*batch), network(*batch))
+    np.testing.assert_array_equal(guided.plain(*batch), network(*batch))
 
 
 def test_unusual_position_embedding_is_used(network_a):

@@ -1,18 +1,17 @@
 """Every attribute of every section, model and process is refused in one line where it cannot be,
 whatever it is given."""
 
-import dataclasses
+import copy
 import math
 
-import flax.linen as nn
 import numpy as np
 import pytest
 from conftest import small_config, small_latent_config
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
-from diffit_jax.training.state import open_experiment
+from diffit_jax.experiment import CHOICES, build, keys_of, section_classes
+from diffit_jax.training.compiling import open_experiment
 
 CONFIGS = {"image": small_config, "latent": small_latent_config}
 VALUES = (
@@ -43,27 +42,53 @@ VALUES = (
 VALUES += ((1, -2), ("a",), (None,), [3, 0], {}, np.float32(1.5), np.int64(2), b"x")
 
 
+# Samplers and guidance that the configs do not have.
+OTHERS = {
+    "image": [
+        {"sampler": {"name": "dpm_solver", "num_steps": 3}},
+        {"guidance": {"kind": "interval", "scale": 2.0}},
+    ],
+    "latent": [
+        {"sampler": {"name": "ddim", "num_steps": 3}},
+        {"guidance": {"kind": "autoguidance", "scale": 2.0, "workdir": "w"}},
+    ],
+}
+
+
+def configs():
+    """(kind, config as a dict)."""
+    for kind, config in CONFIGS.items():
+        plain = config().to_dict()
+        yield kind, plain
+        for other in OTHERS[kind]:
+            yield kind, {**plain, "sampling": {**plain["sampling"], **other}}
+
+
 def attributes(config):
     """(section, name) of every attribute of a config, its defaults included."""
-    for section, value in vars(build(config)).items():
-        if not dataclasses.is_dataclass(value):
-            yield "", section
-            continue
-        for field in dataclasses.fields(value):
-            if not (isinstance(value, nn.Module) and field.name in ("parent", "name")):
-                yield section, field.name
+    yield "", "seed"
+    for section, cls in section_classes(config).items():
+        for name in keys_of(section, cls):
+            if f"{section}.{name}" not in CHOICES:
+                yield section, name
+    for section in CHOICES:
+        yield section.rpartition(".")[0], section.rpartition(".")[2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "section", "name"),
-    [(kind, *key) for kind, config in CONFIGS.items() for key in attributes(config())],
+    ("kind", "config", "section", "name"),
+    [(kind, config, *key) for kind, config in configs() for key in attributes(config)],
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
-def test_any_value_is_taken_or_refused_in_one_line(kind, section, name):
+def test_any_value_is_taken_or_refused_in_one_line(kind, config, section, name):
     """A network up to the shapes of its state; what is refused names the key, or those that do not
     go together."""
     for value in VALUES:
-        config = CONFIGS[kind]().to_dict()
-        (config.setdefault(section, {}) if section else config)[name] = value
+        config = copy.deepcopy(config)
+        node = config
+        for part in section.split(".") if section else ():
+            node = node.setdefault(part, {})
+        node[name] = value
         try:
             open_experiment(config) if section == "model" else build(config)
         except UserError as error:
@@ -72,31 +97,11 @@ def test_any_value_is_taken_or_refused_in_one_line(kind, section, name):
 
 def test_every_attribute_is_declared():
     """A number or text without limits beside it could not be checked."""
-    from diffit_jax.diffusion.guidance import Guidance
-    from diffit_jax.diffusion.samplers import Churn
-    from diffit_jax.experiment import PROCESSES
-    from diffit_jax.models import MODELS
-    from diffit_jax.runtime.parallel import MeshShape
-    from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
-
-    for kind in (
-        Data,
-        Optimizer,
-        EMA,
-        Training,
-        Sampling,
-        MeshShape,
-        Guidance,
-        Churn,
-        *PROCESSES.values(),
-        *MODELS.values(),
-    ):
-        for field in dataclasses.fields(kind):
-            if issubclass(kind, nn.Module) and field.name in ("parent", "name"):
-                continue
-            assert limits._problem(object(), field.type), (
-                f"{kind.__name__}.{field.name} takes anything"
-            )
+    for _, config in configs():
+        for section, cls in section_classes(config).items():
+            for name, field in keys_of(section, cls).items():
+                if f"{section}.{name}" not in CHOICES:
+                    assert limits._problem(object(), field.type), f"{section}.{name} takes anything"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from conftest import small_latent_config
 from processes import command, environment, write_config
 
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import claimed_workdir
 from diffit_jax.runtime import files, lock
+from diffit_jax.workdir import claimed
 
 OWNER = """
 import sys, time
@@ -156,7 +156,7 @@ def test_a_second_training_is_refused_and_harms_nothing(latent_run, tmp_path):
         ), errors
 
     config = small_latent_config()
-    with claimed_workdir(tmp_path / "run", config):
+    with claimed(tmp_path / "run", config):
         before = sorted(
             (path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()
         )

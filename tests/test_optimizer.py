@@ -13,12 +13,13 @@ from conftest import small_config, small_latent_config
 from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Optimizer, build
-from diffit_jax.runtime import parallel
+from diffit_jax.runtime import parallel, rows
+from diffit_jax.training.compiling import open_training_data
 from diffit_jax.training.optimizer import decays, learning_rate, make_optimizer
 from diffit_jax.training.state import create_state
 from diffit_jax.training.step import make_train_step, step_metrics
 from diffit_jax.verbs import train as loop
-from diffit_jax.verbs.train import open_training_data, train
+from diffit_jax.verbs.train import train
 
 PLAIN = dict(learning_rate=0.1, warmup_steps=0)
 
@@ -128,7 +129,7 @@ def run_steps(config, batches_of):
     step, collected = jax.jit(make_train_step(experiment)), step_metrics(experiment.process).empty()
     for batch in batches_of:
         state, collected = step(
-            state, collected, parallel.put_batch(mesh, batch, len(batch["label"]))
+            state, collected, rows.put_batch(mesh, batch, len(batch["label"])), {}
         )
     return state, {name: float(value) for name, value in collected.compute().items()}
 

@@ -222,7 +222,7 @@ def test_quickstart_on_any_number_of_devices(devices, tmp_path):
     (tmp_path / "launch" / "setup_env.sh").write_text("exit 0\n")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     config = small_latent_config(
-        training__total_steps=4, sampling={"num_steps": 2, "guidance_scale": 1.5, "batch_size": 100}
+        training__total_steps=4, sampling__sampler__num_steps=2, sampling__batch_per_device=100
     )
     config.data.update(name="digits", autoencoder="")
     config.model.input_channels = 1

@@ -12,13 +12,14 @@ from processes import command, write_config
 
 from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.small import evaluate
-from diffit_jax.experiment import claim_workdir
 from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.sampling.networks import Run, Weights
 from diffit_jax.verbs import convert
-from diffit_jax.verbs.sample import Run, Weights, sample
+from diffit_jax.verbs.evaluate import evaluate
+from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
+from diffit_jax.workdir import claim
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,20 @@ def test_a_run_by_relative_paths_from_train_to_convert(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(small_latent_config(training__total_steps=2), "runs/a")
     assert int(train(small_latent_config(training__total_steps=4), Path("runs/a")).step) == 4
-    assert sample("runs/a", seeds=[0], num_steps=2, output="s.npz") == tmp_path / "s.npz"
-    assert sample(Run("runs/a"), seeds=[0, 1], num_steps=2).parent == tmp_path / "runs" / "a"
+    assert (
+        sample("runs/a", seeds=[0], overrides={"sampler.num_steps": 2}, output="s.npz")
+        == tmp_path / "s.npz"
+    )
+    assert (
+        sample(Run("runs/a"), seeds=[0, 1], overrides={"sampler.num_steps": 2}).parent
+        == tmp_path / "runs" / "a"
+    )
     convert.workdir_to_weights("runs/a", "w.safetensors")
     convert.weights_to_workdir("w.safetensors", "runs/b", small_latent_config().to_dict())
     convert.workdir_to_workdir("runs/b", "runs/c", slim=True)
     assert Checkpoints("runs/c/checkpoints").steps() == [0]
     weights = Weights("w.safetensors", small_latent_config().to_dict())
-    assert sample(weights, seeds=[0], num_steps=2).parent == tmp_path
+    assert sample(weights, seeds=[0], overrides={"sampler.num_steps": 2}).parent == tmp_path
     assert not (tmp_path / "~").exists()
 
 
@@ -153,7 +160,7 @@ def test_weights_of_an_owner_without_a_name(tmp_path):
     path = tmp_path / "w.safetensors"
     shutil.copy(WEIGHTS["b"], path)
     os.chown(path, 54321, 54321)
-    config = small_latent_config(sampling__num_steps=2).to_dict()
+    config = small_latent_config(sampling__sampler__num_steps=2).to_dict()
     assert (
         np.load(sample(Weights(path, config), seeds=[0], output=tmp_path / "s.npz"))["arr_0"].shape[
             0
@@ -185,19 +192,19 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_claimed_directory_without_a_checkpoint_takes_a_corrected_config(tmp_path):
-    claim_workdir(tmp_path, small_latent_config(training__batch_size=4))
-    claim_workdir(tmp_path, small_latent_config(training__batch_size=8))
+    claim(tmp_path, small_latent_config(training__batch_size=4))
+    claim(tmp_path, small_latent_config(training__batch_size=8))
     (tmp_path / "checkpoints" / "6").mkdir(parents=True)
     with pytest.raises(
         UserError, match=r"holds a run with training\.batch_size = 8, this config has 4"
     ):
-        claim_workdir(tmp_path, small_latent_config(training__batch_size=4))
+        claim(tmp_path, small_latent_config(training__batch_size=4))
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(
         UserError,
         match=r"training.total_steps is 3, but workdir .* holds step 6: set it to at least 6",
     ):
-        claim_workdir(tmp_path, small_latent_config(training__total_steps=3))
+        claim(tmp_path, small_latent_config(training__total_steps=3))
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -206,7 +213,7 @@ def test_a_config_of_another_program_stays_as_it_is(tmp_path):
     with pytest.raises(
         UserError, match=r"holds a config.json of another program: choose another workdir"
     ):
-        claim_workdir(tmp_path, small_latent_config())
+        claim(tmp_path, small_latent_config())
     assert (tmp_path / "config.json").read_text() == '{"foo": 1}'
 
 

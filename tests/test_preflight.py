@@ -19,6 +19,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
+from diffit_jax.tpu import compiler
 from diffit_jax.tpu import report as preflight_report
 from diffit_jax.training.state import fresh_state
 from diffit_jax.verbs import preflight
@@ -32,7 +33,7 @@ TOLERATED = 1.05
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "CACHE", tmp_path / "preflight")
+    monkeypatch.setattr(compiler, "CACHE", tmp_path / "preflight")
 
 
 def large_latent(**overrides):
@@ -65,7 +66,7 @@ def reported(tmp_path_factory):
     """(config, its report, the cache where the compiler's answers are)."""
     config, place = large_latent(mesh={"data": 1, "fsdp": 4}), tmp_path_factory.mktemp("preflight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "CACHE", place)
+        patch.setattr(compiler, "CACHE", place)
         return config, preflight.preflight(config, "v5e:2x2"), place
 
 
@@ -106,12 +107,12 @@ def test_report(reported):
     assert report["checkpoint_bytes"] == sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
-    assert report["sample"]["images"] == 4 and report["sample"]["step_s"] > 0
+    assert report["sample"]["images"] == 2 * 4 and report["sample"]["step_s"] > 0
     assert report["run"]["hours"] == pytest.approx(6 * train["step_s"] / 3600)
     assert report["run"]["data_bytes_per_s_per_host"] == pytest.approx(
         32 / train["step_s"] * (32 * 32 * 4 * 4 + 4)
     )
-    assert len(train["dearest"]) == preflight.DEAREST and any(
+    assert len(train["dearest"]) == compiler.DEAREST and any(
         "attention.py" in entry["source"] for entry in train["dearest"]
     )
     text = preflight_report.render(report)
@@ -123,8 +124,8 @@ def test_report(reported):
 
 def test_the_second_time_comes_from_the_cache(reported, monkeypatch):
     config, first, place = reported
-    monkeypatch.setattr(preflight, "CACHE", place)
-    monkeypatch.setattr(preflight, "_ask", None)  # nobody is asked
+    monkeypatch.setattr(compiler, "CACHE", place)
+    monkeypatch.setattr(compiler, "_ask", None)  # nobody is asked
     second = preflight.preflight(config, "v5e:2x2")
     assert second["train"]["compute_s"] == first["train"]["compute_s"]
     with pytest.raises(TypeError):
@@ -214,9 +215,9 @@ def test_a_config_that_does_not_fit_says_by_how_much(tmp_path):
     ],
 )
 def test_shortages_are_read_from_the_compilers_messages(message, expected):
-    shortage = preflight._shortage(f"RESOURCE_EXHAUSTED: {message}")
+    shortage = compiler.shortage_in(f"RESOURCE_EXHAUSTED: {message}")
     assert (shortage["needed"], shortage["available"]) == tuple(size * 2**30 for size in expected)
-    vmem = preflight._shortage(
+    vmem = compiler.shortage_in(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 80.20M of 64.00M vmem."
     )
     assert "vmem" in vmem["reason"] and "needed" not in vmem
@@ -229,13 +230,13 @@ def test_shortages_are_read_from_the_compilers_messages(message, expected):
 def test_meshes_of_several_slices(topology, shape):
     """`data` goes over the slices, the other axes stay within one, also where they divide a
     physical axis."""
-    mesh = parallel.make_mesh(preflight.topology_devices(topology, 2), shape)
+    mesh = parallel.make_mesh(compiler.topology_devices(topology, 2), shape)
     for position, slice_ in enumerate(np.split(mesh.devices, 2)):
         assert {device.slice_index for device in slice_.flat} == {position}
     with pytest.raises(
         UserError, match=r"mesh.num_slices is 1, but the devices form 2: set it to 2"
     ):
-        parallel.make_mesh(preflight.topology_devices(topology, 2), MeshShape())
+        parallel.make_mesh(compiler.topology_devices(topology, 2), MeshShape())
 
 
 def test_sweep():
@@ -295,7 +296,7 @@ def test_impossible_sweeps(text, message):
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
         UserError, match=r"TPU compiler is not installed: bash launch/setup_env\.sh test"
     ):
@@ -310,9 +311,9 @@ def test_configs_still_fit_and_are_no_slower(name):
 
     Data and weights are not there, and not needed.
     """
-    baselines = BASELINES.get(preflight.libtpu_version())
+    baselines = BASELINES.get(compiler.libtpu_version())
     assert baselines, (
-        f"no estimates for libtpu {preflight.libtpu_version()}: run tests/studies/estimates.py"
+        f"no estimates for libtpu {compiler.libtpu_version()}: run tests/studies/estimates.py"
     )
     topology, seconds = baselines[name]
     report = preflight.preflight(config_of(name), topology, programs=["train"])

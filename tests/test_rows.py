@@ -14,7 +14,7 @@ from conftest import small_latent_config
 from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import parallel
+from diffit_jax.runtime import parallel, rows
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.verbs.train import train
 
@@ -65,9 +65,9 @@ def test_rows_of_all_processes_are_the_batch(topology, shape, num_slices):
     mesh = pods.pod_mesh(topology, shape, num_slices)
     batch_size = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
     expected = rows_by_hand(mesh, batch_size)
-    ours = {process: parallel.local_rows(mesh, batch_size, process) for process in expected}
-    for process, rows in expected.items():
-        np.testing.assert_array_equal(ours[process], rows)
+    ours = {process: rows.local_rows(mesh, batch_size, process) for process in expected}
+    for process, by_hand in expected.items():
+        np.testing.assert_array_equal(ours[process], by_hand)
     everyones = np.concatenate(list(ours.values()))
     assert set(everyones.tolist()) == set(range(batch_size))
     if mesh.shape["tensor"] == 1:
@@ -87,10 +87,10 @@ def test_processes_read_exactly_the_batch(topology):
     for step in (0, 1, 4):
         together = np.zeros_like(whole[step]["image"])
         for process in range(4):
-            rows = parallel.local_rows(mesh, 32, process)
-            part = ShuffledBatches(source, 32, seed=3, rows=rows)[step]
-            together[rows] = part["image"]
-            np.testing.assert_array_equal(part["label"], whole[step]["label"][rows])
+            mine = rows.local_rows(mesh, 32, process)
+            part = ShuffledBatches(source, 32, seed=3, rows=mine)[step]
+            together[mine] = part["image"]
+            np.testing.assert_array_equal(part["label"], whole[step]["label"][mine])
         np.testing.assert_array_equal(together, whole[step]["image"])
 
 
@@ -115,8 +115,8 @@ def two_devices(swapped=False):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_batches_are_put_where_they_belong(swapped):
     mesh = two_devices(swapped)
-    parallel.prove_rows(mesh, 6)
-    batch = parallel.put_batch(mesh, {"x": np.arange(12.0).reshape(6, 2)}, 6)["x"]
+    rows.prove_rows(mesh, 6)
+    batch = rows.put_batch(mesh, {"x": np.arange(12.0).reshape(6, 2)}, 6)["x"]
     np.testing.assert_array_equal(batch, np.arange(12.0).reshape(6, 2))
     np.testing.assert_array_equal(jax.jit(jnp.sum)(batch[:, 0]), 30)
     (second,) = [
@@ -125,12 +125,12 @@ def test_batches_are_put_where_they_belong(swapped):
     np.testing.assert_array_equal(second.data[:, 0], [6, 8, 10])
 
 
-@pytest.mark.parametrize("rows", [5, 7, 12, 0])
-def test_a_wrong_size_is_an_error_not_a_bigger_batch(rows):
+@pytest.mark.parametrize("count", [5, 7, 12, 0])
+def test_a_wrong_size_is_an_error_not_a_bigger_batch(count):
     with pytest.raises(
-        ValueError, match=f"x has {rows} rows, but this process holds 6 of the 6 of a batch"
+        ValueError, match=f"x has {count} rows, but this process holds 6 of the 6 of a batch"
     ):
-        parallel.put_batch(two_devices(), {"x": np.zeros((rows, 2))}, 6)
+        rows.put_batch(two_devices(), {"x": np.zeros((count, 2))}, 6)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_a_wrong_size_is_an_error_not_a_bigger_batch(rows):
 )
 def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_path, monkeypatch):
     """The process is named, in one line."""
-    right = parallel.put_batch
+    right = rows.put_batch
     monkeypatch.setattr(
-        parallel,
+        rows,
         "put_batch",
         lambda mesh, batch, size: right(mesh, jax.tree.map(wrong, batch), size),
     )
@@ -154,7 +154,7 @@ def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_pat
         UserError,
         match=rf"process 0 has {count} of 3 rows of the batch in wrong places on device \d",
     ) as error:
-        parallel.prove_rows(two_devices(), 6)
+        rows.prove_rows(two_devices(), 6)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="rows of the batch in wrong places"):
         train(small_latent_config(), tmp_path / "run")

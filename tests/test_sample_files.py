@@ -17,10 +17,11 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.runtime.ranges import in_short, parse_numbers
-from diffit_jax.sampling.files import default_name, stretches
-from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.sampling import files as sample_files
-from diffit_jax.verbs.sample import Run, Weights, sample
+from diffit_jax.sampling.files import default_name, stretches
+from diffit_jax.sampling.networks import Run, Weights
+from diffit_jax.sampling.sampler import Sampler
+from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 
@@ -52,9 +53,12 @@ def test_requests_have_names_of_their_own(mine):
         dict(seeds=range(2), labels="3"),
         dict(seeds=range(2), labels=[4]),
         dict(seeds=range(2), labels="random"),
-        dict(seeds=range(2), num_steps=2),
-        dict(seeds=range(2), sampler="ddim", eta=0.5),
-        dict(seeds=range(2), guidance="none"),
+        dict(seeds=range(2), overrides={"sampler.num_steps": 2}),
+        dict(
+            seeds=range(2),
+            overrides={"sampler": "ddim", "sampler.eta": 0.5},
+        ),
+        dict(seeds=range(2), overrides={"guidance": "none"}),
     ]
     paths = [sample(mine, **request) for request in requests] + [
         sample(Run(mine, checkpoint=4), seeds=range(2))
@@ -63,7 +67,7 @@ def test_requests_have_names_of_their_own(mine):
     assert names[0] == "latents_2x8x8x4.npz" and len(set(names)) == len(names), names
     assert all(name.startswith("latents_2x8x8x4") for name in names)
     assert {"latents_2x8x8x4-seeds=2-3.npz", "latents_2x8x8x4-checkpoint=4.npz"} < set(names)
-    assert "latents_2x8x8x4-sampler=ddim,eta=0.5.npz" in names
+    assert "latents_2x8x8x4-sampler=ddim,sampler.eta=0.5.npz" in names
 
 
 def test_names_stay_short_and_typable():
@@ -90,8 +94,9 @@ def test_files_of_another_request_stay(mine, tmp_path):
     for change, message in (
         (dict(seeds=[1, 2]), r"s\.npz is there already and holds samples of another seeds \("),
         (
-            dict(seeds=range(2), num_steps=2),
-            r"another sampling\.num_steps \(4, now 2\): name another --output, or say --overwrite",
+            dict(seeds=range(2), overrides={"sampler.num_steps": 2}),
+            r"another sampling\.sampler\.num_steps \(4, now 2\): name another --output, or say "
+            "--overwrite",
         ),
         (dict(seeds=range(2), labels="5"), "another labels"),
     ):
@@ -124,7 +129,7 @@ def test_the_same_request_again_draws_nothing(mine, tmp_path, monkeypatch, caplo
         assert (
             sample(mine, seeds=range(4))
             == first
-            == sample(mine, seeds=range(4), overwrite=True, batch_size=2)
+            == sample(mine, seeds=range(4), overwrite=True, overrides={"batch_per_device": 1})
         )
     assert "holds these samples already" in caplog.text and os.stat(first).st_mtime_ns == before
 
@@ -162,10 +167,10 @@ def drawn_by(monkeypatch):
 def test_a_run_that_was_moved_goes_on(mine, tmp_path, monkeypatch):
     """The directory, its parts in it, has another name; files have another date."""
     reference = arrays_of(sample(mine, seeds=range(8), output=tmp_path / "whole.npz"))[0]
-    interrupted(monkeypatch, 2, mine, seeds=range(8), batch_size=2)
+    interrupted(monkeypatch, 2, mine, seeds=range(8), overrides={"batch_per_device": 1})
     shutil.copytree(mine, tmp_path / "moved")
     seen = drawn_by(monkeypatch)
-    path = sample(tmp_path / "moved", seeds=range(8), batch_size=2)
+    path = sample(tmp_path / "moved", seeds=range(8), overrides={"batch_per_device": 1})
     assert seen == [[4, 5], [6, 7]]
     # Rounding of another batch.
     np.testing.assert_allclose(
@@ -177,9 +182,9 @@ def test_another_batch_size_goes_on(mine, tmp_path, monkeypatch):
     """Another machine with more devices, say: what is there stays, the rest is drawn in larger
     batches."""
     reference = arrays_of(sample(mine, seeds=range(9), output=tmp_path / "whole.npz"))[0]
-    interrupted(monkeypatch, 2, mine, seeds=range(9), batch_size=2)
+    interrupted(monkeypatch, 2, mine, seeds=range(9), overrides={"batch_per_device": 1})
     seen = drawn_by(monkeypatch)
-    path = sample(mine, seeds=range(9), batch_size=4)
+    path = sample(mine, seeds=range(9), overrides={"batch_per_device": 2})
     assert seen == [[4, 5, 6, 7], [8]]
     np.testing.assert_allclose(
         arrays_of(path)[0], reference, rtol=0, atol=1e-5 * np.abs(reference).max()
@@ -187,17 +192,20 @@ def test_another_batch_size_goes_on(mine, tmp_path, monkeypatch):
 
 
 def test_training_that_went_on_is_said_and_an_older_checkpoint_can_be_named(mine, monkeypatch):
-    interrupted(monkeypatch, 1, mine, seeds=range(8), batch_size=2)
+    interrupted(monkeypatch, 1, mine, seeds=range(8), overrides={"batch_per_device": 1})
     train(small_latent_config(training__total_steps=8), mine)
     with pytest.raises(
         UserError,
         match=r"another network \(workdir .*checkpoint 6, now .*checkpoint 8\): repeat that "
         r"request \(--checkpoint 6\)",
     ):
-        sample(mine, seeds=range(8), batch_size=2)
+        sample(mine, seeds=range(8), overrides={"batch_per_device": 1})
     seen = drawn_by(monkeypatch)
     sample(
-        Run(mine, checkpoint=6), seeds=range(8), batch_size=2, output=mine / "latents_8x8x8x4.npz"
+        Run(mine, checkpoint=6),
+        seeds=range(8),
+        overrides={"batch_per_device": 1},
+        output=mine / "latents_8x8x8x4.npz",
     )
     assert seen == [[2, 3], [4, 5], [6, 7]]
     with pytest.raises(UserError, match=r"there is no checkpoint 5 in .*: use 4, 6, 8"):
@@ -242,12 +250,14 @@ def test_weights_are_known_by_what_they_hold(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", "half"], ids=["empty", "header", "half"])
 def test_a_damaged_part_is_drawn_anew(mine, monkeypatch, caplog, content):
-    reference = arrays_of(sample(mine, seeds=range(6), batch_size=2, output=mine / "whole.npz"))[0]
-    interrupted(monkeypatch, 2, mine, seeds=range(6), batch_size=2)
+    reference = arrays_of(
+        sample(mine, seeds=range(6), overrides={"batch_per_device": 1}, output=mine / "whole.npz")
+    )[0]
+    interrupted(monkeypatch, 2, mine, seeds=range(6), overrides={"batch_per_device": 1})
     part = mine / "latents_6x8x8x4.npz.parts" / "00000002-00000004.npy"
     part.write_bytes(part.read_bytes()[:-100] if content == "half" else content)
     seen = drawn_by(monkeypatch)
-    path = sample(mine, seeds=range(6), batch_size=2)
+    path = sample(mine, seeds=range(6), overrides={"batch_per_device": 1})
     assert seen == [[2, 3], [4, 5]] and "00000002-00000004.npy is damaged" in caplog.text
     np.testing.assert_array_equal(arrays_of(path)[0], reference)
 
@@ -348,19 +358,21 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
         return drawn
 
     monkeypatch.setattr(Sampler, "draw_batch", spoiling)
-    interrupted(monkeypatch, 1, run[0], seeds=range(6), batch_size=2, output=tmp_path / "s.npz")
+    request = dict(seeds=range(6), overrides={"batch_per_device": 1}, output=tmp_path / "s.npz")
+    interrupted(monkeypatch, 1, run[0], **request)
     with pytest.raises(UserError, match=r"not finite \(1, of seeds 1\)"):
-        sample(run[0], seeds=range(6), batch_size=2, output=tmp_path / "s.npz")
+        sample(run[0], **request)
     assert arrays_of(tmp_path / "s.npz")[0].shape == (6, 8, 8, 1)
 
 
 def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     """It is refused, with the tensor's name, unless it is asked for."""
+    from diffit_jax.training import saving
     from diffit_jax.verbs import train as loop
 
     config = small_config(training__total_steps=4)
     # A checkpoint of a version that did not look.
-    monkeypatch.setattr(loop, "all_finite", lambda _: True)
+    monkeypatch.setattr(saving, "all_finite", lambda _: True)
 
     def poison(state):
         kernel = state.ema["head"]["kernel"] if "kernel" in state.ema.get("head", {}) else None

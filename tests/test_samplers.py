@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffit_jax.diffusion import ddpm, samplers
+from diffit_jax.diffusion import SAMPLERS, samplers
 from diffit_jax.diffusion.ddpm import DDPM
+from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.guidance import unguided
+from diffit_jax.diffusion.samplers import Euler, Heun
 
 MEAN, STD = 0.3, 0.5
 SHAPE = (2, 2, 1)
@@ -27,7 +29,9 @@ def ideal_denoiser(x, sigma, _=None):
 def ideal_epsilon(process, second_half=None):
     """The network of `process` that has the ideal denoiser: epsilon = (x' - D(x'; sigma)) / sigma
     at x' = √(1 + sigma²) x."""
-    log_levels = jnp.asarray(np.log(process.steps().sqrt_recipm1_alphas_cumprod), jnp.float32)
+    log_levels = jnp.asarray(
+        np.log(process.schedule_for().sqrt_recipm1_alphas_cumprod), jnp.float32
+    )
 
     def network(x, timestep, _):
         sigma = jnp.exp(
@@ -70,9 +74,8 @@ def edm_case(process, denoise, sampler):
         sigma = process.sigmas(steps)[0]
         return end_of_flow(sigma * noise, sigma)
 
-    return lambda steps: getattr(samplers, sampler)(
-        unguided(denoise), NOISE, {}, process.sigmas(steps)
-    ), exact
+    method = SAMPLERS[sampler]
+    return lambda steps: method(steps).draw(process, unguided(denoise), NOISE, {}), exact
 
 
 DISCRETE = DDPM(variance="fixed_small", loss_type="mse")
@@ -93,7 +96,7 @@ def test_order_of_convergence(process, sampler, order):
 
 
 def test_ddim_is_of_first_order():
-    levels = DISCRETE.steps().sqrt_recipm1_alphas_cumprod
+    levels = DISCRETE.schedule_for().sqrt_recipm1_alphas_cumprod
     noise = np.asarray(NOISE(0), np.float64)
 
     def exact(_):
@@ -101,9 +104,7 @@ def test_ddim_is_of_first_order():
         return end_of_flow(noise * np.sqrt(1 + levels[-1] ** 2), levels[-1])
 
     def draw(n):
-        return ddpm.ddim(
-            DISCRETE, unguided(ideal_epsilon(DISCRETE)), NOISE, {}, DISCRETE.steps(str(n))
-        )
+        return DDIM(n).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), NOISE, {})
 
     errors = errors_of(draw, exact, steps=(25, 50, 100))
     for coarse, fine in itertools.pairwise(errors):
@@ -113,16 +114,15 @@ def test_ddim_is_of_first_order():
 
 def test_deterministic_ddim_is_eulers_method():
     """The same levels and start, in the two formulations."""
-    steps = DISCRETE.steps("20")
-    levels = steps.sqrt_recipm1_alphas_cumprod[::-1]
+    levels = DISCRETE.schedule_for("20").sqrt_recipm1_alphas_cumprod[::-1]
     in_sigma = jax.jit(
-        lambda: samplers.euler(unguided(CASES["ddpm"][1]), NOISE, {}, np.append(levels, 0))
+        lambda: Euler(20).solve(unguided(CASES["ddpm"][1]), NOISE, {}, np.append(levels, 0))
     )()
     # Euler starts from sigma · noise, DDIM from unit noise, which stands for √(1 + sigma²) · noise.
     scale = levels[0] / np.hypot(1, levels[0])
     discrete = jax.jit(
-        lambda: ddpm.ddim(
-            DISCRETE, unguided(ideal_epsilon(DISCRETE)), lambda i: scale * NOISE(i), {}, steps
+        lambda: DDIM(20).draw(
+            DISCRETE, unguided(ideal_epsilon(DISCRETE)), lambda i: scale * NOISE(i), {}
         )
     )()
     np.testing.assert_allclose(in_sigma, discrete, atol=2e-4)  # float32 at sigma = 157
@@ -136,12 +136,10 @@ def test_moments_of_ancestral_sampling_converge(variance):
     network = ideal_epsilon(process, second_half=None if variance != "learned_range" else 0.0)
     noise = samplers.seeded_noise(jnp.arange(4096, dtype=jnp.uint32), SHAPE)
     gaps = []
-    for count in ("25", "100", "400"):
+    for count in (25, 100, 400):
         out = np.asarray(
             jax.jit(
-                lambda count=count: ddpm.ancestral(
-                    process, unguided(network), noise, {}, process.steps(count)
-                )
+                lambda count=count: Ancestral(count).draw(process, unguided(network), noise, {})
             )(),
             np.float64,
         )
@@ -159,15 +157,11 @@ def test_moments_of_ancestral_sampling_converge(variance):
 def test_random_ddim_samples_the_data(eta):
     noise = samplers.seeded_noise(jnp.arange(4096, dtype=jnp.uint32), SHAPE)
     out = jax.jit(
-        lambda: ddpm.ddim(
-            DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}, DISCRETE.steps("250"), eta
-        )
+        lambda: DDIM(250, eta=eta).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {})
     )()
     assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) / STD - 1) < 0.04
     deterministic = jax.jit(
-        lambda: ddpm.ddim(
-            DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}, DISCRETE.steps("250")
-        )
+        lambda: DDIM(250).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {})
     )()
     assert np.abs(out - deterministic).max() > 0.1
 
@@ -176,9 +170,7 @@ def test_churn_samples_the_data():
     """Stochastic sampling with EDM's churn ends in the data distribution too."""
     noise = samplers.seeded_noise(jnp.arange(8192, dtype=jnp.uint32), (1, 1, 1))
     out = jax.jit(
-        lambda: samplers.heun(
-            unguided(ideal_denoiser), noise, {}, EDM().sigmas(64), samplers.Churn(30)
-        )
+        lambda: Heun(64, churn_amount=30).draw(EDM(), unguided(ideal_denoiser), noise, {})
     )()
     # Four standard errors and the grid's error.
     assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02

@@ -1,4 +1,3 @@
-import dataclasses
 import shutil
 
 import jax
@@ -12,7 +11,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.models.casts import cast_before_use
 from diffit_jax.runtime import parallel
-from diffit_jax.sampling.sampler import Sampler, batch_settings, copy_bytes, copy_fits
+from diffit_jax.sampling.sampler import Sampler, copy_bytes, copy_fits
 from diffit_jax.training.state import create_state
 from diffit_jax.verbs.sample import sample
 
@@ -21,7 +20,7 @@ from diffit_jax.verbs.sample import sample
 def lively():
     """An experiment and variables that make images of more than noise: fresh ones have a head of
     zeros."""
-    experiment = build(small_config(sampling__num_steps=6))
+    experiment = build(small_config(sampling__sampler__num_steps=6))
     params = create_state(experiment, parallel.make_mesh()).params
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(0)
@@ -33,12 +32,15 @@ def lively():
     }
 
 
+def sampler_of(experiment, devices, batch_size):
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    sampling = experiment.sampling.overridden({"batch_per_device": batch_size // devices})
+    return Sampler(experiment.with_sampling(sampling), mesh), mesh
+
+
 def draw(lively, seeds, labels, devices, batch_size):
     experiment, variables = lively
-    mesh = parallel.make_mesh(jax.devices()[:devices])
-    sampler = Sampler(
-        experiment, mesh, dataclasses.replace(experiment.sampling, batch_size=batch_size)
-    )
+    sampler, mesh = sampler_of(experiment, devices, batch_size)
     return sampler.draw(jax.device_put(variables, parallel.replicated(mesh)), seeds, labels)
 
 
@@ -61,11 +63,7 @@ def test_uint8_samples_agree(lively):
     experiment, variables = lively
     seeds, images = np.arange(40), []
     for devices, batch_size in ((1, 40), (2, 8)):
-        mesh = parallel.make_mesh(jax.devices()[:devices])
-        settings = build(
-            small_config(sampling__num_steps=6, sampling__batch_size=batch_size)
-        ).sampling
-        sampler = Sampler(experiment, mesh, settings)
+        sampler, mesh = sampler_of(experiment, devices, batch_size)
         drawn = sampler.draw(
             jax.device_put(variables, parallel.replicated(mesh)), seeds, seeds % 10
         )
@@ -82,7 +80,11 @@ def test_label_and_seed_matter(lively):
 def test_sample_writes_npz_and_grid(run, tmp_path):
     workdir, _ = run
     path = sample(
-        workdir, seeds=range(5), labels=[3, 4], output=tmp_path / "out" / "s.npz", batch_size=2
+        workdir,
+        seeds=range(5),
+        labels=[3, 4],
+        output=tmp_path / "out" / "s.npz",
+        overrides={"batch_per_device": 1},
     )
     with np.load(path) as arrays:
         assert arrays["arr_0"].shape == (5, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
@@ -96,9 +98,13 @@ def test_sample_writes_npz_and_grid(run, tmp_path):
 def test_sample_defaults(run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(run[0], workdir)  # other tests expect the run without samples
-    path = sample(workdir, seeds=[7, 12, 31], guidance_scale=1.0, num_steps=2)
+    path = sample(
+        workdir,
+        seeds=[7, 12, 31],
+        overrides={"guidance.scale": 1.0, "sampler.num_steps": 2},
+    )
     assert (
-        path.name == "samples_3x8x8x1-seeds=7_12_31,num_steps=2,guidance_scale=1.0.npz"
+        path.name == "samples_3x8x8x1-seeds=7_12_31,sampler.num_steps=2,guidance.scale=1.0.npz"
         and path.parent == workdir
     )
     with np.load(path) as arrays:
@@ -111,11 +117,11 @@ def test_sample_defaults(run, tmp_path):
         (dict(seeds=[0], labels=[3, 10]), "label 10 is outside the classes 0-9"),
         (dict(seeds=[-1]), "seeds must be at least one whole number"),
         (dict(seeds=[]), "seeds must be at least one whole number"),
-        (dict(seeds=[0], guidance_scale=-1.0), "sampling.guidance_scale is -1.0"),
-        (dict(seeds=[0], num_steps=1), "sampling.num_steps is 1"),
+        (dict(seeds=[0], overrides={"guidance.scale": -1.0}), "sampling.guidance.scale is -1.0"),
+        (dict(seeds=[0], overrides={"sampler.num_steps": 1}), "sampling.sampler.num_steps is 1"),
         (
-            dict(seeds=[0], batch_size=0),
-            "sampling.batch_size is 0: set it to a number of samples, or -16 for 16 on each device",
+            dict(seeds=[0], overrides={"batch_per_device": 0}),
+            "sampling.batch_per_device is 0: it must be between 1 and 1000000",
         ),
         (
             dict(seeds=[0], output="/dev/null/x/s.npz"),
@@ -139,12 +145,12 @@ def test_nothing_to_sample_from(tmp_path):
 
 
 def test_unconditional_model_takes_no_labels(tmp_path):
-    config = small_config(model__num_classes=0, sampling__guidance_scale=1.0)
+    config = small_config(model__num_classes=0, sampling__guidance__scale=1.0)
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(UserError, match="unconditional: leave out --labels"):
         sample(tmp_path, seeds=[0], labels=[0])
-    with pytest.raises(UserError, match="unconditional: leave out --guidance_scale"):
-        sample(tmp_path, seeds=[0], guidance_scale=2.0)
+    with pytest.raises(UserError, match=r"unconditional: leave out --guidance.scale"):
+        sample(tmp_path, seeds=[0], overrides={"guidance.scale": 2.0})
 
 
 @pytest.mark.parametrize("config", [small_config, small_latent_config], ids=["image", "latent"])
@@ -183,9 +189,9 @@ def test_only_bfloat16_networks_are_copied():
 
 
 @pytest.mark.parametrize(
-    ("asked", "count", "made"), [(3, None, 4), (-3, None, 6), (100, 5, 6), (-3, 1, 2), (4, 100, 4)]
+    ("asked", "count", "made"), [(3, None, 6), (100, 5, 6), (3, 1, 2), (2, 100, 4)]
 )
 def test_batches_are_padded_to_the_devices(asked, count, made):
-    """On two devices; a negative size is that of each device."""
-    settings = dataclasses.replace(build(small_config()).sampling, batch_size=asked)
-    assert batch_settings(settings, parallel.make_mesh(), count).batch_size == made
+    """On two devices."""
+    experiment = build(small_config(sampling__batch_per_device=asked))
+    assert Sampler(experiment, parallel.make_mesh(), count).batch_size == made

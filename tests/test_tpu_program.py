@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from diffit_jax.runtime import parallel
+from diffit_jax.tpu import compiler
 from diffit_jax.tpu.chips import CHIPS, chip_of
 from diffit_jax.tpu.cost import Kernel, cost, group_size, kernels
 from diffit_jax.tpu.program import parse, type_bytes
@@ -234,7 +235,7 @@ def test_sizes_of_types(text, size):
 
 def compiled_cycles(function, *shapes):
     """Cycles of a function of bfloat16 arrays on one v5e chip."""
-    mesh = parallel.make_mesh(preflight.topology_devices("v5e:2x2")[:1])
+    mesh = parallel.make_mesh(compiler.topology_devices("v5e:2x2")[:1])
     whole = parallel.replicated(mesh)
     text = (
         jax.jit(function)
@@ -283,9 +284,7 @@ def test_a_chip_is_its_devices():
     """v4's two cores are devices of their own for the compiler."""
     v4, half = CHIPS["v4"], CHIPS["v4"].device()
     assert (half.peak_flops, half.memory, half.cores) == (v4.peak_flops / 2, v4.memory / 2, 1)
-    assert (
-        len(preflight.topology_devices("v4:2x2x1")) == 8 and preflight.count_chips("v4:2x2x1") == 4
-    )
+    assert len(compiler.topology_devices("v4:2x2x1")) == 8 and compiler.count_chips("v4:2x2x1") == 4
 
 
 @pytest.mark.parametrize(

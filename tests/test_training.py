@@ -13,7 +13,7 @@ from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import EMA, Optimizer, build
-from diffit_jax.runtime import parallel
+from diffit_jax.runtime import parallel, rows
 from diffit_jax.training.ema import ema_rate, ema_update
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.state import abstract_state, create_state
@@ -112,7 +112,7 @@ def test_update_does_not_depend_on_the_number_of_devices():
         )
         losses = []
         for _ in range(3):
-            state, metrics = step(state, empty, parallel.put_batch(mesh, next(data), 8))
+            state, metrics = step(state, empty, rows.put_batch(mesh, next(data), 8), {})
             losses.append(float(metrics.compute()["loss"]))
         results.append((losses, jax.device_get(state.params)))
     # The same random numbers, bit for bit; the sums over the batch are only taken in another order.
@@ -167,14 +167,13 @@ def test_loss_falls():
     sharding = parallel.replicated(mesh)
     state = create_state(experiment, mesh)
     step = jax.jit(make_train_step(experiment), out_shardings=sharding)
-    batch = parallel.put_batch(
+    batch = rows.put_batch(
         mesh, {"image": np.full((8, 8, 8, 1), 200, np.uint8), "label": np.zeros(8, np.int32)}, 8
     )
     losses = []
     for _ in range(40):
-        state, metrics = step(
-            state, jax.device_put(step_metrics(experiment.process).empty(), sharding), batch
-        )
+        empty = jax.device_put(step_metrics(experiment.process).empty(), sharding)
+        state, metrics = step(state, empty, batch, {})
         losses.append(float(metrics.compute()["loss"]))
     # Measured 0.55; noise in a mean of 80 losses is about 0.1.
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
@@ -216,15 +215,15 @@ def test_finished_run_is_left_alone(run):
         ({"model__num_blocks": (2, 2)}, "give one entry for each stage"),
         ({"model__window": 3}, "which window 3 does not divide"),
         ({"model__dtype": "float8"}, "model.dtype is 'float8'"),
-        ({"model__num_classes": 0}, "guidance_scale guides by labels, but model.num_classes is 0"),
+        ({"model__num_classes": 0}, "guidance.scale guides by labels, but model.num_classes is 0"),
         ({"process__sigma_min": 100.0}, "sigma_min 100.0 must lie between 0 and sigma_max"),
         ({"seed": -1}, "config key seed is -1"),
         ({"model__mlp_ratio": 2.5}, "config key model.mlp_ratio is 2.5: it must be of type int"),
         ({"model__num_classes": -1}, "num_classes is -1: it must be at least 0"),
         ({"process__rho": 0.0}, "rho is 0.0: it must be between 0.1 and 1000"),
         (
-            {"sampling__respacing": 250},
-            "config key sampling.respacing is 250: it must be of type str",
+            {"sampling__sampler": {"name": "ddpm", "num_steps": 3, "respacing": 250}},
+            "config key sampling.sampler.respacing is 250: it must be of type str",
         ),
         (
             {"optimizer": {"learning_rate": "fast", "warmup_steps": 0}},

@@ -12,10 +12,11 @@ from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build
 from diffit_jax.models.flops import traced_multiply_adds
 from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.runtime import parallel
+from diffit_jax.runtime import parallel, rows
+from diffit_jax.training.compiling import compile_train_step, open_training_data
 from diffit_jax.training.state import create_state
 from diffit_jax.training.watch import Compilations, Watch
-from diffit_jax.verbs.train import compile_train_step, open_training_data, train
+from diffit_jax.verbs.train import train
 
 
 def test_multiply_adds_of_an_image_network():
@@ -67,16 +68,16 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
     experiment, mesh = build(config), parallel.make_mesh()
     state = create_state(experiment, mesh)
     data = batches(open_training_data(experiment), experiment.training.batch_size, 0)
-    batch = parallel.put_batch(mesh, next(data), 8)
+    batch = rows.put_batch(mesh, next(data), 8)
     step, collected, _ = compile_train_step(experiment, mesh, state, batch)
-    state, collected = step(state, collected, batch)
+    state, collected = step(state, collected, batch, {})
     compilations = Compilations()
     with (
         jax.transfer_guard_host_to_device("disallow"),
         jax.transfer_guard_device_to_host("disallow"),
     ):
         for _ in range(10):
-            state, collected = step(state, collected, parallel.put_batch(mesh, next(data), 8))
+            state, collected = step(state, collected, rows.put_batch(mesh, next(data), 8), {})
         jax.block_until_ready(state)
     assert compilations.count == 0 and int(state.step) == 11
     with (

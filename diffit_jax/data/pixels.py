@@ -2,6 +2,7 @@
 
 import io
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +41,20 @@ def latent_preview(x: jax.Array) -> jax.Array:
     return to_pixels(x[..., :channels] / 3)
 
 
-def write_preview(path: epath.PathLike, samples: np.ndarray, latents: bool = False) -> None:
+def write_preview(
+    path: epath.PathLike, samples: np.ndarray, preview: Callable[[np.ndarray], np.ndarray]
+) -> None:
     """Writes a picture of some samples, ten in a row; one that cannot be drawn or written is a
     warning, since nothing depends on it.
 
     Args:
       path: of the PNG.
-      samples: (n, H, W, C) uint8 images or float32 latents; of other than three channels the first
-        three are shown, or the first as grey.
-      latents: which of the two.
+      samples: (n, H, W, C), see `preview`.
+      preview: of a `Space`: the samples as (n, H', W', 1 or 3) uint8.
     """
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        images = np.asarray(latent_preview(samples)) if latents else samples
-        write_png(path, image_grid(images[..., : 3 if images.shape[-1] >= 3 else 1], columns=10))
+        write_png(path, image_grid(preview(samples), columns=10))
     except Exception as error:
         log.warning(
             "the picture %s could not be made (%s: %s)",

@@ -100,24 +100,43 @@ class SyntheticSource:
         return {"image": np.stack(noise).reshape(-1, *self.image_shape), "label": labels}
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which data are to be opened, and what the model expects of them.
+
+    Attributes:
+      split: "train" or "test".
+      data_dir: where prepared data sets live, "" for the default.
+      shape: (H, W, C) of an example; None: any.
+      num_classes: number of labels, 0 if the model uses none; None: any.
+      example: what examples are, "image" or "latent".
+    """
+
+    split: str
+    data_dir: str = ""
+    shape: tuple[int, int, int] | None = None
+    num_classes: int | None = None
+    example: str = "image"
+
+
 def open_dataset(
     name: str,
     split: str,
     data_dir: str = "",
     image_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
-    latents: bool = False,
+    example: str = "image",
 ) -> Source:
     """Opens a data set by name, preparing it on first use.
 
     Args:
-      name: `digits`, `synthetic` or `imagenet_latents`.
+      name: of the data set, in `DATASETS`.
       split: `train` or `test`.
       data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default,
         `~/tensorflow_datasets`.
       image_shape: (H, W, C) that the model expects; None: any. `synthetic` has what is asked for.
       num_classes: number of labels that the model expects; 0 if it uses none; None: any.
-      latents: whether the model expects an autoencoder's latents; `synthetic` then makes such.
+      example: what the model expects, "image" or "latent"; `synthetic` then makes such.
 
     Raises:
       UserError: unknown name or split, images or labels that the model does not expect, a data_dir
@@ -127,33 +146,15 @@ def open_dataset(
         data_dir = str(files.resolve(data_dir, "data.data_dir"))
     if split not in ("train", "test"):
         raise UserError(f"data split {split!r} is unknown: use train or test")
-    if name not in ("digits", "synthetic", "imagenet_latents"):
-        raise UserError(f"data set {name!r} is unknown: use digits, synthetic or imagenet_latents")
-    if name != "digits" and (image_shape is None or num_classes is None):
-        raise UserError(f"data set {name} has no images of its own: use digits")
-    if name == "synthetic":
-        return SyntheticSource(image_shape, num_classes, latents)
-    if name == "imagenet_latents":
-        folder = (
-            epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
-            / f"imagenet_latents_{'x'.join(map(str, image_shape))}"
-        )
-        raise UserError(
-            f"data set imagenet_latents misses {folder}/manifest.json and "
-            f"{folder}/{split}-*.array_record, which cannot be encoded yet: "
-            "use --config.data.name=synthetic meanwhile"
-        )
-    if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
-        raise UserError(
-            "there is no home directory to keep prepared data sets in: set data.data_dir, or the "
-            "variable HOME"
-        )
-    source = _open_digits(split, data_dir)
+    if name not in DATASETS:
+        *others, last = DATASETS
+        raise UserError(f"data set {name!r} is unknown: use {', '.join(others)} or {last}")
+    source = DATASETS[name](Wanted(split, data_dir, image_shape, num_classes, example))
     if image_shape not in (None, source.image_shape):
         raise UserError(
             f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: "
-            "change the model's image_size and "
-            "image_channels (latent_diffit: input_size and input_channels), or data.name"
+            "change the model's image_size and image_channels (latent_diffit: input_size and "
+            "input_channels), or data.name"
         )
     if num_classes not in (None, 0, source.num_classes):
         raise UserError(
@@ -163,9 +164,37 @@ def open_dataset(
     return source
 
 
-def _open_digits(split: str, data_dir: str) -> ArraySource:
+def _shape_and_classes(name: str, wanted: Wanted) -> tuple[tuple[int, int, int], int]:
+    if wanted.shape is None or wanted.num_classes is None:
+        raise UserError(f"data set {name} has no images of its own: use digits")
+    return wanted.shape, wanted.num_classes
+
+
+def _open_synthetic(wanted: Wanted) -> Source:
+    shape, num_classes = _shape_and_classes("synthetic", wanted)
+    return SyntheticSource(shape, num_classes, latents=wanted.example == "latent")
+
+
+def _open_imagenet_latents(wanted: Wanted) -> Source:
+    shape, _ = _shape_and_classes("imagenet_latents", wanted)
+    place = epath.Path(wanted.data_dir or "~/tensorflow_datasets").expanduser()
+    folder = place / f"imagenet_latents_{'x'.join(map(str, shape))}"
+    raise UserError(
+        f"data set imagenet_latents misses {folder}/manifest.json and "
+        f"{folder}/{wanted.split}-*.array_record, which cannot be encoded yet: "
+        "use --config.data.name=synthetic meanwhile"
+    )
+
+
+def _open_digits(wanted: Wanted) -> Source:
     """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in
     memory in the same order."""
+    split, data_dir = wanted.split, wanted.data_dir
+    if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
+        raise UserError(
+            "there is no home directory to keep prepared data sets in: set data.data_dir, or the "
+            "variable HOME"
+        )
     from diffit_jax.data import digits
 
     loudness = absl_logging.get_verbosity()
@@ -225,3 +254,10 @@ def _damaged(place: epath.PathLike, error: Exception) -> UserError:
     return UserError(
         f"data set digits in {place} is damaged ({reason}): delete it to have it prepared anew"
     )
+
+
+DATASETS = {
+    "digits": _open_digits,
+    "synthetic": _open_synthetic,
+    "imagenet_latents": _open_imagenet_latents,
+}

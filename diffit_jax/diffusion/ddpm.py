@@ -1,5 +1,5 @@
-"""Discrete-time diffusion as in ADM and DiT: training loss, ancestral DDPM and DDIM sampling, and a
-denoiser for EDM's samplers.
+"""Discrete-time diffusion as in ADM and DiT: training loss, one step of sampling, and a denoiser
+for EDM's samplers. Its own samplers are in `ddpm_samplers`.
 
 A `network(x_BHWC, timestep_B, conditioning) -> y_BHWC'` estimates the noise epsilon in x_t =
 √alpha_bar x_0 + √(1 - alpha_bar) epsilon. With learned-range variance it has twice the channels:
@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.guidance import Conditioning, Evaluation, Guided
-from diffit_jax.diffusion.samplers import Noise, sampling_grid
-from diffit_jax.diffusion.schedule import SCHEDULES, Schedule
+from diffit_jax.diffusion.schedule import SCHEDULES, Schedule, sampling_grid
+from diffit_jax.diffusion.seams import Conditioning, Network
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, at_least, one_of
 
@@ -70,16 +69,16 @@ class DDPM:
                 f"loss_type {self.loss_type} does not fit variance {self.variance}: {remedy}; "
                 "change either"
             )
-        if self.steps().betas.max() >= 1:
+        if self.schedule_for().betas.max() >= 1:
             raise UserError(
                 f"config key process.num_timesteps is {self.num_timesteps}: too few for the "
                 f"{self.schedule} schedule, which "
                 "would drown the data in a single step; use at least 21"
             )
-        self.steps(self.respacing)
+        self.schedule_for(self.respacing)
 
     @property
-    def loss_parts(self) -> tuple[str, ...]:
+    def loss_terms(self) -> tuple[str, ...]:
         """Names of what `loss` reports beside the loss."""
         return ("mse",) if self.loss_type == "mse" else ("mse", "vb")
 
@@ -88,7 +87,7 @@ class DDPM:
         return 2 * channels if self.variance == "learned_range" else channels
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 (processes are few and small)
-    def steps(self, respacing: str = "") -> Schedule:
+    def schedule_for(self, respacing: str = "") -> Schedule:
         """The schedule with all tables, respaced from the original T timesteps.
 
         Raises:
@@ -103,7 +102,7 @@ class DDPM:
         y_BHWC: jax.Array,
         x_BHWC: jax.Array,
         k_B: jax.Array,
-        steps: Schedule,
+        schedule: Schedule,
         clip: bool = False,
     ) -> Prediction:
         """Reads the network's output.
@@ -112,53 +111,54 @@ class DDPM:
           y_BHWC: (B, H, W, C or 2C) output of the network.
           x_BHWC: (B, H, W, C) x_k.
           k_B: (B,) int, the step in [0, K).
-          steps: tables of the K steps.
+          schedule: tables of the K steps.
           clip: clip the estimate of x_0 to [-1, 1]; not for latents, which have no such bounds.
         """
         channels = x_BHWC.shape[-1]
         row = functools.partial(_row, k_B=k_B)
         epsilon = y_BHWC[..., :channels].astype(jnp.float32)
         x0 = (
-            row(steps.sqrt_recip_alphas_cumprod) * x_BHWC
-            - row(steps.sqrt_recipm1_alphas_cumprod) * epsilon
+            row(schedule.sqrt_recip_alphas_cumprod) * x_BHWC
+            - row(schedule.sqrt_recipm1_alphas_cumprod) * epsilon
         )
         if clip:
             x0 = jnp.clip(x0, -1, 1)
-        mean = row(steps.posterior_mean_coef1) * x0 + row(steps.posterior_mean_coef2) * x_BHWC
-        small = row(steps.posterior_log_variance_clipped)
+        mean = row(schedule.posterior_mean_coef1) * x0 + row(schedule.posterior_mean_coef2) * x_BHWC
+        small = row(schedule.posterior_log_variance_clipped)
         if self.variance == "learned_range":
             share = (y_BHWC[..., channels:].astype(jnp.float32) + 1) / 2
-            log_variance = share * row(np.log(steps.betas)) + (1 - share) * small
+            log_variance = share * row(np.log(schedule.betas)) + (1 - share) * small
         elif self.variance == "fixed_small":
             log_variance = jnp.broadcast_to(small, x_BHWC.shape)
         else:  # beta, but at the first step the posterior's, as in DDPM
-            large = np.append(steps.posterior_log_variance_clipped[:1], np.log(steps.betas[1:]))
+            first = schedule.posterior_log_variance_clipped[:1]
+            large = np.append(first, np.log(schedule.betas[1:]))
             log_variance = jnp.broadcast_to(row(large), x_BHWC.shape)
         return Prediction(mean, log_variance, x0, epsilon)
 
     def diffuse(
-        self, x0_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array, steps: Schedule
+        self, x0_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array, schedule: Schedule
     ) -> jax.Array:
         """x_k ~ q(x_k | x_0) with standard normal noise, (B, H, W, C)."""
         return (
-            _row(steps.sqrt_alphas_cumprod, k_B) * x0_BHWC
-            + _row(steps.sqrt_one_minus_alphas_cumprod, k_B) * noise_BHWC
+            _row(schedule.sqrt_alphas_cumprod, k_B) * x0_BHWC
+            + _row(schedule.sqrt_one_minus_alphas_cumprod, k_B) * noise_BHWC
         )
 
     def posterior(
-        self, x0_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, steps: Schedule
+        self, x0_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, schedule: Schedule
     ) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of q(x_{k-1} | x_k, x_0), the latter clipped and (B, 1, 1, 1)."""
         mean = (
-            _row(steps.posterior_mean_coef1, k_B) * x0_BHWC
-            + _row(steps.posterior_mean_coef2, k_B) * x_BHWC
+            _row(schedule.posterior_mean_coef1, k_B) * x0_BHWC
+            + _row(schedule.posterior_mean_coef2, k_B) * x_BHWC
         )
-        return mean, _row(steps.posterior_log_variance_clipped, k_B)
+        return mean, _row(schedule.posterior_log_variance_clipped, k_B)
 
     # --- Training
 
     def loss(
-        self, network: Evaluation, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
+        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of random steps, uniform over the schedule's.
 
@@ -170,18 +170,17 @@ class DDPM:
             batch is split.
 
         Returns:
-          (B,) float32 loss and its parts, see `loss_at`.
+          (B,) float32 loss and its terms, see `loss_at`.
         """
         step_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        k_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.steps(self.respacing))))(
-            step_key_B
-        )
+        num_steps = len(self.schedule_for(self.respacing))
+        k_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(step_key_B)
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
         return self.loss_at(network, x_BHWC, conditioning, k_B, noise_BHWC)
 
     def loss_at(
         self,
-        network: Evaluation,
+        network: Network,
         x_BHWC: jax.Array,
         conditioning: Conditioning,
         k_B: jax.Array,
@@ -195,16 +194,16 @@ class DDPM:
           noise_BHWC: standard normal, like x_BHWC.
 
         Returns:
-          (B,) float32 loss, and its parts by name: `mse` of epsilon, and `vb` in bits per dimension
+          (B,) float32 loss, and its terms by name: `mse` of epsilon, and `vb` in bits per dimension
           where the loss contains it.
         """
-        steps = self.steps(self.respacing)
-        noisy = self.diffuse(x_BHWC, k_B, noise_BHWC, steps)
-        y_BHWC = network(noisy, jnp.asarray(steps.timesteps, jnp.int32)[k_B], conditioning)
+        schedule = self.schedule_for(self.respacing)
+        noisy = self.diffuse(x_BHWC, k_B, noise_BHWC, schedule)
+        y_BHWC = network(noisy, jnp.asarray(schedule.timesteps, jnp.int32)[k_B], conditioning)
         epsilon = y_BHWC[..., : x_BHWC.shape[-1]].astype(jnp.float32)
-        parts = {"mse": _mean((noise_BHWC - epsilon) ** 2)}
+        terms = {"mse": _mean((noise_BHWC - epsilon) ** 2)}
         if self.loss_type == "mse":
-            return parts["mse"], parts
+            return terms["mse"], terms
         if self.loss_type != "kl":
             # The bound trains the variance only; the mean is left to the mse.
             y_BHWC = jnp.concatenate(
@@ -214,13 +213,13 @@ class DDPM:
                 ],
                 axis=-1,
             )
-        parts["vb"] = self._bound(y_BHWC, x_BHWC, noisy, k_B, steps)
+        terms["vb"] = self._bound(y_BHWC, x_BHWC, noisy, k_B, schedule)
         match self.loss_type:
             case "kl":
-                return len(steps) * parts["vb"], parts
+                return len(schedule) * terms["vb"], terms
             case "hybrid_rescaled":
-                return parts["mse"] + len(steps) / 1000 * parts["vb"], parts
-        return parts["mse"] + parts["vb"], parts
+                return terms["mse"] + len(schedule) / 1000 * terms["vb"], terms
+        return terms["mse"] + terms["vb"], terms
 
     def _bound(
         self,
@@ -228,12 +227,12 @@ class DDPM:
         x0_BHWC: jax.Array,
         x_BHWC: jax.Array,
         k_B: jax.Array,
-        steps: Schedule,
+        schedule: Schedule,
     ) -> jax.Array:
         """One term of the variational bound, (B,) in bits per dimension: KL(q ‖ p), at k = 0 the
         likelihood of 8-bit data in [-1, 1]."""
-        mean, log_variance = self.posterior(x0_BHWC, x_BHWC, k_B, steps)
-        model = self.predict(y_BHWC, x_BHWC, k_B, steps)
+        mean, log_variance = self.posterior(x0_BHWC, x_BHWC, k_B, schedule)
+        model = self.predict(y_BHWC, x_BHWC, k_B, schedule)
         difference = log_variance - model.log_variance
         kl = 0.5 * (
             jnp.exp(difference)
@@ -255,15 +254,15 @@ class DDPM:
                 f"num_steps {num_steps} is more than the schedule's {self.num_timesteps}: use at "
                 f"most {self.num_timesteps}"
             )
-        levels = self.steps().sqrt_recipm1_alphas_cumprod
+        levels = self.schedule_for().sqrt_recipm1_alphas_cumprod
         return sampling_grid(levels[0], levels[-1], self.rho, num_steps)
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
         """Share t / T of the schedule that has the noise level sigma, (n,) float64."""
-        return self.steps().timestep_of(sigma) / self.num_timesteps
+        return self.schedule_for().timestep_of(sigma) / self.num_timesteps
 
     def denoise(
-        self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
+        self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
     ) -> jax.Array:
         """D(x; sigma) = x - sigma epsilon(x / √(1 + sigma²), t(sigma)), with a fractional timestep
         between the schedule's levels.
@@ -277,95 +276,13 @@ class DDPM:
         Returns:
           (B, H, W, C) float32 estimate of the clean data.
         """
-        steps = self.steps()
-        levels = jnp.asarray(np.log(steps.sqrt_recipm1_alphas_cumprod), jnp.float32)
-        timestep_B = jnp.interp(jnp.log(sigma_B), levels, jnp.asarray(steps.timesteps, jnp.float32))
+        schedule = self.schedule_for()
+        levels = jnp.asarray(np.log(schedule.sqrt_recipm1_alphas_cumprod), jnp.float32)
+        timesteps = jnp.asarray(schedule.timesteps, jnp.float32)
+        timestep_B = jnp.interp(jnp.log(sigma_B), levels, timesteps)
         sigma = sigma_B[:, None, None, None]
         y_BHWC = network(x_BHWC / jnp.sqrt(1 + sigma**2), timestep_B, conditioning)
         return x_BHWC - sigma * y_BHWC[..., : x_BHWC.shape[-1]].astype(jnp.float32)
-
-
-def ancestral(
-    process: DDPM,
-    network: Guided,
-    noise: Noise,
-    conditioning: Conditioning,
-    steps: Schedule,
-    clip: bool = False,
-) -> jax.Array:
-    """Ancestral sampling of DDPM: x_{k-1} = mean + exp(½ ln variance) z from the last step to the
-    first, whose z is 0. K evaluations.
-
-    Args:
-      process: reads the network's output.
-      network: guided or not.
-      noise: of the B samples; its shape is theirs.
-      conditioning: of the B samples.
-      steps: from `process.steps(respacing)`.
-      clip: see `DDPM.predict`.
-
-    Returns:
-      (B, H, W, C) float32 samples, in the units of the training data.
-    """
-
-    def update(p: Prediction, x_BHWC: jax.Array, k: jax.Array, z_BHWC: jax.Array) -> jax.Array:
-        return p.mean + jnp.where(k > 0, jnp.exp(0.5 * p.log_variance) * z_BHWC, 0.0)
-
-    return _descend(process, network, noise, conditioning, steps, clip, update)
-
-
-def ddim(
-    process: DDPM,
-    network: Guided,
-    noise: Noise,
-    conditioning: Conditioning,
-    steps: Schedule,
-    eta: float = 0.0,
-    clip: bool = False,
-) -> jax.Array:
-    """DDIM (Song et al. 2021, Eq. 12), K evaluations: x_{k-1} = √alpha_bar' x_0 + √(1 - alpha_bar'
-    - s²) epsilon + s z.
-
-    alpha_bar' is that of k - 1 and s = eta √((1 - alpha_bar') / (1 - alpha_bar)) √(1 - alpha_bar /
-    alpha_bar'), 0 at the first step.
-
-    Args:
-      eta: 0 is deterministic, 1 about as random as DDPM.
-      others, result: as in `ancestral`. Where x_0 is clipped, epsilon is derived from it anew.
-    """
-    if eta < 0:
-        raise UserError(f"eta {eta} is negative: use 0 for a deterministic sampler")
-    now, before = steps.alphas_cumprod, steps.alphas_cumprod_prev
-    spread = eta * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
-    tables = np.stack(
-        [np.sqrt(before), np.sqrt(np.maximum(1 - before - spread**2, 0)), spread], axis=1
-    )
-    table = jnp.asarray(tables, jnp.float32)
-    recip, recipm1 = (
-        jnp.asarray(t, jnp.float32)
-        for t in (steps.sqrt_recip_alphas_cumprod, steps.sqrt_recipm1_alphas_cumprod)
-    )
-
-    def update(p: Prediction, x_BHWC: jax.Array, k: jax.Array, z_BHWC: jax.Array) -> jax.Array:
-        signal, direction, spread = table[k]
-        epsilon = (recip[k] * x_BHWC - p.x0) / recipm1[k] if clip else p.epsilon
-        return signal * p.x0 + direction * epsilon + (spread * z_BHWC if eta else 0.0)
-
-    return _descend(process, network, noise, conditioning, steps, clip, update)
-
-
-def _descend(process, network, noise, conditioning, steps, clip, update) -> jax.Array:
-    """The loop of both samplers: `x = update(prediction, x, k, z)` for k = K-1…0, with noise number
-    1 at the first of these."""
-    timesteps = jnp.asarray(steps.timesteps, jnp.int32)
-
-    def body(index: jax.Array, x_BHWC: jax.Array, evaluate: Evaluation) -> jax.Array:
-        k = len(steps) - 1 - index
-        y_BHWC = evaluate(x_BHWC, jnp.full(len(x_BHWC), timesteps[k]), conditioning)
-        prediction = process.predict(y_BHWC, x_BHWC, jnp.full(len(x_BHWC), k), steps, clip)
-        return update(prediction, x_BHWC, k, noise(index + 1))
-
-    return network.run(body, noise(0), steps.sqrt_recipm1_alphas_cumprod[::-1])
 
 
 def _row(table: np.ndarray, k_B: jax.Array) -> jax.Array:

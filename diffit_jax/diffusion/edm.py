@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.guidance import Conditioning, Evaluation
-from diffit_jax.diffusion.samplers import sampling_grid
-from diffit_jax.diffusion.schedule import Schedule
+from diffit_jax.diffusion.schedule import Schedule, sampling_grid
+from diffit_jax.diffusion.seams import Conditioning, Network
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, NoiseLevel, at_least
 
@@ -66,7 +65,7 @@ class EDM:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     def denoise(
-        self, network: Evaluation, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
+        self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
     ) -> jax.Array:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the
         network computes in.
@@ -90,7 +89,7 @@ class EDM:
         return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
 
     def loss(
-        self, network: Evaluation, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
+        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """lambda(sigma) ‖D(x + n; sigma) - x‖² with ln sigma ~ N(log_sigma_mean, log_sigma_std²), n
         ~ N(0, sigma²), EDM Eq. 8.
@@ -117,7 +116,7 @@ class EDM:
         return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3)), {}
 
     @property
-    def loss_parts(self) -> tuple[str, ...]:
+    def loss_terms(self) -> tuple[str, ...]:
         """Names of what `loss` reports beside the loss."""
         return ()
 

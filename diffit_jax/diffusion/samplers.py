@@ -1,8 +1,7 @@
 """Samplers in EDM's noise levels: from noise to a sample with a denoiser D(x; sigma), as loops that
 jit compiles once.
 
-They serve every process that has `denoise` and `sigmas`; those that belong to discrete-time
-diffusion are in `ddpm`.
+They serve every process; those that belong to discrete-time diffusion are in `ddpm_samplers`.
 
 A sample's randomness is a function of its seed number alone: one key per sample (`sample_keys`),
 from which its initial noise and the noise of each step are derived by number. It does not depend on
@@ -12,50 +11,56 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.guidance import Conditioning, Evaluation, Guided
-from diffit_jax.errors import UserError
+from diffit_jax.diffusion.guidance import Guided
+from diffit_jax.diffusion.seams import Conditioning, Denoiser, Network, Noise, Process
 from diffit_jax.limits import at_least
 
-# (number) → (B, H, W, C) float32 standard normal noise. Number 0 is the initial noise, i + 1 that
-# of step i.
-Noise = Callable[[jax.Array | int], jax.Array]
+T = TypeVar("T")
+Steps = Annotated[int, at_least(1, most=100_000)]
+StepsOfGrid = Annotated[int, at_least(2, most=100_000)]  # the grid has two ends
 
 
-@dataclasses.dataclass(frozen=True)
-class Churn:
-    """Stochasticity of EDM's sampler (Algorithm 2): fresh noise is added wherever sigma_low <=
-    sigma <= sigma_high.
+class SamplingMethod(Protocol):
+    """A frozen dataclass: how samples are drawn.
 
     Attributes:
-      amount: S_churn, spread over the steps; 0 makes the sampler deterministic.
-      sigma_low, sigma_high: S_min and S_max.
-      noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
+      name: in configs and on the command line.
+      num_steps: steps N.
     """
 
-    amount: Annotated[float, at_least(0)] = 0.0
-    sigma_low: Annotated[float, at_least(0)] = 0.0
-    sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
-    noise: Annotated[float, at_least(0)] = 1.0
+    name: ClassVar[str]
+    num_steps: int
 
-    def __post_init__(self):
-        limits.check(self)
+    def check(self, process: Process) -> None:
+        """Raises `UserError` if samples of a process cannot be drawn like this."""
 
-    def raised(self, sigmas: np.ndarray) -> np.ndarray:
-        """The noise level t̂ = t (1 + gamma) that each level t of the grid is raised to before its
-        step; shaped like `sigmas`."""
-        gamma = min(self.amount / len(sigmas), math.sqrt(2) - 1)
-        return np.where(
-            (self.sigma_low <= sigmas) & (sigmas <= self.sigma_high), sigmas * (1 + gamma), sigmas
-        )
+    def evaluated(self, process: Process, network: Network) -> Network:
+        """What the sampler evaluates, and what therefore is guided: the network itself, or the
+        process's denoiser."""
+        ...
+
+    def draw(
+        self, process: Process, guided: Guided, noise: Noise, conditioning: Conditioning
+    ) -> jax.Array:
+        """Samples, in the units of the training data and not clipped, (B, H, W, C) float32.
+
+        Args:
+          process: around the network.
+          guided: what `evaluated` gives, guided or not.
+          noise: of the B samples; its shape is theirs.
+          conditioning: of the B samples.
+        """
+        ...
 
 
 def sample_keys(seed_B: jax.Array) -> jax.Array:
@@ -76,73 +81,137 @@ def seeded_noise(seed_B: jax.Array, shape: tuple[int, ...]) -> Noise:
     return lambda index: step_noise(key_B, index, shape)
 
 
-def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
-    """EDM Eq. 5: (N + 1,) float64, t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) -
-    sigma_max^(1/rho)))^rho for i < N, then 0.
+def descend(
+    guided: Guided,
+    body: Callable[[jax.Array, T, Network], T],
+    carry: T,
+    sigma: np.ndarray,
+    step_sigma: np.ndarray | None = None,
+) -> T:
+    """A sampler's loop: `carry = body(e, carry, network)` for each evaluation e of its grid.
 
-    Raises:
-      UserError: `num_steps` N is below 2.
+    Args:
+      guided: what is evaluated.
+      body: calls `network`, which is guided as e asks for, once.
+      carry: pytree that the loop starts from.
+      sigma, step_sigma: (E,) static grid, see `Guided.scales`.
+
+    Returns:
+      The last carry. The program holds one loop for each stretch of evaluations with, or without,
+      guidance.
     """
-    if num_steps < 2:
-        raise UserError(
-            f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps"
-        )
-    ends = np.array([sigma_max, sigma_min]) ** (1 / rho)
-    return np.append(np.linspace(*ends, num_steps) ** rho, 0.0)
+    for stretch in guided.stretches(sigma, step_sigma):
+
+        def step(index: jax.Array, carry: T, network: Any = stretch.network) -> T:
+            return body(index, carry, network(index))
+
+        carry = jax.lax.fori_loop(stretch.start, stretch.stop, step, carry)
+    return carry
 
 
-def heun(
-    denoise: Guided,
-    noise: Noise,
-    conditioning: Conditioning,
-    sigmas: np.ndarray,
-    churn: Churn = Churn(),
-) -> jax.Array:
+class _InNoiseLevels:
+    """What samplers in EDM's noise levels have in common: they evaluate the denoiser on the
+    process's grid."""
+
+    num_steps: int
+
+    def __post_init__(self):
+        limits.check(self, "sampling.sampler")
+
+    def check(self, process: Process) -> None:
+        process.sigmas(self.num_steps)
+
+    def evaluated(self, process: Process, network: Network) -> Denoiser:
+        return functools.partial(process.denoise, network)
+
+    def draw(
+        self, process: Process, guided: Guided, noise: Noise, conditioning: Conditioning
+    ) -> jax.Array:
+        return self.solve(guided, noise, conditioning, process.sigmas(self.num_steps))
+
+    def solve(
+        self, denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
+    ) -> jax.Array:
+        """Samples on any grid.
+
+        Args:
+          denoise: D(x, sigma, conditioning), guided or not.
+          noise: of the B samples.
+          conditioning: of the B samples.
+          sigmas: (N + 1,) descending noise levels that end in 0.
+
+        Returns:
+          (B, H, W, C) float32 samples, in the units of the training data and not clipped.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun(_InNoiseLevels):
     """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at
     the end. 2N - 1 evaluations.
 
-    Args:
-      denoise: D(x, sigma, conditioning), guided or not.
-      noise: of the B samples.
-      conditioning: of the B samples.
-      sigmas: (N + 1,) descending noise levels that end in 0.
-      churn: stochasticity; none by default.
+    It is deterministic unless it churns: then fresh noise is added wherever
+    churn_sigma_low <= sigma <= churn_sigma_high.
 
-    Returns:
-      (B, H, W, C) float32 samples, in the units of the training data and not clipped.
+    Attributes:
+      num_steps: N.
+      churn_amount: S_churn, spread over the steps; 0: none.
+      churn_sigma_low, churn_sigma_high: S_min and S_max.
+      churn_noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
     """
-    here, there = sigmas[:-1], sigmas[1:]
-    raised = churn.raised(here)
-    # Made in float64, rounded once. `added` is the noise that lifts the level t to t̂.
-    added = churn.noise * np.sqrt(raised**2 - here**2)
-    grid = jnp.asarray(np.stack([raised, there, added], axis=1), jnp.float32)
 
-    def body(
-        index: jax.Array, carry: tuple[jax.Array, ...], evaluate: Evaluation
-    ) -> tuple[jax.Array, ...]:
-        # Both slopes of a step come through this one call of the network, so that it is compiled
-        # once, not three times.
-        x_BHWC, start_BHWC, first_slope = carry
-        step, is_second = index // 2, index % 2 == 1
-        level, target, fresh = grid[step]
-        if churn.amount:
-            x_BHWC = x_BHWC + jnp.where(is_second, 0.0, fresh * noise(step + 1))
-        start_BHWC = jnp.where(is_second, start_BHWC, x_BHWC)
-        at = jnp.where(is_second, target, level)
-        slope = (x_BHWC - evaluate(x_BHWC, jnp.full(len(x_BHWC), at), conditioning)) / at
-        combined = jnp.where(is_second, (first_slope + slope) / 2, slope)
-        return start_BHWC + (target - level) * combined, start_BHWC, slope
+    name: ClassVar[str] = "heun"
 
-    x_BHWC = jnp.float32(sigmas[0]) * noise(0)
-    levels = np.stack([raised, there], axis=1).ravel()[:-1]
-    return denoise.run(
-        body, (x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)), levels, np.repeat(here, 2)[:-1]
-    )[0]
+    num_steps: StepsOfGrid
+    churn_amount: Annotated[float, at_least(0)] = 0.0
+    churn_sigma_low: Annotated[float, at_least(0)] = 0.0
+    churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
+    churn_noise: Annotated[float, at_least(0)] = 1.0
+
+    def churned(self, sigmas: np.ndarray) -> np.ndarray:
+        """The noise level t̂ = t (1 + gamma) that each level t of the grid is lifted to before its
+        step; shaped like `sigmas`."""
+        gamma = min(self.churn_amount / len(sigmas), math.sqrt(2) - 1)
+        inside = (self.churn_sigma_low <= sigmas) & (sigmas <= self.churn_sigma_high)
+        return np.where(inside, sigmas * (1 + gamma), sigmas)
+
+    def solve(
+        self, denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
+    ) -> jax.Array:
+        sigma, next_sigma = sigmas[:-1], sigmas[1:]
+        sigma_hat = self.churned(sigma)
+        # Made in float64, rounded once: the noise that lifts the level t to t̂.
+        added_noise = self.churn_noise * np.sqrt(sigma_hat**2 - sigma**2)
+        grid = jnp.asarray(np.stack([sigma_hat, next_sigma, added_noise], axis=1), jnp.float32)
+
+        # A step has two evaluations, and both come through one call of the network, so that it is
+        # compiled once and not three times (the last step has no second one):
+        #   evaluation 2i     predicts: from x at t̂ along the slope there;
+        #   evaluation 2i + 1 corrects: from the same start along the mean of the slopes at t̂ and
+        #                     at the predicted x.
+        def body(
+            index: jax.Array, carry: tuple[jax.Array, ...], network: Denoiser
+        ) -> tuple[jax.Array, ...]:
+            x_BHWC, start_BHWC, first_slope = carry
+            step, corrects = index // 2, index % 2 == 1
+            level, target, fresh = grid[step]
+            if self.churn_amount:
+                x_BHWC = x_BHWC + jnp.where(corrects, 0.0, fresh * noise(step + 1))
+            start_BHWC = jnp.where(corrects, start_BHWC, x_BHWC)
+            here = jnp.where(corrects, target, level)
+            slope = (x_BHWC - network(x_BHWC, jnp.full(len(x_BHWC), here), conditioning)) / here
+            combined = jnp.where(corrects, (first_slope + slope) / 2, slope)
+            return start_BHWC + (target - level) * combined, start_BHWC, slope
+
+        x_BHWC = jnp.float32(sigmas[0]) * noise(0)
+        levels = np.stack([sigma_hat, next_sigma], axis=1).ravel()[:-1]
+        carry = x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)
+        return descend(denoise, body, carry, levels, np.repeat(sigma, 2)[:-1])[0]
 
 
-def dpm_solver(
-    denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray, order: int = 2
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class DPMSolver(_InNoiseLevels):
     """DPM-Solver++(2M) of Lu et al. 2022, one evaluation per step: exact for a D that is linear in
     ln sigma between the levels.
 
@@ -153,36 +222,48 @@ def dpm_solver(
     The first step has no D_{i-1}, and the last goes to sigma = 0, where x = D: both are of first
     order.
 
-    Args:
-      denoise, noise, conditioning, sigmas: as in `heun`.
-      order: 2, or 1 without the term of D_{i-1}: that is Euler's method in sigma, and DDIM.
-
-    Returns:
-      As `heun`.
+    Attributes:
+      num_steps: N.
     """
-    here, there = sigmas[:-1], sigmas[1:]
-    shrink = there / here
-    extrapolation = np.zeros(len(here))
-    if order == 2:
-        h = np.log(here[:-1] / there[:-1])
-        extrapolation[1:-1] = h[1:] / (2 * h[:-1])
-    grid = jnp.asarray(np.stack([here, shrink, 1 - shrink, extrapolation], axis=1), jnp.float32)
 
-    def body(
-        step: jax.Array, carry: tuple[jax.Array, jax.Array], evaluate: Evaluation
-    ) -> tuple[jax.Array, jax.Array]:
-        x_BHWC, previous = carry
-        level, keep, gain, extrapolate = grid[step]
-        denoised = evaluate(x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
-        return keep * x_BHWC + gain * (denoised + extrapolate * (denoised - previous)), denoised
+    name: ClassVar[str] = "dpm_solver"
+    order: ClassVar[int] = 2
 
-    x_BHWC = jnp.float32(sigmas[0]) * noise(0)
-    return denoise.run(body, (x_BHWC, jnp.zeros_like(x_BHWC)), here)[0]
+    num_steps: StepsOfGrid
+
+    def solve(
+        self, denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
+    ) -> jax.Array:
+        sigma, next_sigma = sigmas[:-1], sigmas[1:]
+        ratio = next_sigma / sigma  # e^-h
+        extrapolation = np.zeros(len(sigma))
+        if self.order == 2:
+            h = np.log(sigma[:-1] / next_sigma[:-1])
+            extrapolation[1:-1] = h[1:] / (2 * h[:-1])
+        table = np.stack([sigma, ratio, 1 - ratio, extrapolation], axis=1)
+        grid = jnp.asarray(table, jnp.float32)
+
+        def body(
+            step: jax.Array, carry: tuple[jax.Array, jax.Array], network: Denoiser
+        ) -> tuple[jax.Array, jax.Array]:
+            x_BHWC, previous = carry
+            level, of_x, of_denoised, extrapolate = grid[step]
+            denoised = network(x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
+            x_BHWC = of_x * x_BHWC + of_denoised * (denoised + extrapolate * (denoised - previous))
+            return x_BHWC, denoised
+
+        x_BHWC = jnp.float32(sigmas[0]) * noise(0)
+        return descend(denoise, body, (x_BHWC, jnp.zeros_like(x_BHWC)), sigma)[0]
 
 
-def euler(
-    denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
-) -> jax.Array:
-    """Euler's method down the noise levels, one evaluation per step; arguments and result as in
-    `heun`."""
-    return dpm_solver(denoise, noise, conditioning, sigmas, order=1)
+@dataclasses.dataclass(frozen=True)
+class Euler(DPMSolver):
+    """Euler's method down the noise levels, one evaluation per step: DPM-Solver++ of first order,
+    and DDIM.
+
+    Attributes:
+      num_steps: N.
+    """
+
+    name: ClassVar[str] = "euler"
+    order: ClassVar[int] = 1

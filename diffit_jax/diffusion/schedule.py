@@ -56,7 +56,7 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
     except ValueError:
         counts = [0]
     if min(counts) < 1 or (ddim and len(counts) > 1):
-        raise UserError(f"respacing {respacing!r} is none: write 250, 10,10,5 or ddim50")
+        raise UserError(f"respacing {respacing!r} is not a respacing: write 250, 10,10,5 or ddim50")
     if sum(counts) > num_timesteps:
         raise UserError(
             f"respacing {respacing!r} has more steps than the schedule's {num_timesteps}: use at "
@@ -176,3 +176,19 @@ class Schedule:
             timestep.
         """
         return np.interp(np.log(sigma), np.log(self.sqrt_recipm1_alphas_cumprod), self.timesteps)
+
+
+def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
+    """EDM Eq. 5: (N + 1,) float64 noise levels, from sigma_max to sigma_min and then 0.
+
+    t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N.
+
+    Raises:
+      UserError: `num_steps` N is below 2.
+    """
+    if num_steps < 2:
+        raise UserError(
+            f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps"
+        )
+    ends = np.array([sigma_max, sigma_min]) ** (1 / rho)
+    return np.append(np.linspace(*ends, num_steps) ** rho, 0.0)

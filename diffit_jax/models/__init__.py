@@ -3,17 +3,19 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.model import Model
+
+__all__ = ["MODELS", "Model", "as_network", "attention_in_words", "init_variables"]
 
 MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
 
 
-def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 variables of a network (use it under `jit` or `eval_shape`).
 
     Returns:
@@ -26,7 +28,7 @@ def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
 
 
 def as_network(
-    model: nn.Module, variables: Mapping[str, Any]
+    model: Model, variables: Mapping[str, Any]
 ) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
     """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion
     processes know.
@@ -39,12 +41,10 @@ def as_network(
     )
 
 
-def attention_in_words(model: nn.Module, platform: str) -> str:
+def attention_in_words(model: Model, platform: str) -> str:
     """How a network computes attention on a platform ("tpu", "gpu", "cpu"), for people: "xla (why
     it is not what was asked for)"."""
     # As devices and lowering rules name them.
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
-    backend, reason = (
-        model.attention_backend(platform) if hasattr(model, "attention_backend") else ("xla", "")
-    )
+    backend, reason = model.attention_backend(platform)
     return f"{backend} ({reason})" if reason else backend

@@ -19,6 +19,7 @@ above):
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -161,51 +162,69 @@ class TMSA(nn.Module):
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
         """Maps tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
-        channels, heads = x_BNLC.shape[-1], self.num_heads
-        if channels % heads:
+        channels = x_BNLC.shape[-1]
+        if channels % self.num_heads:
             raise UserError(
-                f"{channels} channels do not divide into {heads} heads: change channels or the "
-                "head width"
+                f"{channels} channels do not divide into {self.num_heads} heads: change channels "
+                "or the head width"
             )
-        head_width = channels // heads
+        head_width = channels // self.num_heads
+        spatial, time, bias_table = self._input_projections(channels, time_BT.shape[-1])
+        x_BNLC = x_BNLC.astype(self.dtype)
+        spatial_kernel = weight(self, "qkv_kernel", spatial.kernel, self.dtype)
+        time_kernel = weight(self, time.name, time.kernel, self.dtype)
+        query, value = 0, time.kernel.shape[1] - 1  # a slim time projection has no key between
 
+        def from_time(share: int) -> jax.Array:
+            projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, share])
+            return projected + (time.bias[share] + spatial.bias[share]).astype(self.dtype)
+
+        # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
+        # bias: both would cancel in the softmax (top of this file).
+        q_BNHLD, k_BNHLD, v_BNHLD = (
+            jnp.einsum("bnlc,chd->bnhld", x_BNLC, spatial_kernel[:, index]) for index in range(3)
+        )
+        # Eq. 3 and 5, the part of the time token, with both biases.
+        q_time_BHD, v_time_BHD = from_time(query), from_time(value)
+        q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
+        q_BNHLD, k_BNHLD, v_BNHLD = (checkpoint_name(x, "qkv") for x in (q_BNHLD, k_BNHLD, v_BNHLD))
+
+        # Eq. 6. The weights of a row sum to one, so that the time's share of the values, the same
+        # for every token, is added behind them.
+        out_BNHLD = self._attend(q_BNHLD, k_BNHLD, v_BNHLD, bias_table)
+        out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
+        return self._project_out(out_BNHLD, channels)
+
+    def _input_projections(
+        self, channels: int, time_width: int
+    ) -> tuple["_Projection", "_Projection", jax.Array]:
+        """Parameters, released or slim: (spatial projection, time projection, position bias)."""
+        heads, head_width = self.num_heads, channels // self.num_heads
+        letters, shares = ("qv", 2) if self.slim else ("qkv", 3)
         # Without the key's share, the bounds of a fresh time projection stay those of the released
         # shape.
-        letters, shares = ("qv", 2) if self.slim else ("qkv", 3)
-        query, value = 0, shares - 1
-        time_width = time_BT.shape[-1]
         slim_scale = (time_width + shares * channels) / (time_width + 3 * channels)
-        zeros = nn.initializers.zeros_init()
-        qkv_kernel = self.param("qkv_kernel", _xavier_to_heads(), (channels, 3, heads, head_width))
-        qkv_bias = self.param(f"{letters}_bias", zeros, (shares, heads, head_width))
-        time_kernel = self.param(
-            f"time_{letters}_kernel",
-            _xavier_to_heads(slim_scale),
-            (time_width, shares, heads, head_width),
+        zeros, biases = nn.initializers.zeros_init(), (shares, heads, head_width)
+        spatial_kernel = self.param(
+            "qkv_kernel", _xavier_to_heads(), (channels, 3, heads, head_width)
         )
-        time_bias = self.param(f"time_{letters}_bias", zeros, (shares, heads, head_width))
+        spatial_bias = self.param(f"{letters}_bias", zeros, biases)
+        time_name = f"time_{letters}_kernel"
+        time_kernel = self.param(time_name, _xavier_to_heads(slim_scale), (time_width, *biases))
+        time_bias = self.param(f"time_{letters}_bias", zeros, biases)
         bias_table = self.param(
             "relative_position_bias",
             nn.initializers.truncated_normal(0.02),
             ((2 * self.window - 1) ** 2, heads),
         )
+        spatial = _Projection("qkv_kernel", spatial_kernel, spatial_bias)
+        return spatial, _Projection(time_name, time_kernel, time_bias), bias_table
 
-        x_BNLC, qkv_kernel = (
-            x_BNLC.astype(self.dtype),
-            weight("attention/qkv_kernel", qkv_kernel, self.dtype),
-        )
-        time_kernel = weight(f"attention/time_{letters}_kernel", time_kernel, self.dtype)
-        q_BNHLD, k_BNHLD, v_BNHLD = (
-            jnp.einsum("bnlc,chd->bnhld", x_BNLC, qkv_kernel[:, i]) for i in range(3)
-        )
-        q_time_BHD, v_time_BHD = (
-            jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, i])
-            + (time_bias[i] + qkv_bias[i]).astype(self.dtype)
-            for i in (query, value)
-        )
-
-        q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
-        q_BNHLD, k_BNHLD, v_BNHLD = (checkpoint_name(x, "qkv") for x in (q_BNHLD, k_BNHLD, v_BNHLD))
+    def _attend(
+        self, q_BNHLD: jax.Array, k_BNHLD: jax.Array, v_BNHLD: jax.Array, bias_table: jax.Array
+    ) -> jax.Array:
+        """softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch."""
+        head_width = q_BNHLD.shape[-1]
         backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
             bias_LLH = bias_table[relative_position_index(self.window)]
@@ -215,23 +234,34 @@ class TMSA(nn.Module):
             weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
             # Kept only when the caller asks for "intermediates".
             self.sow("intermediates", "attention", weights)
-            out_BNHLD = jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
-        else:
-            attend = per_shard(
-                functools.partial(_softmax_attention, window=self.window, backend=backend)
-            )
-            windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
-            out_BNHLD = checkpoint_name(
-                attend(*windows, bias_table).reshape(q_BNHLD.shape), "attention"
-            )
-        out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
+            return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
+        attend = functools.partial(_softmax_attention, window=self.window, backend=backend)
+        windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
+        out_BNHLD = per_shard(attend)(*windows, bias_table).reshape(q_BNHLD.shape)
+        return checkpoint_name(out_BNHLD, "attention")
 
-        out_kernel = self.param(
+    def _project_out(self, out_BNHLD: jax.Array, channels: int) -> jax.Array:
+        """The heads together: (B, N, L, C)."""
+        heads, head_width = out_BNHLD.shape[2], out_BNHLD.shape[-1]
+        kernel = self.param(
             "out_kernel",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2),
             (heads, head_width, channels),
         )
-        out_bias = self.param("out_bias", zeros, (channels,))
-        return jnp.einsum(
-            "bnhld,hdc->bnlc", out_BNHLD, weight("attention/out_kernel", out_kernel, self.dtype)
-        ) + out_bias.astype(self.dtype)
+        bias = self.param("out_bias", nn.initializers.zeros_init(), (channels,))
+        kernel = weight(self, "out_kernel", kernel, self.dtype)
+        return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, kernel) + bias.astype(self.dtype)
+
+
+class _Projection(NamedTuple):
+    """A projection to the shares (q, k, v or q, v) of every head.
+
+    Attributes:
+      name: of the kernel.
+      kernel: (C or T, shares, H, D).
+      bias: (shares, H, D).
+    """
+
+    name: str
+    kernel: jax.Array
+    bias: jax.Array

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
-from diffit_jax.models.placement import dense, laid_out
+from diffit_jax.models.placement import Dense, placed
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -71,19 +71,18 @@ class DiffiTBlock(nn.Module):
         channels = x_BNLC.shape[-1]
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
         attention = TMSA(
-            self.num_heads,
-            self.window,
-            self.dtype,
-            self.slim_tmsa,
-            self.attention,
+            num_heads=self.num_heads,
+            window=self.window,
+            dtype=self.dtype,
+            slim=self.slim_tmsa,
+            backend=self.attention,
             name="attention",
         )
         x_BNLC = x_BNLC + checkpoint_name(attention(normed, time_BT), "attention_out")
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
-        hidden = checkpoint_name(
-            dense(self.mlp_ratio * channels, self.dtype, "mlp_in")(normed), "mlp_in"
-        )
-        return x_BNLC + dense(channels, self.dtype, "mlp_out")(gelu(hidden))
+        hidden = Dense(self.mlp_ratio * channels, self.dtype, name="mlp_in")(normed)
+        hidden = gelu(checkpoint_name(hidden, "mlp_in"))
+        return x_BNLC + Dense(channels, self.dtype, name="mlp_out")(hidden)
 
 
 class DiffiTResBlock(nn.Module):
@@ -149,7 +148,7 @@ class Upsample(nn.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to (B, 2H, 2W, channels)."""
         batch, height, width, _ = x_BHWC.shape
-        squares = dense(4 * self.channels, self.dtype, "project")(x_BHWC)
+        squares = Dense(4 * self.channels, self.dtype, name="project")(x_BHWC)
         squares = squares.reshape(batch, height, width, 2, 2, self.channels).transpose(
             0, 1, 3, 2, 4, 5
         )
@@ -192,7 +191,7 @@ def repeat_block(
     """
 
     def run(block: nn.Module, x: jax.Array, time_BT: jax.Array) -> jax.Array:
-        return laid_out(block(laid_out(x), time_BT))
+        return placed(block(placed(x), time_BT))
 
     if remat != "none":
         # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled

@@ -4,19 +4,18 @@ original."""
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax import models
-from diffit_jax.models.placement import laid_out_nowhere
+from diffit_jax.models import placement
 
 # Parameter of an equation → its inner program, whose inputs are those of the equation, one for one.
 _INNER = ("jaxpr", "call_jaxpr")
 _NOT_ONE_FOR_ONE = ("pallas_call",)
 
 
-def cast_before_use(model: nn.Module, variables: Mapping[str, Any]) -> Any:
+def cast_before_use(model: models.Model, variables: Mapping[str, Any]) -> Any:
     """Finds the variables of which an evaluation uses nothing but their cast to the model's dtype,
     in the traced program.
 
@@ -35,7 +34,7 @@ def cast_before_use(model: nn.Module, variables: Mapping[str, Any]) -> Any:
     def evaluate(variables: Any, *inputs: Any) -> jax.Array:
         return models.as_network(model, variables)(*inputs)
 
-    with laid_out_nowhere():  # one example, which no devices divide
+    with placement.nowhere():  # one example, which no devices divide
         jaxpr = jax.make_jaxpr(evaluate)(shapes, x_BHWC, level_B, label_B).jaxpr
     leaves, tree = jax.tree.flatten(shapes)
     dtype = jnp.dtype(model.dtype)

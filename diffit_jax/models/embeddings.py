@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.models.placement import dense
+from diffit_jax.models.placement import Dense
 
 
 def sinusoidal_embedding(
@@ -78,8 +78,8 @@ class TimeToken(nn.Module):
         (B, T) token."""
         init = nn.initializers.normal(0.02)
         token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
-        token_BT = dense(self.width, self.dtype, "in", init)(token_BT)
-        token_BT = dense(self.width, self.dtype, "out", init)(nn.silu(token_BT))
+        token_BT = Dense(self.width, self.dtype, init, name="in")(token_BT)
+        token_BT = Dense(self.width, self.dtype, init, name="out")(nn.silu(token_BT))
         if self.num_classes:
             if label_B is None:
                 label_B = jnp.full(noise_level_B.shape, self.num_classes, jnp.int32)

@@ -3,22 +3,29 @@
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax import models
 
 
-def traced_multiply_adds(model: nn.Module) -> int:
+def training_flops(model: models.Model) -> int:
+    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs
+    two.
+
+    What is computed again in the backward pass, to save memory, is not counted.
+    """
+    return 3 * 2 * traced_multiply_adds(model)
+
+
+def traced_multiply_adds(model: models.Model) -> int:
     """Multiply-adds of the matrix products and convolutions of one evaluation for one example,
     counted in the traced program.
 
     The same for every way to compute attention: a kernel's are those of the products that it stands
     for.
     """
-    if hasattr(model, "attention"):
-        model = model.clone(attention="xla")
+    model = model.with_xla_attention()
     shapes = jax.eval_shape(lambda: models.init_variables(model, jax.random.key(0)))
     x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
     return count_multiply_adds(

@@ -1,8 +1,9 @@
 """ImageDiffiT: the U-shaped network for images (DiffiT §3.2, appendices H.1 and I.1).
 
     Tokenizer (conv) → stage 0 → down → stage 1 → … → stage S-1        encoder
-    Head (GN, swish, conv) ← stage 0 ← up ← … ← stage S-2 ← up ←       decoder, with a skip
-    connection at every resolution
+    Head (GN, swish, conv) ← stage 0 ← up ← … ← stage S-2 ← up ←       decoder
+
+with a skip connection at every resolution.
 
 Each stage is a stack of DiffiTResBlocks at one resolution with one number of channels.
 """
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrZero, Dtype, Side, Width, at_least
+from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, at_least
 from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
-from diffit_jax.models.placement import dense
+from diffit_jax.models.model import Tuning
+from diffit_jax.models.placement import Dense
 
 
 class ImageDiffiT(nn.Module):
@@ -48,7 +50,7 @@ class ImageDiffiT(nn.Module):
     head_width: Count = 64
     num_classes: CountOrZero = 0
     mlp_ratio: Count = 4
-    scan_unroll: Count = 1
+    scan_unroll: Annotated[Count, FREE] = 1
     dtype: Dtype = jnp.float32
 
     @property
@@ -69,6 +71,21 @@ class ImageDiffiT(nn.Module):
             for path in ("encoder", "decoder")
             for stage in range(len(self.channels))
         )
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(remat="none", num_heads=None, head_width=None)
+
+    @property
+    def tries_kernel(self) -> bool:
+        return False
+
+    def attention_backend(self, platform: str) -> tuple[str, str]:
+        """Its windows are small: XLA everywhere."""
+        return "xla", ""
+
+    def with_xla_attention(self) -> "ImageDiffiT":
+        return self
 
     def check(self) -> None:
         """Raises `UserError` if the sizes do not fit together; called before anything is allocated
@@ -145,7 +162,7 @@ class ImageDiffiT(nn.Module):
         for stage in reversed(range(len(skips))):
             x = Upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
             x = jnp.concatenate([x, skips[stage]], axis=-1)
-            x = dense(self.channels[stage], self.dtype, f"merge_{stage}")(x)
+            x = Dense(self.channels[stage], self.dtype, name=f"merge_{stage}")(x)
             x = run_stage("decoder", x, stage)
         x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(
             jnp.float32

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrZero, Dtype, Side, Width, one_of
+from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, one_of
 from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
-from diffit_jax.models.placement import dense
+from diffit_jax.models.model import Tuning
+from diffit_jax.models.placement import Dense
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
 SIZES = {
@@ -74,9 +75,9 @@ class LatentDiffiT(nn.Module):
     num_classes: CountOrZero = 1000
     learn_sigma: bool = True
     slim_tmsa: bool = False
-    scan_unroll: Count = 1
-    remat: Annotated[str, one_of(*REMAT_POLICIES)] = "none"
-    attention: Annotated[str, one_of(*BACKENDS)] = "xla"
+    scan_unroll: Annotated[Count, FREE] = 1
+    remat: Annotated[str, one_of(*REMAT_POLICIES), FREE] = "none"
+    attention: Annotated[str, one_of(*BACKENDS), FREE] = "xla"
     dtype: Dtype = jnp.float32
 
     @property
@@ -98,6 +99,17 @@ class LatentDiffiT(nn.Module):
     def grid(self) -> int:
         """Tokens along each side; attention sees the whole grid."""
         return self.input_size // self.patch_size
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(self.remat, self.num_heads, self.hidden_size // self.num_heads)
+
+    @property
+    def tries_kernel(self) -> bool:
+        return self.attention == "auto"
+
+    def with_xla_attention(self) -> "LatentDiffiT":
+        return self.clone(attention="xla")
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """How attention is computed on a platform, and why not as asked for:
@@ -171,7 +183,7 @@ class LatentDiffiT(nn.Module):
             .transpose(0, 1, 3, 2, 4, 5)
             .reshape(batch, grid * grid, -1)
         )
-        x_BLC = dense(self.hidden_size, self.dtype, "patch_embed")(x)
+        x_BLC = Dense(self.hidden_size, self.dtype, name="patch_embed")(x)
         position_LC = self.variable(
             "constants",
             "pos_embed",
@@ -195,8 +207,10 @@ class LatentDiffiT(nn.Module):
         )[:, 0]
 
         x_BLC = nn.silu(layer_norm(jnp.float32, affine=False, name="final_norm")(x_BLC))
-        last = dense(
-            patch * patch * self.output_channels, jnp.float32, "final", nn.initializers.zeros_init()
+        last = Dense(
+            features=patch * patch * self.output_channels,
+            kernel_init=nn.initializers.zeros_init(),
+            name="final",
         )
         x = last(x_BLC).reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(batch, self.input_size, self.input_size, self.output_channels)

@@ -1,7 +1,9 @@
-"""How networks are laid out on devices: they say where, and whoever traces them says what that
-means.
+"""Where arrays of a network lie on devices: networks say *what* they have, and whoever traces them
+says where that goes.
 
-The networks know no mesh; by default nothing happens.
+The networks know no mesh; by default nothing happens. A trace is valid only under the placement in
+which it was made, which jit's cache does not know: call `jit` inside the block of `under`, on a
+function of its own, and never use that function outside.
 """
 
 import contextlib
@@ -16,13 +18,13 @@ from flax.linen.dtypes import promote_dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """What networks that are traced inside `layout(…)` do.
+class Placement:
+    """What networks that are traced inside `under(…)` do.
 
     Attributes:
       activation: an activation whose leading axis is the batch → the same, where it should lie.
-      weight: (path of a parameter, such as "mlp_in/kernel", its value) → the same, whole, as far as
-        the product that follows needs it.
+      weight: (path of a parameter, such as "blocks/mlp_in/kernel", its value) → the same, whole, as
+        far as the product that follows needs it. A stacked parameter comes as one of its layers.
       per_shard: a function of arrays (B, H, …), (B, H, …), (B, H, …), (…, H) → the same function,
         computed by every device for its own examples and heads. For what the compiler cannot divide
         by itself.
@@ -35,71 +37,77 @@ class Layout:
     platform: str | None = None
 
 
-_layout: contextvars.ContextVar[Layout] = contextvars.ContextVar("layout")
-
-
-def _current() -> Layout:
-    return _layout.get(_NOWHERE)
-
-
-_NOWHERE = Layout()
+_NOWHERE = Placement()
+_current: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement", default=_NOWHERE)
 
 
 @contextlib.contextmanager
-def layout(value: Layout) -> Iterator[None]:
-    """Networks that are traced in this block are laid out like this."""
-    token = _layout.set(value)
+def under(placement: Placement) -> Iterator[None]:
+    """Arrays of networks that are traced in this block lie like this."""
+    token = _current.set(placement)
     try:
         yield
     finally:
-        _layout.reset(token)
+        _current.reset(token)
 
 
 @contextlib.contextmanager
-def laid_out_nowhere() -> Iterator[None]:
+def nowhere() -> Iterator[None]:
     """Networks that are traced in this block, to be looked at only, are for the same platform but
     lie on no devices."""
-    with layout(Layout(platform=_current().platform)):
+    with under(Placement(platform=_current.get().platform)):
         yield
 
 
-def laid_out(x: jax.Array) -> jax.Array:
+def placed(x: jax.Array) -> jax.Array:
     """An activation whose leading axis is the batch, where it should lie."""
-    return _current().activation(x)
+    return _current.get().activation(x)
 
 
-def weight(name: str, value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def weight(module: nn.Module, name: str, value: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """A parameter in the dtype of the product that follows, ready for it. Cast first: half as much
-    has to be moved."""
-    return _current().weight(name, value.astype(dtype))
+    has to be moved.
+
+    Args:
+      module: whose parameter it is; its own path is the name by which rules know the parameter.
+      name: of the parameter within the module.
+      value: of the parameter.
+      dtype: of the product.
+    """
+    return _current.get().weight("/".join((*module.path, name)), value.astype(dtype))
 
 
-def dense(
-    features: int,
-    dtype: jnp.dtype,
-    name: str,
-    kernel_init: Callable = nn.initializers.xavier_uniform(),
-) -> nn.Dense:
-    """`nn.Dense` whose kernel is laid out like other weights."""
+class Dense(nn.Module):
+    """`nn.Dense` whose kernel is placed like other weights.
 
-    def promote(
-        x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, dtype: jnp.dtype
-    ) -> tuple:
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
-        return x, _current().weight(f"{name}/kernel", kernel), bias
+    Attributes:
+      features: channels of the output.
+      dtype: of the matrix product; parameters are float32.
+      kernel_init: of the kernel.
+    """
 
-    return nn.Dense(
-        features, kernel_init=kernel_init, dtype=dtype, name=name, promote_dtype=promote
-    )
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (…, C) to (…, features)."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        kernel = weight(self, "kernel", kernel, kernel.dtype)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def per_shard(function: Callable) -> Callable:
     """A function of (B, H, …) arrays and one (…, H) array, computed by every device for its own
     examples and heads."""
-    return _current().per_shard(function)
+    return _current.get().per_shard(function)
 
 
 def platform() -> str:
     """What the network is traced for: "tpu", "gpu" or "cpu"."""
-    name = _current().platform or jax.default_backend()
+    name = _current.get().platform or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name

@@ -48,7 +48,12 @@ def first_few(names: list[str], count: int = 3) -> str:
 def named(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a pytree with their paths, such as `params/final/bias`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+    return [(path_name(path), leaf) for path, leaf in flat]
+
+
+def path_name(path: tuple) -> str:
+    """The path of a leaf, as jax's functions of trees give it, as text: `params/final/bias`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _of_each(

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,8 +24,8 @@ from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
 from diffit_jax.models import attention_kernel
-from diffit_jax.models.placement import Layout, layout
-from diffit_jax.runtime import backend
+from diffit_jax.models.placement import Placement, under
+from diffit_jax.runtime import backend, contents
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +39,8 @@ _FSDP_FILL = 16
 # *last* dimensions). The first pattern that is found counts; dimensions before (the layers of a
 # stack) are not divided, and neither are those that `fsdp` does not divide.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # (C, shares, heads, head width).
-    (
-        r"attention/(time_)?qk?v_kernel$",
-        (FSDP, None, TENSOR, None),
-    ),
+    # (C, shares, heads, head width)
+    (r"attention/(time_)?qk?v_kernel$", (FSDP, None, TENSOR, None)),
     (r"attention/(time_)?qk?v_bias$", (None, TENSOR, None)),
     (r"attention/relative_position_bias$", (None, TENSOR)),  # (offsets, heads)
     (r"attention/out_kernel$", (TENSOR, None, FSDP)),  # (heads, head width, C)
@@ -53,10 +48,7 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp_in/bias$", (TENSOR,)),
     (r"mlp_out/kernel$", (TENSOR, FSDP)),
     # Convolutions, other matrices and tables: their last dimension.
-    (
-        r"(kernel|embedding)$",
-        (FSDP,),
-    ),
+    (r"(kernel|embedding)$", (FSDP,)),
 )
 
 
@@ -209,52 +201,6 @@ def check_axes(mesh: Mesh, params: Any) -> None:
             )
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:
-    """Raises `UserError` if `parts` times the devices that share a batch do not divide it; `key` is
-    the config key that set its size."""
-    shares = mesh.shape[DATA] * mesh.shape[FSDP] * parts
-    if batch_size < 1 or batch_size % shares:
-        over = f"{mesh.shape[DATA] * mesh.shape[FSDP]} devices" + (
-            f" in {parts} parts (training.accumulation)" if parts > 1 else ""
-        )
-        raise UserError(
-            f"{key} {batch_size} does not divide over {over}: change {key} to a multiple of "
-            f"{shares}"
-        )
-
-
-def next_batch_size(mesh: Mesh, count: int) -> int:
-    """The smallest batch size, at least `count`, that the devices divide."""
-    shares = mesh.shape[DATA] * mesh.shape[FSDP]
-    return -(-count // shares) * shares
-
-
-def fitting_devices(
-    batch_size: int, shape: MeshShape = MeshShape(), parts: int = 1
-) -> Sequence[jax.Device]:
-    """All devices, or as many of the first as divide a training batch in `parts` parts, with a line
-    of the log that says so.
-
-    For one process: of several, some would be left without a device, and all devices are returned.
-    """
-    devices = backend.devices()
-    for count in range(len(devices), 0, -1):
-        try:
-            data, fsdp, _ = shape.sizes(count)
-        except UserError:
-            continue
-        if batch_size % (data * fsdp * parts) == 0 and jax.process_count() == 1:
-            if count < len(devices):
-                log.info(
-                    "using %d of %d devices, which training.batch_size %d divides over",
-                    count,
-                    len(devices),
-                    batch_size,
-                )
-            return devices[:count]
-    return devices
-
-
 def local_device(mesh: Mesh) -> jax.Device:
     """The first device of the mesh that belongs to this process: the one whose memory can be asked
     for.
@@ -280,112 +226,12 @@ def memory_of(device: jax.Device) -> float | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-@functools.lru_cache(maxsize=8)
-def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
-    """Which rows of a global batch the devices of a process hold.
-
-    A mesh follows the pod's torus, so that the rows of a process have gaps, and more than one
-    process may hold a row (with `tensor`).
-
-    Args:
-      mesh: the mesh.
-      batch_size: rows of the global batch, which the devices divide.
-      process: number of the process; None: this one.
-
-    Returns:
-      (n,) int64, ascending, each row once; not writeable.
-
-    Raises:
-      ValueError: the devices do not divide the batch.
-    """
-    process = jax.process_index() if process is None else process
-    shares = batch_sharding(mesh).devices_indices_map((batch_size,))
-    bounds = {
-        share[0].indices(batch_size)[:2]
-        for device, share in shares.items()
-        if device.process_index == process
-    }
-    rows = np.concatenate([np.arange(0), *(np.arange(*each) for each in sorted(bounds))])
-    rows.flags.writeable = False  # one array for all who ask
-    return rows
-
-
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """Host arrays with this process's rows of a global batch → global arrays split over the mesh.
-
-    Args:
-      mesh: the mesh.
-      batch: name → array (n, …), row i of which is row `local_rows(mesh, batch_size)[i]` of the
-        batch.
-      batch_size: rows of the global batch.
-
-    Raises:
-      ValueError: an array has another number of rows.
-    """
-    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
-
-    def put(name: str, array: np.ndarray) -> jax.Array:
-        if len(array) != len(rows):
-            raise ValueError(
-                f"{name} has {len(array)} rows, but this process holds {len(rows)} of the "
-                f"{batch_size} of a batch"
-            )
-        shape = batch_size, *array.shape[1:]
-        devices, shares = [], []
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(rows, start))
-            devices.append(device)
-            shares.append(array[first : first + stop - start])
-        return jax.make_array_from_single_device_arrays(
-            shape, sharding, jax.device_put(shares, devices)
-        )
-
-    return {name: put(name, array) for name, array in batch.items()}
-
-
-def prove_rows(mesh: Mesh, batch_size: int) -> None:
-    """Proves on the devices at hand that every row of a batch comes to its place, and nowhere else.
-
-    Row numbers go the way of data (`local_rows`, `put_batch`), and every device counts those that
-    it should not have. All processes take part.
-
-    Raises:
-      UserError: on every process; it names the first process that holds wrong rows.
-    """
-    share = batch_size // (mesh.shape[DATA] * mesh.shape[FSDP])
-
-    def count_wrong(row_B: jax.Array) -> jax.Array:
-        place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)
-        return jnp.sum(row_B != place * share + jnp.arange(share), keepdims=True)
-
-    everywhere = jax.shard_map(
-        count_wrong,
-        mesh=mesh,
-        in_specs=batch_sharding(mesh).spec,
-        out_specs=PartitionSpec(AXES),
-        check_vma=False,
-    )
-    rows = put_batch(mesh, {"row": local_rows(mesh, batch_size).astype(np.int32)}, batch_size)[
-        "row"
-    ]
-    wrong = np.asarray(
-        jax.jit(everywhere, out_shardings=replicated(mesh))(rows).addressable_data(0)
-    )
-    for device, count in zip(mesh.devices.flat, wrong, strict=True):
-        if count:
-            raise UserError(
-                f"process {device.process_index} has {count} of {share} rows of the batch in wrong "
-                f"places on device {device.id}: rows are "
-                f"divided wrongly over the mesh {dict(mesh.shape)}; use another mesh (config "
-                "section mesh), and report this fault"
-            )
-
-
 @contextlib.contextmanager
-def activations(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
-    """While a program is traced in this block, activations of networks lie as the batch does, and
-    each layer gathers its weights.
+def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
+    """While a program is traced in this block, its networks are for the mesh's platform, their
+    activations lie as the batch does, and each layer gathers its weights.
+
+    Such a trace is of no use outside, see `models.placement`.
 
     Args:
       mesh: the devices.
@@ -401,15 +247,16 @@ def activations(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
             function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False
         )
 
-    value = Layout(
+    def kept_whole(_: str, weight: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(weight)
+
+    value = Placement(
         activation=lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)),
-        weight=(lambda _, weight: jax.lax.optimization_barrier(weight))
-        if whole_weights
-        else functools.partial(_gathered, mesh),
+        weight=kept_whole if whole_weights else functools.partial(_gathered, mesh),
         per_shard=per_shard,
         platform=mesh.devices.flat[0].platform,
     )
-    with layout(value):
+    with under(value):
         yield
 
 
@@ -447,7 +294,7 @@ def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
 
 
 def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-    return _rule_spec(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), shape)
+    return _rule_spec(mesh, contents.path_name(path), shape)
 
 
 def _rule_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:

@@ -8,6 +8,8 @@ compiler's cycles and the peak agree: peak = clock × 2 × 128² × matrix units
 
 import dataclasses
 
+import jax
+
 from diffit_jax.errors import UserError
 
 
@@ -77,3 +79,23 @@ KNOWN_TOPOLOGIES = (
     "v4:2x2x1 … v4:8x8x16, v5e:2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16, v5p:2x2x1 … "
     "v5p:8x8x16, v6e like v5e"
 )
+
+
+# Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what
+# `device_kind` begins with.
+PEAK_FLOPS = {
+    **{
+        chip.device_kind: chip.peak_flops
+        for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))
+    },
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, None if it is not in the table."""
+    return next(
+        (peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None
+    )

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.experiment import EMA
+from diffit_jax.sections import EMA
 
 
 def ema_rate(settings: EMA, update: jax.Array, batch_size: int) -> jax.Array:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffit_jax.experiment import Optimizer
+from diffit_jax.runtime import contents
+from diffit_jax.sections import Optimizer
 
 
 def learning_rate(settings: Optimizer, update: jax.Array | int) -> jax.Array:
@@ -84,4 +85,4 @@ def scale_by_layer_trust_ratio(stacked: Sequence[str]) -> optax.GradientTransfor
 
 
 def _names(path: tuple) -> list[str]:
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return contents.path_name(path).split("/")

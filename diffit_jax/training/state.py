@@ -1,18 +1,15 @@
-"""The state of a training run: one pytree; and how every verb opens an experiment."""
+"""The state of a training run: one pytree."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from diffit_jax import models
-from diffit_jax.experiment import Experiment, build
+from diffit_jax.experiment import Experiment
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.training.optimizer import make_optimizer
 
@@ -48,58 +45,6 @@ class TrainState:
         return {"params": self.ema, "constants": self.constants}
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """An experiment on a mesh, checked.
-
-    Attributes:
-      experiment: the config as typed values.
-      mesh: the devices.
-      state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that
-        samples are drawn with.
-    """
-
-    experiment: Experiment
-    mesh: Mesh
-    state: TrainState
-
-
-def open_experiment(
-    config: ConfigDict | Mapping[str, Any],
-    devices: Sequence[Any] | None = None,
-    to_train: bool = True,
-    config_file: epath.PathLike | None = None,
-) -> Opened:
-    """Checks everything about a config that can be checked before anything is allocated, compiled
-    or written: what every verb begins with.
-
-    Args:
-      config: of the experiment.
-      devices: to use; None: all of all processes. Descriptions of devices that are not there
-        (`preflight`) will do.
-      to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a
-        mesh that does not fit the devices gives way to one that does.
-      config_file: of the work directory that the config was read from, see `experiment.build`.
-
-    Raises:
-      UserError: a config, mesh or batch that cannot be.
-    """
-    experiment = build(config, config_file)
-    settings = experiment.training
-    if to_train:
-        mesh = parallel.make_mesh(devices, experiment.mesh)
-        parallel.check_batch_size(
-            mesh, settings.batch_size, "training.batch_size", parts=settings.accumulation
-        )
-    else:
-        mesh = parallel.any_mesh(devices, experiment.mesh)
-    if getattr(experiment.model, "attention", "") == "auto":
-        parallel.try_kernel(mesh)
-    state = abstract_state(experiment, mesh)
-    parallel.check_axes(mesh, state.params)
-    return Opened(experiment, mesh, state)
-
-
 @backend.pinned()
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
@@ -127,7 +72,14 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(experiment.ema.power_lengths))]
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        zero, zero, zero, params, constants, optimizer.init(params), copies[0], tuple(copies[1:])
+        step=zero,
+        skipped=zero,
+        skipped_in_row=zero,
+        params=params,
+        constants=constants,
+        opt_state=optimizer.init(params),
+        ema=copies[0],
+        power_emas=tuple(copies[1:]),
     )
 
 

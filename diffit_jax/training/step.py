@@ -1,7 +1,7 @@
 """One update of the parameters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ import optax
 from clu import metrics
 
 from diffit_jax import models
-from diffit_jax.data import pixels
 from diffit_jax.diffusion import guidance
-from diffit_jax.experiment import Experiment, Process
+from diffit_jax.diffusion.seams import Process
+from diffit_jax.experiment import Experiment
 from diffit_jax.training.ema import ema_rate, ema_update
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.power_ema import gamma_of, power_rate
@@ -23,11 +23,11 @@ Batch = dict[str, jax.Array]
 
 @functools.cache
 def step_metrics(process: Process) -> type[metrics.Collection]:
-    """What the log shows: means over the updates since the last report, kept on the device until
-    then. One class for each process."""
+    """A class of metrics for each process, as clu has it: means over the updates since the last
+    report, kept on the device until then."""
     averages = {
         name: metrics.Average.from_output(name)
-        for name in ("loss", *process.loss_parts, "gradient_norm")
+        for name in ("loss", *process.loss_terms, "gradient_norm")
     }
     last = {
         name: metrics.LastValue.from_output(name)
@@ -61,100 +61,126 @@ def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
 
 def make_train_step(
     experiment: Experiment,
-) -> Callable[[TrainState, metrics.Collection, Batch], tuple[TrainState, metrics.Collection]]:
+) -> Callable[[TrainState, metrics.Collection, Batch, Any], tuple[TrainState, metrics.Collection]]:
     """The update as a pure function, ready for `jit` (donate the state and the metrics).
 
     Returns:
-      `step(state, metrics, batch) -> (state, metrics)`. The batch is that of a `Source`. A model
-      with classes learns to work without a label too, see `guidance.drop_labels`.
+      `step(state, metrics, batch, space_variables) -> (state, metrics)`. The batch is that of a
+      `Source`, the last argument `experiment.space.variables`.
     """
-    model, process, settings = experiment.model, experiment.process, experiment.training
-    optimizer = make_optimizer(experiment.optimizer, model.stacked)
+    gradient_of = jax.value_and_grad(functools.partial(mean_loss, experiment), has_aux=True)
+    optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
     gammas = [gamma_of(length) for length in experiment.ema.power_lengths]
 
-    def mean_loss(
-        params: Any, constants: Any, examples: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x_BHWC = examples["latent"] if "latent" in examples else pixels.to_model(examples["image"])
-        label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(examples["key"])
-        conditioning = {}
-        if model.num_classes:
-            conditioning = guidance.drop_labels(
-                {"label": examples["label"]}, label_key_B, settings.label_dropout, model.num_classes
-            )
-        network = models.as_network(model, {"params": params, "constants": constants})
-        loss_B, parts = process.loss(network, x_BHWC, conditioning, loss_key_B)
-        return jnp.mean(loss_B), jax.tree.map(jnp.mean, parts)
-
-    def gradient_of_batch(
-        state: TrainState, examples: dict[str, jax.Array]
-    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
-        gradient_of = jax.value_and_grad(mean_loss, has_aux=True)
-        count = settings.accumulation
-        if count == 1:
-            return gradient_of(state.params, state.constants, examples)
-        # Every part takes each count-th example, so that each device has its share of each part.
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0), examples
-        )
-
-        def add(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(
-                lambda sum_, new: sum_ + new / count,
-                total,
-                gradient_of(state.params, state.constants, part),
-            ), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradient_of, state.params, state.constants, first)
-        return jax.lax.scan(
-            add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), parts
-        )[0]
-
     def train_step(
-        state: TrainState, collected: metrics.Collection, batch: Batch
+        state: TrainState, collected: metrics.Collection, batch: Batch, space_variables: Any
     ) -> tuple[TrainState, metrics.Collection]:
+        # --- The gradient.
         batch_size = len(batch["label"])
         examples = {**batch, "key": example_keys(experiment.seed, state.step, batch_size)}
-        (loss, parts), gradient = gradient_of_batch(state, examples)
+        (loss, terms), gradient = accumulated(
+            lambda part: gradient_of(state.params, state.constants, part, space_variables),
+            examples,
+            experiment.training.accumulation,
+        )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        made = state.step - state.skipped  # updates
+        # --- The update, and every average of the parameters.
+        num_updates = state.step - state.skipped
         update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, update)
-        ema = ema_update(state.ema, params, ema_rate(experiment.ema, made, batch_size))
+        ema = ema_update(state.ema, params, ema_rate(experiment.ema, num_updates, batch_size))
         power_emas = tuple(
-            ema_update(one, params, power_rate(gamma, made))
+            ema_update(one, params, power_rate(gamma, num_updates))
             for one, gamma in zip(state.power_emas, gammas, strict=True)
         )
 
-        # Without a finite gradient the data move on, and everything else stands still.
-        def keep(new: Any, old: Any) -> Any:
+        # --- Without a finite gradient the data move on, and everything else stands still.
+        def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            params=keep(params, state.params),
+            params=if_finite(params, state.params),
             constants=state.constants,
-            opt_state=keep(opt_state, state.opt_state),
-            ema=keep(ema, state.ema),
-            power_emas=keep(power_emas, state.power_emas),
+            opt_state=if_finite(opt_state, state.opt_state),
+            ema=if_finite(ema, state.ema),
+            power_emas=if_finite(power_emas, state.power_emas),
         )
-        measured = step_metrics(process).single_from_model_output(
+
+        # --- What the log shows: averages are over updates that were made; the counts go on.
+        measured = step_metrics(experiment.process).single_from_model_output(
             loss=loss,
-            **parts,
+            **terms,
             gradient_norm=norm,
-            learning_rate=learning_rate(experiment.optimizer, made),
+            learning_rate=learning_rate(experiment.optimizer, num_updates),
             skipped=state.skipped.astype(jnp.float32),
             skipped_in_row=state.skipped_in_row.astype(jnp.float32),
         )
         merged = collected.merge(measured)
-        # Averages are over updates that were made; the counts go on.
-        return state, keep(merged, collected).replace(
+        return state, if_finite(merged, collected).replace(
             skipped=merged.skipped, skipped_in_row=merged.skipped_in_row
         )
 
     return train_step
+
+
+def mean_loss(
+    experiment: Experiment,
+    params: Any,
+    constants: Any,
+    examples: Mapping[str, jax.Array],
+    space_variables: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of some examples and its terms, float32 scalars.
+
+    Args:
+      experiment: model, process, space and label dropout. A model with classes learns to work
+        without a label too, see `guidance.drop_labels`.
+      params, constants: of the network.
+      examples: of a `Source`, with `key` (n,), a key for each.
+      space_variables: `experiment.space.variables`.
+    """
+    model = experiment.model
+    # `split` gives what `fold_in` gives for 0 and 1: the space has a number of its own.
+    space_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 2))(examples["key"])
+    x_BHWC, conditioning = experiment.space.enter(examples, space_key_B, space_variables)
+    label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(examples["key"])
+    if model.num_classes:
+        dropout = experiment.training.label_dropout
+        labels = {"label": examples["label"]}
+        labels = guidance.drop_labels(labels, label_key_B, dropout, model.num_classes)
+        conditioning = {**conditioning, **labels}
+    network = models.as_network(model, {"params": params, "constants": constants})
+    loss_B, terms = experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)
+    return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)
+
+
+def accumulated(
+    gradient_of: Callable[[dict[str, jax.Array]], Any], examples: dict[str, jax.Array], count: int
+) -> Any:
+    """`gradient_of(examples)` as the mean over `count` microbatches, one after the other.
+
+    Args:
+      gradient_of: examples → pytree that is a mean over them.
+      examples: arrays whose leading axis `count` divides.
+      count: how many.
+    """
+    if count == 1:
+        return gradient_of(examples)
+    # Every microbatch takes each count-th example, so that each device has its share of each.
+    microbatches = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0), examples
+    )
+
+    def add(total: Any, microbatch: dict[str, jax.Array]) -> tuple[Any, None]:
+        new = gradient_of(microbatch)
+        return jax.tree.map(lambda sum_, one: sum_ + one / count, total, new), None
+
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(gradient_of, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, microbatches)[0]

@@ -8,45 +8,16 @@ import logging
 import time
 from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from diffit_jax.experiment import Experiment
-from diffit_jax.models.flops import traced_multiply_adds
+from diffit_jax.models.flops import training_flops
 from diffit_jax.runtime import parallel
-from diffit_jax.tpu.chips import CHIPS
+from diffit_jax.tpu.chips import peak_flops
 
 log = logging.getLogger(__name__)
-
-# Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what
-# `device_kind` begins with.
-PEAK_FLOPS = {
-    **{
-        chip.device_kind: chip.peak_flops
-        for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))
-    },
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def training_flops(model: nn.Module) -> int:
-    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs
-    two.
-
-    What is computed again in the backward pass, to save memory, is not counted.
-    """
-    return 3 * 2 * traced_multiply_adds(model)
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, None if it is not in the table."""
-    return next(
-        (peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None
-    )
 
 
 class Watch:

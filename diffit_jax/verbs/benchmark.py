@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 
 from diffit_jax import models
 from diffit_jax.data.pipeline import batches
-from diffit_jax.runtime import backend, distributed, parallel
+from diffit_jax.models.flops import training_flops
+from diffit_jax.runtime import backend, distributed, parallel, rows
 from diffit_jax.runtime.console import Progress
-from diffit_jax.training.state import create_state, open_experiment
-from diffit_jax.training.watch import peak_flops, training_flops
-from diffit_jax.verbs.train import compile_train_step, open_training_data
+from diffit_jax.tpu.chips import peak_flops
+from diffit_jax.training.compiling import compile_train_step, open_experiment, open_training_data
+from diffit_jax.training.state import create_state
 
 
 @backend.pinned()
@@ -47,10 +48,10 @@ def measure(
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
     )
-    parallel.prove_rows(mesh, size)
-    data = batches(source, size, experiment.seed, rows=parallel.local_rows(mesh, size))
+    rows.prove_rows(mesh, size)
+    data = batches(source, size, experiment.seed, rows=rows.local_rows(mesh, size))
     state = create_state(experiment, mesh)
-    batch = parallel.put_batch(mesh, next(data), size)
+    batch = rows.put_batch(mesh, next(data), size)
     train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
 
     times, waits = [], []
@@ -60,11 +61,11 @@ def measure(
     ):
         for _ in range(steps + 3):
             start = time.perf_counter()
-            state, collected = train_step(state, collected, batch)
+            state, collected = train_step(state, collected, batch, experiment.space.variables)
             asked = time.perf_counter()
             host_batch = next(data)
             waits.append(time.perf_counter() - asked)
-            batch = parallel.put_batch(mesh, host_batch, size)
+            batch = rows.put_batch(mesh, host_batch, size)
             jax.block_until_ready(state)
             times.append(time.perf_counter() - start)
             progress.advance()

@@ -8,17 +8,18 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import experiment
+from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, Experiment
+from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.runtime import backend, files, lock, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.training.state import Opened, TrainState, fresh_state, open_experiment
-from diffit_jax.verbs.sample import restore_variables
-from diffit_jax.verbs.train import restore_state, save_state
+from diffit_jax.sampling.networks import restore_variables
+from diffit_jax.training.compiling import Opened, open_experiment
+from diffit_jax.training.saving import restore_state, save_state
+from diffit_jax.training.state import TrainState, fresh_state
 
 
 @backend.pinned()
@@ -48,13 +49,13 @@ def weights_to_workdir(
     weights, workdir = files.resolve(weights, "--weights"), files.resolve(workdir, "--to_workdir")
     change = {"slim_tmsa": slim} | ({} if input_size is None else {"input_size": input_size})
     config = official.fit_config(config, weights, **change)
-    loaded = open_experiment(config, to_train=False).experiment
+    experiment = open_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
     _, variables = official.load(weights, input_size, allow_nonfinite=allow_nonfinite)
     if slim:
         variables = to_slim(variables)
-    state = jax.jit(lambda variables: fresh_state(variables, loaded))(variables)
-    _write(workdir, config, loaded, state)
+    state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
+    _write(workdir, config, experiment, state)
 
 
 @backend.pinned()
@@ -108,9 +109,10 @@ def workdir_to_workdir(
     """
     target = files.resolve(target, "--to_workdir")
     workdir, opened = _open_latent(workdir)
-    config = experiment.read_config(workdir)
+    config = workdirs.read_config(workdir)
     _refuse_run(target)
-    state = restore_state(Checkpoints(workdir / CHECKPOINTS), opened.state, allow_nonfinite)
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
+    state = restore_state(checkpoints, opened.state, allow_nonfinite)
     if state is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     if slim is not None and slim != opened.experiment.model.slim_tmsa:
@@ -121,29 +123,30 @@ def workdir_to_workdir(
 
 
 def _write(
-    workdir: epath.Path, config: Mapping[str, Any], loaded: Experiment, state: TrainState
+    workdir: epath.Path, config: Mapping[str, Any], experiment: Experiment, state: TrainState
 ) -> None:
     """A work directory with one checkpoint; if it cannot be written, what was begun goes away."""
     with lock.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
         _refuse_run(workdir)  # another conversion may have been faster
         try:
-            checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=loaded.training.keep_checkpoints)
-            save_state(checkpoints, state, loaded.training.batch_size)
+            keep = experiment.training.keep_checkpoints
+            checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep)
+            save_state(checkpoints, state, experiment.training.batch_size)
             checkpoints.wait()
             # Last: with it, the directory holds a run.
-            experiment.write_config(workdir, ConfigDict(config))
+            workdirs.write_config(workdir, ConfigDict(config))
         except BaseException:
-            if (workdir / CHECKPOINTS).exists():
-                (workdir / CHECKPOINTS).rmtree()
+            if (workdir / workdirs.CHECKPOINTS).exists():
+                (workdir / workdirs.CHECKPOINTS).rmtree()
             raise
 
 
 def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
     workdir = files.resolve(workdir, "--workdir")
     opened = open_experiment(
-        experiment.read_config(workdir),
+        workdirs.read_config(workdir),
         to_train=False,
-        config_file=workdir / experiment.CONFIG_FILE,
+        config_file=workdir / workdirs.CONFIG_FILE,
     )
     if not isinstance(opened.experiment.model, LatentDiffiT):
         raise UserError(
@@ -153,9 +156,9 @@ def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
 
 
 def _refuse_run(workdir: epath.Path) -> None:
-    if (workdir / experiment.CONFIG_FILE).exists():
+    if (workdir / workdirs.CONFIG_FILE).exists():
         raise UserError(f"--to_workdir {workdir} holds a run already: choose another directory")
-    folder = workdir / CHECKPOINTS  # a conversion that was killed leaves it empty
+    folder = workdir / workdirs.CHECKPOINTS  # a conversion that was killed leaves it empty
     if folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir()):
         raise UserError(
             f"--to_workdir {workdir} holds a run already, though without its config: move {folder} "

@@ -9,116 +9,23 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from diffit_jax import experiment
+from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.data.labels import give_out, parse_labels
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import CHECKPOINTS, SNAPSHOTS, Experiment, Sampling
-from diffit_jax.interop import official
-from diffit_jax.runtime import (
-    backend,
-    checkpoint,
-    contents,
-    distributed,
-    files,
-    interruption,
-    parallel,
-)
+from diffit_jax.experiment import Experiment
+from diffit_jax.runtime import backend, contents, distributed, files, interruption, rows
 from diffit_jax.runtime.console import Progress
 from diffit_jax.runtime.ranges import in_short
 from diffit_jax.sampling.files import Request, SampleFiles, default_name, named_seeds, stretches
-from diffit_jax.sampling.sampler import Sampler, Variables, batch_settings, default_labels
-from diffit_jax.training import power_ema
-from diffit_jax.training.state import Opened, TrainState, open_experiment
+from diffit_jax.sampling.networks import Run, Weights, open_weaker
+from diffit_jax.sampling.sampler import Sampler, Variables, default_labels
+from diffit_jax.sections import CHOICES, Sampling
+from diffit_jax.training.compiling import Opened, open_experiment
 
 log = logging.getLogger(__name__)
 
 PREVIEWED = 100  # samples in the picture
-
-
-class Run:
-    """A network in a work directory: the averaged parameters of its newest usable checkpoint, or an
-    average of another length."""
-
-    def __init__(
-        self,
-        workdir: epath.PathLike,
-        ema_length: float | None = None,
-        checkpoint: int | None = None,
-        allow_nonfinite: bool = False,
-    ):
-        """Reads the run's config.
-
-        Args:
-          workdir: of the run.
-          ema_length: asks for an average made of its snapshots, see `training.power_ema`.
-          checkpoint: step of a checkpoint (with `ema_length`: of a snapshot) instead of the newest.
-          allow_nonfinite: whether parameters may have NaNs or infinities.
-        """
-        self.directory = files.resolve(workdir, "workdir")
-        self.name = f"workdir {self.directory}"
-        self.config = experiment.read_config(self.directory)
-        self.config_file = self.directory / experiment.CONFIG_FILE
-        self._ema_length, self._checkpoint, self._allow_nonfinite = (
-            ema_length,
-            checkpoint,
-            allow_nonfinite,
-        )
-        self.differences = {
-            name: value
-            for name, value in (("ema_length", ema_length), ("checkpoint", checkpoint))
-            if value is not None
-        }
-
-    def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
-        """(variables, where they are from). Raises `UserError` if there is no usable checkpoint."""
-        if self._ema_length is None:
-            step, variables = restore_variables(
-                self.directory, opened.state, self._checkpoint, self._allow_nonfinite
-            )
-        else:
-            lengths = opened.experiment.ema.power_lengths
-            step, variables = reconstruct_variables(
-                self.directory, opened.state, lengths, self._ema_length, self._checkpoint
-            )
-        bad = [] if self._allow_nonfinite else contents.not_finite(variables)
-        if bad:
-            raise UserError(
-                f"the averages of {self.name} at step {step} are not finite "
-                f"({contents.first_few(bad)}): sample an older one by "
-                "--checkpoint, or say --allow_nonfinite"
-            )
-        return variables, {
-            "workdir": str(self.directory),
-            "checkpoint": step,
-            "ema_length": self._ema_length,
-        }
-
-
-class Weights:
-    """A network in a file of released weights, sampled as a config says whose `model` takes the
-    file's sizes."""
-
-    config_file = None
-    differences: Mapping[str, Any] = {}
-
-    def __init__(
-        self, path: epath.PathLike, config: Mapping[str, Any], allow_nonfinite: bool = False
-    ):
-        """Reads the names and shapes of the tensors; `allow_nonfinite`: whether they may have NaNs
-        or infinities."""
-        self._path, self._allow_nonfinite = files.resolve(path, "weights"), allow_nonfinite
-        self.name = f"weights {self._path}"
-        self.directory = self._path.parent
-        self.config = official.fit_config(config, self._path)
-
-    def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
-        """(variables, where they are from)."""
-        shardings = parallel.shardings(opened.mesh, opened.state.ema_variables)
-        _, variables = official.load(
-            self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite
-        )
-        return variables, {"weights": str(self._path)}
 
 
 @backend.pinned()
@@ -129,7 +36,7 @@ def sample(
     labels: Sequence[int] | str | None = None,
     output: epath.PathLike | None = None,
     overwrite: bool = False,
-    **overrides: Any,
+    overrides: Mapping[str, Any] | None = None,
 ) -> epath.Path:
     """Draws samples and writes them as an npz file, a PNG grid and a record. Interrupted, the same
     call goes on where it was.
@@ -144,10 +51,11 @@ def sample(
         `default_labels`.
       output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or beside the
         weights (`latents_…` for latents), with what differs from the default request after it, see
-        `sample_files.default_name`. The grid of the first 100 has the same name with `.png`, the
-        record (what was asked for, and which samples are not finite) with `.json`.
+        `default_name`. The grid of the first 100 has the same name with `.png`, the record (what
+        was asked for, and which samples are not finite) with `.json`.
       overwrite: whether files of another request may be replaced.
-      **overrides: values that replace those of the config's section `sampling`.
+      overrides: what replaces values of the config's section `sampling`, as in
+        `Sampling.overridden`: `{"sampler.num_steps": 30, "guidance.scale": 2.0}`.
 
     Returns:
       Path of the npz, laid out as ADM's evaluator reads it: `arr_0` (N, H, W, C) uint8 images (or
@@ -161,53 +69,16 @@ def sample(
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
-    opened = open_experiment(source.config, to_train=False, config_file=source.config_file)
-    loaded, mesh = opened.experiment, opened.mesh
-    num_classes, is_latent = loaded.model.num_classes, bool(loaded.data.autoencoder)
-    if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
-        raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
-    asked, labels = labels, _labels(labels, seeds, num_classes, source.name)
-    settings = _override(loaded.sampling, overrides)
-    if settings.guide.active and settings.guidance != "autoguidance" and not num_classes:
-        raise UserError(f"the model in {source.name} is unconditional: leave out --guidance_scale")
-    in_words = asked if isinstance(asked, str) else in_short(labels.tolist())
-    labels_differ = not np.array_equal(labels, default_labels(seeds, num_classes))
-    differences = dict(
-        _differences(loaded.sampling, settings, seeds, in_words if labels_differ else None)
-    ) | dict(source.differences)
-    settings = batch_settings(settings, mesh, len(seeds))
-    parallel.prove_rows(mesh, settings.batch_size)
-    weaker_run = weaker_opened = None
-    if settings.guide.active and settings.guidance == "autoguidance":
-        weaker_run, weaker_opened = _open_weaker(loaded, settings.guide_workdir)
-    sampler = Sampler(loaded, mesh, settings, weaker_opened and weaker_opened.experiment.model)
-    kind, shape = "latents" if is_latent else "samples", (len(seeds), *loaded.model.sample_shape)
-    output = (
-        source.directory / default_name(kind, shape, differences)
-        if output is None
-        else files.resolve(output, "output")
-    )
-    if output.suffix != ".npz" or output.is_dir():
-        raise UserError(f"--output {output} must be a file that ends in .npz: change it")
+    asked = _Asked.make(source, seeds, labels, output, overrides or {})
     distributed.first_then_all(
-        lambda: files.make_directory(output.parent, "output directory"), lambda: None
+        lambda: files.make_directory(asked.output.parent, "output directory"), lambda: None
     )
 
-    # --- Networks, and with them the whole request.
-    variables, origin = source.load(opened)
-    weaker, weaker_origin = weaker_run.load(weaker_opened) if weaker_run else (None, None)
-    identity = {
-        "network": _network(loaded, variables),
-        "weaker network": weaker_run and _network(weaker_opened.experiment, weaker),
-        "seeds": _digest(seeds),
-        "labels": _digest(labels),
-        "matmul_precision": backend.matmul_precision(),
-        **{f"sampling.{name}": value for name, value in _makes_samples(settings).items()},
-    }
-    request = Request(
-        identity,
-        {**origin, **{f"weaker {name}": value for name, value in (weaker_origin or {}).items()}},
-    )
+    # --- The networks, and with them what the request is known by.
+    variables, origin = source.load(asked.opened)
+    weaker, weaker_origin = asked.weaker[0].load(asked.weaker[1]) if asked.weaker else (None, {})
+    origin |= {f"weaker {name}": value for name, value in weaker_origin.items()}
+    request = Request(asked.identity(variables, weaker), origin)
     distributed.check_agreement(
         {
             "request for samples": lambda: str(request.identity),
@@ -215,81 +86,152 @@ def sample(
         }
     )
     log.info("precision of float32 matrix products: %s", backend.matmul_precision())
-    files_there = SampleFiles(output, request, overwrite)
-    record = distributed.first_then_all(files_there.finished, lambda: None)
+
+    # --- Is it done already?
+    sample_files = SampleFiles(asked.output, request, overwrite)
+    record = distributed.first_then_all(sample_files.finished, lambda: None)
     if distributed.agreed(record is not None):
-        log.info("%s holds these samples already", output)
-        return _conclude(output, record)
-    if is_latent:
-        log.info(
-            "writing latents of %s: decoding them to images needs the autoencoder, which is not "
-            "there yet",
-            loaded.data.autoencoder,
-        )
+        log.info("%s holds these samples already", asked.output)
+        return _conclude(asked.output, record)
+    if asked.experiment.space.note:
+        log.info("%s", asked.experiment.space.note)
 
-    # --- Draw, part by part.
-    first = distributed.is_first()
-    with distributed.first_holds(lambda: files_there):
-        there = np.array(
-            distributed.from_first(
-                files_there.done(len(seeds)) if first else np.zeros(len(seeds), bool)
-            )
-        )
-        done = int(there.sum())
-        progress = Progress("sample", len(seeds), done=done, unit="sample", shown=first)
-        kept = f"{done} of {len(seeds)} samples are saved beside {output}"
-        try:
-            with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
-                for index, batch in enumerate(
-                    stretches(np.flatnonzero(~there), settings.batch_size)
-                ):
-                    drawn = sampler.draw_batch(
-                        variables, np.asarray(seeds)[batch], labels[batch], weaker
-                    )
-                    if first:
-                        finite = np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1)
-                        if not finite.all():
-                            log.warning(
-                                "samples of seeds %s are not finite",
-                                named_seeds(np.asarray(seeds)[batch][~finite].tolist()),
-                            )
-                        files_there.write(
-                            batch[0], drawn if is_latent else _to_pixels(drawn, settings), finite
-                        )
-                    progress.advance(len(drawn))
-                    done += len(drawn)
-                    kept = f"{done} of {len(seeds)} samples are saved beside {output}"
-                    if notice.reached(index) and done < len(seeds):
-                        raise notice.ending(kept)
-        except KeyboardInterrupt as error:
-            raise interruption.Interrupted(kept) from error
-
-        def finish() -> dict[str, Any]:
-            record = files_there.finish(
-                labels, seeds, {"matmul_precision": backend.matmul_precision()}
-            )
-            pixels.write_preview(files_there.picture, files_there.first(PREVIEWED), is_latent)
-            files_there.leave()
-            return record
-
+    # --- Draw the parts that are not there, and put them together.
+    with distributed.first_holds(lambda: sample_files):
+        _draw(asked, sample_files, variables, weaker)
         with interruption.held():  # what is complete need not be begun again
-            record = distributed.first_then_all(finish, lambda: None)
-    return _conclude(output, record)
+            record = distributed.first_then_all(
+                lambda: _assemble(asked, sample_files), lambda: None
+            )
+    return _conclude(asked.output, record)
 
 
-def _labels(
-    asked: Sequence[int] | str | None, seeds: Sequence[int], num_classes: int, name: str
-) -> np.ndarray:
-    """The label of each seed, (N,) int64."""
-    if asked is None:
-        return default_labels(seeds, num_classes)
-    if not num_classes:
-        raise UserError(f"the model in {name} is unconditional: leave out --labels")
-    return (
-        parse_labels(asked, seeds, num_classes)
-        if isinstance(asked, str)
-        else give_out(asked, len(seeds), num_classes)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is asked for, checked.
+
+    Attributes:
+      opened: the source's experiment on a mesh.
+      experiment: the same, sampled as asked for.
+      seeds, labels: (N,) int64.
+      output: path of the npz.
+      sampler: that draws.
+      weaker: run of the second network of autoguidance, and its experiment.
+    """
+
+    opened: Opened
+    experiment: Experiment
+    seeds: np.ndarray
+    labels: np.ndarray
+    output: epath.Path
+    sampler: Sampler
+    weaker: tuple[Run, Opened] | None
+
+    @classmethod
+    def make(
+        cls,
+        source: Run | Weights,
+        seeds: Sequence[int],
+        labels: Sequence[int] | str | None,
+        output: epath.PathLike | None,
+        overrides: Mapping[str, Any],
+    ) -> "_Asked":
+        """Checks a request; arguments as of `sample`."""
+        opened = open_experiment(source.config, to_train=False, config_file=source.config_file)
+        usual, model = opened.experiment.sampling, opened.experiment.model
+
+        # --- Seeds, labels, settings.
+        if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
+            raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
+        label_of = _labels(labels, seeds, model.num_classes, source.name)
+        sampling = usual.overridden(overrides)
+        if sampling.guidance.active and sampling.guidance.by_label and not model.num_classes:
+            raise UserError(
+                f"the model in {source.name} is unconditional: leave out --guidance.scale"
+            )
+        experiment = opened.experiment.with_sampling(sampling)
+        weaker = None
+        if sampling.guidance.active and not sampling.guidance.by_label:
+            weaker = open_weaker(experiment, sampling.guidance.workdir)
+
+        # --- The sampler, on devices that hold the right rows.
+        weaker_model = weaker[1].experiment.model if weaker else None
+        sampler = Sampler(experiment, opened.mesh, len(seeds), weaker_model)
+        rows.prove_rows(opened.mesh, sampler.batch_size)
+
+        # --- Where to.
+        words = None
+        if not np.array_equal(label_of, default_labels(seeds, model.num_classes)):
+            words = labels if isinstance(labels, str) else in_short(label_of.tolist())
+        differences = dict(_differences(usual, sampling, seeds, words))
+        if output is None:
+            shape = (len(seeds), *model.sample_shape)
+            differences |= source.differences
+            name = default_name(experiment.space.samples, shape, differences)
+            output = source.directory / name
+        output = files.resolve(output, "output")
+        if output.suffix != ".npz" or output.is_dir():
+            raise UserError(f"--output {output} must be a file that ends in .npz: change it")
+        seeds = np.asarray(seeds, np.int64)
+        return cls(opened, experiment, seeds, label_of, output, sampler, weaker)
+
+    def identity(self, variables: Variables, weaker: Variables | None) -> dict[str, Any]:
+        """JSON values by name of all that the samples depend on: not how many are drawn at once,
+        nor where the networks lie."""
+        sampling = self.experiment.sampling
+        settings = {f"sampling.{name}": value for name, value in _makes_samples(sampling).items()}
+        weaker_network = self.weaker and _network(self.weaker[1].experiment, weaker)
+        return {
+            "network": _network(self.experiment, variables),
+            "weaker network": weaker_network,
+            "seeds": _digest(self.seeds),
+            "labels": _digest(self.labels),
+            "matmul_precision": backend.matmul_precision(),
+            **settings,
+        }
+
+
+def _draw(
+    asked: _Asked, sample_files: SampleFiles, variables: Variables, weaker: Variables | None
+) -> None:
+    """Draws the samples that are in no part yet, part by part."""
+    first, count, space = distributed.is_first(), len(asked.seeds), asked.experiment.space
+    done_there = sample_files.done(count) if first else np.zeros(count, bool)
+    there = np.array(distributed.from_first(done_there))
+    done = int(there.sum())
+
+    def kept() -> str:
+        return f"{done} of {count} samples are saved beside {asked.output}"
+
+    progress = Progress("sample", count, done=done, unit="sample", shown=first)
+    try:
+        with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
+            missing = stretches(np.flatnonzero(~there), asked.sampler.batch_size)
+            for index, batch in enumerate(missing):
+                seeds, labels = asked.seeds[batch], asked.labels[batch]
+                drawn = asked.sampler.draw_batch(variables, seeds, labels, weaker)
+                if first:
+                    finite = np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1)
+                    if not finite.all():
+                        bad = named_seeds(seeds[~finite].tolist())
+                        log.warning("samples of seeds %s are not finite", bad)
+                    sample_files.write(batch[0], space.leave(drawn, space.variables), finite)
+                progress.advance(len(drawn))
+                done += len(drawn)
+                if notice.reached(index) and done < count:
+                    raise notice.ending(kept())
+    except KeyboardInterrupt as error:
+        raise interruption.Interrupted(kept()) from error
+
+
+def _assemble(asked: _Asked, sample_files: SampleFiles) -> dict[str, Any]:
+    """The files of a request whose parts are all there; returns the record."""
+    precision = {"matmul_precision": backend.matmul_precision()}
+    record = sample_files.finish(asked.labels, asked.seeds, precision)
+    preview = asked.experiment.space.preview
+    pixels.write_preview(sample_files.picture, sample_files.first(PREVIEWED), preview)
+    sample_files.leave()
+    return record
 
 
 def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
@@ -305,32 +247,43 @@ def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Pat
     return output
 
 
-def _to_pixels(drawn: np.ndarray, settings: Sampling) -> np.ndarray:
-    return np.asarray(pixels.to_pixels(drawn, settings.pixel_rounding))
+def _labels(
+    asked: Sequence[int] | str | None, seeds: Sequence[int], num_classes: int, name: str
+) -> np.ndarray:
+    """The label of each seed, (N,) int64."""
+    if asked is None:
+        return default_labels(seeds, num_classes)
+    if not num_classes:
+        raise UserError(f"the model in {name} is unconditional: leave out --labels")
+    if isinstance(asked, str):
+        return parse_labels(asked, seeds, num_classes)
+    return give_out(asked, len(seeds), num_classes)
 
 
-def _network(loaded: Experiment, variables: Variables) -> dict[str, Any]:
+def _network(experiment: Experiment, variables: Variables) -> dict[str, Any]:
     """What makes a network's samples beside the settings: what its arrays hold, and what is
     computed with them."""
     return {
         "contents": contents.fingerprint(variables),
-        "model": experiment.number_settings("model", loaded.model),
-        "process": experiment.number_settings("process", loaded.process),
+        "model": workdirs.number_settings("model", experiment.model),
+        "process": workdirs.number_settings("process", experiment.process),
     }
 
 
-def _makes_samples(settings: Sampling) -> dict[str, Any]:
-    """Settings that samples depend on: not how many are drawn at once, nor where the weaker network
-    lies."""
-    return {
-        name: value
-        for name, value in dataclasses.asdict(settings).items()
-        if name not in ("batch_size", "guide_workdir")
-    }
+def _makes_samples(sampling: Sampling) -> dict[str, Any]:
+    """Settings that samples depend on, by the names of their flags."""
+    settings: dict[str, Any] = {"pixel_rounding": sampling.pixel_rounding}
+    for section, classes in CHOICES.items():
+        value = getattr(sampling, section)
+        settings[section] = next(name for name, cls in classes.items() if cls is type(value))
+        for name, setting in dataclasses.asdict(value).items():
+            if name != "workdir":
+                settings[f"{section}.{name}"] = setting
+    return settings
 
 
 def _differences(
-    usual: Sampling, settings: Sampling, seeds: Sequence[int], labels: str | None
+    usual: Sampling, sampling: Sampling, seeds: Sequence[int], labels: str | None
 ) -> Iterator[tuple[str, Any]]:
     """What of a request differs from the default one, in words; `labels` None: they do not."""
     seeds = [int(seed) for seed in seeds]
@@ -338,12 +291,13 @@ def _differences(
         yield "seeds", _in_words(in_short(seeds))
     if labels is not None:
         yield "labels", _in_words(labels)
-    ours, theirs = _makes_samples(settings), _makes_samples(usual)
-    yield from (
-        (name, value) for name, value in ours.items() if value != theirs[name] and value != ""
-    )
-    if settings.guidance == "autoguidance" and settings.guide_workdir != usual.guide_workdir:
-        yield "guide_workdir", epath.Path(settings.guide_workdir).name
+    ours, theirs = _makes_samples(sampling), _makes_samples(usual)
+    for name, value in ours.items():
+        if value != "" and value != theirs.get(name):
+            yield name, value
+    place = getattr(sampling.guidance, "workdir", "")
+    if place != getattr(usual.guidance, "workdir", ""):
+        yield "guidance.workdir", epath.Path(place).name
     if backend.matmul_precision() != "default":
         yield "matmul_precision", backend.matmul_precision()
 
@@ -352,162 +306,5 @@ def _in_words(text: str) -> str:
     return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def restore_variables(
-    workdir: epath.PathLike,
-    state: TrainState,
-    step: int | None = None,
-    allow_nonfinite: bool = False,
-) -> tuple[int, Variables]:
-    """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work
-    directory.
-
-    Args:
-      workdir: of the run.
-      state: shapes and shardings of its state.
-      step: of a checkpoint that is wanted instead.
-      allow_nonfinite: whether one with NaNs or infinities is usable.
-
-    Raises:
-      UserError: there is none.
-    """
-    shapes = state.ema_variables
-    wanted = {"ema": shapes["params"], "constants": shapes["constants"]}
-    step, items = _restore_items(workdir, wanted, step, allow_nonfinite)
-    return step, {"params": items["ema"], "constants": items["constants"]}
-
-
-def _restore_items(
-    workdir: epath.PathLike,
-    shapes: dict[str, Any],
-    step: int | None = None,
-    allow_nonfinite: bool = False,
-) -> tuple[int, dict[str, Any]]:
-    """Items of the newest usable checkpoint by name; one without arrays is not in a checkpoint, and
-    comes back as it is."""
-    checkpoints = checkpoint.Checkpoints(epath.Path(workdir) / CHECKPOINTS)
-    restored = checkpoints.restore(
-        {name: tree for name, tree in shapes.items() if tree}, step, allow_nonfinite
-    )
-    if restored is None:
-        raise UserError(f"workdir {workdir} holds no checkpoint: train first")
-    step, items = restored
-    return step, shapes | items
-
-
-def reconstruct_variables(
-    workdir: epath.PathLike,
-    state: TrainState,
-    lengths: Sequence[float],
-    length: float,
-    until: int | None = None,
-) -> tuple[int, Variables]:
-    """Step of the newest snapshot of a run, and its network's variables with averages of a length
-    of choice.
-
-    Args:
-      workdir: of the run.
-      state: shapes and shardings of its state.
-      lengths: of the averages that it keeps snapshots of (`ema.power_lengths`).
-      length: that is wanted.
-      until: step of the snapshot at which the average shall end instead.
-
-    Raises:
-      UserError: the run keeps no snapshots, one cannot be read, or an impossible length.
-    """
-    snapshots = checkpoint.Checkpoints(epath.Path(workdir) / SNAPSHOTS)
-    steps = snapshots.steps()
-    if not steps:
-        raise UserError(
-            f"workdir {workdir} has no snapshots of averages: train with ema.power_lengths, or "
-            "leave out --ema_length"
-        )
-    if until is not None:
-        if until not in steps:
-            raise UserError(
-                f"there is no snapshot {until} in {snapshots.directory}: use "
-                f"{', '.join(map(str, steps))}"
-            )
-        steps = [step for step in steps if step <= until]
-    for step in steps:
-        if "updates" not in snapshots.facts(step):
-            raise UserError(
-                f"snapshot {step} in {snapshots.directory} is damaged: move it away, or leave out "
-                "--ema_length"
-            )
-    times = [snapshots.facts(step)["updates"] for step in steps for _ in lengths]
-    factors = power_ema.reconstruction(
-        times, list(lengths) * len(steps), times[-1], length
-    ).reshape(len(steps), len(lengths))
-    items = {"power_emas": {str(index): shapes for index, shapes in enumerate(state.power_emas)}}
-    params = None
-    with Progress(
-        "reconstruct", len(steps), unit="snapshot", shown=distributed.is_first()
-    ) as progress:
-        for step, row in zip(steps, factors, strict=True):
-            averages = snapshots.restore_step(step, items)["power_emas"]
-            for index, factor in enumerate(row):
-                params = power_ema.add_scaled(params, averages[str(index)], factor)
-            progress.advance()
-    _, items = _restore_items(workdir, {"constants": state.constants}, allow_nonfinite=True)
-    return steps[-1], {"params": params, "constants": items["constants"]}
-
-
-def _override(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:
-    """The section `sampling` with values from the command line, each of which must have an
-    effect."""
-    if "num_steps" in overrides and "respacing" in overrides:
-        raise UserError(
-            "--num_steps and --respacing both say how many steps there are: leave out either"
-        )
-    changed = dict(overrides)
-    if "num_steps" in overrides or overrides.get("sampler") in ("euler", "heun", "dpm_solver"):
-        changed.setdefault("respacing", "")  # the config's would win
-    settings = dataclasses.replace(sampling, **changed)
-    used = {
-        "eta": settings.sampler == "ddim",
-        "clip_denoised": settings.discrete,
-        "guidance_scale": settings.guidance != "none",
-        "guidance_power": settings.guidance == "power_cosine",
-        "guidance_sigma_low": settings.guidance == "interval",
-        "guidance_sigma_high": settings.guidance == "interval",
-        "guide_workdir": settings.guidance == "autoguidance",
-        **dict.fromkeys(
-            ("churn_amount", "churn_sigma_low", "churn_sigma_high", "churn_noise"),
-            settings.sampler == "heun",
-        ),
-    }
-    for name in overrides:
-        if not used.get(name, True):
-            raise UserError(
-                f"--{name} has no effect with sampler {settings.sampler} and guidance "
-                f"{settings.guidance}: leave it out"
-            )
-    return settings
-
-
-def _open_weaker(loaded: Experiment, workdir: str) -> tuple[Run, Opened]:
-    """The run of the weaker network of autoguidance, which must take and give what the main one
-    does."""
-    if not workdir:
-        raise UserError(
-            "autoguidance needs a second, weaker network: name its run by --guide_workdir, or "
-            "choose another guidance"
-        )
-    run = Run(workdir)
-    weaker = open_experiment(run.config, to_train=False, config_file=run.config_file)
-    ours, theirs = (
-        (e.process, e.model.sample_shape, e.model.num_classes) for e in (loaded, weaker.experiment)
-    )
-    if ours != theirs:
-        raise UserError(
-            f"guide_workdir {workdir} differs in process, shape or number of classes: name a run "
-            "like the main one"
-        )
-    return run, weaker
-
-
-def _digest(numbers: Sequence[int]) -> str:
-    return (
-        f"{len(numbers)} numbers, "
-        f"{hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()[:16]}"
-    )
+def _digest(numbers: np.ndarray) -> str:
+    return f"{len(numbers)} numbers, {hashlib.sha256(numbers.tobytes()).hexdigest()[:16]}"

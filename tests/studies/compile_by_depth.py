@@ -39,7 +39,7 @@ def compile_seconds(depth: int, batch_size: int) -> float:
     }
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     started = time.monotonic()
-    jax.jit(make_train_step(experiment)).lower(state, collected, batch).compile()
+    jax.jit(make_train_step(experiment)).lower(state, collected, batch, {}).compile()
     return time.monotonic() - started
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
+from diffit_jax.tpu import compiler
 from diffit_jax.verbs import preflight
 
 ROOT = Path(__file__).parents[2]
@@ -32,4 +33,4 @@ for name, topology in TOPOLOGIES.items():
     estimates[name] = [topology, report["train"]["step_s"]]
     print(f"{name:32} {topology:10} {report['train']['step_s']:.5f} s")
 known = json.loads(FILE.read_text()) if FILE.exists() else {}
-FILE.write_text(json.dumps(known | {preflight.libtpu_version(): estimates}, indent=2) + "\n")
+FILE.write_text(json.dumps(known | {compiler.libtpu_version(): estimates}, indent=2) + "\n")

@@ -15,9 +15,9 @@ import numpy as np
 
 from diffit_jax import experiment
 from diffit_jax.diffusion.guidance import Guidance
+from diffit_jax.sampling.networks import restore_variables
 from diffit_jax.sampling.sampler import Sampler, default_labels
-from diffit_jax.training.state import open_experiment
-from diffit_jax.verbs.sample import restore_variables
+from diffit_jax.training.compiling import open_experiment
 
 
 def never_skip(self: Guidance, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:

@@ -1,0 +1,211 @@
+"""Config files: Python files with `get_config()`, and keys of theirs given on the command line."""
+
+import dataclasses
+import importlib.util
+import linecache
+import os
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diffit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a command line says of its config.
+
+    Attributes:
+      file: value of `--config`: a path, perhaps with an argument of `get_config` after a colon;
+        None: it is not given.
+      overrides: the arguments `--config.key=value` as they stand there, each key before its value.
+      others: all other arguments.
+    """
+
+    file: str | None
+    overrides: Sequence[str]
+    others: Sequence[str]
+
+    @classmethod
+    def find(cls, arguments: Sequence[str]) -> "Given":
+        """Sorts the arguments of a command line, without the program's name.
+
+        Raises:
+          UserError: `--config` without a value.
+        """
+        file, overrides, others = None, [], []
+        waiting = list(arguments)
+        while waiting:
+            argument = waiting.pop(0)
+            if argument == "--":
+                others += [argument, *waiting]
+                break
+            name, equals, value = argument.partition("=")
+            if re.fullmatch(r"--?config", name):
+                if not equals and not waiting:
+                    raise UserError("--config is empty: name a file with get_config()")
+                file = value if equals else waiting.pop(0)
+            elif re.match(r"--?(no)?config\.", name):
+                overrides.append(argument)
+                if not equals and waiting and not re.match(r"--?[A-Za-z]", waiting[0]):
+                    overrides.append(waiting.pop(0))
+            else:
+                others.append(argument)
+        return cls(file, overrides, others)
+
+    def keys(self) -> list[str]:
+        """The dotted keys that are overridden, in their order."""
+        names = (argument.partition("=")[0] for argument in self.overrides)
+        return [
+            name.partition("config.")[2] for name in names if re.match(r"--?(no)?config\.", name)
+        ]
+
+    def text_of(self, key: str) -> str | None:
+        """What is written for a key, the last time; None if nothing is."""
+        found = None
+        for index, argument in enumerate(self.overrides):
+            name, equals, value = argument.partition("=")
+            if re.fullmatch(rf"--?config\.{re.escape(key)}", name):
+                following = self.overrides[index + 1 : index + 2]
+                found = value if equals else (following[0] if following else None)
+        return found
+
+
+def load(file: str) -> ConfigDict:
+    """What a config file's `get_config()` returns.
+
+    Args:
+      file: path of a Python file; after `:`, an argument of `get_config`.
+
+    Raises:
+      UserError: it is not such a file, or there is a mistake in it, whose line is shown.
+    """
+    path, argument = _divided(file)
+    _check_kind(path)
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {path} cannot be loaded: name a Python file with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _mistake(path, error) from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(
+            f"--config {path} has no function get_config(): name a config, such as "
+            "configs/digits.py"
+        )
+    try:
+        config = module.get_config() if argument is None else module.get_config(argument)
+    except Exception as error:
+        raise _mistake(path, error) from error
+    if isinstance(config, ConfigDict):
+        return config
+    if isinstance(config, Mapping):
+        return ConfigDict(dict(config))
+    raise UserError(
+        f"--config {path}: get_config() returned {config!r:.60}, not a ConfigDict: return one"
+    )
+
+
+def override(config: ConfigDict, given: Given, file: str) -> None:
+    """Sets the overridden keys of a config, each of which it has, in its type.
+
+    Raises:
+      UserError: a value of another type, or a key of the file that is left open.
+    """
+    overridden = given.keys()
+    for key in _left_open(config):
+        if key not in overridden:
+            raise UserError(
+                f"config key {key} is left open in {_divided(file)[0]}: give it by --config.{key}=…"
+            )
+        *parents, name = key.split(".")
+        node = config
+        for part in parents:
+            node = node[part]
+        # ml_collections shows the config before it sets the key: something must be there.
+        reference = node.get_ref(name)
+        reference.set(reference.get_type()())
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, lock_config=False, sys_argv=["", *given.overrides]
+        )
+        rest = values(["", *given.overrides])
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    if len(rest) > 1:
+        raise UserError(f"argument {rest[1]!r} is not a flag: write --name=value")
+
+
+def _left_open(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Keys with a placeholder that must be filled."""
+    keys = []
+    for key in config:
+        try:
+            value = config[key]
+        except Exception:  # ml_collections' RequiredValueError is not public in all versions
+            keys.append(f"{prefix}{key}")
+            continue
+        if isinstance(value, ConfigDict):
+            keys += _left_open(value, f"{prefix}{key}.")
+    return keys
+
+
+def _divided(file: str) -> tuple[Path, str | None]:
+    """(path, argument) of `path.py:argument`."""
+    match = re.fullmatch(r"(.*?\.py):(.*)", file, re.DOTALL)
+    path, argument = (match[1], match[2]) if match else (file, None)
+    return Path(os.path.expanduser(path)), argument
+
+
+def _check_kind(path: Path) -> None:
+    """Raises `UserError` if a path cannot be a config file; it says what it is."""
+    if str(path) in ("", "."):
+        raise UserError("--config is empty: name a file with get_config()")
+    if path.is_dir():
+        what = " of a run" if (path / "config.json").exists() else ""
+        raise UserError(
+            f"--config {path} cannot be loaded (it is a directory{what}): name a file with "
+            "get_config()"
+        )
+    if not path.exists():
+        raise UserError(
+            f"--config cannot be loaded (there is no file {path}): name a file with get_config()"
+        )
+    if path.suffix != ".py":
+        what = "the config of a run" if path.name == "config.json" else f"a {path.suffix} file"
+        what = "a file" if not path.suffix else what
+        raise UserError(
+            f"--config {path} cannot be loaded (it is {what}, not Python): name a file with "
+            "get_config()"
+        )
+
+
+def _mistake(path: Path, error: Exception) -> UserError:
+    """What went wrong in a config file: Python's words, and the file's own line."""
+    if isinstance(error, UserError):
+        return UserError(f"--config cannot be loaded ({error})")
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, SyntaxError) and error.filename:
+        where, number = error.filename, error.lineno or 0
+        said = f"{type(error).__name__}: {error.msg}"
+    else:
+        # The innermost line in the file itself, or in another one beside it.
+        folder = path.resolve().parent
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
+        if not own:
+            return UserError(f"--config {path} cannot be loaded ({said}): correct it")
+        where, number = own[-1].filename, own[-1].lineno or 0
+    line = linecache.getline(where, number).strip()
+    name = path if Path(where).resolve() == path.resolve() else Path(where)
+    return UserError(
+        f"--config {path} cannot be loaded ({name}, line {number}: {line or '…'}: {said}): "
+        "correct that line"
+    )

@@ -1,0 +1,222 @@
+"""Where a network comes from: a run, an average of any length of it, or released weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from diffit_jax import workdir as workdirs
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment
+from diffit_jax.interop import official
+from diffit_jax.runtime import checkpoint, contents, distributed, files, parallel
+from diffit_jax.runtime.console import Progress
+from diffit_jax.sampling.sampler import Variables
+from diffit_jax.training import power_ema
+from diffit_jax.training.compiling import Opened, open_experiment
+from diffit_jax.training.state import TrainState
+
+
+class Run:
+    """A network in a work directory: the averaged parameters of its newest usable checkpoint, or an
+    average of another length."""
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        ema_length: float | None = None,
+        checkpoint: int | None = None,
+        allow_nonfinite: bool = False,
+    ):
+        """Reads the run's config.
+
+        Args:
+          workdir: of the run.
+          ema_length: asks for an average made of its snapshots, see `training.power_ema`.
+          checkpoint: step of a checkpoint (with `ema_length`: of a snapshot) instead of the newest.
+          allow_nonfinite: whether parameters may have NaNs or infinities.
+        """
+        self.directory = files.resolve(workdir, "workdir")
+        self.name = f"workdir {self.directory}"
+        self.config = workdirs.read_config(self.directory)
+        self.config_file = self.directory / workdirs.CONFIG_FILE
+        self._ema_length, self._checkpoint = ema_length, checkpoint
+        self._allow_nonfinite = allow_nonfinite
+        asked = {"ema_length": ema_length, "checkpoint": checkpoint}
+        self.differences = {name: value for name, value in asked.items() if value is not None}
+
+    def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
+        """(variables, where they are from). Raises `UserError` if there is no usable checkpoint."""
+        if self._ema_length is None:
+            step, variables = restore_variables(
+                self.directory, opened.state, self._checkpoint, self._allow_nonfinite
+            )
+        else:
+            lengths = opened.experiment.ema.power_lengths
+            step, variables = reconstruct_variables(
+                self.directory, opened.state, lengths, self._ema_length, self._checkpoint
+            )
+        bad = [] if self._allow_nonfinite else contents.not_finite(variables)
+        if bad:
+            raise UserError(
+                f"the averages of {self.name} at step {step} are not finite "
+                f"({contents.first_few(bad)}): sample an older one by "
+                "--checkpoint, or say --allow_nonfinite"
+            )
+        return variables, {
+            "workdir": str(self.directory),
+            "checkpoint": step,
+            "ema_length": self._ema_length,
+        }
+
+
+class Weights:
+    """A network in a file of released weights, sampled as a config says whose `model` takes the
+    file's sizes."""
+
+    config_file = None
+    differences: Mapping[str, Any] = {}
+
+    def __init__(
+        self, path: epath.PathLike, config: Mapping[str, Any], allow_nonfinite: bool = False
+    ):
+        """Reads the names and shapes of the tensors; `allow_nonfinite`: whether they may have NaNs
+        or infinities."""
+        self._path, self._allow_nonfinite = files.resolve(path, "weights"), allow_nonfinite
+        self.name = f"weights {self._path}"
+        self.directory = self._path.parent
+        self.config = official.fit_config(config, self._path)
+
+    def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
+        """(variables, where they are from)."""
+        shardings = parallel.shardings(opened.mesh, opened.state.ema_variables)
+        _, variables = official.load(
+            self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite
+        )
+        return variables, {"weights": str(self._path)}
+
+
+def restore_variables(
+    workdir: epath.PathLike,
+    state: TrainState,
+    step: int | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[int, Variables]:
+    """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work
+    directory.
+
+    Args:
+      workdir: of the run.
+      state: shapes and shardings of its state.
+      step: of a checkpoint that is wanted instead.
+      allow_nonfinite: whether one with NaNs or infinities is usable.
+
+    Raises:
+      UserError: there is none.
+    """
+    shapes = state.ema_variables
+    wanted = {"ema": shapes["params"], "constants": shapes["constants"]}
+    step, items = _restore_items(workdir, wanted, step, allow_nonfinite)
+    return step, {"params": items["ema"], "constants": items["constants"]}
+
+
+def _restore_items(
+    workdir: epath.PathLike,
+    shapes: dict[str, Any],
+    step: int | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[int, dict[str, Any]]:
+    """Items of the newest usable checkpoint by name; one without arrays is not in a checkpoint, and
+    comes back as it is."""
+    checkpoints = checkpoint.Checkpoints(epath.Path(workdir) / workdirs.CHECKPOINTS)
+    restored = checkpoints.restore(
+        {name: tree for name, tree in shapes.items() if tree}, step, allow_nonfinite
+    )
+    if restored is None:
+        raise UserError(f"workdir {workdir} holds no checkpoint: train first")
+    step, items = restored
+    return step, shapes | items
+
+
+def reconstruct_variables(
+    workdir: epath.PathLike,
+    state: TrainState,
+    lengths: Sequence[float],
+    length: float,
+    until: int | None = None,
+) -> tuple[int, Variables]:
+    """Step of the newest snapshot of a run, and its network's variables with averages of a length
+    of choice.
+
+    Args:
+      workdir: of the run.
+      state: shapes and shardings of its state.
+      lengths: of the averages that it keeps snapshots of (`ema.power_lengths`).
+      length: that is wanted.
+      until: step of the snapshot at which the average shall end instead.
+
+    Raises:
+      UserError: the run keeps no snapshots, one cannot be read, or an impossible length.
+    """
+    snapshots = checkpoint.Checkpoints(epath.Path(workdir) / workdirs.SNAPSHOTS)
+    steps = snapshots.steps()
+    if not steps:
+        raise UserError(
+            f"workdir {workdir} has no snapshots of averages: train with ema.power_lengths, or "
+            "leave out --ema_length"
+        )
+    if until is not None:
+        if until not in steps:
+            raise UserError(
+                f"there is no snapshot {until} in {snapshots.directory}: use "
+                f"{', '.join(map(str, steps))}"
+            )
+        steps = [step for step in steps if step <= until]
+    for step in steps:
+        if "updates" not in snapshots.facts(step):
+            raise UserError(
+                f"snapshot {step} in {snapshots.directory} is damaged: move it away, or leave out "
+                "--ema_length"
+            )
+    times = [snapshots.facts(step)["updates"] for step in steps for _ in lengths]
+    factors = power_ema.reconstruction(
+        times, list(lengths) * len(steps), times[-1], length
+    ).reshape(len(steps), len(lengths))
+    items = {"power_emas": {str(index): shapes for index, shapes in enumerate(state.power_emas)}}
+    params = None
+    with Progress(
+        "reconstruct", len(steps), unit="snapshot", shown=distributed.is_first()
+    ) as progress:
+        for step, row in zip(steps, factors, strict=True):
+            averages = snapshots.restore_step(step, items)["power_emas"]
+            for index, factor in enumerate(row):
+                params = power_ema.add_scaled(params, averages[str(index)], factor)
+            progress.advance()
+    _, items = _restore_items(workdir, {"constants": state.constants}, allow_nonfinite=True)
+    return steps[-1], {"params": params, "constants": items["constants"]}
+
+
+def open_weaker(experiment: Experiment, workdir: str) -> tuple[Run, Opened]:
+    """The run of the weaker network of autoguidance, which must take and give what the main one
+    does.
+
+    Raises:
+      UserError: it does not, or there is no run.
+    """
+    if not workdir:
+        raise UserError(
+            "autoguidance needs a second, weaker network: name its run by --guidance.workdir, or "
+            "choose another guidance"
+        )
+    run = Run(workdir)
+    weaker = open_experiment(run.config, to_train=False, config_file=run.config_file)
+    ours, theirs = (
+        (one.process, one.model.sample_shape, one.model.num_classes)
+        for one in (experiment, weaker.experiment)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"guidance.workdir {workdir} differs in process, shape or number of classes: name a "
+            "run like the main one"
+        )
+    return run, weaker

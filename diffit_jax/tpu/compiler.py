@@ -1,0 +1,197 @@
+"""Asks the TPU's compiler about programs, on any machine: what they need and what they cost.
+
+Its answers are kept in `CACHE`.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental import topologies
+
+from diffit_jax.errors import UserError
+from diffit_jax.models import attention_kernel
+from diffit_jax.runtime import files
+from diffit_jax.tpu.chips import KNOWN_TOPOLOGIES, chip_of
+from diffit_jax.tpu.cost import cost
+from diffit_jax.tpu.program import parse
+from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
+
+CACHE = (files.home() or Path(tempfile.gettempdir())) / ".cache/diffit_jax/preflight"
+DEAREST = 10
+
+
+def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
+    """Descriptions of the devices of a topology.
+
+    Raises:
+      UserError: no TPU compiler, or a topology that it does not know.
+    """
+    chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "the TPU compiler is not installed: bash launch/setup_env.sh test (or pip install -c "
+            "constraints.txt libtpu)"
+        )
+    for name, value in COMPILER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu", **more).devices
+    except Exception as error:  # the compiler's own errors, of several types
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--topology {topology} is unknown to the TPU compiler ({reason}): use "
+            f"{KNOWN_TOPOLOGIES}"
+        ) from error
+
+
+def count_chips(topology: str, num_slices: int = 1) -> int:
+    """Chips of a topology, all slices together; errors as in `topology_devices`."""
+    return len(topology_devices(topology, num_slices)) // chip_of(topology).devices
+
+
+def libtpu_version() -> str:
+    """Of the TPU compiler at hand."""
+    return importlib.metadata.version("libtpu")
+
+
+def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dict[str, Any]:
+    """What the compiler says about a program: its memory plan, and its cost in cycles; from the
+    cache if it was asked before."""
+    text = lowered.as_text()
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(attention_kernel.__file__)]
+    ours = b"".join(path.read_bytes() for path in sources)
+    facts = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
+    cached = CACHE / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
+    answer = _ask(lowered, topology)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(cached, json.dumps(answer).encode())
+    return answer
+
+
+def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        with for_another_machine():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False} | shortage_in(str(error))
+    seconds = time.monotonic() - started
+    chip = chip_of(topology).device()
+    program = parse(compiled.as_text())
+    total = cost(
+        program, chip.memory_bandwidth / chip.clock, lambda kernel: kernel_cycles(kernel, topology)
+    )
+    kernels = sum(
+        operation.cycles
+        for operation in total.operations
+        if operation.opcode == "custom-call" and not operation.estimated
+    )
+    plan = compiled.memory_analysis()
+    return {
+        "fits": True,
+        "seconds_to_compile": seconds,
+        "memory": {
+            "arguments": plan.argument_size_in_bytes,
+            "outputs": plan.output_size_in_bytes,
+            "aliased": plan.alias_size_in_bytes,
+            "temporaries": plan.temp_size_in_bytes,
+            "program": plan.generated_code_size_in_bytes,
+        },
+        "compute_s": total.cycles / chip.clock,
+        "kernels_s": kernels / chip.clock,
+        "by_bytes_s": (total.cycles_by_bytes - kernels) / chip.clock,
+        "collectives": {
+            kind: {"count": count, "bytes": size}
+            for kind, (count, size) in sorted(total.collectives.items())
+        },
+        "async_copies": {
+            "count": total.async_copies[0],
+            "bytes": total.async_copies[1],
+            "seconds": total.async_copies[1] / chip.memory_bandwidth,
+        },
+        "even_conditionals": total.even_conditionals,
+        "unpriced_kernels": total.unpriced,
+        "unknown_loops": total.unknown_loops,
+        "dearest": [
+            {
+                "seconds": o.cycles / chip.clock,
+                "times": o.times,
+                "operation": _short(o.where) or o.name,
+                "source": _relative(o.source),
+            }
+            for o in total.dearest(DEAREST)
+        ],
+    }
+
+
+@contextlib.contextmanager
+def for_another_machine() -> Iterator[None]:
+    """Programs compiled in this block are for devices that are not here.
+
+    They are kept out of jax's cache, from which they could not be read again. And jax before 0.10
+    asks such devices for their usual layouts after compiling, which of 0.7.2 killed the process;
+    what it wants to know matters to those who run the program.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        with contextlib.ExitStack() as stack:
+            if jax.__version_info__ < (0, 10):
+                stack.enter_context(
+                    mock.patch("jax._src.interpreters.pxla.is_default_layout", lambda *_: True)
+                )
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+def shortage_in(message: str) -> dict[str, float]:
+    """How much memory a program that does not fit needs, from the compiler's message."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+    size = r"([\d.]+)([KMGTP]?)"
+    found = re.search(
+        rf"temporaries \({size}\) exceeds available HBM \({size}\)", message
+    ) or re.search(rf"Used {size} of {size} hbm", message)
+    if not found:
+        return {"reason": " ".join(message.split())[:200]}
+    needed, available = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return {"needed": needed, "available": available}
+
+
+def _short(where: str) -> str:
+    """The end of an operation's path, from the last part of the network on."""
+    steps = [
+        step
+        for step in where.split("/")
+        if step not in ("while", "body", "closed_call", "checkpoint", "shard_map", "pallas_call")
+    ]
+    phase = "backward " if "transpose(" in where else ""
+    again = "again " if "rematted_computation" in where else ""
+    return again + phase + "/".join(steps[-2:])
+
+
+def _relative(source: str) -> str:
+    """`diffit_jax/models/blocks.py:69`, not where it is installed."""
+    parts = source.split("/")
+    for root in ("diffit_jax", "flax", "jax", "optax"):
+        if root in parts:
+            return "/".join(parts[len(parts) - 1 - parts[::-1].index(root) :])
+    return parts[-1]

@@ -1,0 +1,169 @@
+"""What a work directory holds, whose it is, and what may change under a run.
+
+    config.json              the config of the run: with it, the directory holds one
+    checkpoints/STEP         of the whole state; checkpoints_damaged/ those that could not be used
+    ema_snapshots/STEP       of the averages of which one of any length is made
+    events/  grids/  profile/  for people
+
+A key of a config may differ from that of the run which it continues if it has the mark `FREE`
+beside its field: the numbers do not depend on it.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffit_jax import limits, sections
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment, build, class_name
+from diffit_jax.runtime import files, lock
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+DAMAGED = "checkpoints_damaged"
+SNAPSHOTS = "ema_snapshots"
+EVENTS = "events"
+GRIDS = "grids"
+PROFILE = "profile"
+
+
+@contextlib.contextmanager
+def claimed(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
+    """Claims a work directory for a run of `config`, as `claim` does, and owns it for the
+    length of the block.
+
+    Raises:
+      UserError: as `claim`, or another living process owns it.
+    """
+    with lock.owned(files.make_directory(workdir, "workdir"), "workdir"):
+        claim(workdir, config)
+        yield
+
+
+def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Creates a work directory for a run of `config`, or makes sure that it holds one already.
+
+    Args:
+      workdir: absolute; local or `gs://`.
+      config: as given to `build`. Keys that do not change the numbers (intervals, `total_steps`,
+        sampling) may differ from the run's, and all of them as long as nothing has been trained
+        there.
+
+    Raises:
+      UserError: it cannot be written, holds a run of another config, or one that is past
+        `total_steps`.
+    """
+    path = files.make_directory(workdir, "workdir") / CONFIG_FILE
+    held = read_config(workdir) if path.exists() else None
+    if held is not None and not {"model", "process", "training"} <= held.keys():
+        raise UserError(
+            f"workdir {workdir} holds a {CONFIG_FILE} of another program: choose another workdir"
+        )
+    trained = _steps(workdir, CHECKPOINTS, DAMAGED, SNAPSHOTS)
+    if held is None and trained:
+        raise UserError(
+            f"workdir {workdir} holds step {max(trained)} of a run without its {CONFIG_FILE}: put "
+            "it back, or choose another workdir"
+        )
+    if held is not None and trained:
+        ours, theirs = _settings(config.to_dict()), _settings(held, path)
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config "
+                    f"has {ours.get(key)}: "
+                    "choose another workdir or the config of that run"
+                )
+        newest = max(_steps(workdir, CHECKPOINTS), default=0)
+        if config.training.total_steps < newest:
+            raise UserError(
+                f"config key training.total_steps is {config.training.total_steps}, but workdir "
+                f"{workdir} holds step {newest}: set it "
+                f"to at least {newest}, or choose another workdir"
+            )
+    write_config(workdir, config)
+
+
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes the config of the run in a work directory."""
+    files.write_bytes(epath.Path(workdir) / CONFIG_FILE, config.to_json(indent=2).encode())
+
+
+def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
+    """Step numbers of what some directories in a work directory hold."""
+    folders = [epath.Path(workdir) / name for name in names]
+    return [
+        int(entry.name)
+        for folder in folders
+        if folder.exists()
+        for entry in folder.iterdir()
+        if entry.name.isdigit()
+    ]
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config of the run in a work directory, as nested dicts.
+
+    Raises:
+      UserError: there is no run, or its config cannot be read.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"workdir {workdir} holds no run (no {CONFIG_FILE}): train first, or name the "
+            "directory of a run"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): ask its owner for permission, or "
+            "copy the run"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a config ({error}): restore it or choose another workdir"
+        ) from error
+    if isinstance(config.get("sampling"), Mapping):
+        config["sampling"] = sections.lift_old_keys(config["sampling"])
+    return config
+
+
+def number_settings(section: str, value: Any) -> dict[str, Any]:
+    """The settings of a section's object that change numbers, JSON values by name; the name of its
+    class, where a config chooses that, is among them."""
+    settings = {}
+    for field in dataclasses.fields(value):
+        flaxs_own = isinstance(value, nn.Module) and field.name in ("parent", "name")
+        if not flaxs_own and not limits.is_free(field.type):
+            settings[field.name] = getattr(value, field.name)
+    if "dtype" in settings:
+        settings["dtype"] = np.dtype(settings["dtype"]).name
+    name = class_name(section, value)
+    return settings if name is None else {"name": name} | settings
+
+
+def _settings(
+    config: Mapping[str, Any], config_file: epath.PathLike | None = None
+) -> dict[str, Any]:
+    """Every setting of a config that changes numbers by its dotted key, defaults included."""
+    experiment, settings = build(config, config_file), {}
+    for field in dataclasses.fields(Experiment):
+        section, value = field.name, getattr(experiment, field.name)
+        if limits.is_free(field.type):
+            continue
+        if dataclasses.is_dataclass(value):
+            for name, setting in number_settings(section, value).items():
+                settings[f"{section}.{name}"] = setting
+        else:
+            settings[section] = value
+    return settings
