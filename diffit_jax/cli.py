@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
@@ -44,7 +43,7 @@ class _PathParser(flags.ArgumentParser):
             fail(str(error))  # absl would add the flag's name and a hint of its own
 
 
-def define_path(name: str, help_text: str) -> flags.FlagHolder[str]:
+def define_path(name: str, help_text: str) -> flags.FlagHolder:
     """A flag that takes a path, None if it is not given: the one door by which paths come in, see
     `files.resolve`."""
     return flags.DEFINE(
@@ -67,23 +66,12 @@ class ConfigFlag:
         from diffit_jax.runtime import config_files
 
         given = config_files.Given.find(flags.FLAGS.read_flags_from_files(list(arguments), False))
-        if given.file is None:
-            if given.overrides:
-                raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
-            if self._required:
-                raise UserError("--config is missing: name a file with get_config()")
-            return list(given.others)
-        config, keys = config_files.load(given.file), given.keys()
-        for section, (key, choices) in experiment.CHOICES.items():
-            name = given.text_of(f"{section}.{key}")
-            if name in choices:
-                experiment.choose(config, section, name)
-        added = experiment.complete(config)
-        for key in keys:
-            experiment.check_key(config, key)
-        config_files.override(config, given, given.file)
-        experiment.remove(config, set(added) - set(keys))
-        self.value = config.lock()
+        if given.file is not None:
+            self.value = experiment.given_config(given)
+        elif given.overrides:
+            raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
+        elif self._required:
+            raise UserError("--config is missing: name a file with get_config()")
         return list(given.others)
 
 
@@ -99,37 +87,6 @@ def define_config(
     global _config
     _config = ConfigFlag(help_text, required)
     return _config
-
-
-def config_for_weights(
-    config: "ConfigDict | None", weights: str, input_size: int | None = None
-) -> dict[str, Any]:
-    """The config that released weights are used with: the one given, or that of their size in
-    `configs/`.
-
-    Args:
-      config: value of the flag `--config`.
-      weights: file of weights.
-      input_size: side of the latents, if not that of the file.
-    """
-    if config is not None:
-        return config.to_dict()
-    from diffit_jax.interop.official import read_input_size
-    from diffit_jax.runtime import config_files
-
-    size = read_input_size(weights) if input_size is None else input_size
-    name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
-    package, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
-    # Beside the package in a checkout, inside of it or beside the script where it is installed.
-    folders = [package.parent, package, script.parents[1]]
-    places = [folder / "configs" / f"{name}.py" for folder in folders]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise UserError(
-            f"there is no configs/{name}.py in this installation ({places[0]}): name a config by "
-            "--config"
-        )
-    return config_files.load(str(path)).to_dict()
 
 
 class SamplingFlags:

@@ -21,6 +21,7 @@ from diffit_jax.diffusion.seams import Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import FREE, at_least
 from diffit_jax.models import MODELS, Model
+from diffit_jax.runtime import config_files
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
 from diffit_jax.spaces import Space, make_space
@@ -141,7 +142,31 @@ def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
     return classes
 
 
-def choose(config: ConfigDict, section: str, name: str) -> None:
+def given_config(given: config_files.Given) -> ConfigDict:
+    """The config that a command line names, with the keys that it overrides: any key that a section
+    has, whether or not the file lists it.
+
+    Args:
+      given: what the command line says; it names a file.
+
+    Raises:
+      UserError: a mistake in the file, a key that no section has, or a value of another type.
+    """
+    assert given.file is not None
+    config, keys = config_files.load(given.file), given.keys()
+    for section, (key, choices) in CHOICES.items():
+        name = given.text_of(f"{section}.{key}")
+        if name is not None and name in choices:
+            _choose(config, section, name)
+    added = _complete(config)
+    for key in keys:
+        _check_key(config, key)
+    config_files.override(config, given, given.file)
+    _remove(config, set(added) - set(keys))
+    return config.lock()
+
+
+def _choose(config: ConfigDict, section: str, name: str) -> None:
     """Changes the class of a section in `CHOICES`. A sampler or guidance of another kind keeps what
     the two have in common."""
     key, choices = CHOICES[section]
@@ -156,7 +181,7 @@ def choose(config: ConfigDict, section: str, name: str) -> None:
                 del node[other]
 
 
-def complete(config: ConfigDict) -> list[str]:
+def _complete(config: ConfigDict) -> list[str]:
     """Adds the keys with a default that a config leaves out, in their section's type, so that each
     can be overridden; returns their dotted names."""
     added: list[str] = []
@@ -169,19 +194,20 @@ def complete(config: ConfigDict) -> list[str]:
                 added.append(section)
             node = _node(config, section)
             if isinstance(node, ConfigDict):
-                added += [f"{section}.{name}" for name in _complete(node, section, cls)]
+                added += [f"{section}.{name}" for name in _complete_section(node, section, cls)]
     return added
 
 
-def _complete(node: ConfigDict, section: str, cls: type) -> list[str]:
+def _complete_section(node: Any, section: str, cls: type) -> list[str]:
     added = []
     for name, field in keys_of(section, cls).items():
         kind = limits.type_of(field.type)
         if f"{section}.{name}" in CHOICES or not has_default(field):
             continue
         if name not in node:
+            make: Any = field.default_factory
             missing = field.default is dataclasses.MISSING
-            default = field.default_factory() if missing else field.default
+            default: Any = make() if missing else field.default
             node[name] = np.dtype(default).name if kind is np.dtype else default
             added.append(name)
         elif kind is float and node.get_type(name) is int:
@@ -190,8 +216,8 @@ def _complete(node: ConfigDict, section: str, cls: type) -> list[str]:
     return added
 
 
-def check_key(config: ConfigDict, key: str) -> None:
-    """Raises `UserError` if a config, all of whose keys are there (`complete`), has no such one."""
+def _check_key(config: ConfigDict, key: str) -> None:
+    """Raises `UserError` if a config whose keys are all there (`_complete`) has no such one."""
     section = ""
     for name in key.split("."):
         node = _node(config, section) if section else config
@@ -202,12 +228,12 @@ def check_key(config: ConfigDict, key: str) -> None:
             raise unknown_key(section, list(node))
 
 
-def remove(config: ConfigDict, keys: Iterable[str]) -> None:
+def _remove(config: ConfigDict, keys: Iterable[str]) -> None:
     """Takes keys out of a config again, and sections that are empty then."""
     with config.unlocked():
         for key in sorted(keys, key=len, reverse=True):
             parent, _, name = key.rpartition(".")
-            node = _node(config, parent) if parent else config
+            node: Any = _node(config, parent) if parent else config
             if not isinstance(node[name], ConfigDict) or not len(node[name]):
                 del node[name]
 

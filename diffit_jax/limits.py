@@ -225,5 +225,5 @@ def _dtype_name(value: Any) -> str | None:
         return None
 
 
-def _short(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:.3g}"
+def _short(number: float | None) -> str:
+    return f"{number:.3g}" if isinstance(number, float) else str(number)

@@ -189,18 +189,24 @@ CHOICES = {"sampler": SAMPLERS, "guidance": GUIDANCE}
 _PLAIN = ("batch_per_device", "pixel_rounding")
 
 
-def _chosen(section: str, classes: Mapping[str, type], old: Any, name: str | None, given: dict):
+def _chosen(
+    section: str,
+    classes: Mapping[str, Any],
+    old: Any,
+    name: str | None,
+    given: Mapping[str, Any],
+) -> Any:
     """A sampler or guidance: `old` with the values of `given`, or one of another class."""
     if name is not None and name not in classes:
         raise UserError(f"--{section} {name} is unknown: use {', '.join(classes)}")
-    chosen = type(old) if name is None else classes[name]
+    chosen: Any = old.__class__ if name is None else classes[name]
     name = next(name for name, cls in classes.items() if cls is chosen)
     fields = {field.name: field for field in dataclasses.fields(chosen)}
     for key in given:
         if key not in fields:
             raise UserError(f"--{section}.{key} has no effect with {section} {name}: leave it out")
-    kept = {key: getattr(old, key) for key in fields if hasattr(old, key)}
-    one, other = getattr(chosen, "alternatives", (None, None))
+    kept: dict[str, Any] = {key: getattr(old, key) for key in fields if hasattr(old, key)}
+    one, other = getattr(chosen, "alternatives", ("", ""))
     if one in given and other in given:
         raise UserError(
             f"--{section}.{one} and --{section}.{other} both say how many steps there are: leave "
@@ -210,9 +216,9 @@ def _chosen(section: str, classes: Mapping[str, type], old: Any, name: str | Non
         kept.pop(other, None)
     for key, field in fields.items():
         needed = field.default is dataclasses.MISSING
-        if needed and key not in kept | given:
+        if needed and key not in kept and key not in given:
             raise UserError(f"--{section}.{key} is missing: {section} {name} needs it")
-    return chosen(**kept | given)
+    return chosen(**{**kept, **given})
 
 
 # Keys of the section `sampling` as it was until it had sections of its own, and what they are now.

@@ -6,7 +6,7 @@ Shape suffixes: B batch, H, W, C height, width and channels of what the network 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,11 @@ class Space(Protocol):
       note: what is to be said where samples are written; "" is nothing.
     """
 
-    example: ClassVar[str]
-    samples: ClassVar[str]
+    @property
+    def example(self) -> str: ...
+
+    @property
+    def samples(self) -> str: ...
 
     @property
     def variables(self) -> Any: ...
@@ -51,7 +54,7 @@ class Space(Protocol):
         """
         ...
 
-    def leave(self, x_BHWC: jax.Array, variables: Any) -> np.ndarray:
+    def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
         """Samples of the network, (n, H, W, C) float32, as they are written to files."""
         ...
 
@@ -72,19 +75,30 @@ class PixelSpace:
       rounding: of samples, a name in `pixels.ROUNDINGS`.
     """
 
-    example: ClassVar[str] = "image"
-    samples: ClassVar[str] = "samples"
-    note: ClassVar[str] = ""
-    variables: ClassVar[Mapping[str, Any]] = {}
-
     rounding: str = "edm"
+
+    @property
+    def example(self) -> str:
+        return "image"
+
+    @property
+    def samples(self) -> str:
+        return "samples"
+
+    @property
+    def variables(self) -> Any:
+        return {}
+
+    @property
+    def note(self) -> str:
+        return ""
 
     def enter(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
     ) -> tuple[jax.Array, Conditioning]:
         return pixels.to_model(examples["image"]), {}
 
-    def leave(self, x_BHWC: jax.Array, variables: Any) -> np.ndarray:
+    def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
         return np.asarray(pixels.to_pixels(x_BHWC, self.rounding))
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
@@ -103,11 +117,19 @@ class LatentSpace:
       autoencoder: its name.
     """
 
-    example: ClassVar[str] = "latent"
-    samples: ClassVar[str] = "latents"
-    variables: ClassVar[Mapping[str, Any]] = {}
-
     autoencoder: str
+
+    @property
+    def example(self) -> str:
+        return "latent"
+
+    @property
+    def samples(self) -> str:
+        return "latents"
+
+    @property
+    def variables(self) -> Any:
+        return {}
 
     @property
     def note(self) -> str:
@@ -121,7 +143,7 @@ class LatentSpace:
     ) -> tuple[jax.Array, Conditioning]:
         return examples["latent"], {}
 
-    def leave(self, x_BHWC: jax.Array, variables: Any) -> np.ndarray:
+    def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
         return np.asarray(x_BHWC)
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:

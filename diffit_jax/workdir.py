@@ -9,11 +9,14 @@ A key of a config may differ from that of the run which it continues if it has t
 beside its field: the numbers do not depend on it.
 """
 
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# (etils and ml_collections have no stubs.)
+
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import numpy as np
@@ -35,7 +38,7 @@ PROFILE = "profile"
 
 
 @contextlib.contextmanager
-def claimed(workdir: epath.PathLike, config: ConfigDict) -> Iterator[None]:
+def claimed(workdir: epath.PathLike, config: ConfigDict) -> Generator[None]:
     """Claims a work directory for a run of `config`, as `claim` does, and owns it for the
     length of the block.
 
@@ -73,20 +76,20 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
             "it back, or choose another workdir"
         )
     if held is not None and trained:
-        ours, theirs = _settings(config.to_dict()), _settings(held, path)
+        given = cast(dict[str, Any], config.to_dict())
+        ours, theirs = _settings(given), _settings(held, path)
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config "
-                    f"has {ours.get(key)}: "
-                    "choose another workdir or the config of that run"
+                    f"has {ours.get(key)}: choose another workdir or the config of that run"
                 )
         newest = max(_steps(workdir, CHECKPOINTS), default=0)
-        if config.training.total_steps < newest:
+        total_steps = given["training"]["total_steps"]
+        if total_steps < newest:
             raise UserError(
-                f"config key training.total_steps is {config.training.total_steps}, but workdir "
-                f"{workdir} holds step {newest}: set it "
-                f"to at least {newest}, or choose another workdir"
+                f"config key training.total_steps is {total_steps}, but workdir {workdir} holds "
+                f"step {newest}: set it to at least {newest}, or choose another workdir"
             )
     write_config(workdir, config)
 
@@ -116,8 +119,8 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
+        read: Any = json.loads(path.read_text())
+        if not isinstance(read, dict):
             raise ValueError("it is not a JSON object")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
@@ -133,15 +136,17 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a config ({error}): restore it or choose another workdir"
         ) from error
-    if isinstance(config.get("sampling"), Mapping):
-        config["sampling"] = sections.lift_old_keys(config["sampling"])
+    config = cast(dict[str, Any], read)
+    sampling = config.get("sampling")
+    if isinstance(sampling, Mapping):
+        config["sampling"] = sections.lift_old_keys(cast(Mapping[str, Any], sampling))
     return config
 
 
 def number_settings(section: str, value: Any) -> dict[str, Any]:
     """The settings of a section's object that change numbers, JSON values by name; the name of its
     class, where a config chooses that, is among them."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         flaxs_own = isinstance(value, nn.Module) and field.name in ("parent", "name")
         if not flaxs_own and not limits.is_free(field.type):
@@ -156,7 +161,8 @@ def _settings(
     config: Mapping[str, Any], config_file: epath.PathLike | None = None
 ) -> dict[str, Any]:
     """Every setting of a config that changes numbers by its dotted key, defaults included."""
-    experiment, settings = build(config, config_file), {}
+    experiment = build(config, config_file)
+    settings: dict[str, Any] = {}
     for field in dataclasses.fields(Experiment):
         section, value = field.name, getattr(experiment, field.name)
         if limits.is_free(field.type):

@@ -19,8 +19,10 @@ run() {
   fi
 }
 
-# parse USAGE FLAGS SWITCHES ARGUMENT…: reads a launcher's arguments. A flag's value becomes the variable of its name, a switch makes
-# its variable 1 (--dry_run is one of every launcher), and what follows -- becomes the array `arguments`, of the command launch/$verb.py.
+# parse USAGE FLAGS SWITCHES ARGUMENT…: reads a launcher's arguments. A flag's value becomes the
+# variable of its name, a switch makes
+# its variable 1 (--dry_run is one of every launcher), and what follows -- becomes the array
+# `arguments`, of the command launch/$verb.py.
 parse() {
   local _usage="$1" _flags=" verb $2 " _switches=" dry_run $3 "
   shift 3
@@ -45,12 +47,15 @@ parse() {
 has() {
   local argument
   for argument in "${arguments[@]}"; do
-    [[ "$argument" == "--$1" || "$argument" == "--$1="* || "$argument" == "-$1" || "$argument" == "-$1="* ]] && return
+    case "$argument" in
+      "--$1" | "--$1="* | "-$1" | "-$1="*) return ;;
+    esac
   done
   return 1
 }
 
-# Ends the launcher unless `arguments` have what the verb needs. The array `verb_flags` names the verb to another launcher.
+# Ends the launcher unless `arguments` have what the verb needs. The array `verb_flags` names the
+# verb to another launcher.
 need_run() {
   [ "$verb" = train ] || verb_flags=(--verb "$verb")
   case "$verb" in
@@ -59,7 +64,10 @@ need_run() {
       has workdir || fail "name the work directory after --: -- --config configs/X.py --workdir DIR"
       ;;
     benchmark) has config || fail "name the config after --: -- --config configs/X.py" ;;
-    sample) has workdir || has weights || fail "name a run or weights after --: -- --workdir DIR, or -- --weights FILE" ;;
+    sample)
+      has workdir || has weights ||
+        fail "name a run or weights after --: -- --workdir DIR, or -- --weights FILE"
+      ;;
     evaluate) has samples || fail "name the samples after --: -- --samples FILE.npz" ;;
     *) fail "--verb $verb is unknown: use train, benchmark, sample or evaluate" ;;
   esac

@@ -42,6 +42,7 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 
 
 def main() -> None:
+    from diffit_jax.sampling.networks import config_for_weights
     from diffit_jax.verbs import convert
 
     cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
@@ -69,7 +70,7 @@ def main() -> None:
             OVERWRITE.value,
         )
     elif WEIGHTS.value:
-        config = cli.config_for_weights(CONFIG.value, WEIGHTS.value, INPUT_SIZE.value)
+        config = config_for_weights(CONFIG.value, WEIGHTS.value, INPUT_SIZE.value)
         convert.weights_to_workdir(
             WEIGHTS.value,
             TO_WORKDIR.value,

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2034 # variables are used by their name, to fill in the manifest
-# TPU slices of a GKE cluster, as a JobSet that starts again after each preemption (the cluster needs the JobSet controller):
-#   bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--max_restarts 100] \
-#     [--verb train|benchmark|sample|evaluate] [--dry_run] \
+# TPU slices of a GKE cluster, as a JobSet that starts again after each preemption (the cluster
+# needs the JobSet controller):
+#   bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] \
+#     [--max_restarts 100] [--verb train|benchmark|sample|evaluate] [--dry_run] \
 #     -- --config configs/X.py --workdir gs://B/run [--config.key=value …]
 # fills in launch/gke_jobset.yaml and applies it. The image comes from launch/Dockerfile. Logs, end:
-#   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=N,batch.kubernetes.io/job-completion-index=0;  kubectl delete jobset N
+#   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=N,batch.kubernetes.io/job-completion-index=0;
+#   kubectl delete jobset N
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 
-usage="bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] [--verb train|…] [--dry_run] -- FLAGS OF launch/VERB.py"
+usage="bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1]"
+usage+=" [--verb train|…] [--dry_run] -- FLAGS OF launch/VERB.py"
 name="" image="" topology="" num_slices=1 max_restarts=100
 parse "$usage" "name image topology num_slices max_restarts" "" "$@"
 for needed in name image topology; do
@@ -20,8 +23,9 @@ need_run
 need_program kubectl "see https://kubernetes.io/docs/tasks/tools"
 
 chip="${topology%%:*}" grid="${topology#*:}"
-[[ "$num_slices" =~ ^[1-9][0-9]*$ ]] || fail "--num_slices $num_slices is no number of slices"
-[[ "$grid" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || fail "--topology $topology is none: write CHIP:GRID, such as v5e:16x16 or v5p:4x4x8"
+[[ "$num_slices" =~ ^[1-9][0-9]*$ ]] || fail "--num_slices $num_slices is not a number of slices"
+[[ "$grid" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
+  fail "--topology $topology is not a topology: write CHIP:GRID, such as v5e:16x16 or v5p:4x4x8"
 chips=$((${grid//x/*}))
 case "$chip" in
   v4) accelerator=tpu-v4-podslice ;;
@@ -31,10 +35,12 @@ case "$chip" in
   *) fail "chip $chip is unknown: use v4, v5e, v5p or v6e" ;;
 esac
 chips_per_host=$((chips < 4 ? chips : 4))
-[ $((chips % chips_per_host)) -eq 0 ] || fail "--topology $topology has $chips chips, which hosts of $chips_per_host do not make up: change it"
+[ $((chips % chips_per_host)) -eq 0 ] ||
+  fail "--topology $topology has $chips chips, which hosts of $chips_per_host do not make up: change it"
 hosts=$((chips / chips_per_host))
 
-if [ "$num_slices" -gt 1 ] && [[ "$verb" =~ ^(train|benchmark)$ ]]; then # the others find out by themselves
+# The other verbs find out by themselves.
+if [ "$num_slices" -gt 1 ] && [[ "$verb" =~ ^(train|benchmark)$ ]]; then
   arguments+=("--config.mesh.num_slices=$num_slices")
 fi
 command="[bash, launch/local.sh, ${verb_flags[*]:+--verb, $verb, }--extra, tpu, --"

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Runs a verb on this machine until it is done: sets up what its accelerator needs, and goes on after each preemption.
-#   bash launch/local.sh [--dry_run] [--verb train|benchmark|sample|evaluate] [--extra tpu|cuda] -- --config configs/X.py --workdir DIR …
-# Everything after -- goes to launch/train.py, or that of the verb. Also what the launchers for pods run on each host.
+# Runs a verb on this machine until it is done: sets up what its accelerator needs, and goes on
+# after each preemption.
+#   bash launch/local.sh [--dry_run] [--verb train|benchmark|sample|evaluate] [--extra tpu|cuda] \
+#     -- --config configs/X.py --workdir DIR …
+# Everything after -- goes to launch/train.py, or that of the verb. Also what the launchers for pods
+# run on each host.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -12,7 +15,8 @@ if compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/nu
 elif command -v nvidia-smi >/dev/null; then
   extra=cuda
 fi
-parse "launch/local.sh [--dry_run] [--verb train|benchmark|sample|evaluate] [--extra tpu|cuda] -- FLAGS OF launch/VERB.py" "extra" "" "$@"
+usage="launch/local.sh [--dry_run] [--verb train|benchmark|sample|evaluate] [--extra tpu|cuda]"
+parse "$usage -- FLAGS OF launch/VERB.py" "extra" "" "$@"
 need_run
 command=(.venv/bin/python "launch/$verb.py" "${arguments[@]}")
 
@@ -23,7 +27,8 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 
-# A signal to this script is for the run, which saves and ends with 75; then nothing may start again. One that comes again does not wait.
+# A signal to this script is for the run, which saves and ends with 75; then nothing may start
+# again. One that comes again does not wait.
 stopping="" child=""
 # shellcheck disable=SC2329 # the traps call it
 hand_on() {
@@ -39,7 +44,8 @@ for signal in TERM INT HUP USR1; do
   trap "hand_on $signal" "$signal"
 done
 
-# Starts a command and waits for its end, however many signals come meanwhile; its status is in `status`.
+# Starts a command and waits for its end, however many signals come meanwhile; its status is in
+# `status`.
 attend() {
   status=0
   "$@" &

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to digits that a DiffiT drew: sets itself up, prepares the data, trains, samples 100 digits and scores 1,000.
-#   bash launch/quickstart.sh [digits|digits_latent] [workdir]      default: digits, in runs/digits; run it again to continue
+# From a fresh clone to digits that a DiffiT drew: sets itself up, prepares the data, trains,
+# samples 100 digits and scores 1,000.
+#   bash launch/quickstart.sh [digits|digits_latent] [workdir]      default: digits, in runs/digits;
+#   run it again to continue
 # digits is the image-space network with EDM, digits_latent the latent network with ADM's diffusion.
 set -euo pipefail
 experiment=digits

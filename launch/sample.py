@@ -53,7 +53,7 @@ SAMPLING = cli.SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.sca
 
 def main() -> None:
     from diffit_jax.runtime.ranges import parse_numbers
-    from diffit_jax.sampling.networks import Run, Weights
+    from diffit_jax.sampling.networks import Run, Weights, config_for_weights
     from diffit_jax.verbs.sample import sample
 
     cli.require_one(workdir=WORKDIR.value, weights=WEIGHTS.value)
@@ -63,15 +63,11 @@ def main() -> None:
         cli.fail("--ema_length goes with --workdir: a file of weights holds one average")
     if CHECKPOINT.value is not None and not WORKDIR.value:
         cli.fail("--checkpoint goes with --workdir: a file of weights holds one state")
-    source = (
-        Run(WORKDIR.value, EMA_LENGTH.value, CHECKPOINT.value, ALLOW_NONFINITE.value)
-        if WORKDIR.value
-        else Weights(
-            WEIGHTS.value,
-            cli.config_for_weights(CONFIG.value, WEIGHTS.value),
-            ALLOW_NONFINITE.value,
-        )
-    )
+    if WORKDIR.value:
+        source = Run(WORKDIR.value, EMA_LENGTH.value, CHECKPOINT.value, ALLOW_NONFINITE.value)
+    else:
+        config = config_for_weights(CONFIG.value, WEIGHTS.value)
+        source = Weights(WEIGHTS.value, config, ALLOW_NONFINITE.value)
     seeds = parse_numbers("--seeds", SEEDS.value)
     path = sample(source, seeds, LABELS.value, OUTPUT.value, OVERWRITE.value, SAMPLING.value)
     print(f"wrote {path} and {path.with_suffix('.png')}")

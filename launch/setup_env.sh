@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv in the project's root, once, with the versions of constraints.txt:
+# Makes the virtual environment .venv in the project's root, once, with the versions of
+# constraints.txt:
 #   bash launch/setup_env.sh [extra]      extra: test, tpu or cuda; none for running only
-# PYTHON=python3.12 chooses an interpreter; otherwise the first of python3, python3.13, python3.12, python3.11 that is new enough.
+# PYTHON=python3.12 chooses an interpreter; otherwise the first of python3, python3.13, python3.12,
+# python3.11 that is new enough.
 # VENV and CONSTRAINTS choose another folder and other versions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,15 +28,18 @@ if [ ! -x "$venv/bin/python" ] || ! new_enough "$venv/bin/python"; then
     fi
   done
   if [ -z "$python" ]; then
-    echo "error: no Python 3.11 or newer found: install one, or name it with PYTHON=/path/to/python" >&2
+    echo "error: no Python 3.11 or newer found: install one, or name it with" \
+      "PYTHON=/path/to/python" >&2
     exit 1
   fi
   if ! "$python" -m venv --clear "$venv"; then
-    echo "error: $python cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv)" >&2
+    echo "error: $python cannot make a virtual environment: install its venv module" \
+      "(Debian: apt-get install python3-venv)" >&2
     exit 1
   fi
 fi
 
 echo "installing into $venv (about 1.3 GB, once)" >&2
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extra:+[$extra]}"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" \
+  -e ".${extra:+[$extra]}"
 echo "$wanted" >"$stamp"

@@ -1,12 +1,12 @@
-"""Two virtual devices, so that everything runs sharded, and small experiments that compile in
-seconds."""
+"""Two virtual devices, so that everything runs sharded, and two small runs that tests share."""
 
 import gc
 import os
 import signal
+import sys
 import tempfile
 
-from processes import QUICK_TO_COMPILE
+from support.processes import QUICK_TO_COMPILE
 
 # Tracing makes many small objects; looking for garbage took a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
@@ -21,93 +21,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
-from ml_collections import ConfigDict
+from support.configs import small_config, small_latent_config
 
 if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     jax.config.update("jax_num_cpu_devices", 2)
 # With several virtual devices on few cores, programs in flight can starve each other's collectives
 # of threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def small_config(**overrides) -> ConfigDict:
-    """A conditional 8×8 experiment that trains in seconds; `overrides` are keys
-    with `__` between their parts."""
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "data": {"name": "synthetic"},
-            "model": {
-                "name": "image_diffit",
-                "image_size": 8,
-                "image_channels": 1,
-                # One stage: a third of the time to compile; tests of the network have more.
-                "channels": (8,),
-                "num_blocks": (2,),
-                "window": 4,
-                "time_width": 16,
-                "head_width": 8,
-                "num_classes": 10,
-                "scan_unroll": 1,
-            },
-            "process": {"name": "edm"},
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
-            "ema": {"halflife_images": 64},
-            "training": {
-                "batch_size": 8,
-                "label_dropout": 0.1,
-                "total_steps": 6,
-                "log_steps": 2,
-                "grid_steps": 6,
-                "checkpoint_steps": 2,
-                "keep_checkpoints": 3,
-                "grid_images": 4,
-            },
-            "sampling": {
-                "sampler": {"name": "heun", "num_steps": 3},
-                "guidance": {"kind": "constant", "scale": 1.5},
-                "batch_per_device": 2,
-            },
-        }
-    )
-    return _override(config, overrides)
-
-
-def small_latent_config(**overrides) -> ConfigDict:
-    """A latent DDPM experiment on random latents that trains in seconds; `overrides` as above."""
-    config = small_config()
-    config.data = ConfigDict({"name": "synthetic", "autoencoder": "sd-vae-ft-ema"})
-    config.model = ConfigDict(
-        {
-            "name": "latent_diffit",
-            "input_size": 8,
-            "input_channels": 4,
-            "patch_size": 2,
-            "hidden_size": 16,
-            "depth": 2,
-            "num_heads": 2,
-            "num_classes": 10,
-        }
-    )
-    config.process = ConfigDict({"name": "ddpm"})
-    config.sampling = ConfigDict(
-        {
-            "sampler": {"name": "ddpm", "num_steps": 4},
-            "guidance": {"kind": "power_cosine", "scale": 4.4},
-            "batch_per_device": 2,
-        }
-    )
-    return _override(config, overrides)
-
-
-def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
-    for key, value in overrides.items():
-        *parents, name = key.split("__")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[name] = value
-    return config
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +46,8 @@ def latent_run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("latent_run")
     return workdir, train(small_latent_config(), workdir)
+
+
+def pytest_collection_finish():
+    # It would end a worker one second after a test's own SIGINT.
+    assert "diffit_jax.cli" not in sys.modules, "importing cli listens to signals: use a command"

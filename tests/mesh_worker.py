@@ -19,14 +19,14 @@ import os
 import sys
 from pathlib import Path
 
-from processes import QUICK_TO_COMPILE
+from support.processes import QUICK_TO_COMPILE
 
 os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={sys.argv[2]}"
 
 import jax
 import numpy as np
-from conftest import small_config, small_latent_config
-from pods import arranged
+from support.configs import small_config, small_latent_config
+from support.pods import arranged
 
 from diffit_jax.data.pipeline import batches
 from diffit_jax.experiment import build

@@ -1,12 +1,10 @@
 """Every config in `configs/` describes an experiment that can be, and the ImageNet ones the
 paper's."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from support.configs import CONFIGS, config_of
 
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.diffusion import GUIDANCE
@@ -15,12 +13,6 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.training.compiling import open_training_data
 from diffit_jax.verbs.train import train
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def config_of(name, *arguments):
-    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))

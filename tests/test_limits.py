@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import small_config, small_latent_config
+from support.configs import small_config, small_latent_config
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError

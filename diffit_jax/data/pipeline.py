@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -64,7 +65,8 @@ def batches(
       Endless iterator of dicts: `image` (n, H, W, C) uint8, `label` (n,) int32, a row for each of
       `rows`.
     """
-    dataset = grain.MapDataset.source(ShuffledBatches(source, batch_size, seed, rows))
+    shuffled: Any = ShuffledBatches(source, batch_size, seed, rows)
+    dataset = grain.MapDataset.source(shuffled)
     iterator = iter(
         dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     )

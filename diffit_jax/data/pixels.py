@@ -23,7 +23,7 @@ def to_model(pixels: jax.Array) -> jax.Array:
 ROUNDINGS = ("edm", "adm")
 
 
-def to_pixels(x: jax.Array, rounding: str = "edm") -> jax.Array:
+def to_pixels(x: jax.Array | np.ndarray, rounding: str = "edm") -> jax.Array:
     """float32 in [-1, 1] → uint8, by one of the two published rules, which differ by half a level.
 
     Args:
@@ -34,7 +34,7 @@ def to_pixels(x: jax.Array, rounding: str = "edm") -> jax.Array:
     return jnp.clip(127.5 * x + (128 if rounding == "edm" else 127.5), 0, 255).astype(jnp.uint8)
 
 
-def latent_preview(x: jax.Array) -> jax.Array:
+def latent_preview(x: jax.Array | np.ndarray) -> jax.Array:
     """(n, H, W, C) float32 latents of about unit variance → (n, H, W, 3 or 1) uint8: the first
     channels, [-3, 3] from dark to bright."""
     channels = 3 if x.shape[-1] >= 3 else 1

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import math
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging as absl_logging
@@ -25,8 +25,11 @@ class Source(Protocol):
       num_classes: number of labels.
     """
 
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def num_classes(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -36,6 +39,7 @@ class Source(Protocol):
         `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model
           takes it.
         """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +242,11 @@ def _open_digits(wanted: Wanted) -> Source:
     # Small enough to keep in memory; decoding each example anew would take longer than a training
     # step.
     try:
-        examples = list(builder.as_data_source(split))
+        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue] (a decorator)
         images = np.stack([example["image"] for example in examples])
         labels = np.array([example["label"] for example in examples], np.int32)
-        classes = builder.info.features["label"].num_classes
+        features: Any = builder.info.features
+        classes = features["label"].num_classes
     except Exception as error:
         raise _damaged(builder.data_path, error) from error
     if images.shape != (digits.COUNTS[split], *digits.SHAPE) or images.dtype != np.uint8:

@@ -255,11 +255,7 @@ def guide(
                 "or choose another guidance"
             )
 
-        def both(
-            x_BHWC: jax.Array, level_B: jax.Array, conditioning: Conditioning
-        ) -> tuple[jax.Array, jax.Array]:
-            plain = evaluate(x_BHWC, level_B, conditioning)
-            return plain, weaker(x_BHWC, level_B, conditioning)
+        both = _by_two_networks(evaluate, weaker)
 
     def mixed(
         x_BHWC: jax.Array, level_B: jax.Array, conditioning: Conditioning, scale: jax.Array
@@ -272,9 +268,22 @@ def guide(
     return Guided(evaluate, mixed, guidance, time_of)
 
 
-def _with_and_without_label(
-    evaluate: Network, null_label: int
-) -> Callable[[jax.Array, jax.Array, Conditioning], tuple[jax.Array, jax.Array]]:
+_Both = Callable[[jax.Array, jax.Array, Conditioning], tuple[jax.Array, jax.Array]]
+
+
+def _by_two_networks(evaluate: Network, weaker: Network) -> _Both:
+    """Both evaluations with the same conditioning."""
+
+    def both(
+        x_BHWC: jax.Array, level_B: jax.Array, conditioning: Conditioning
+    ) -> tuple[jax.Array, jax.Array]:
+        plain = evaluate(x_BHWC, level_B, conditioning)
+        return plain, weaker(x_BHWC, level_B, conditioning)
+
+    return both
+
+
+def _with_and_without_label(evaluate: Network, null_label: int) -> _Both:
     """Both evaluations by one call with twice the batch."""
 
     def both(

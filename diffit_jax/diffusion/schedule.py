@@ -190,5 +190,5 @@ def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int
         raise UserError(
             f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps"
         )
-    ends = np.array([sigma_max, sigma_min]) ** (1 / rho)
-    return np.append(np.linspace(*ends, num_steps) ** rho, 0.0)
+    first, last = np.array([sigma_max, sigma_min]) ** (1 / rho)
+    return np.append(np.linspace(first, last, num_steps) ** rho, 0.0)

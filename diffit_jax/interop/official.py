@@ -12,22 +12,23 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401
 import numpy as np
 from etils import epath
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
+from diffit_jax.interop import tensors
 from diffit_jax.interop.parametrisation import to_released
 from diffit_jax.interop.resolution import resize_bias_table, resize_position_embedding
+from diffit_jax.interop.tensors import Leaf
 from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.attention import relative_position_index
 from diffit_jax.models.latent import LatentDiffiT
-from diffit_jax.runtime import contents, files
+from diffit_jax.runtime import files
 from diffit_jax.runtime.console import Progress
 
 _LINEAR = (1, 0)  # PyTorch's (out, in) → (in, out)
@@ -64,7 +65,7 @@ _TENSORS = {
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
 # What a file says: the sizes, and that it is in the released parametrisation. All other attributes
 # are the config's.
-_SIZES = (
+SIZES = (
     "input_size",
     "input_channels",
     "patch_size",
@@ -76,30 +77,10 @@ _SIZES = (
     "learn_sigma",
     "slim_tmsa",
 )
-_TUNING = tuple(
-    name for name in LatentDiffiT.__dataclass_fields__ if name not in (*_SIZES, "parent", "name")
+TUNING = tuple(
+    name for name in LatentDiffiT.__dataclass_fields__ if name not in (*SIZES, "parent", "name")
 )
-_DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
-
-
-class _Leaf(NamedTuple):
-    """One array of ours and the tensors that it is made of."""
-
-    path: str
-    shape: tuple[int, ...]  # of ours
-    names: list[str]  # one for each layer, or a single one
-    stacked: bool
-    official_shape: tuple[int, ...]
-    axes: tuple[int, ...]
-
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """One tensor of the file as one layer of ours."""
-        return tensor.transpose(self.axes).reshape(self.shape[1:] if self.stacked else self.shape)
-
-    def to_official(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`, contiguous."""
-        transposed = [self.official_shape[axis] for axis in self.axes]
-        return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
+_KIND = "a latent DiffiT"
 
 
 def load(
@@ -135,49 +116,27 @@ def load(
       UserError: not a safetensors file, a truncated one, or one with missing, extra or misshapen
         tensors, or such that are not finite (each named, at most ten).
     """
-    if not attributes.keys() <= set(_TUNING):
+    if not attributes.keys() <= set(TUNING):
         raise TypeError(
-            f"load takes the attributes {', '.join(_TUNING)}, not "
-            f"{', '.join(attributes.keys() - set(_TUNING))}"
+            f"load takes the attributes {', '.join(TUNING)}, not "
+            f"{', '.join(attributes.keys() - set(TUNING))}"
         )
     path = epath.Path(path)
     with _open(path) as file:
         found = _infer_module(path, file)
-        leaves = _leaves(found)
-        _check_tensors(path, leaves, file.shapes, file.dtypes)
-        module = found.clone(
-            input_size=found.input_size if input_size is None else input_size, **attributes
-        )
+        leaves = leaves_of(found)
+        tensors.check(path, _KIND, leaves, file)
+        size = found.input_size if input_size is None else input_size
+        module = found.clone(input_size=size, **attributes)
         module.check()
 
-        flat, bad = {}, []
-        with Progress(
-            f"load {path.name}", sum(len(leaf.names) for leaf in leaves), unit="tensor", every_s=2
-        ) as progress:
-            for leaf in leaves:
-                array = np.empty(leaf.shape, np.float32)
-                for layer, name in enumerate(leaf.names):
-                    array[layer if leaf.stacked else ...] = leaf.to_ours(file.tensor(name))
-                    if not np.isfinite(array[layer if leaf.stacked else ...]).all():
-                        bad.append(name)
-                    progress.advance()
-                if bad and not allow_nonfinite:
-                    continue  # the others are looked at, to be named too
-                if module.grid != found.grid:
-                    array = _resized(leaf.path, array, found.grid, module.grid)
-                flat[leaf.path] = jax.block_until_ready(
-                    jax.device_put(
-                        array,
-                        _at(sharding, leaf.path) if isinstance(sharding, Mapping) else sharding,
-                    )
-                )
-    if bad and not allow_nonfinite:
-        raise UserError(
-            f"weights {path} are not finite: there are NaNs or infinities in "
-            f"{contents.first_few(bad)}; use other weights, or say "
-            "--allow_nonfinite"
-        )
-    return module, _nest(flat)
+        def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
+            if module.grid != found.grid:
+                array = _resized(leaf.path, array, found.grid, module.grid)
+            is_tree = isinstance(sharding, Mapping)
+            return jax.device_put(array, tensors.at(sharding, leaf.path) if is_tree else sharding)
+
+        return module, tensors.read(file, leaves, place, str(path), allow_nonfinite)
 
 
 def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) -> dict[str, Any]:
@@ -185,7 +144,7 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
     `model`.
 
     Args:
-      config: of a latent experiment. What a file says nothing about (`_TUNING`, and every attribute
+      config: of a latent experiment. What a file says nothing about (`TUNING`, and every attribute
         to come that is no size) stays.
       path: as in `load`; only names and shapes are read.
       **model: attributes that take the place of the file's and the config's.
@@ -200,8 +159,8 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
         )
     module = _read_module(path)
     config = copy.deepcopy(dict(config))
-    sizes = {name: getattr(module, name) for name in _SIZES}
-    kept = {name: value for name, value in config["model"].items() if name in _TUNING}
+    sizes = {name: getattr(module, name) for name in SIZES}
+    kept = {name: value for name, value in config["model"].items() if name in TUNING}
     config["model"] = {"name": "latent_diffit", **sizes, **kept, **model}
     return config
 
@@ -214,7 +173,7 @@ def read_input_size(path: epath.PathLike) -> int:
 
 def save(
     path: epath.PathLike,
-    module: LatentDiffiT,
+    module: Any,
     variables: Mapping[str, Any],
     index_buffers: bool = False,
 ) -> None:
@@ -239,8 +198,9 @@ def save(
         )
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    entries = _entries(module, index_buffers)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    entries = entries_of(module, index_buffers)
     for name, dtype, shape in entries:
         size = {"F32": 4, "I64": 8}[dtype] * math.prod(shape)
         header[name] = {
@@ -263,14 +223,14 @@ def save(
         for _ in range(module.depth if index_buffers else 0):
             file.write(relative_position_index(module.grid).astype(np.int64).tobytes())
             progress.advance()
-        for leaf in _leaves(module):
-            array = np.asarray(_at(variables, leaf.path), np.float32)
+        for leaf in leaves_of(module):
+            array = np.asarray(tensors.at(variables, leaf.path), np.float32)
             for layer in array if leaf.stacked else array[None]:
-                file.write(leaf.to_official(layer).data)
+                file.write(leaf.to_theirs(layer).data)
                 progress.advance()
 
 
-def _entries(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, str, tuple[int, ...]]]:
+def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor of a file, in the order in which they are written."""
     shape = (module.grid**2, module.grid**2)
     buffers = (
@@ -280,7 +240,7 @@ def _entries(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, str, 
     )
     # The buffers come first, where their 8 bytes are aligned.
     return buffers + [
-        (name, "F32", leaf.official_shape) for leaf in _leaves(module) for name in leaf.names
+        (name, "F32", leaf.theirs) for leaf in leaves_of(module) for name in leaf.names
     ]
 
 
@@ -294,7 +254,7 @@ def _read_module(path: epath.PathLike) -> LatentDiffiT:
         return _infer_module(path, file)
 
 
-def _leaves(module: LatentDiffiT) -> list[_Leaf]:
+def leaves_of(module: LatentDiffiT) -> list[Leaf]:
     """Every array of a module in the released parametrisation, with its tensors' names and
     shapes."""
     shapes = jax.eval_shape(lambda: models.init_variables(module, jax.random.key(0)))
@@ -303,7 +263,7 @@ def _leaves(module: LatentDiffiT) -> list[_Leaf]:
         module.mlp_ratio * module.hidden_size,
         module.patch_size,
     )
-    official_shapes = {
+    theirs = {
         "pos_embed": (1, module.grid**2, width),
         "x_embedder.proj.weight": (width, module.input_channels, patch, patch),
         "blocks.{}.attn.qkv_temb.weight": (3 * width, width),
@@ -313,15 +273,7 @@ def _leaves(module: LatentDiffiT) -> list[_Leaf]:
         "blocks.{}.attn.proj.weight": (width, width),
         "blocks.{}.mlp.fc1.weight": (hidden, width),
     }
-    leaves = []
-    for name, (path, axes) in _TENSORS.items():
-        ours = _at(shapes, path).shape
-        stacked = "{}" in name
-        layer_shape = ours[1:] if stacked else ours
-        theirs = official_shapes.get(name) or (layer_shape if axes is _SAME else layer_shape[::-1])
-        names = [name.format(layer) for layer in range(module.depth)] if stacked else [name]
-        leaves.append(_Leaf(path, ours, names, stacked, theirs, axes or tuple(range(len(theirs)))))
-    return leaves
+    return tensors.leaves_of(_TENSORS, shapes, module.depth, theirs)
 
 
 def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
@@ -329,28 +281,30 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     decides, so that the others are reported."""
     shapes = file.shapes
     depth = _depth(shapes)
-    known = set(_names(depth))
-    missing = [f"missing {name}" for name in _in_order(known - shapes.keys())]
+    known = set(tensors.names_of(_TENSORS, depth))
+    missing = [f"missing {name}" for name in tensors.in_order(known - shapes.keys())]
     extra = [
         f"extra {name}"
-        for name in _in_order(
+        for name in tensors.in_order(
             shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)}
         )
     ]
     if missing or extra:
-        _refuse(path, missing, extra, file.hint)
+        tensors.refuse(path, _KIND, missing, extra, file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """What most tensors say: (pattern, rank, their shape → the size)."""
         sizes = [
             size(shapes[name])
             for pattern, rank, size in witnesses
-            for name in _expand(pattern, depth)
+            for name in tensors.expanded(pattern, depth)
             if len(shapes[name]) == rank
         ]
         if not sizes:
             name, rank = witnesses[0][0].format(0), witnesses[0][1]
-            _refuse(path, [f"misshapen {name} {shapes[name]}, which must have {rank} axes"])
+            tensors.refuse(
+                path, _KIND, [f"misshapen {name} {shapes[name]}, which must have {rank} axes"]
+            )
         return collections.Counter(sizes).most_common(1)[0][0]
 
     axis = operator.itemgetter
@@ -390,7 +344,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     if classes < 1:
         suspects.append("y_embedder.embedding_table.weight")
     if suspects:
-        _refuse(path, [f"misshapen {name} {shapes[name]}" for name in suspects])
+        tensors.refuse(path, _KIND, [f"misshapen {name} {shapes[name]}" for name in suspects])
     return LatentDiffiT(
         input_size=grid * patch,
         input_channels=channels,
@@ -414,74 +368,9 @@ def _depth(names: Iterable[str]) -> int:
     return max((layer for layer, count in found.items() if 2 * count >= per_layer), default=0) + 1
 
 
-def _check_tensors(
-    path: epath.Path,
-    leaves: list[_Leaf],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, str],
-) -> None:
-    problems = []
-    for leaf in leaves:
-        for name in leaf.names:
-            if shapes[name] != leaf.official_shape:
-                problems.append(f"misshapen {name} {shapes[name]} instead of {leaf.official_shape}")
-            elif dtypes[name] not in _DTYPES:
-                problems.append(f"{name} of type {dtypes[name]} instead of {', '.join(_DTYPES)}")
-    if problems:
-        _refuse(path, problems)
-
-
-def _refuse(
-    path: epath.PathLike, problems: list[str], others: Sequence[str] = (), hint: str = ""
-) -> NoReturn:
-    """Lists at most ten problems; of two kinds, each gets five places at least."""
-    listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
-    left = len(problems) + len(others) - len(listed)
-    shown = "; ".join(listed) + (f"; and {left} more" if left else "")
-    raise UserError(
-        f"weights {path} are not those of a latent DiffiT ({shown}){hint}: name a file of the "
-        "released layout"
-    )
-
-
-def _expand(pattern: str, depth: int) -> list[str]:
-    return [pattern.format(layer) for layer in range(depth)] if "{}" in pattern else [pattern]
-
-
-def _names(depth: int) -> Iterator[str]:
-    return (name for pattern in _TENSORS for name in _expand(pattern, depth))
-
-
-def _in_order(names: set[str]) -> list[str]:
-    """Sorted, numbers by value."""
-    return sorted(
-        names,
-        key=lambda name: [
-            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)
-        ],
-    )
-
-
 def _resized(path: str, array: np.ndarray, old: int, new: int) -> np.ndarray:
     if path.endswith("pos_embed"):
         return resize_position_embedding(array, old, new)
     if path.endswith("relative_position_bias"):
         return np.stack([resize_bias_table(layer, old, new) for layer in array])
     return array
-
-
-def _at(tree: Any, path: str) -> Any:
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = leaf
-    return tree

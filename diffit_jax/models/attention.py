@@ -8,8 +8,8 @@ Eq. 3-6 as written, for spatial tokens x_s and the time token x_t:
     q = x_s W_qs + x_t W_qt,  k = x_s W_ks + x_t W_kt,  v = x_s W_vs + x_t W_vt
     TMSA = softmax(q kᵀ / √D + bias) v
 
-Two exact simplifications are built in (tests/test_attention.py proves both against the equations
-above):
+Two exact simplifications are built in (tests/models/test_attention.py proves both against the
+equations above):
 
   * Whatever is the same for every key (x_t W_kt, and any key bias) adds a constant to each row of
     logits, which the softmax ignores. It can never change the output, so it is never computed and

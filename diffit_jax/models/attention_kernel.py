@@ -15,6 +15,7 @@ Shape suffixes: B batch (times windows), H heads, L tokens, D head width, w side
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,10 @@ def _options(
     )
     # Beside two copies of each block (one at work, one under way) there are logits of 128 × L, a
     # few times.
-    compiler_params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=64 * 2**20)
+    semantics: Any = order
+    compiler_params = pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=64 * 2**20
+    )
     return dict(
         grid=(heads, batch // examples_per_step(batch, tokens)),
         compiler_params=compiler_params,
@@ -266,7 +270,7 @@ def _logits(q: jax.Array, k: jax.Array, strips_ref, start: int) -> jax.Array:
     return _dot(q, k, 1, 1) + strips_ref[0, :, _keys(len(k), start)].astype(jnp.float32)
 
 
-def _keys(tokens: int, start: int) -> pl.Slice:
+def _keys(tokens: int, start: int) -> pl.Slice | slice:
     """The columns of the strips that belong to the block of queries from `start` on."""
     return pl.ds(tokens - BLOCK - start, tokens)
 

@@ -201,7 +201,7 @@ def repeat_block(
         lambda block, x, time_BT: (run(block, x, time_BT), None),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (its stub forgets it)
         length=num_blocks,
         unroll=unroll,
     )

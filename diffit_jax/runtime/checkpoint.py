@@ -86,7 +86,7 @@ class Checkpoints:
         """Orbax asks: which of these, the newest one included, stay?"""
         steps = sorted(info.step for info in checkpoints)
         stay = set(steps)
-        if len(steps) > self._keep:
+        if self._keep is not None and len(steps) > self._keep:
             *older, newest = steps
             good, followed = (
                 [step for step in self.good_steps(steps, which) if step in older]
@@ -174,7 +174,8 @@ class Checkpoints:
                 f"{', '.join(map(str, steps)) or 'none'}"
             )
         for candidate in reversed(steps if step is None else [step]):
-            items, reason = None, None
+            items: Any = None
+            reason = None
             try:
                 items = self.restore_step(candidate, abstract_items)
             except Exception as error:
@@ -185,7 +186,7 @@ class Checkpoints:
             elif not allow_nonfinite and not self.facts(candidate).get(
                 "finite"
             ):  # false, or of a version that did not record it
-                bad = contents.not_finite(_without_moments(items))
+                bad = contents.not_finite(_without_moments(items or {}))
                 if bad or "finite" in self.facts(candidate):
                     named = f" ({contents.first_few(bad)})" if bad else ""
                     reason = (

@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -125,7 +126,7 @@ def override(config: ConfigDict, given: Given, file: str) -> None:
                 f"config key {key} is left open in {_divided(file)[0]}: give it by --config.{key}=…"
             )
         *parents, name = key.split(".")
-        node = config
+        node: Any = config
         for part in parents:
             node = node[part]
         # ml_collections shows the config before it sets the key: something must be there.

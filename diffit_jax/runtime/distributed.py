@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ def initialize(cluster: Cluster = Cluster()) -> None:
             "TPU pods and under Slurm, or "
             "--num_processes=1 alone for one process anywhere"
         )
-    elif not 0 <= cluster.process_id < cluster.num_processes:
+    elif not 0 <= (cluster.process_id or 0) < (cluster.num_processes or 0):
         raise UserError(
             f"--process_id {cluster.process_id} is not in 0-{cluster.num_processes - 1}: change it "
             "or --num_processes"
@@ -83,14 +83,12 @@ def initialize(cluster: Cluster = Cluster()) -> None:
     warning = threading.Timer(max(cluster.timeout_s - 2, 1), _end_without_the_others, [cluster])
     warning.daemon = True
     warning.start()
-    options = {
+    options: dict[str, Any] = {
         "initialization_timeout": cluster.timeout_s,
         "heartbeat_timeout_seconds": HEARTBEAT_S,
         "shutdown_timeout_seconds": 60,
     }
-    known = inspect.signature(
-        jax.distributed.initialize
-    ).parameters  # jax 0.7.2 has not the last one
+    known = inspect.signature(jax.distributed.initialize).parameters  # 0.7.2 has not the last one
     try:
         jax.distributed.initialize(
             *given, **{name: value for name, value in options.items() if name in known}
@@ -167,7 +165,8 @@ def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None)
     either fails anywhere, all fail."""
     if jax.process_count() == 1:
         return action()
-    result, error = None, None
+    result: Any = None
+    error = None
     for turn in (True, False):
         if is_first() == turn:
             try:
@@ -336,9 +335,9 @@ def _roll_call(cluster: Cluster) -> None:
     """
     host, _, port = cluster.coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator {cluster.coordinator} is no address: write host:port")
+        raise UserError(f"--coordinator {cluster.coordinator} is not an address: write host:port")
     deadline = time.monotonic() + cluster.timeout_s
-    everyone = set(range(cluster.num_processes))
+    everyone = set(range(cluster.num_processes or 0))
     if cluster.process_id == 0:
         callers: dict[int, socket.socket] = {}
         try:

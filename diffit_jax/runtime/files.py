@@ -12,7 +12,7 @@ import secrets
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
@@ -51,7 +51,7 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
         return epath.Path(text)
     if text in ("None", "null", "nan"):
         raise UserError(
-            f"{flag} is {text}, which is no path: leave it out, or write ./{text} if a file is "
+            f"{flag} is {text}, which is not a path: leave it out, or write ./{text} if a file is "
             "really called so"
         )
     if text.startswith("~"):
@@ -123,7 +123,7 @@ def read_json(path: epath.PathLike, kind: type = dict) -> Any:
 
 
 @contextlib.contextmanager
-def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
+def writing(path: epath.PathLike) -> Iterator[Any]:
     """A binary file to write to: it has a temporary name of its own until the block ends, and goes
     away if the block fails.
 
@@ -194,9 +194,10 @@ def remedy_for_writing(error: BaseException) -> str | None:
         ),
     }
     chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
     for remedy, (numbers, pattern) in remedies.items():
         for link in chain:
             by_number = isinstance(link, OSError) and link.errno in numbers

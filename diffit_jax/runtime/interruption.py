@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_RESUME = 75  # EX_TEMPFAIL
 EXIT_INTERRUPTED = 130
@@ -92,7 +92,7 @@ def held(ctrl_c: bool = False) -> Iterator[None]:
             if _listening
             else [number for number in _wanted() if not (_forward and number == signal.SIGTERM)]
         )
-        handlers = dict.fromkeys(ours, lambda number, _: _on(number))
+        handlers: dict[int, Any] = dict.fromkeys(ours, lambda number, _: _on(number))
         if ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             handlers[signal.SIGINT] = _on_ctrl_c
         restored = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -181,7 +181,7 @@ class SampleFiles:
                 "directory, or choose another --output"
             )
         elif begun is None and path.exists():
-            raise UserError(f"{path} is damaged (it is no request): delete {self._parts}")
+            raise UserError(f"{path} is damaged (it is not a request): delete {self._parts}")
         if begun is None or difference:
             files.write_bytes(path, json.dumps(self.request.as_json(), indent=2).encode())
 
@@ -221,7 +221,7 @@ class SampleFiles:
         return np.concatenate(found)[:count]
 
     def finish(
-        self, labels: np.ndarray, seeds: Sequence[int], more: Mapping[str, Any]
+        self, labels: np.ndarray, seeds: Sequence[int] | np.ndarray, more: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Puts the parts together in the npz, one at a time, writes the record beside it, and
         returns that; `leave` removes the parts.

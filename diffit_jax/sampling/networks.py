@@ -1,15 +1,18 @@
 """Where a network comes from: a run, an average of any length of it, or released weights."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
-from diffit_jax.runtime import checkpoint, contents, distributed, files, parallel
+from diffit_jax.runtime import checkpoint, config_files, contents, distributed, files, parallel
 from diffit_jax.runtime.console import Progress
 from diffit_jax.sampling.sampler import Variables
 from diffit_jax.training import power_ema
@@ -220,3 +223,31 @@ def open_weaker(experiment: Experiment, workdir: str) -> tuple[Run, Opened]:
             "run like the main one"
         )
     return run, weaker
+
+
+def config_for_weights(
+    config: ConfigDict | None, weights: str, input_size: int | None = None
+) -> dict[str, Any]:
+    """The config that released weights are used with: the one given, or that of their size in
+    `configs/`.
+
+    Args:
+      config: as it is given, None if it is not.
+      weights: file of weights.
+      input_size: side of the latents, if not that of the file.
+    """
+    if config is not None:
+        return config.to_dict()
+    size = official.read_input_size(weights) if input_size is None else input_size
+    name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
+    package, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    # Beside the package in a checkout, inside of it or beside the script where it is installed.
+    folders = [package.parent, package, script.parents[1]]
+    places = [folder / "configs" / f"{name}.py" for folder in folders]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise UserError(
+            f"there is no configs/{name}.py in this installation ({places[0]}): name a config by "
+            "--config"
+        )
+    return config_files.load(str(path)).to_dict()

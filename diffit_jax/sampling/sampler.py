@@ -67,7 +67,8 @@ class Sampler:
         with parallel.placement(self._mesh, whole_weights=copy):
             if copy:
                 variables = self._copied(self._model, variables)
-                weaker = weaker and self._copied(self._weaker_model, weaker)
+                if weaker is not None and self._weaker_model is not None:
+                    weaker = self._copied(self._weaker_model, weaker)
             return self._trajectory(variables, weaker, batch)
 
     def _copied(self, model: Model, variables: Variables) -> Variables:
@@ -89,12 +90,15 @@ class Sampler:
         def evaluated(model: Model, variables: Variables) -> Network:
             return sampling.sampler.evaluated(process, models.as_network(model, variables))
 
+        plain, lesser = evaluated(self._model, variables), None
+        if weaker is not None and self._weaker_model is not None:
+            lesser = evaluated(self._weaker_model, weaker)
         guided = guidance.guide(
             sampling.guidance,
-            evaluated(self._model, variables),
+            plain,
             process.time_of,
             null_label=num_classes or None,
-            weaker=None if weaker is None else evaluated(self._weaker_model, weaker),
+            weaker=lesser,
         )
         noise = samplers.seeded_noise(batch["seed"], self._model.sample_shape)
         conditioning = {"label": batch["label"]} if num_classes else {}
@@ -124,8 +128,8 @@ class Sampler:
     def draw_batch(
         self,
         variables: Variables,
-        seeds: Sequence[int],
-        labels: Sequence[int],
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
         weaker: Variables | None = None,
     ) -> np.ndarray:
         """Draws one sample per seed, for at most a batch of them.
@@ -154,8 +158,8 @@ class Sampler:
     def batches(
         self,
         variables: Variables,
-        seeds: Sequence[int],
-        labels: Sequence[int],
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
         weaker: Variables | None = None,
     ) -> Iterator[np.ndarray]:
         """`draw_batch` for one batch of n seeds after the other."""
@@ -166,8 +170,8 @@ class Sampler:
     def draw(
         self,
         variables: Variables,
-        seeds: Sequence[int],
-        labels: Sequence[int],
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
         weaker: Variables | None = None,
     ) -> np.ndarray:
         """All of `batches` as one (n, H, W, C) float32 array."""
@@ -221,7 +225,7 @@ def _copies(model: Model) -> bool:
     return jnp.dtype(model.dtype) == jnp.bfloat16
 
 
-def default_labels(seeds: Sequence[int], num_classes: int) -> np.ndarray:
+def default_labels(seeds: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
     """The label of each seed where none is asked for: seed mod num_classes, so that consecutive
     seeds go round the classes."""
     return np.asarray(seeds, np.int64) % max(num_classes, 1)

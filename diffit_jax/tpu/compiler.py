@@ -94,7 +94,7 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
         return {"fits": False} | shortage_in(str(error))
     seconds = time.monotonic() - started
     chip = chip_of(topology).device()
-    program = parse(compiled.as_text())
+    program = parse(compiled.as_text() or "")
     total = cost(
         program, chip.memory_bandwidth / chip.clock, lambda kernel: kernel_cycles(kernel, topology)
     )
@@ -163,7 +163,7 @@ def for_another_machine() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def shortage_in(message: str) -> dict[str, float]:
+def shortage_in(message: str) -> dict[str, Any]:
     """How much memory a program that does not fit needs, from the compiler's message."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
     size = r"([\d.]+)([KMGTP]?)"

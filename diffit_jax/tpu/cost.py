@@ -294,7 +294,7 @@ class _Walk:
             )
             cycles = sum(inside) if inside else moved / self._bytes_per_cycle
             estimated = bool(inside)
-        self._add(instruction, cycles, times, estimated)
+        self._add(instruction, cycles or 0.0, times, estimated)
 
     def _custom_call(self, instruction: Instruction, times: float, by_name: Mapping) -> None:
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)

@@ -49,7 +49,8 @@ def make_optimizer(
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays))
     if settings.name == "lamb":
         chain.append(scale_by_layer_trust_ratio(stacked))
-    chain.append(optax.scale_by_learning_rate(functools.partial(learning_rate, settings)))
+    rate: Any = functools.partial(learning_rate, settings)
+    chain.append(optax.scale_by_learning_rate(rate))
     return optax.chain(*chain)
 
 
@@ -81,7 +82,7 @@ def scale_by_layer_trust_ratio(stacked: Sequence[str]) -> optax.GradientTransfor
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
 
 
 def _names(path: tuple) -> list[str]:

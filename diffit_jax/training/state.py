@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from diffit_jax import models
@@ -14,7 +14,7 @@ from diffit_jax.runtime import backend, parallel
 from diffit_jax.training.optimizer import make_optimizer
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """Everything that an update changes. All float32 but the counters.
 

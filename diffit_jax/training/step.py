@@ -18,7 +18,7 @@ from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.power_ema import gamma_of, power_rate
 from diffit_jax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # of global arrays, or their shapes
 
 
 @functools.cache

@@ -119,12 +119,12 @@ _seen: collections.Counter[str] = collections.Counter()  # of the whole process
 def _listen() -> None:
     """Begins to count, once for the process: jax keeps a listener for good."""
 
-    def on_event(name: str, **_) -> None:
-        if name in _CACHE_EVENTS:
-            _seen[_CACHE_EVENTS[name]] += 1
+    def on_event(event: str, **_: str | int) -> None:
+        if event in _CACHE_EVENTS:
+            _seen[_CACHE_EVENTS[event]] += 1
 
-    def on_duration(name: str, _: float, **__) -> None:
-        _seen["compiled"] += name == "/jax/core/compile/backend_compile_duration"
+    def on_duration(event: str, duration_secs: float, **_: str | int) -> None:
+        _seen["compiled"] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_listener(on_event)
     jax.monitoring.register_event_duration_secs_listener(on_duration)

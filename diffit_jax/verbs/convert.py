@@ -83,7 +83,8 @@ def workdir_to_weights(
     files.refuse_existing(weights, "--to_weights", overwrite)
     workdir, opened = _open_latent(workdir)
     _, variables = restore_variables(workdir, opened.state, allow_nonfinite=allow_nonfinite)
-    official.save(weights, opened.experiment.model, variables, index_buffers)
+    model: Any = opened.experiment.model
+    official.save(weights, model, variables, index_buffers)
 
 
 @backend.pinned()

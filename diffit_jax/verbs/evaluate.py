@@ -43,7 +43,7 @@ def evaluate(
       `matmul_precision`: with which they were drawn.
 
     Raises:
-      UserError: a file that is no npz of samples, an unknown data set, an output that cannot be
+      UserError: a file that is not an npz of samples, an unknown data set, an output that cannot be
         written or holds other scores.
     """
     samples = files.resolve(samples, "samples")
@@ -53,7 +53,7 @@ def evaluate(
         else files.resolve(output, "output")
     )
     images, labels = read_samples(samples)
-    digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     _refuse_other_scores(output, digest, overwrite)
     train, test = (open_dataset(dataset, split, data_dir) for split in ("train", "test"))
     if images.shape[1:] != train.image_shape:
@@ -102,7 +102,7 @@ def read_samples(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
     except OSError as error:
         refuse(f"cannot be read ({error.strerror or error})", error)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        refuse(f"is no npz file ({' '.join(str(error).split())[:100]})", error)
+        refuse(f"is not an npz file ({' '.join(str(error).split())[:100]})", error)
     if isinstance(loaded, np.ndarray):
         refuse(f"is a single array {loaded.shape} of {loaded.dtype}, without labels")
     with loaded:

@@ -79,8 +79,8 @@ def preflight(
     chip, devices = chip_of(topology), compiler.topology_devices(topology, num_slices)
     config = ConfigDict(config.to_dict())
     if num_slices > 1:
-        config.mesh = ConfigDict(dict(config.get("mesh") or {}))
-        config.mesh.num_slices = num_slices
+        mesh_section = config.to_dict().get("mesh") or {}
+        config.mesh = ConfigDict({**mesh_section, "num_slices": num_slices})
     with compiler.for_another_machine():  # it may try the attention kernel
         opened = open_experiment(config, devices)
     experiment, mesh, state = opened.experiment, opened.mesh, opened.state
@@ -237,7 +237,7 @@ def calibrate(topology: str) -> list[dict[str, Any]]:
             for shape in ((m, k), (k, n))
         )
         with compiler.for_another_machine():
-            text = jax.jit(jnp.matmul).lower(a, b).compile().as_text()
+            text = jax.jit(jnp.matmul).lower(a, b).compile().as_text() or ""
         seconds = cost(parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
         share = 2 * m * k * n / seconds / chip.peak_flops
         rows.append({"product": f"{m} x {k} x {n}", "seconds": seconds, "share_of_peak": share})

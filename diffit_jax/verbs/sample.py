@@ -152,7 +152,7 @@ class _Asked:
         experiment = opened.experiment.with_sampling(sampling)
         weaker = None
         if sampling.guidance.active and not sampling.guidance.by_label:
-            weaker = open_weaker(experiment, sampling.guidance.workdir)
+            weaker = open_weaker(experiment, getattr(sampling.guidance, "workdir", ""))
 
         # --- The sampler, on devices that hold the right rows.
         weaker_model = weaker[1].experiment.model if weaker else None
@@ -172,15 +172,17 @@ class _Asked:
         output = files.resolve(output, "output")
         if output.suffix != ".npz" or output.is_dir():
             raise UserError(f"--output {output} must be a file that ends in .npz: change it")
-        seeds = np.asarray(seeds, np.int64)
-        return cls(opened, experiment, seeds, label_of, output, sampler, weaker)
+        numbers = np.asarray(seeds, np.int64)
+        return cls(opened, experiment, numbers, label_of, output, sampler, weaker)
 
     def identity(self, variables: Variables, weaker: Variables | None) -> dict[str, Any]:
         """JSON values by name of all that the samples depend on: not how many are drawn at once,
         nor where the networks lie."""
         sampling = self.experiment.sampling
         settings = {f"sampling.{name}": value for name, value in _makes_samples(sampling).items()}
-        weaker_network = self.weaker and _network(self.weaker[1].experiment, weaker)
+        weaker_network = None
+        if self.weaker and weaker is not None:
+            weaker_network = _network(self.weaker[1].experiment, weaker)
         return {
             "network": _network(self.experiment, variables),
             "weaker network": weaker_network,
@@ -197,7 +199,7 @@ def _draw(
     """Draws the samples that are in no part yet, part by part."""
     first, count, space = distributed.is_first(), len(asked.seeds), asked.experiment.space
     done_there = sample_files.done(count) if first else np.zeros(count, bool)
-    there = np.array(distributed.from_first(done_there))
+    there = np.array(distributed.from_first(done_there.tolist()))
     done = int(there.sum())
 
     def kept() -> str:
@@ -211,7 +213,7 @@ def _draw(
                 seeds, labels = asked.seeds[batch], asked.labels[batch]
                 drawn = asked.sampler.draw_batch(variables, seeds, labels, weaker)
                 if first:
-                    finite = np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1)
+                    finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
                     if not finite.all():
                         bad = named_seeds(seeds[~finite].tolist())
                         log.warning("samples of seeds %s are not finite", bad)
@@ -237,7 +239,7 @@ def _assemble(asked: _Asked, sample_files: SampleFiles) -> dict[str, Any]:
 def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
     """The end of a request on every process, given its record on the first one: good only if all
     samples are finite."""
-    bad = record["not_finite"] if record else {"count": 0}
+    bad: Mapping[str, Any] = record["not_finite"] if record else {"count": 0}
     if distributed.agreed(bad["count"] > 0):
         seeds = f" ({bad['count']}, of seeds {named_seeds(bad['seeds'])})" if record else ""
         raise UserError(

@@ -1,5 +1,5 @@
-"""Writes the estimates that tests/test_preflight.py compares with, for the version of libtpu at
-hand: python tests/studies/estimates.py
+"""Writes the estimates that tests/verbs/test_preflight.py compares with, for the version of
+libtpu at hand: python tests/studies/estimates.py
 
 Run it after a change that is meant to change them, or with a new libtpu; the file keeps those of
 other versions.

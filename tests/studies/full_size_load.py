@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_official import MEASURE
+from support.memory import MEASURE
 
-from diffit_jax.interop import official
+from diffit_jax.interop import official, tensors
 from diffit_jax.models.latent import LatentDiffiT, named_size
 
 
@@ -26,10 +26,10 @@ def main() -> None:
             LatentDiffiT(32, **named_size("XL/2")),
             np.random.default_rng(0),
         )
-        arrays = official._nest(
+        arrays = tensors.nested(
             {
                 leaf.path: rng.standard_normal(leaf.shape, np.float32)
-                for leaf in official._leaves(module)
+                for leaf in official.leaves_of(module)
             }
         )
         started = time.monotonic()

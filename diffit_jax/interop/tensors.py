@@ -1,0 +1,186 @@
+"""Arrays of ours and the tensors of a file that they are made of, by a table; for every loader.
+
+A table has a row for each kind of tensor: its name in the file, `{}` standing for the number of a
+layer, and (collection and path of ours, axes of theirs in the order of ours). Tensors are read one
+array of ours at a time, and at most ten problems are named.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import ml_dtypes  # noqa: F401
+import numpy as np
+from etils import epath
+
+from diffit_jax.errors import UserError
+from diffit_jax.interop.weight_files import WeightFiles
+from diffit_jax.runtime import contents
+from diffit_jax.runtime.console import Progress
+
+DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
+
+Table = Mapping[str, tuple[str, tuple[int, ...] | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of ours and the tensors that it is made of.
+
+    Attributes:
+      path: of ours, such as `params/blocks/mlp_in/kernel`.
+      shape: of ours.
+      names: of the tensors, one for each layer, or a single one.
+      stacked: whether the leading axis of ours counts layers.
+      theirs: shape of each tensor.
+      axes: of theirs, in the order of ours.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: list[str]
+    stacked: bool
+    theirs: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """One tensor of the file as one layer of ours."""
+        return tensor.transpose(self.axes).reshape(self.shape[1:] if self.stacked else self.shape)
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`, contiguous."""
+        transposed = [self.theirs[axis] for axis in self.axes]
+        return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
+
+
+def leaves_of(
+    table: Table, shapes: Any, depth: int, theirs: Mapping[str, tuple[int, ...]]
+) -> list[Leaf]:
+    """Every array of a table.
+
+    Args:
+      table: see the top of this file. Axes None: both have the same order.
+      shapes: tree of ours.
+      depth: number of layers.
+      theirs: shapes of tensors that are not ours transposed.
+    """
+    leaves = []
+    for name, (path, axes) in table.items():
+        ours, stacked = at(shapes, path).shape, "{}" in name
+        layer_shape = ours[1:] if stacked else ours
+        shape = theirs.get(name) or (layer_shape if axes is None else layer_shape[::-1])
+        axes = axes or tuple(range(len(shape)))
+        leaves.append(Leaf(path, ours, expanded(name, depth), stacked, shape, axes))
+    return leaves
+
+
+def read(
+    file: WeightFiles,
+    leaves: Sequence[Leaf],
+    place: Callable[[Leaf, np.ndarray], jax.Array],
+    what: str,
+    allow_nonfinite: bool = False,
+) -> dict[str, Any]:
+    """The arrays of ours as a tree of what `place` makes of them, one at a time in host memory.
+
+    Args:
+      file: that holds every tensor, see `check`.
+      leaves: of ours.
+      place: (leaf, its float32 array) → the array where it belongs.
+      what: the file, for progress and messages.
+      allow_nonfinite: whether there may be NaNs and infinities.
+
+    Raises:
+      UserError: there are; their tensors are named.
+    """
+    flat, bad = {}, []
+    total = sum(len(leaf.names) for leaf in leaves)
+    name_of_file = what.rpartition("/")[2]
+    with Progress(f"load {name_of_file}", total, unit="tensor", every_s=2) as progress:
+        for leaf in leaves:
+            array = np.empty(leaf.shape, np.float32)
+            for layer, name in enumerate(leaf.names):
+                part = layer if leaf.stacked else ...
+                array[part] = leaf.to_ours(file.tensor(name))
+                if not np.isfinite(array[part]).all():
+                    bad.append(name)
+                progress.advance()
+            if not bad or allow_nonfinite:  # else the others are only looked at, to be named too
+                flat[leaf.path] = jax.block_until_ready(place(leaf, array))
+    if bad and not allow_nonfinite:
+        raise UserError(
+            f"weights {what} are not finite: there are NaNs or infinities in "
+            f"{contents.first_few(bad)}; use other weights, or say --allow_nonfinite"
+        )
+    return nested(flat)
+
+
+def check(path: epath.PathLike, kind: str, leaves: Iterable[Leaf], file: WeightFiles) -> None:
+    """Raises `UserError` if tensors of a file have another shape or type than the leaves' have."""
+    problems = []
+    for leaf in leaves:
+        for name in leaf.names:
+            shape, dtype = file.shapes[name], file.dtypes[name]
+            if shape != leaf.theirs:
+                problems.append(f"misshapen {name} {shape} instead of {leaf.theirs}")
+            elif dtype not in DTYPES:
+                problems.append(f"{name} of type {dtype} instead of {', '.join(DTYPES)}")
+    if problems:
+        refuse(path, kind, problems)
+
+
+def refuse(
+    path: epath.PathLike,
+    kind: str,
+    problems: Sequence[str],
+    others: Sequence[str] = (),
+    hint: str = "",
+) -> NoReturn:
+    """Raises `UserError` with at most ten problems; of two sorts, each gets five places."""
+    listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
+    left = len(problems) + len(others) - len(listed)
+    shown = "; ".join(listed) + (f"; and {left} more" if left else "")
+    raise UserError(
+        f"weights {path} are not those of {kind} ({shown}){hint}: name a file of the released "
+        "layout"
+    )
+
+
+def expanded(pattern: str, depth: int) -> list[str]:
+    """The names that a name in a table stands for."""
+    return [pattern.format(layer) for layer in range(depth)] if "{}" in pattern else [pattern]
+
+
+def names_of(table: Table, depth: int) -> Iterator[str]:
+    """The names of all tensors of a table."""
+    return (name for pattern in table for name in expanded(pattern, depth))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted, numbers by value."""
+
+    def parts(name: str) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    return sorted(names, key=parts)
+
+
+def at(tree: Any, path: str) -> Any:
+    """The node of a tree of dicts at `a/b/c`."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dicts from leaves by their paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree

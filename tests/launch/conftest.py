@@ -1,0 +1,5 @@
+"""Fixtures of the launchers' tests."""
+
+from support.launchers import project
+
+__all__ = ["project"]

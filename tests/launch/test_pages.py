@@ -1,0 +1,247 @@
+"""Every command line that a page shows is run as it stands there, or says here why not."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from support.configs import small_config, small_latent_config
+from support.processes import environment, write_config
+
+from diffit_jax import models
+from diffit_jax.interop import official
+from diffit_jax.models.latent import LatentDiffiT
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "launch/README.md", "configs/README.md", "launch/PERFORMANCE.md")
+STARTS = ("bash ", "python ", ".venv/bin/python ", "for ", "pip ")
+
+# By what a line begins with; the longest that fits counts. "run": in a folder with stand-ins
+# (`scratch`). "dry": with --dry_run. "parsed": its flags only, since what it asks for is not small.
+# Anything else: why it is not run.
+LISTS = {
+    "bash launch/quickstart.sh digits_latent": "the same script as for digits, whose steps a test "
+    "of its own runs",
+    "bash launch/quickstart.sh": "a test of its own runs its steps on small networks",
+    "bash tests/run.sh": "it is what runs this",
+    "bash launch/setup_env.sh": "installs, as tests/run.sh has done",
+    "pip install": "installs",
+    "python launch/train.py --config configs/digits.py": "run",
+    "python launch/train.py --config … ": "a pattern, with an ellipsis for the config",
+    "python launch/train.py --profile_steps": "a flag that the text names",
+    "python launch/sample.py --ema_length": "a flag that the text names",
+    "python launch/sample.py --workdir": "run",
+    "python launch/sample.py --weights diffit_256.safetensors --seeds 0-49999": "parsed",
+    "python launch/sample.py --weights": "run",
+    "python launch/convert.py": "run",
+    "python launch/evaluate.py": "run",
+    "python launch/benchmark.py --config configs/digits.py": "run",
+    "python launch/benchmark.py": "parsed",
+    # tests/verbs/test_preflight.py runs it, for small networks.
+    "python launch/preflight.py": "parsed",
+    "for attention in": "a loop of benchmarks for GPUs",
+    "bash launch/local.sh": "dry",
+    "bash launch/tpu_pod.sh create\\|": "a pattern of all actions",
+    "bash launch/tpu_pod.sh": "dry",
+    "bash launch/gke.sh": "dry",
+    "bash launch/slurm.sh": "dry",
+}
+
+
+def lines_of(page):
+    """The commands of a page: whole lines of shell blocks, and code within the text that begins
+    like one; continued lines joined."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    cleaned = (
+        re.sub(r"\s+", " ", line.split("  #")[0].split(" # ")[0]).strip().removeprefix(".venv/bin/")
+        for line in found
+    )
+    cleaned = (re.sub(r"^(launch/\w+\.py)", r"python \1", line) for line in cleaned)
+    return [
+        line
+        for line in cleaned
+        if line.startswith(STARTS) and re.search(r"\.py .*--|\.sh|^pip install|^for", line)
+    ]
+
+
+def variants(line):
+    """A line with its [optional parts] left out, and with them put in where they are whole."""
+    line = line.replace("\\|", "|")
+    with_them = re.sub(r"\[(--[^\]…]*?)\]", r"\1", line)
+    return list(
+        dict.fromkeys(
+            re.sub(r"\s+", " ", re.sub(r"\[[^\]]*\]", "", each)).strip()
+            for each in (line, with_them)
+        )
+    )
+
+
+def listed(line):
+    return max((start for start in LISTS if line.startswith(start)), key=len, default=None)
+
+
+SHOWN = list(dict.fromkeys((page, line) for page in PAGES for line in lines_of(page)))
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), SHOWN, ids=[f"{page}: {line[:70]}" for page, line in SHOWN]
+)
+def test_every_line_is_in_a_list(page, line):
+    assert listed(line), f"{page} shows {line!r}: say in LISTS how it is tested"
+
+
+def test_every_list_is_of_a_line():
+    used = {listed(line) for _, line in SHOWN}
+    assert not LISTS.keys() - used, "these are shown nowhere any more"
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder like the project's, with small networks under the names of the pages."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    (folder / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*.py"):
+        (folder / "configs" / path.name).symlink_to(path)
+    (folder / "configs" / "digits.py").unlink()
+    digits = small_config(
+        data={"name": "digits"},
+        training__total_steps=4,
+        training__checkpoint_steps=2,
+        training__grid_steps=4,
+    )
+    write_config(folder / "configs" / "digits.py", digits)
+    model = LatentDiffiT(input_size=8, hidden_size=16, depth=1, num_heads=2)
+    official.save(
+        folder / "diffit_256.safetensors", model, models.init_variables(model, jax.random.key(0))
+    )
+    return folder
+
+
+def run(line, folder, devices=1, timeout=300):
+    """A line in a shell, with the environment's Python under its usual name."""
+    env = environment(
+        devices, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def of_kind(kind):
+    return [
+        (page, each)
+        for page, line in SHOWN
+        for each in variants(line)
+        if LISTS.get(listed(line)) == kind
+    ]
+
+
+@pytest.mark.parametrize(("page", "line"), of_kind("dry"), ids=str)
+def test_dry_runs(page, line, scratch):
+    """What stands behind an ellipsis is a run's; a variable of the page keeps its value."""
+    arguments = " --name n --zone z" if "$pod" in line or "tpu_pod" in line else ""
+    line = (
+        line.replace("$pod", "")
+        .replace("--name N --zone Z", "")
+        .replace("…", "--config configs/digits.py --workdir runs/digits")
+    )
+    action, dashes, rest = line.partition(" -- ")
+    result = run(f"{action}{arguments} --dry_run{dashes}{rest}", scratch)
+    assert result.returncode == 0, result.stderr
+
+
+PARSE = """
+import runpy, sys
+from diffit_jax import cli
+cli.run = lambda *_: print(cli._parse(sys.argv))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("page", "line"), of_kind("parsed"), ids=str)
+def test_flags_of_large_commands(page, line, scratch):
+    """The script knows its flags, their values and the keys of the config."""
+    _, *arguments = shlex.split(line.replace("$attention", "xla"))
+    result = subprocess.run(
+        [sys.executable, "-c", PARSE, *arguments],
+        cwd=scratch,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and result.stdout.strip() == str(arguments[:1]), result.stderr[
+        -2000:
+    ]
+
+
+def test_lines_that_are_run(scratch):
+    """In the order of the pages, with relative paths, each as it stands and with its optional
+    parts."""
+    lines = list(dict.fromkeys(line for _, line in of_kind("run")))
+    order = (
+        "train",
+        "sample.py --workdir",
+        "sample.py --weights",
+        "convert.py --weights",
+        "convert",
+        "evaluate",
+        "benchmark",
+    )
+    lines.sort(key=lambda line: next(index for index, name in enumerate(order) if name in line))
+    prepare = "python launch/sample.py --workdir runs/digits --seeds 0-999"
+    taken = set()
+    for line in lines:
+        if "evaluate" in line:
+            result = run(prepare, scratch)
+            assert result.returncode == 0, result.stderr[-2000:]
+        target = re.search(r"--to_workdir (\S+)", line)
+        if target and target[1] in taken:
+            shutil.rmtree(scratch / target[1])
+        result = run(line, scratch)
+        assert result.returncode == 0, (line, result.stderr[-2000:])
+        if target:
+            taken.add(target[1])
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_quickstart_on_any_number_of_devices(devices, tmp_path):
+    """The script as it is, on small networks: trains on the largest number that divides the batch,
+    says so, samples and scores."""
+    (tmp_path / "configs").mkdir()
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "launch" / "setup_env.sh").write_text("exit 0\n")
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    config = small_latent_config(
+        training__total_steps=4, sampling__sampler__num_steps=2, sampling__batch_per_device=100
+    )
+    config.data.update(name="digits", autoencoder="")
+    config.model.input_channels = 1
+    config.training.grid_images = 10
+    write_config(tmp_path / "configs" / "digits.py", config)
+    result = run("bash launch/quickstart.sh", tmp_path, devices)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert ("using 2 of 3 devices, which training.batch_size 8 divides over" in result.stderr) == (
+        devices == 3
+    )
+    assert (tmp_path / "runs" / "digits" / "samples_1000x8x8x1.metrics.json").exists()
+    if devices == 3:
+        refused = run(
+            "python launch/train.py --config configs/digits.py --workdir runs/other",
+            tmp_path,
+            devices,
+        )
+        assert (
+            refused.returncode == 1
+            and "training.batch_size 8 does not divide over 3 devices" in refused.stderr
+        )
