@@ -364,7 +364,7 @@ def _check_sampling(experiment: Experiment) -> None:
             f"config key sampling.guidance.channels is {guidance.channels}: the model has only "
             f"{model.sample_shape[-1]} channels"
         )
-    if guidance.active and guidance.by_label and not model.num_classes:
+    if guidance.needs_labels and not model.num_classes:
         raise UserError(
             "config key sampling.guidance.scale guides by labels, but model.num_classes is 0: set "
             "it to 1"

@@ -3,6 +3,7 @@
 python launch/preflight.py --config configs/digits.py --topology v5e:4x4
 """
 
+import dataclasses
 import json
 import os
 
@@ -40,42 +41,30 @@ flags.mark_flag_as_required("topology")
 
 def main() -> None:
     from diffit_jax.runtime import files
-    from diffit_jax.tpu import report as preflight_report
+    from diffit_jax.tpu import report
     from diffit_jax.verbs import preflight
 
-    config = CONFIG.value
+    config, topology, num_slices = CONFIG.value, TOPOLOGY.value, NUM_SLICES.value
     if config is not None and BATCH.value is not None:
-        config = preflight.vary(
-            config, TOPOLOGY.value, NUM_SLICES.value, {"batch": str(BATCH.value)}
-        )
+        config = preflight.with_batch(config, topology, num_slices, BATCH.value)
+    fits = True
     if CALIBRATE.value:
-        result = preflight.calibrate(TOPOLOGY.value)
-        for row in result:
-            print(
-                f"{row['product']:22} {row['seconds'] * 1e3:9.4f} ms   {row['share_of_peak']:.3f} "
-                "of the peak (estimate)"
-            )
-        fits = True
+        answer = preflight.calibrate(topology)
+        print(report.render_products(answer))
     elif config is None:
         cli.fail("--config is missing: name a file with get_config()")
     elif SWEEP.value:
-        dimensions = preflight.parse_sweep(SWEEP.value)
-        print(preflight_report.sweep_header(dimensions))
-        result = []
-        for report in preflight.sweep(config, TOPOLOGY.value, NUM_SLICES.value, dimensions):
-            print(preflight_report.sweep_row(report), flush=True)
-            result.append(report)
-        best = preflight_report.best_of(result)
-        fits = best is not None
-        print("\n" + (preflight_report.sweep_row(result[best], best=True) if fits else "none fits"))
+        answer = preflight.sweep(config, topology, num_slices, SWEEP.value)
+        fits = answer.best is not None
     else:
-        result = preflight.preflight(config, TOPOLOGY.value, NUM_SLICES.value, PROGRAMS.value)
-        fits = result["fits"]
-        print(preflight_report.render(result))
+        answer = preflight.preflight(config, topology, num_slices, PROGRAMS.value)
+        fits = answer.fits
+        print(report.render(answer))
         if EXPLAIN.value:
-            print("\n" + preflight_report.explain(result))
+            print("\n" + report.explain(answer))
     if JSON.value:
-        files.replace_in_words(JSON.value, (json.dumps(result, indent=2) + "\n").encode())
+        text = json.dumps(dataclasses.asdict(answer), indent=2) + "\n"
+        files.replace_in_words(JSON.value, text.encode())
     if not fits:
         cli.fail("it does not fit (see above)")
 

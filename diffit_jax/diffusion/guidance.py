@@ -38,6 +38,8 @@ class Unguided:
     kind: ClassVar[str] = "none"
     by_label: ClassVar[bool] = False
     active: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    needs_weaker: ClassVar[bool] = False
     channels: ClassVar[int] = 0
 
     def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
@@ -73,6 +75,16 @@ class Constant:
     def active(self) -> bool:
         """Whether anything is guided at any noise level."""
         return abs(self.scale - 1) > self.skip_tolerance
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a network without classes cannot be guided so."""
+        return self.active and self.by_label
+
+    @property
+    def needs_weaker(self) -> bool:
+        """Whether a second, weaker network is evaluated."""
+        return self.active and not self.by_label
 
     def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
         """The scale at each evaluation of a sampler; within `skip_tolerance` of 1 it is 1.

@@ -199,7 +199,7 @@ def sampler_without_autoguidance(
 ) -> Sampler:
     """The experiment's sampler where no weaker network is at hand; arguments as of `Sampler`."""
     sampling = experiment.sampling
-    if sampling.guidance.active and not sampling.guidance.by_label:
+    if sampling.guidance.needs_weaker:
         unguided = dataclasses.replace(sampling, guidance=guidance.Unguided())
         experiment = experiment.with_sampling(unguided)
     return Sampler(experiment, mesh, count, copy=copy)

@@ -4,6 +4,7 @@ Its answers are kept in `CACHE`.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -25,6 +26,15 @@ from diffit_jax.models import attention_kernel
 from diffit_jax.runtime import files
 from diffit_jax.tpu.chips import KNOWN_TOPOLOGIES, chip_of
 from diffit_jax.tpu.cost import cost
+from diffit_jax.tpu.figures import (
+    Compiled,
+    Copies,
+    Costly,
+    MemoryPlan,
+    Moved,
+    TooLarge,
+    answer_of,
+)
 from diffit_jax.tpu.program import parse
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
 
@@ -67,23 +77,23 @@ def libtpu_version() -> str:
     return importlib.metadata.version("libtpu")
 
 
-def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> dict[str, Any]:
-    """What the compiler says about a program: its memory plan, and its cost in cycles; from the
-    cache if it was asked before."""
+def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> Compiled | TooLarge:
+    """What the compiler says about a program: its memory plan, and its cost; from the cache if it
+    was asked before."""
     text = lowered.as_text()
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(attention_kernel.__file__)]
     ours = b"".join(path.read_bytes() for path in sources)
     facts = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
     cached = CACHE / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
     if cached.exists():
-        return json.loads(cached.read_text())
+        return answer_of(json.loads(cached.read_text()))
     answer = _ask(lowered, topology)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(cached, json.dumps(answer).encode())
+    files.write_bytes(cached, json.dumps(dataclasses.asdict(answer)).encode())
     return answer
 
 
-def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
+def _ask(lowered: jax.stages.Lowered, topology: str) -> Compiled | TooLarge:
     started = time.monotonic()
     try:
         with for_another_machine():
@@ -91,7 +101,7 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"fits": False} | shortage_in(str(error))
+        return shortage_in(str(error))
     seconds = time.monotonic() - started
     chip = chip_of(topology).device()
     program = parse(compiled.as_text() or "")
@@ -104,41 +114,34 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> dict[str, Any]:
         if operation.opcode == "custom-call" and not operation.estimated
     )
     plan = compiled.memory_analysis()
-    return {
-        "fits": True,
-        "seconds_to_compile": seconds,
-        "memory": {
-            "arguments": plan.argument_size_in_bytes,
-            "outputs": plan.output_size_in_bytes,
-            "aliased": plan.alias_size_in_bytes,
-            "temporaries": plan.temp_size_in_bytes,
-            "program": plan.generated_code_size_in_bytes,
-        },
-        "compute_s": total.cycles / chip.clock,
-        "kernels_s": kernels / chip.clock,
-        "by_bytes_s": (total.cycles_by_bytes - kernels) / chip.clock,
-        "collectives": {
-            kind: {"count": count, "bytes": size}
-            for kind, (count, size) in sorted(total.collectives.items())
-        },
-        "async_copies": {
-            "count": total.async_copies[0],
-            "bytes": total.async_copies[1],
-            "seconds": total.async_copies[1] / chip.memory_bandwidth,
-        },
-        "even_conditionals": total.even_conditionals,
-        "unpriced_kernels": total.unpriced,
-        "unknown_loops": total.unknown_loops,
-        "dearest": [
-            {
-                "seconds": o.cycles / chip.clock,
-                "times": o.times,
-                "operation": _short(o.where) or o.name,
-                "source": _relative(o.source),
-            }
-            for o in total.dearest(DEAREST)
+    copies, copied = total.async_copies
+    return Compiled(
+        seconds_to_compile=seconds,
+        memory=MemoryPlan(
+            arguments=plan.argument_size_in_bytes,
+            outputs=plan.output_size_in_bytes,
+            aliased=plan.alias_size_in_bytes,
+            temporaries=plan.temp_size_in_bytes,
+            program=plan.generated_code_size_in_bytes,
+        ),
+        compute_s=total.cycles / chip.clock,
+        kernels_s=kernels / chip.clock,
+        by_bytes_s=(total.cycles_by_bytes - kernels) / chip.clock,
+        collectives={kind: Moved(*moved) for kind, moved in sorted(total.collectives.items())},
+        async_copies=Copies(copies, copied, copied / chip.memory_bandwidth),
+        even_conditionals=total.even_conditionals,
+        unpriced_kernels=total.unpriced,
+        unknown_loops=total.unknown_loops,
+        dearest=[
+            Costly(
+                seconds=operation.cycles / chip.clock,
+                times=operation.times,
+                operation=_short(operation.where) or operation.name,
+                source=_relative(operation.source),
+            )
+            for operation in total.dearest(DEAREST)
         ],
-    }
+    )
 
 
 @contextlib.contextmanager
@@ -163,7 +166,7 @@ def for_another_machine() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def shortage_in(message: str) -> dict[str, Any]:
+def shortage_in(message: str) -> TooLarge:
     """How much memory a program that does not fit needs, from the compiler's message."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
     size = r"([\d.]+)([KMGTP]?)"
@@ -171,9 +174,9 @@ def shortage_in(message: str) -> dict[str, Any]:
         rf"temporaries \({size}\) exceeds available HBM \({size}\)", message
     ) or re.search(rf"Used {size} of {size} hbm", message)
     if not found:
-        return {"reason": " ".join(message.split())[:200]}
+        return TooLarge(reason=" ".join(message.split())[:200])
     needed, available = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
-    return {"needed": needed, "available": available}
+    return TooLarge(needed=needed, available=available)
 
 
 def _short(where: str) -> str:

@@ -6,11 +6,12 @@ is allocated. Every time here is the compiler's estimate, not a measurement; `tp
 it is added up.
 """
 
+import dataclasses
 import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +24,25 @@ from diffit_jax.experiment import Experiment
 from diffit_jax.models.flops import training_flops
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
-from diffit_jax.tpu import compiler
+from diffit_jax.tpu import compiler, report
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.cost import cost
+from diffit_jax.tpu.figures import (
+    Calibration,
+    Compiled,
+    Drawing,
+    Held,
+    Memory,
+    Product,
+    Report,
+    Run,
+    Sampling,
+    Setting,
+    Step,
+    Sweep,
+    TooLarge,
+    Trial,
+)
 from diffit_jax.tpu.program import parse
 from diffit_jax.training.compiling import (
     Opened,
@@ -52,7 +69,7 @@ def preflight(
     topology: str,
     num_slices: int = 1,
     programs: Sequence[str] = ("train", "sample"),
-) -> dict[str, Any]:
+) -> Report:
     """Compiles the programs of a config for a topology and says what they need and take.
 
     Args:
@@ -62,11 +79,7 @@ def preflight(
       programs: which of "train" and "sample".
 
     Returns:
-      The report, JSON values only: `setting` (what was compiled), `memory` (bytes per chip),
-      `fits`, `train` and `sample` (see `_figures`), and what follows for the whole run: `run`.
-      `sample` is how this chip would draw; it has `copy_bytes`, of the copy of the parameters that
-      each device holds meanwhile (0: none), and `alternative`, the figures with it if it holds
-      none, and without it if it does. Times are in seconds, sizes in bytes, rates per second.
+      What they need and take; `sample` is how this chip would draw.
 
     Raises:
       UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
@@ -84,68 +97,83 @@ def preflight(
     with compiler.for_another_machine():  # it may try the attention kernel
         opened = open_experiment(config, devices)
     experiment, mesh, state = opened.experiment, opened.mesh, opened.state
-    settings, model = experiment.training, experiment.model
     chips = len(devices) // chip.devices
-    tuning = model.tuning
-    report: dict[str, Any] = {
-        "setting": {
-            "topology": topology,
-            "num_slices": num_slices,
-            "chips": chips,
-            "calibrated": chip.calibrated,
-            "mesh": dict(mesh.shape),
-            "batch_size": settings.batch_size,
-            "batch_per_chip": settings.batch_size / chips,
-            "accumulation": settings.accumulation,
-            "remat": tuning.remat,
-            "num_heads": tuning.num_heads,
-            "attention": models.attention_in_words(model, "tpu"),
-            "sampled_without": "autoguidance"
-            if experiment.sampling.guidance == "autoguidance"
-            else "",
-            "averages": 1 + len(state.power_emas),
-            "jax": jax.__version__,
-            "libtpu": compiler.libtpu_version(),
-        },
-        "memory": {"limit": chip.memory / chip.devices} | _held(state),
-        "fits": True,
-    }
-    # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
-    crossing_s = (
-        report["memory"]["parameters"] / (SLICE_BANDWIDTH / chip.devices) if num_slices > 1 else 0.0
-    )
-    for program in programs:
-        log.info("compiling the %s step for %d chips", program, chips)
-        if program == "train":
-            compiled = compiler.compile_for(
-                lower_train_step(experiment, mesh, state, batch_shapes(experiment, mesh)),
-                topology,
-                num_slices,
-            )
-            flops = training_flops(model) * settings.batch_size
-            report["train"] = _figures(
-                compiled, chip, chips, settings.batch_size, flops, crossing_s
-            )
-        else:
-            report["sample"] = _price_sampling(
-                opened,
+    held = _held(state)
+
+    def compiled(lowered: jax.stages.Lowered) -> Compiled | TooLarge:
+        return compiler.compile_for(lowered, topology, num_slices)
+
+    train = sample = None
+    if "train" in programs:
+        log.info("compiling the train step for %d chips", chips)
+        train = compiled(lower_train_step(experiment, mesh, state, batch_shapes(experiment, mesh)))
+        if isinstance(train, Compiled):
+            batch_size = experiment.training.batch_size
+            # Every device's share of the gradient crosses from slice to slice, in bfloat16, there
+            # and back.
+            crossing_s = held.parameters / (SLICE_BANDWIDTH / chip.devices)
+            train = Step.of(
+                train,
                 chip,
                 chips,
-                lambda lowered: compiler.compile_for(lowered, topology, num_slices),
+                images=batch_size,
+                flops=training_flops(experiment.model) * batch_size,
+                between_slices_s=crossing_s if num_slices > 1 else 0.0,
             )
-        report["fits"] &= report[program]["fits"]
-    if report.get("train", {}).get("fits"):
-        report["memory"] |= _planned(report["memory"], report["train"]["memory"])
-        report["run"] = _run(experiment, chips, report["train"]["step_s"])
-    if tuning.head_width:
-        report["head_width"] = tuning.head_width
-    report["checkpoint_bytes"] = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    if "sample" in programs:
+        log.info("compiling the sample step for %d chips", chips)
+        sample = _price_sampling(opened, chip, chips, compiled)
+    fitting = train if isinstance(train, Step) else None
+    return Report(
+        setting=_setting(opened, topology, num_slices, chip, chips),
+        fits=all(one.fits for one in (train, sample and sample.batch) if one is not None),
+        memory=Memory.of(chip.memory / chip.devices, held, fitting and fitting.memory),
+        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        train=train,
+        sample=sample,
+        run=fitting and _run(experiment, chips, fitting.step_s),
     )
-    return report
 
 
-def vary(
+def with_batch(config: ConfigDict, topology: str, num_slices: int, per_chip: int) -> ConfigDict:
+    """A copy of a config with this many images per chip of a topology in a batch."""
+    return _vary(config, topology, num_slices, {"batch": str(per_chip)})
+
+
+def sweep(
+    config: ConfigDict,
+    topology: str,
+    num_slices: int,
+    settings: str,
+    show: Callable[[str], None] = print,
+) -> Sweep:
+    """The training step for all combinations of settings, compared.
+
+    Args:
+      config, topology, num_slices: as for `preflight`.
+      settings: such as `batch,remat` or `batch=4/8/16,mesh=fsdp=4/fsdp=16`, see `SWEEPS`.
+      show: called with each line of the table when it is known, and with the best one at the end.
+
+    Raises:
+      UserError: an unknown setting or a value that cannot be.
+    """
+    dimensions, trials = _parse_sweep(settings), []
+    show(report.sweep_header(dimensions))
+    for values in itertools.product(*dimensions.values()):
+        varied = dict(zip(dimensions, values, strict=True))
+        changed = _vary(config, topology, num_slices, varied)
+        try:
+            trial = Trial(varied, preflight(changed, topology, num_slices, programs=["train"]))
+        except UserError as error:
+            trial = Trial(varied, error=str(error))
+        show(report.sweep_row(trial))
+        trials.append(trial)
+    done = Sweep(trials)
+    show("\n" + (report.sweep_row(done.best, best=True) if done.best else "none fits"))
+    return done
+
+
+def _vary(
     config: ConfigDict, topology: str, num_slices: int, settings: Mapping[str, str]
 ) -> ConfigDict:
     """A copy of a config with some settings changed.
@@ -169,28 +197,7 @@ def vary(
     return changed
 
 
-def sweep(
-    config: ConfigDict, topology: str, num_slices: int, dimensions: Mapping[str, Sequence[str]]
-) -> Iterator[dict[str, Any]]:
-    """Reports of the training step for all combinations of settings, one by one.
-
-    Args:
-      config, topology, num_slices: as for `preflight`.
-      dimensions: name in `SWEEPS` → values, see `parse_sweep`.
-
-    Yields:
-      The report of each, with `varied`: its settings; or {"varied": …, "error": why it cannot be}.
-    """
-    for values in itertools.product(*dimensions.values()):
-        varied = dict(zip(dimensions, values, strict=True))
-        changed = vary(config, topology, num_slices, varied)
-        try:
-            yield preflight(changed, topology, num_slices, programs=["train"]) | {"varied": varied}
-        except UserError as error:
-            yield {"varied": varied, "fits": False, "error": str(error)}
-
-
-def parse_sweep(text: str) -> dict[str, Sequence[str]]:
+def _parse_sweep(text: str) -> dict[str, Sequence[str]]:
     """`batch,remat` or `batch=4/8/16,mesh=fsdp=4/fsdp=16` → name → values.
 
     Raises:
@@ -219,13 +226,9 @@ def parse_sweep(text: str) -> dict[str, Sequence[str]]:
     return dimensions
 
 
-def calibrate(topology: str) -> list[dict[str, Any]]:
+def calibrate(topology: str) -> Calibration:
     """The estimate for large bfloat16 matrix products against the peak: how far the compiler's
-    estimates can be trusted on a chip.
-
-    Returns:
-      For a product of 8192³ and two of the XL/2 network's: `product`, `seconds` and
-      `share_of_peak`.
+    estimates can be trusted on a chip. Asked of a product of 8192³ and two of the XL/2 network's.
     """
     chip = chip_of(topology).device()
     device = compiler.topology_devices(chip.example)[:1]
@@ -240,108 +243,85 @@ def calibrate(topology: str) -> list[dict[str, Any]]:
             text = jax.jit(jnp.matmul).lower(a, b).compile().as_text() or ""
         seconds = cost(parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
         share = 2 * m * k * n / seconds / chip.peak_flops
-        rows.append({"product": f"{m} x {k} x {n}", "seconds": seconds, "share_of_peak": share})
-    return rows
+        rows.append(Product(f"{m} x {k} x {n}", seconds, share))
+    return Calibration(rows)
 
 
-def _held(state: TrainState) -> dict[str, int]:
-    """Bytes that each device holds between steps, by what they are for."""
-    parts = {
-        "parameters": (state.params, state.constants),
-        "optimizer": state.opt_state,
-        "ema": state.ema,
-    }
-    parts |= {f"power_ema_{index}": one for index, one in enumerate(state.power_emas)}
-    return {name: sum(map(_bytes_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
+def _setting(opened: Opened, topology: str, num_slices: int, chip: Chip, chips: int) -> Setting:
+    experiment, model = opened.experiment, opened.experiment.model
+    settings = experiment.training
+    return Setting(
+        topology=topology,
+        num_slices=num_slices,
+        chips=chips,
+        calibrated=chip.calibrated,
+        mesh=dict(opened.mesh.shape),
+        batch_size=settings.batch_size,
+        batch_per_chip=settings.batch_size / chips,
+        accumulation=settings.accumulation,
+        remat=model.tuning.remat,
+        num_heads=model.tuning.num_heads,
+        head_width=model.tuning.head_width,
+        attention=models.attention_in_words(model, "tpu"),
+        sampled_without="autoguidance" if experiment.sampling.guidance.needs_weaker else "",
+        averages=1 + len(opened.state.power_emas),
+        jax=jax.__version__,
+        libtpu=compiler.libtpu_version(),
+    )
+
+
+def _held(state: TrainState) -> Held:
+    """What each device holds between steps, by what it is for."""
+
+    def on_device(*trees: Any) -> int:
+        return sum(map(_bytes_on_device, jax.tree.leaves(trees)))
+
+    return Held(
+        parameters=on_device(state.params, state.constants),
+        optimizer=on_device(state.opt_state),
+        ema=on_device(state.ema),
+        power_emas=[on_device(one) for one in state.power_emas],
+    )
 
 
 def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _planned(memory: Mapping[str, float], plan: Mapping[str, int]) -> dict[str, float]:
-    """What the compiler plans beside what is held: activations and other temporaries, and the
-    program itself."""
-    held = sum(size for name, size in memory.items() if name != "limit")
-    batch = plan["arguments"] - held
-    total = (
-        plan["arguments"]
-        + plan["outputs"]
-        - plan["aliased"]
-        + plan["temporaries"]
-        + plan["program"]
-    )
-    planned = {
-        "batch and padding": max(batch, 0),
-        "activations": plan["temporaries"],
-        "program": plan["program"],
-    }
-    return planned | {"total": total, "headroom": memory["limit"] - total}
-
-
-def _figures(
-    compiled: Mapping[str, Any],
+def _price_sampling(
+    opened: Opened,
     chip: Chip,
     chips: int,
-    images: int,
-    flops: float,
-    between_slices_s: float,
-) -> dict[str, Any]:
-    """A program's report: what the compiler said, and what follows from it.
-
-    `step_s` is the largest of `compute_s`, `collectives_s` and `between_slices_s`, since they can
-    run at the same time; `serial_s` is their sum.
-    """
-    if not compiled["fits"]:
-        return dict(compiled)
-    moved = sum(entry["bytes"] for entry in compiled["collectives"].values())
-    collectives_s = moved / (chip.link_bandwidth / chip.devices)
-    times = compiled["compute_s"], collectives_s, between_slices_s
-    step_s = max(times)
-    return dict(compiled) | {
-        "images": images,
-        "collectives_s": collectives_s,
-        "step_s": step_s,
-        "between_slices_s": between_slices_s,
-        "serial_s": sum(times),
-        "images_per_s_per_chip": images / step_s / chips,
-        "flops": flops,
-        "mfu": flops / step_s / chips / chip.peak_flops,
-    }
-
-
-def _price_sampling(
-    opened: Opened, chip: Chip, chips: int, compiled: Callable[[jax.stages.Lowered], dict[str, Any]]
-) -> dict[str, Any]:
-    """The figures of drawing a batch as the chip would (autoguidance's second network is not known
-    here; the report says so)."""
+    compiled: Callable[[jax.stages.Lowered], Compiled | TooLarge],
+) -> Sampling:
+    """Drawing a batch as the chip would (autoguidance's second network is not known here; the
+    report says so), and the other way if there is one."""
     experiment, variables = opened.experiment, opened.state.ema_variables
     size = copy_bytes(experiment.model, variables)
     wanted = size > 0 and copy_fits(size, chip.memory / chip.devices)
-    priced = {}
-    for copy in {wanted, size > 0 and not wanted}:
+
+    def price(copy: bool) -> Sampling:
         sampler = sampler_without_autoguidance(experiment, opened.mesh, copy=copy)
-        flops = 2 * sampler.multiply_adds(variables)
-        figures = _figures(
-            compiled(sampler.lower(variables)), chip, chips, sampler.batch_size, flops, 0.0
-        )
-        if figures["fits"]:
-            figures["hours_for_50000"] = 50_000 / figures["images_per_s_per_chip"] / chips / 3600
-        priced[copy] = figures | {"copy_bytes": size if copy else 0}
-    alternative = {"alternative": priced[not wanted]} if (not wanted) in priced else {}
-    return priced[wanted] | alternative
+        batch = compiled(sampler.lower(variables))
+        if isinstance(batch, Compiled):
+            flops = 2 * sampler.multiply_adds(variables)
+            batch = Drawing.of(batch, chip, chips, images=sampler.batch_size, flops=flops)
+        return Sampling(batch, size if copy else 0)
+
+    alternative = price(not wanted) if size else None
+    return dataclasses.replace(price(wanted), alternative=alternative)
 
 
-def _run(experiment: Experiment, chips: int, step_s: float) -> dict[str, float]:
+def _run(experiment: Experiment, chips: int, step_s: float) -> Run:
     settings = experiment.training
     example = experiment.space.batch(1, experiment.model.sample_shape).values()
     per_image = sum(leaf.size * leaf.dtype.itemsize for leaf in example)
     hours = settings.total_steps * step_s / 3600
     hosts = max(chips // CHIPS_PER_HOST, 1)
-    return {
-        "steps": settings.total_steps,
-        "hours": hours,
-        "chip_hours": hours * chips,
-        "hosts": hosts,
-        "data_bytes_per_s_per_host": settings.batch_size / step_s * per_image / hosts,
-    }
+    return Run(
+        steps=settings.total_steps,
+        hours=hours,
+        chip_hours=hours * chips,
+        hosts=hosts,
+        data_bytes_per_s_per_host=settings.batch_size / step_s * per_image / hosts,
+    )

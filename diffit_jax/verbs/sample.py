@@ -145,13 +145,13 @@ class _Asked:
             raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
         label_of = _labels(labels, seeds, model.num_classes, source.name)
         sampling = usual.overridden(overrides)
-        if sampling.guidance.active and sampling.guidance.by_label and not model.num_classes:
+        if sampling.guidance.needs_labels and not model.num_classes:
             raise UserError(
                 f"the model in {source.name} is unconditional: leave out --guidance.scale"
             )
         experiment = opened.experiment.with_sampling(sampling)
         weaker = None
-        if sampling.guidance.active and not sampling.guidance.by_label:
+        if sampling.guidance.needs_weaker:
             weaker = open_weaker(experiment, getattr(sampling.guidance, "workdir", ""))
 
         # --- The sampler, on devices that hold the right rows.

@@ -30,7 +30,7 @@ estimates = {}
 for name, topology in TOPOLOGIES.items():
     config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
     report = preflight.preflight(config, topology, programs=["train"])
-    estimates[name] = [topology, report["train"]["step_s"]]
-    print(f"{name:32} {topology:10} {report['train']['step_s']:.5f} s")
+    estimates[name] = [topology, report.train.step_s]
+    print(f"{name:32} {topology:10} {report.train.step_s:.5f} s")
 known = json.loads(FILE.read_text()) if FILE.exists() else {}
 FILE.write_text(json.dumps(known | {compiler.libtpu_version(): estimates}, indent=2) + "\n")

@@ -242,10 +242,11 @@ def test_a_reader_of_checkpoints_can_wait_for_nothing(tmp_path):
 # --- Owners, profiler, churn
 
 
-def test_files_of_an_owner_without_a_name(mine, tmp_path):
+def test_files_of_an_owner_without_a_name(latent_run, tmp_path):
     """A container's volume: neither runs nor weights ask who owns them."""
     if os.geteuid():
         pytest.skip("only root can give files away")
+    mine = shutil.copytree(latent_run[0], tmp_path / "mine")
     for folder, _, names in os.walk(mine):
         for name in (".", *names):
             os.chown(os.path.join(folder, name), 12345, 12345)

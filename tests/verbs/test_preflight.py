@@ -1,6 +1,7 @@
 """Preflight: what it reports, that configs still fit, and that their estimates have not become
 worse."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from support.configs import config_of, small_config, small_latent_config
 from support.processes import write_config
 
@@ -20,6 +22,7 @@ from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.tpu import compiler
 from diffit_jax.tpu import report as preflight_report
+from diffit_jax.tpu.figures import Sweep
 from diffit_jax.training.state import fresh_state
 from diffit_jax.verbs import preflight
 
@@ -72,47 +75,42 @@ def reported(tmp_path_factory):
 def test_report(reported):
     """Sizes and rates that can be counted otherwise."""
     config, report, _ = reported
-    setting, memory, train = report["setting"], report["memory"], report["train"]
+    setting, memory, train = report.setting, report.memory, report.train
     assert (
-        report["fits"]
-        and setting["chips"] == 4
-        and setting["attention"] == "pallas"
-        and setting["batch_per_chip"] == 8
+        report.fits
+        and setting.chips == 4
+        and setting.attention == "pallas"
+        and setting.batch_per_chip == 8
     )
     experiment = build(config)
     work = 3 * 2 * sum(experiment.model.multiply_adds().values()) * 32
-    assert train["flops"] == pytest.approx(work, rel=0.01)
-    assert train["mfu"] == pytest.approx(train["flops"] / train["step_s"] / 4 / 197e12)
+    assert train.flops == pytest.approx(work, rel=0.01)
+    assert train.mfu == pytest.approx(train.flops / train.step_s / 4 / 197e12)
+    assert train.step_s == max(train.compute_s, train.collectives_s) and train.between_slices_s == 0
+    assert train.serial_s == train.compute_s + train.collectives_s
+    assert train.images_per_s_per_chip == 8 / train.step_s
     assert (
-        train["step_s"] == max(train["compute_s"], train["collectives_s"])
-        and train["between_slices_s"] == 0
+        0 < train.kernels_s < train.compute_s
+        and not train.unpriced_kernels
+        and not train.unknown_loops
     )
-    assert train["serial_s"] == train["compute_s"] + train["collectives_s"]
-    assert train["images_per_s_per_chip"] == 8 / train["step_s"]
-    assert (
-        0 < train["kernels_s"] < train["compute_s"]
-        and not train["unpriced_kernels"]
-        and not train["unknown_loops"]
-    )
+    held = memory.held
     # fsdp divides all that is large: parameters, two moments, one average.
-    assert (
-        memory["optimizer"] == pytest.approx(2 * memory["ema"], rel=0.01)
-        and memory["ema"] < memory["parameters"]
-    )
-    assert memory["total"] < memory["limit"] == 15.75 * 2**30
+    assert held.optimizer == pytest.approx(2 * held.ema, rel=0.01) and held.ema < held.parameters
+    assert memory.total < memory.limit == 15.75 * 2**30
     state = jax.eval_shape(
         lambda: fresh_state(models.init_variables(experiment.model, jax.random.key(0)), experiment)
     )
-    assert report["checkpoint_bytes"] == sum(
+    assert report.checkpoint_bytes == sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
-    assert report["sample"]["images"] == 2 * 4 and report["sample"]["step_s"] > 0
-    assert report["run"]["hours"] == pytest.approx(6 * train["step_s"] / 3600)
-    assert report["run"]["data_bytes_per_s_per_host"] == pytest.approx(
-        32 / train["step_s"] * (32 * 32 * 4 * 4 + 4)
+    assert report.sample.batch.images == 2 * 4 and report.sample.batch.step_s > 0
+    assert report.run.hours == pytest.approx(6 * train.step_s / 3600)
+    assert report.run.data_bytes_per_s_per_host == pytest.approx(
+        32 / train.step_s * (32 * 32 * 4 * 4 + 4)
     )
-    assert len(train["dearest"]) == compiler.DEAREST and any(
-        "attention.py" in entry["source"] for entry in train["dearest"]
+    assert len(train.dearest) == compiler.DEAREST and any(
+        "attention.py" in entry.source for entry in train.dearest
     )
     text = preflight_report.render(report)
     assert (
@@ -126,7 +124,7 @@ def test_the_second_time_comes_from_the_cache(reported, monkeypatch):
     monkeypatch.setattr(compiler, "CACHE", place)
     monkeypatch.setattr(compiler, "_ask", None)  # nobody is asked
     second = preflight.preflight(config, "v5e:2x2")
-    assert second["train"]["compute_s"] == first["train"]["compute_s"]
+    assert second.train.compute_s == first.train.compute_s
     with pytest.raises(TypeError):
         preflight.preflight(large_latent(model__depth=3), "v5e:2x2", programs=["train"])
 
@@ -137,18 +135,28 @@ def test_kinds_of_experiments():
     config.ema.power_lengths = (0.05, 0.10)
     report = preflight.preflight(config, "v5e:2x4", num_slices=2, programs=["train"])
     assert (
-        report["setting"]["chips"] == 16
-        and report["setting"]["averages"] == 3
-        and report["setting"]["num_heads"] is None
+        report.setting.chips == 16
+        and report.setting.averages == 3
+        and report.setting.num_heads is None
     )
-    assert report["train"]["step_s"] >= report["train"]["between_slices_s"]
-    assert {"power_ema_0", "power_ema_1"} <= report["memory"].keys() and report["train"][
-        "between_slices_s"
-    ] > 0
+    assert report.train.step_s >= report.train.between_slices_s
+    assert len(report.memory.held.power_emas) == 2 and min(report.memory.held.power_emas) > 0
+    assert report.train.between_slices_s > 0 and "power_ema_1" in preflight_report.render(report)
     assert "2 slices of v5e:2x4" in preflight_report.render(report)
-    assert "not calibrated" in preflight_report.render(
-        report | {"setting": report["setting"] | {"calibrated": False}}
-    )
+    setting = dataclasses.replace(report.setting, calibrated=False)
+    text = preflight_report.render(dataclasses.replace(report, setting=setting))
+    assert "not calibrated" in text
+
+
+def test_what_is_not_priced_is_said(reported):
+    """Autoguidance's second network is not known."""
+    config, report, _ = reported
+    assert "NOT PRICED" not in preflight_report.render(report)
+    config = ConfigDict(config.to_dict())
+    config.sampling.guidance = dict(kind="autoguidance", scale=2.0)
+    guided = preflight.preflight(config, "v5e:2x2", programs=["sample"])
+    assert guided.train is None and guided.fits and guided.sample.batch.images == 8
+    assert "NOT PRICED: sampling's autoguidance" in preflight_report.render(guided)
 
 
 def test_two_commands_at_once(tmp_path):
@@ -215,11 +223,11 @@ def test_a_config_that_does_not_fit_says_by_how_much(tmp_path):
 )
 def test_shortages_are_read_from_the_compilers_messages(message, expected):
     shortage = compiler.shortage_in(f"RESOURCE_EXHAUSTED: {message}")
-    assert (shortage["needed"], shortage["available"]) == tuple(size * 2**30 for size in expected)
+    assert (shortage.needed, shortage.available) == tuple(size * 2**30 for size in expected)
     vmem = compiler.shortage_in(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 80.20M of 64.00M vmem."
     )
-    assert "vmem" in vmem["reason"] and "needed" not in vmem
+    assert "vmem" in vmem.reason and vmem.needed is None
 
 
 @pytest.mark.parametrize(
@@ -241,23 +249,21 @@ def test_meshes_of_several_slices(topology, shape):
 def test_sweep():
     """All combinations, the impossible ones with the reason; the best is the one with the highest
     rate."""
-    dimensions = preflight.parse_sweep("num_heads=2/3,mesh=fsdp=1/fsdp=4")
-    reports = list(
-        preflight.sweep(small_latent_config(training__batch_size=32), "v5e:2x2", 1, dimensions)
-    )
-    assert [tuple(report["varied"].values()) for report in reports] == [
+    config, rows = small_latent_config(training__batch_size=32), []
+    sweep = preflight.sweep(config, "v5e:2x2", 1, "num_heads=2/3,mesh=fsdp=1/fsdp=4", rows.append)
+    assert [tuple(trial.varied.values()) for trial in sweep.trials] == [
         ("2", "fsdp=1"),
         ("2", "fsdp=4"),
         ("3", "fsdp=1"),
         ("3", "fsdp=4"),
     ]
-    assert all("num_heads 3" in report["error"] for report in reports[2:])
-    best = preflight_report.best_of(reports)
-    rates = [report["train"]["images_per_s_per_chip"] for report in reports[:2]]
-    assert rates[best] == max(rates) and preflight_report.sweep_row(
-        reports[best], best=True
-    ).endswith("<- best that fits")
-    assert preflight_report.best_of(reports[2:]) is None
+    possible, impossible = sweep.trials[:2], sweep.trials[2:]
+    assert all("num_heads 3" in trial.error and trial.report is None for trial in impossible)
+    rates = [trial.report.train.images_per_s_per_chip for trial in possible]
+    assert sweep.best.rate == max(rates) and sweep.best in possible
+    assert len(rows) == 6 and rows[-1].endswith("<- best that fits")
+    assert "num_heads 3" in rows[4]
+    assert Sweep(impossible).best is None and Sweep([]).best is None
 
 
 @pytest.mark.parametrize(
@@ -291,7 +297,7 @@ def test_mistakes_are_named(arguments, message):
 )
 def test_impossible_sweeps(text, message):
     with pytest.raises(UserError, match=message):
-        preflight.parse_sweep(text)
+        preflight.sweep(small_latent_config(), "v5e:2x2", 1, text)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -316,13 +322,9 @@ def test_configs_still_fit_and_are_no_slower(name):
     )
     topology, seconds = baselines[name]
     report = preflight.preflight(config_of(name), topology, programs=["train"])
-    assert report["fits"] and report["memory"]["headroom"] > 0
-    train = report["train"]
-    assert (
-        not train["unpriced_kernels"]
-        and not train["unknown_loops"]
-        and not train["even_conditionals"]
-    )
+    assert report.fits and report.memory.headroom > 0
+    train = report.train
+    assert not train.unpriced_kernels and not train.unknown_loops and not train.even_conditionals
     # Much less than before would mean that something is not counted any more, or that the file is
     # old.
-    assert 0.8 * seconds <= train["step_s"] <= TOLERATED * seconds, f"it was {seconds:.4f} s"
+    assert 0.8 * seconds <= train.step_s <= TOLERATED * seconds, f"it was {seconds:.4f} s"
