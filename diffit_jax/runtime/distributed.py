@@ -10,9 +10,7 @@ import logging
 import os
 import re
 import signal
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import interruption
+from diffit_jax.runtime.rollcall import roll_call
 
 T = TypeVar("T")
 
@@ -56,7 +55,8 @@ def initialize(cluster: Cluster = Cluster()) -> None:
     Raises:
       UserError: impossible flags, or not all processes came in time.
     """
-    given = (cluster.coordinator, cluster.num_processes, cluster.process_id)
+    coordinator, count, number = cluster.coordinator, cluster.num_processes, cluster.process_id
+    given = (coordinator, count, number)
     if given == (None, 1, None):
         return
     if given == (None, None, None):
@@ -65,19 +65,18 @@ def initialize(cluster: Cluster = Cluster()) -> None:
             given = (None, tasks, int(os.environ["SLURM_PROCID"]))
         elif not _on_tpu():
             return
-    elif None in given:
+    elif coordinator is None or count is None or number is None:
         raise UserError(
             "--coordinator, --num_processes and --process_id go together: give all three, none on "
             "TPU pods and under Slurm, or "
             "--num_processes=1 alone for one process anywhere"
         )
-    elif not 0 <= (cluster.process_id or 0) < (cluster.num_processes or 0):
+    elif not 0 <= number < count:
         raise UserError(
-            f"--process_id {cluster.process_id} is not in 0-{cluster.num_processes - 1}: change it "
-            "or --num_processes"
+            f"--process_id {number} is not in 0-{count - 1}: change it or --num_processes"
         )
     else:
-        _roll_call(cluster)
+        roll_call(coordinator, count, number, cluster.timeout_s)
     # Past its timeout, jax's runtime aborts the process with a page of C++; this thread ends it
     # before that.
     warning = threading.Timer(max(cluster.timeout_s - 2, 1), _end_without_the_others, [cluster])
@@ -324,62 +323,3 @@ def _end_without_the_others(cluster: Cluster) -> None:
         "command on every host, and let them reach the "
         "coordinator's port",
     )
-
-
-def _roll_call(cluster: Cluster) -> None:
-    """Waits at the coordinator's address until all processes have come; then the address is free
-    again.
-
-    Raises:
-      UserError: on every process that came, with the numbers of those that did not.
-    """
-    host, _, port = cluster.coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator {cluster.coordinator} is not an address: write host:port")
-    deadline = time.monotonic() + cluster.timeout_s
-    everyone = set(range(cluster.num_processes or 0))
-    if cluster.process_id == 0:
-        callers: dict[int, socket.socket] = {}
-        try:
-            server = socket.create_server(("", int(port)), backlog=cluster.num_processes)
-        except OSError as error:
-            raise UserError(
-                f"--coordinator {cluster.coordinator} cannot be listened on ({error.strerror}): "
-                "choose another port"
-            ) from error
-        with server:
-            while callers.keys() | {0} != everyone and time.monotonic() < deadline:
-                server.settimeout(max(deadline - time.monotonic(), 0.01))
-                with contextlib.suppress(OSError, ValueError):
-                    caller, _ = server.accept()
-                    caller.settimeout(5)
-                    callers[int(caller.recv(16).decode())] = caller
-        missing = sorted(everyone - {0} - callers.keys())
-        verdict = ",".join(map(str, missing)) or "go"
-        for caller in callers.values():
-            with contextlib.suppress(OSError):
-                caller.sendall(verdict.encode())
-            caller.close()
-    else:
-        verdict = None
-        while verdict is None and time.monotonic() < deadline:
-            try:
-                with socket.create_connection((host, int(port)), timeout=2) as line:
-                    line.sendall(str(cluster.process_id).encode())
-                    line.settimeout(max(deadline - time.monotonic(), 0) + 5)
-                    verdict = line.recv(4096).decode() or None
-            except OSError:
-                time.sleep(0.1)
-        if verdict is None:
-            raise UserError(
-                f"process 0 did not answer at {cluster.coordinator} within {cluster.timeout_s} s: "
-                "start it there, and open its port"
-            )
-        missing = [] if verdict == "go" else [int(number) for number in verdict.split(",")]
-    if missing:
-        came = cluster.num_processes - len(missing)
-        raise UserError(
-            f"{came} of {cluster.num_processes} processes came within {cluster.timeout_s} s "
-            f"(missing: {', '.join(map(str, missing))}): "
-            "start the same command on every host"
-        )
