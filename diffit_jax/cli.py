@@ -277,7 +277,8 @@ def _mend_streams() -> None:
     closed swallows everything."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
+            # For as long as the process lives.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         else:
             with contextlib.suppress(AttributeError, ValueError):  # somebody's own stream
                 getattr(sys, name).reconfigure(errors="backslashreplace")

@@ -36,7 +36,8 @@ case "$chip" in
 esac
 chips_per_host=$((chips < 4 ? chips : 4))
 [ $((chips % chips_per_host)) -eq 0 ] ||
-  fail "--topology $topology has $chips chips, which hosts of $chips_per_host do not make up: change it"
+  fail "--topology $topology has $chips chips, which hosts of $chips_per_host do not make up:" \
+    "change it"
 hosts=$((chips / chips_per_host))
 
 # The other verbs find out by themselves.

@@ -242,7 +242,8 @@ def _open_digits(wanted: Wanted) -> Source:
     # Small enough to keep in memory; decoding each example anew would take longer than a training
     # step.
     try:
-        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue] (a decorator)
+        # A decorator hides its arguments.
+        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
         images = np.stack([example["image"] for example in examples])
         labels = np.array([example["label"] for example in examples], np.int32)
         features: Any = builder.info.features
