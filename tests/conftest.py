@@ -48,6 +48,15 @@ def latent_run(tmp_path_factory):
     return workdir, train(small_latent_config(), workdir)
 
 
+# Long files, which begin first: at the end one core would be idle beside them.
+_LONG = ("test_parallel", "test_distributed", "test_faults", "test_preflight", "test_pages")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else 99)
+    gc.freeze()  # what is there by now stays
+
+
 def pytest_collection_finish():
     # It would end a worker one second after a test's own SIGINT.
     assert "diffit_jax.cli" not in sys.modules, "importing cli listens to signals: use a command"

@@ -2,12 +2,11 @@
 test_parallel.py in a process of its own.
 
 python tests/mesh_worker.py OUTPUT DEVICES
-NAME=data,fsdp,tensor,accumulation,devices[,save|,resume|,half|,latent] …
+NAME=data,fsdp,tensor,accumulation,devices[,only|,save|,resume|,half] …
 
-With "save" the latent run leaves a checkpoint after half of the updates, beside OUTPUT; with
-"resume" it goes on from there, and there are no image run and no samples; with "half" both end
-after half of the updates (of many processes on few cores, a step takes a second), and with "latent"
-there is no image run either.
+With one of these there is no image run. With "save" the latent one leaves a checkpoint after half
+of the updates, beside OUTPUT; with "resume" it goes on from there, without samples; with "half" it
+ends after half of the updates (of many processes on few cores, a step takes a second).
 
 CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with
 so many DEVICES. POD, JSON as from `pods.arrangement`, lays the devices of requests of its size out
@@ -117,15 +116,9 @@ def main() -> None:
             int, [*sizes, last] if last.isdigit() else sizes
         )
         for kind, config in CONFIGS.items():
-            if kind == "image" and last in ("resume", "latent"):
+            if kind == "image" and not last.isdigit():
                 continue
-            chosen = (
-                {"steps": STEPS // 2}
-                if last in ("half", "latent")
-                else {}
-                if kind == "image"
-                else option
-            )
+            chosen = {"steps": STEPS // 2} if last == "half" else option
             outcome = run(
                 config,
                 MeshShape(data, fsdp, tensor),

@@ -311,6 +311,8 @@ def _quiet_cleanup() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
+    except BaseException:
+        gc.collect()  # half a second: only where there is something to clean up
+        raise
     finally:
-        gc.collect()
         sys.unraisablehook = hook

@@ -108,14 +108,6 @@ def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
         == saved + 3
     )
 
-    drawn = Pair(
-        tmp_path, command="sample", arguments=["--seeds", "0-9", "--output", tmp_path / "s.npz"]
-    )
-    statuses, texts = drawn.wait()
-    assert statuses == [0, 0], texts
-    with np.load(tmp_path / "s.npz") as arrays:
-        assert arrays["arr_0"].shape == (10, 8, 8, 4) and np.isfinite(arrays["arr_0"]).all()
-
 
 def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_run, tmp_path):
     """SIGUSR1 to the second: both end with 75; the same command goes on, to the samples that one
@@ -188,7 +180,7 @@ def test_benchmark_and_evaluate_on_two_processes(tmp_path):
 @pytest.mark.parametrize("killed", [1, 0], ids=["worker", "coordinator"])
 def test_the_other_process_does_not_outlive_one_that_was_killed(tmp_path, killed):
     """Within 60 s it says that another process was lost, and exits with an error. What was saved
-    stays, and both together go on from it."""
+    stays, and both together go on from it (asked where process 0 was killed, which writes)."""
     pair = Pair(tmp_path, small_latent_config(**LONG))
     pair.wait_for(tmp_path / "run" / "checkpoints" / "20")
     pair.processes[killed].kill()
@@ -200,9 +192,10 @@ def test_the_other_process_does_not_outlive_one_that_was_killed(tmp_path, killed
     ), text[-2000:]
     saved = checkpoints_of(tmp_path / "run")
     assert saved and saved[-1] >= 20
-    again = Pair(tmp_path, small_latent_config(**LONG | dict(training__total_steps=saved[-1] + 2)))
-    statuses, texts = again.wait()
-    assert statuses == [0, 0] and f"resuming at step {saved[-1]}" in texts[0], texts
+    if killed == 0:
+        longer = small_latent_config(**LONG | dict(training__total_steps=saved[-1] + 2))
+        statuses, texts = Pair(tmp_path, longer).wait()
+        assert statuses == [0, 0] and f"resuming at step {saved[-1]}" in texts[0], texts
 
 
 def test_processes_that_differ_are_refused(tmp_path):

@@ -2,12 +2,17 @@
 libtpu at hand: python tests/studies/estimates.py
 
 Run it after a change that is meant to change them, or with a new libtpu; the file keeps those of
-other versions.
+other versions. The compiler's answers to all programs of those tests are left in
+tests/golden/preflight: run it too when the tests have become slow, since a program or the estimator
+is not the same any more.
 """
 
 import json
 import os
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,6 +31,9 @@ TOPOLOGIES = {
     "imagenet512_latent_large_batch": "v5e:16x16",
 }
 
+compiler.CACHE = ROOT / "tests" / "golden" / "preflight"
+shutil.rmtree(compiler.CACHE, ignore_errors=True)
+compiler.CACHE.mkdir()
 estimates = {}
 for name, topology in TOPOLOGIES.items():
     config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
@@ -34,3 +42,6 @@ for name, topology in TOPOLOGIES.items():
     print(f"{name:32} {topology:10} {report.train.step_s:.5f} s")
 known = json.loads(FILE.read_text()) if FILE.exists() else {}
 FILE.write_text(json.dumps(known | {compiler.libtpu_version(): estimates}, indent=2) + "\n")
+tests = [sys.executable, "-m", "pytest", "tests/verbs/test_preflight.py"]
+renewing = os.environ | {"RENEW_ANSWERS": str(compiler.CACHE)}
+sys.exit(subprocess.run(tests, cwd=ROOT, env=renewing).returncode)

@@ -52,8 +52,8 @@ def final_state(workdir, config):
     )
 
 
-def test_ten_kills_lose_nothing(tmp_path):
-    """SIGKILL at ten random moments (start-up, steps, asynchronous saves); the run ends bit for bit
+def test_six_kills_lose_nothing(tmp_path):
+    """SIGKILL at six random moments (start-up, steps, asynchronous saves); the run ends bit for bit
     as one that was left alone.
 
     A checkpoint that was there after one kill is still there, or followed by a newer one, after the
@@ -70,10 +70,10 @@ def test_ten_kills_lose_nothing(tmp_path):
     )
     assert status == 0, errors
     moments, workdir, newest, killed = random.Random(4), tmp_path / "run", 0, []
-    for kill in range(10):
+    for kill in range(6):
         process = start("train", tmp_path, "--workdir", workdir, config=config)
         deadline = time.monotonic() + 120
-        if kill % 5:  # else perhaps before anything is there
+        if kill % 3:  # else perhaps before anything is there
             while (
                 max(checkpoints_of(workdir), default=0) <= newest
                 and process.poll() is None
@@ -90,7 +90,7 @@ def test_ten_kills_lose_nothing(tmp_path):
         assert found >= newest
         newest = found
         killed.append(newest)
-    assert 0 < newest < 400 and len(set(killed)) > 4, killed
+    assert 0 < newest < 400 and len(set(killed)) > 2, killed
     status, errors = finish(start("train", tmp_path, "--workdir", workdir, config=config))
     assert status == 0 and f"resuming at step {newest}" in errors, errors
     assert_equal_trees(final_state(workdir, config), final_state(tmp_path / "whole", config))

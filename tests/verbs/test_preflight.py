@@ -4,6 +4,7 @@ worse."""
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +34,20 @@ BASELINES = json.loads((ROOT / "tests" / "golden" / "estimates.json").read_text(
 TOLERATED = 1.05
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "CACHE", tmp_path / "preflight")
+@pytest.fixture(scope="module", autouse=True)
+def answers(tmp_path_factory):
+    """The compiler's cache, which begins with the answers of tests/golden/preflight: a program that
+    is word for word the same as when they were given is not compiled again, nor is one of an
+    earlier test. tests/studies/estimates.py renews them."""
+    place = tmp_path_factory.mktemp("preflight") / "answers"
+    renewed = os.environ.get("RENEW_ANSWERS")
+    if renewed:
+        place = Path(renewed)
+    else:
+        shutil.copytree(ROOT / "tests" / "golden" / "preflight", place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "CACHE", place)
+        yield place
 
 
 def large_latent(**overrides):
@@ -64,17 +76,15 @@ def command(tmp_path, *arguments, config=None):
 
 
 @pytest.fixture(scope="module")
-def reported(tmp_path_factory):
-    """(config, its report, the cache where the compiler's answers are)."""
-    config, place = large_latent(mesh={"data": 1, "fsdp": 4}), tmp_path_factory.mktemp("preflight")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "CACHE", place)
-        return config, preflight.preflight(config, "v5e:2x2"), place
+def reported(answers):
+    """(config, its report)."""
+    config = large_latent(mesh={"data": 1, "fsdp": 4})
+    return config, preflight.preflight(config, "v5e:2x2")
 
 
 def test_report(reported):
     """Sizes and rates that can be counted otherwise."""
-    config, report, _ = reported
+    config, report = reported
     setting, memory, train = report.setting, report.memory, report.train
     assert (
         report.fits
@@ -120,8 +130,7 @@ def test_report(reported):
 
 
 def test_the_second_time_comes_from_the_cache(reported, monkeypatch):
-    config, first, place = reported
-    monkeypatch.setattr(compiler, "CACHE", place)
+    config, first = reported
     monkeypatch.setattr(compiler, "_ask", None)  # nobody is asked
     second = preflight.preflight(config, "v5e:2x2")
     assert second.train.compute_s == first.train.compute_s
@@ -150,7 +159,7 @@ def test_kinds_of_experiments():
 
 def test_what_is_not_priced_is_said(reported):
     """Autoguidance's second network is not known."""
-    config, report, _ = reported
+    config, report = reported
     assert "NOT PRICED" not in preflight_report.render(report)
     config = ConfigDict(config.to_dict())
     config.sampling.guidance = dict(kind="autoguidance", scale=2.0)
