@@ -272,7 +272,7 @@ def test_the_walks_name_files_and_functions_that_are_there():
     text = layout().split("```")[2]
     sources = [*ROOT.glob("launch/*.py"), *ROOT.glob("diffit_jax/**/*.py")]
     code = "\n".join(path.read_text() for path in sources)
-    for name in re.findall(r"`([^`]+)`", text.split("Small agreements")[0]):
+    for name in re.findall(r"`([^`]+)`", text.split("A few agreements")[0]):
         if name.endswith(".py"):
             assert any(str(path).endswith(f"/{name}") for path in sources), name
         elif re.fullmatch(r"[\w.]+", name):  # not a folder or a flag
