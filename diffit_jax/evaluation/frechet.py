@@ -3,16 +3,53 @@ covariance."""
 
 import numpy as np
 
+Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
 
-def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+
+class Moments:
+    """Mean and covariance of features that arrive in pieces, in the memory of one d × d matrix.
+
+    The covariance is that of `statistics` to 1e-12: products are taken about the first piece's
+    mean, so that nothing cancels. The mean is ADM's: a float32 sum in the order of the features,
+    which is off by some 1e-6 of it, as the means in published references are.
+
+    Attributes:
+      count: features so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, features: np.ndarray) -> None:
+        """Takes a piece (n, d) float32 in."""
+        features = np.ascontiguousarray(features, np.float32)
+        wide = features.astype(np.float64)
+        if not self.count:
+            size = features.shape[1]
+            self._about = wide.mean(0)
+            self._sum, self._products = np.zeros(size), np.zeros((size, size))
+            self._sum32 = np.zeros(size, np.float32)
+        wide -= self._about
+        self.count += len(features)
+        self._sum += wide.sum(0)
+        self._products += wide.T @ wide
+        for row in features:  # one after the other, wherever the pieces end
+            self._sum32 += row
+
+    def statistics(self) -> Statistics:
+        """Of what came so far, at least two features: mean and unbiased covariance."""
+        mean = self._sum / self.count
+        covariance = (self._products - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return (self._sum32 / np.float32(self.count)).astype(np.float64), covariance
+
+
+def statistics(features: np.ndarray) -> Statistics:
     """(n, d) features, n ≥ 2 → mean (d,) and unbiased covariance (d, d), float64."""
     features = np.asarray(features, np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_distance(
-    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
-) -> float:
+def frechet_distance(one: Statistics, other: Statistics) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al.
     2017).
 

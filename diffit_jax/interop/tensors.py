@@ -8,7 +8,7 @@ array of ours at a time, and at most ten problems are named.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 import ml_dtypes  # noqa: F401
@@ -16,13 +16,28 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.runtime import contents
 from diffit_jax.runtime.console import Progress
 
 DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
 
+RELEASED = "name a file of the released layout"
+
 Table = Mapping[str, tuple[str, tuple[int, ...] | None]]
+
+
+class Tensors(Protocol):
+    """The tensors of a file, `WeightFiles` or `TorchFile`."""
+
+    hint: str
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]: ...
+
+    def tensor(self, name: str) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +79,23 @@ def leaves_of(
       table: see the top of this file. Axes None: both have the same order.
       shapes: tree of ours.
       depth: number of layers.
-      theirs: shapes of tensors that are not ours transposed.
+      theirs: shapes of tensors that are not ours transposed, but reshaped too.
     """
     leaves = []
     for name, (path, axes) in table.items():
         ours, stacked = at(shapes, path).shape, "{}" in name
         layer_shape = ours[1:] if stacked else ours
-        shape = theirs.get(name) or (layer_shape if axes is None else layer_shape[::-1])
-        axes = axes or tuple(range(len(shape)))
+        if name in theirs:
+            shape, axes = theirs[name], axes or tuple(range(len(theirs[name])))
+        else:
+            axes = axes or tuple(range(len(layer_shape)))
+            shape = tuple(layer_shape[place] for place in np.argsort(axes))
         leaves.append(Leaf(path, ours, expanded(name, depth), stacked, shape, axes))
     return leaves
 
 
 def read(
-    file: WeightFiles,
+    file: Tensors,
     leaves: Sequence[Leaf],
     place: Callable[[Leaf, np.ndarray], jax.Array],
     what: str,
@@ -117,8 +135,11 @@ def read(
     return nested(flat)
 
 
-def check(path: epath.PathLike, kind: str, leaves: Iterable[Leaf], file: WeightFiles) -> None:
-    """Raises `UserError` if tensors of a file have another shape or type than the leaves' have."""
+def check(
+    path: epath.PathLike, kind: str, leaves: Iterable[Leaf], file: Tensors, remedy: str = RELEASED
+) -> None:
+    """Raises `UserError` if tensors of a file have another shape or type than the leaves' have;
+    `remedy`: what the error says one should do."""
     problems = []
     for leaf in leaves:
         for name in leaf.names:
@@ -128,7 +149,7 @@ def check(path: epath.PathLike, kind: str, leaves: Iterable[Leaf], file: WeightF
             elif dtype not in DTYPES:
                 problems.append(f"{name} of type {dtype} instead of {', '.join(DTYPES)}")
     if problems:
-        refuse(path, kind, problems)
+        refuse(path, kind, problems, remedy=remedy)
 
 
 def refuse(
@@ -137,15 +158,13 @@ def refuse(
     problems: Sequence[str],
     others: Sequence[str] = (),
     hint: str = "",
+    remedy: str = RELEASED,
 ) -> NoReturn:
     """Raises `UserError` with at most ten problems; of two sorts, each gets five places."""
     listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
     left = len(problems) + len(others) - len(listed)
     shown = "; ".join(listed) + (f"; and {left} more" if left else "")
-    raise UserError(
-        f"weights {path} are not those of {kind} ({shown}){hint}: name a file of the released "
-        "layout"
-    )
+    raise UserError(f"weights {path} are not those of {kind} ({shown}){hint}: {remedy}")
 
 
 def expanded(pattern: str, depth: int) -> list[str]:

@@ -1,0 +1,81 @@
+"""From pictures to the features that metrics compare, on every device of a mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from diffit_jax.models import inception
+from diffit_jax.models.inception import Inception, Taps
+from diffit_jax.runtime import backend, distributed, parallel, rows
+
+BATCH_PER_DEVICE = 32
+
+
+class Features(NamedTuple):
+    """Of n pictures, float32.
+
+    Attributes:
+      pool: (n, 2048), for FID, KID, precision and recall.
+      spatial: (n, 2023), for sFID: 17 × 17 × 7, rows first and channels last.
+      logits: (n, 1008), for the Inception Score.
+    """
+
+    pool: np.ndarray
+    spatial: np.ndarray
+    logits: np.ndarray
+
+
+class Extractor:
+    """The FID network, float32 with the highest precision of products on every platform. Each
+    device works on pictures of its own, so that their number changes no bit.
+
+    Attributes:
+      rule: how pictures are resized and scaled, a name in `inception.RULES`.
+      batch_size: pictures of a call, over all devices.
+    """
+
+    def __init__(
+        self,
+        module: Inception,
+        variables: dict[str, Any],
+        mesh: jax.sharding.Mesh,
+        rule: str = "tf1",
+        batch_per_device: int = BATCH_PER_DEVICE,
+    ):
+        """`variables`: of the network, on every device of the mesh."""
+        self.rule, self._mesh, self._variables = rule, mesh, variables
+        self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
+        whole, divided = PartitionSpec(), parallel.batch_sharding(mesh).spec
+
+        def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> Taps:
+            pictures = inception.resized(images_BHWC, rule)
+            taps = module.apply(variables, inception.normalised(pictures, rule))
+            assert isinstance(taps, Taps)
+            return taps
+
+        per_device = jax.shard_map(
+            extract, mesh=mesh, in_specs=(whole, divided), out_specs=divided, check_vma=False
+        )
+        self._extract = jax.jit(per_device, out_shardings=parallel.batch_sharding(mesh))
+
+    def lower(self, shape: tuple[int, ...]) -> jax.stages.Lowered:
+        """The program for a batch of pictures of a shape (H, W, 3), ready to be compiled."""
+        sharding = parallel.batch_sharding(self._mesh)
+        batch = jax.ShapeDtypeStruct((self.batch_size, *shape), np.uint8, sharding=sharding)
+        return self._extract.lower(self._variables, batch)
+
+    @backend.pinned()
+    def __call__(self, images: np.ndarray) -> Features:
+        """Of (n, H, W, 3 or 1) uint8 pictures, at most `batch_size`; grey ones count as three equal
+        channels. The same on every process."""
+        if images.shape[-1] == 1:
+            images = np.repeat(images, 3, axis=-1)
+        count, mine = len(images), rows.local_rows(self._mesh, self.batch_size)
+        padded = np.pad(images, ((0, self.batch_size - count), (0, 0), (0, 0), (0, 0)), mode="edge")
+        batch = rows.put_batch(self._mesh, {"image": padded[mine]}, self.batch_size)["image"]
+        pool, spatial, logits = (
+            distributed.gather(array)[:count] for array in self._extract(self._variables, batch)
+        )
+        return Features(pool, spatial.reshape(count, -1), logits)

@@ -1,0 +1,263 @@
+"""Autoencoders as diffusers saves its `AutoencoderKL`: a folder with `config.json` and
+safetensors, into `Autoencoder`, number for number.
+
+Keys that a config leaves out take diffusers' defaults. Attention may be named as today (`to_q`) or
+as in files of before 2023 (`query`).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from diffit_jax.errors import UserError
+from diffit_jax.interop import tensors
+from diffit_jax.interop.tensors import Leaf
+from diffit_jax.interop.weight_files import WeightFiles
+from diffit_jax.models.autoencoder import Autoencoder
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+_DEFAULTS = {  # of AutoencoderKL's constructor, diffusers 0.42.1
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+# What another value of would make another network.
+_ONLY = {
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu", "swish"),
+}
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_CONV, _LINEAR, _SAME = (2, 3, 1, 0), (1, 0), None
+_KIND = "this autoencoder"
+_REMEDY = "name the files of diffusers' AutoencoderKL that belong to this config"
+# Older name of a part of attention → today's.
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load(
+    path: epath.PathLike,
+    dtype: Any = jnp.float32,
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """Reads an autoencoder.
+
+    Args:
+      path: a folder as diffusers saves it (or the folder of a pipeline, whose `vae` is taken), or a
+        safetensors file with its config beside it, as `config.json` or under its own name
+        (`NAME.config.json`).
+      dtype: of its convolutions.
+      sharding: where the arrays go; None: the default device.
+
+    Returns:
+      The module, with what scales its latents, and its variables, `params` in float32.
+
+    Raises:
+      UserError: no such files, another kind of network, or tensors that are missing, extra,
+        misshapen or not finite (each named, at most ten).
+    """
+    config_path, weights_path = _places(epath.Path(path))
+    module = read_config(config_path).clone(dtype=dtype)
+    module.check()
+    table = _table(module)
+    older = {_older(name): name for name in table}
+    names = "|".join(map(re.escape, {*table, *older}))
+    with WeightFiles(weights_path, names) as file:
+        renamed = {older.get(name, name): name for name in file.shapes}
+        missing = [f"missing {name}" for name in table if name not in renamed]
+        extra = [f"extra {name}" for theirs, name in renamed.items() if theirs not in table]
+        if missing or extra:
+            tensors.refuse(weights_path, _KIND, missing, extra, file.hint, _REMEDY)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), _picture(module))
+        leaves = [
+            _as_in_file(leaf, renamed, file.shapes)
+            for leaf in tensors.leaves_of(table, shapes, 0, {})
+        ]
+        tensors.check(weights_path, _KIND, leaves, file, _REMEDY)
+
+        def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
+            return jax.device_put(array, sharding)
+
+        return module, tensors.read(file, leaves, place, str(weights_path))
+
+
+def read_config(path: epath.Path) -> Autoencoder:
+    """The module that a `config.json` describes.
+
+    Raises:
+      UserError: it cannot be read, or describes another kind of network.
+    """
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON config ({error}): fetch it again") from error
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path} is not a JSON object: name the config of an autoencoder")
+    config = _DEFAULTS | dict(given)
+    for key, known in _ONLY.items():
+        if config.get(key, known[0]) not in known:
+            raise UserError(
+                f"{path} has {key} {config[key]!r}: only {' or '.join(known)} can be loaded"
+            )
+    for key, known in _BLOCKS.items():
+        others = sorted({str(block) for block in config[key]} - {known})
+        if others:
+            raise UserError(
+                f"{path} has {key} {', '.join(others)}: only autoencoders of {known} can be loaded"
+            )
+        if len(config[key]) != len(config["block_out_channels"]):
+            raise UserError(
+                f"{path} has {len(config[key])} {key} and {len(config['block_out_channels'])} "
+                "block_out_channels: fetch it again"
+            )
+    if config["in_channels"] != config["out_channels"]:
+        raise UserError(f"{path} has in_channels and out_channels that differ: that is not known")
+    mean, scale = _scaling(path, config)
+    return Autoencoder(
+        channels=tuple(config["block_out_channels"]),
+        num_blocks=config["layers_per_block"],
+        latent_channels=config["latent_channels"],
+        image_channels=config["in_channels"],
+        num_groups=config["norm_num_groups"],
+        attention=config["mid_block_add_attention"],
+        quant_conv=config["use_quant_conv"],
+        post_quant_conv=config["use_post_quant_conv"],
+        latent_mean=mean,
+        latent_scale=scale,
+    )
+
+
+def _scaling(
+    path: epath.Path, config: Mapping[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`latent_mean` and `latent_scale`: by channel where the config has both statistics of the
+    channels, else by one number."""
+    mean, std = config["latents_mean"], config["latents_std"]
+    if mean is None or std is None:
+        return (float(config["shift_factor"] or 0),), (float(config["scaling_factor"]),)
+    for key in ("latents_mean", "latents_std"):
+        if np.size(config[key]) != config["latent_channels"]:
+            raise UserError(
+                f"{path} has {np.size(config[key])} {key} for {config['latent_channels']} "
+                "latent_channels: fetch it again"
+            )
+    return tuple(np.ravel(mean).tolist()), tuple((1 / np.ravel(std)).tolist())
+
+
+def _places(path: epath.Path) -> tuple[epath.Path, epath.Path]:
+    """Where the config and the weights lie."""
+    if not path.is_dir():
+        beside = [path.with_name(f"{path.stem}.config.json"), path.with_name(CONFIG)]
+        config = next((place for place in beside if place.exists()), None)
+        if not path.exists() or config is None:
+            what = "is not there" if not path.exists() else f"has no {CONFIG} beside it"
+            raise UserError(f"autoencoder {path} {what}: name a folder as diffusers saves it")
+        return config, path
+    if not (path / CONFIG).exists() and (path / "vae" / CONFIG).exists():
+        path = path / "vae"
+    names = [f"{WEIGHTS}{end}" for end in (".safetensors", ".safetensors.index.json")]
+    names.append(f"{WEIGHTS}.fp16.safetensors")
+    weights = next((path / name for name in names if (path / name).exists()), None)
+    if not (path / CONFIG).exists() or weights is None:
+        lacking = CONFIG if weights is not None else names[0]
+        raise UserError(f"autoencoder {path} has no {lacking}: name a folder as diffusers saves it")
+    return path / CONFIG, weights
+
+
+def _table(module: Autoencoder) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Name in the file → (path of ours, axes of theirs in the order of ours)."""
+    table: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+
+    def layer(theirs: str, ours: str, axes: tuple[int, ...]) -> None:
+        table[f"{theirs}.weight"] = (f"params/{ours}/kernel", axes)
+        table[f"{theirs}.bias"] = (f"params/{ours}/bias", _SAME)
+
+    def norm(theirs: str, ours: str) -> None:
+        table[f"{theirs}.weight"] = (f"params/{ours}/scale", _SAME)
+        table[f"{theirs}.bias"] = (f"params/{ours}/bias", _SAME)
+
+    def block(theirs: str, ours: str, shortcut: bool) -> None:
+        for number in (1, 2):
+            norm(f"{theirs}.norm{number}", f"{ours}/norm_{number}")
+            layer(f"{theirs}.conv{number}", f"{ours}/conv_{number}", _CONV)
+        if shortcut:
+            layer(f"{theirs}.conv_shortcut", f"{ours}/shortcut", _LINEAR)
+
+    channels, stages = tuple(module.channels), len(module.channels)
+    for half in ("encoder", "decoder"):
+        layer(f"{half}.conv_in", f"{half}/conv_in", _CONV)
+        for number in (0, 1):
+            block(f"{half}.mid_block.resnets.{number}", f"{half}/middle/block_{number}", False)
+        if module.attention:
+            theirs, ours = f"{half}.mid_block.attentions.0", f"{half}/middle/attention"
+            norm(f"{theirs}.group_norm", f"{ours}/norm")
+            for name, other in zip(("q", "k", "v", "out"), _OLDER.values(), strict=True):
+                layer(f"{theirs}.{other}", f"{ours}/{name}", _LINEAR)
+        norm(f"{half}.conv_norm_out", f"{half}/norm_out")
+        layer(f"{half}.conv_out", f"{half}/conv_out", _CONV)
+    for stage in range(stages):
+        down, up = f"encoder.down_blocks.{stage}", f"decoder.up_blocks.{stages - 1 - stage}"
+        entering = {
+            "encoder": channels[max(stage - 1, 0)],
+            "decoder": channels[min(stage + 1, stages - 1)],
+        }
+        for half, theirs, count in (
+            ("encoder", down, module.num_blocks),
+            ("decoder", up, module.num_blocks + 1),
+        ):
+            for number in range(count):
+                changes = number == 0 and entering[half] != channels[stage]
+                ours = f"{half}/stage_{stage}_block_{number}"
+                block(f"{theirs}.resnets.{number}", ours, changes)
+        if stage < stages - 1:
+            layer(f"{down}.downsamplers.0.conv", f"encoder/down_{stage + 1}/conv", _CONV)
+        if stage:
+            layer(f"{up}.upsamplers.0.conv", f"decoder/up_{stage}/conv", _CONV)
+    if module.quant_conv:
+        layer("quant_conv", "encoder/quant", _LINEAR)
+    if module.post_quant_conv:
+        layer("post_quant_conv", "decoder/quant", _LINEAR)
+    return table
+
+
+def _older(name: str) -> str:
+    """The name that a tensor had in files of before 2023."""
+    for old, new in _OLDER.items():
+        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return name
+
+
+def _as_in_file(
+    leaf: Leaf, renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> Leaf:
+    """A leaf under the name that its tensor has in the file; a matrix may be there as a 1×1
+    convolution."""
+    (name,) = leaf.names
+    shape, leaf = shapes[renamed[name]], dataclasses.replace(leaf, names=[renamed[name]])
+    if len(leaf.theirs) == 2 and shape == (*leaf.theirs, 1, 1):
+        return dataclasses.replace(leaf, theirs=shape, axes=(*leaf.axes, 2, 3))
+    return leaf
+
+
+def _picture(module: Autoencoder) -> jax.ShapeDtypeStruct:
+    side = module.factor
+    return jax.ShapeDtypeStruct((1, side, side, module.image_channels), jnp.float32)

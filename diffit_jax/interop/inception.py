@@ -1,0 +1,105 @@
+"""The FID network's weights as people have them: `pt_inception-2015-12-05-6726825d.pth`
+(pytorch-fid) or `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), or safetensors with
+the same names. Tensors are read, no pickle is run.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from diffit_jax.interop import tensors
+from diffit_jax.interop.tensors import Leaf, Tensors
+from diffit_jax.interop.torch_files import TorchFile
+from diffit_jax.interop.weight_files import WeightFiles
+from diffit_jax.models.inception import BLOCKS, SIDE, STEM, Inception
+
+_STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
+_MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+_KIND = "the FID Inception network"
+_REMEDY = (
+    "name pytorch-fid's pt_inception-2015-12-05-6726825d.pth, torch-fidelity's file, or safetensors"
+)
+_BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+
+
+def load(
+    path: epath.PathLike, sharding: jax.sharding.Sharding | None = None
+) -> tuple[Inception, dict[str, Any]]:
+    """Reads the network.
+
+    Args:
+      path: see the top of this file.
+      sharding: where the arrays go; None: the default device.
+
+    Returns:
+      The module, as wide as the file's, and its variables, `params` in float32.
+
+    Raises:
+      UserError: a file that cannot be read, or tensors that are missing, extra, misshapen or not
+        finite (each named, at most ten).
+    """
+    path, table = epath.Path(path), _table()
+    names = "|".join(re.escape(name) for name in table)
+    opened = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, names)
+    with opened as file:
+        found = {name for name in file.shapes if not name.endswith("num_batches_tracked")}
+        missing = [f"missing {name}" for name in table if name not in found]
+        extra = [f"extra {name}" for name in tensors.in_order(found - table.keys())]
+        if missing or extra:
+            tensors.refuse(path, _KIND, missing, extra, file.hint, _REMEDY)
+        module = Inception(width=_width(file))
+        pictures = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), pictures)
+        leaves = tensors.leaves_of(table, shapes, 0, {})
+        tensors.check(path, _KIND, leaves, file, _REMEDY)
+
+        def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
+            return jax.device_put(array, sharding)
+
+        return module, tensors.read(file, leaves, place, str(path))
+
+
+def _width(file: Tensors) -> float:
+    """Of the module: as its first convolution says."""
+    first, published = f"Conv2d_{_STEM[0]}.conv.weight", STEM["conv_0"][0]
+    return file.shapes[first][0] / published if file.shapes[first] else 1.0
+
+
+def _table() -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Name in the file → (path of ours, axes of theirs in the order of ours)."""
+    table: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    for theirs, ours in _units():
+        table[f"{theirs}.conv.weight"] = (f"params/{ours}/conv/kernel", (2, 3, 1, 0))
+        for name, other in _BATCH_NORM.items():
+            table[f"{theirs}.bn.{name}"] = (f"params/{ours}/{other}", None)
+    table["fc.weight"] = ("params/logits_kernel", (1, 0))
+    table["fc.bias"] = ("params/logits_bias", None)
+    return table
+
+
+def _units() -> Iterator[tuple[str, str]]:
+    """(name in the file, path of ours) of every unit."""
+    stem = [name for name in STEM if name.startswith("conv")]
+    for theirs, ours in zip(_STEM, stem, strict=True):
+        yield f"Conv2d_{theirs}", ours
+    for theirs, (ours, branches) in zip(_MIXED, BLOCKS.items(), strict=True):
+        for name, branch in branches.items():
+            units = [f"_{number}" for number in branch.units]
+            if len(units) == 1 and not branch.pair:
+                units = [""]
+            last = len(branch.units) + 1
+            sides = {"row": f"_{last}a", "column": f"_{last}b"} if branch.pair else {}
+            of_file = name.replace("_double", "dbl")
+            if name == "pool":
+                of_file = "_pool"
+            elif ours == "mixed_8" and name == "7x7":
+                of_file = "7x7x3"
+            for number, end in zip(branch.units, units, strict=True):
+                yield f"Mixed_{theirs}.branch{of_file}{end}", f"{ours}/{name}_{number}"
+            for side, end in sides.items():
+                yield f"Mixed_{theirs}.branch{of_file}{end}", f"{ours}/{name}_{side}"
