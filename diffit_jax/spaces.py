@@ -14,6 +14,26 @@ import numpy as np
 
 from diffit_jax.data import pixels
 from diffit_jax.diffusion.seams import Conditioning
+from diffit_jax.errors import UserError
+
+
+class Decode(Protocol):
+    """From latents to pictures, on every process.
+
+    Attributes:
+      channels: of latents.
+    """
+
+    @property
+    def channels(self) -> int: ...
+
+    def shape_of(self, latent: tuple[int, ...]) -> tuple[int, int, int]:
+        """(H, W, C) of the picture of a latent (h, w, c)."""
+        ...
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
+        """(n, h, w, c) float32 → (n, H, W, C) uint8."""
+        ...
 
 
 class Space(Protocol):
@@ -55,7 +75,20 @@ class Space(Protocol):
         ...
 
     def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
-        """Samples of the network, (n, H, W, C) float32, as they are written to files."""
+        """Samples of the network, (n, H, W, C) float32, as they are written to files. Every process
+        calls it."""
+        ...
+
+    def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H, W, C) of what `leave` makes of a sample (H, W, C)."""
+        ...
+
+    def decoded(self, decode: Decode, sample: tuple[int, int, int]) -> "Space":
+        """The same space, whose samples (H, W, C) leave it as pictures.
+
+        Raises:
+          UserError: they are pictures already, or latents of another kind.
+        """
         ...
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
@@ -101,6 +134,12 @@ class PixelSpace:
     def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
         return np.asarray(pixels.to_pixels(x_BHWC, self.rounding))
 
+    def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
+        return sample
+
+    def decoded(self, decode: Decode, sample: tuple[int, int, int]) -> "Space":
+        raise UserError("the samples are images already: leave out --vae")
+
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
         images = x_BHWC if x_BHWC.dtype == np.uint8 else self.leave(x_BHWC, self.variables)
         return images[..., : 3 if images.shape[-1] >= 3 else 1]
@@ -111,13 +150,16 @@ class PixelSpace:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """Latents of an autoencoder, scaled to about unit variance: float32 on both sides.
+    """Latents of an autoencoder, scaled to about unit variance: float32 on both sides, unless there
+    is a decoder.
 
     Attributes:
       autoencoder: its name.
+      decode: makes pictures of samples, or None.
     """
 
     autoencoder: str
+    decode: Decode | None = None
 
     @property
     def example(self) -> str:
@@ -125,7 +167,7 @@ class LatentSpace:
 
     @property
     def samples(self) -> str:
-        return "latents"
+        return "samples" if self.decode else "latents"
 
     @property
     def variables(self) -> Any:
@@ -133,10 +175,9 @@ class LatentSpace:
 
     @property
     def note(self) -> str:
-        return (
-            f"writing latents of {self.autoencoder}: decoding them to images needs the "
-            "autoencoder, which is not there yet"
-        )
+        if self.decode:
+            return ""
+        return f"writing latents of {self.autoencoder}: --vae decodes them to images"
 
     def enter(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
@@ -144,10 +185,22 @@ class LatentSpace:
         return examples["latent"], {}
 
     def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
-        return np.asarray(x_BHWC)
+        return self.decode(np.asarray(x_BHWC)) if self.decode else np.asarray(x_BHWC)
+
+    def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
+        return self.decode.shape_of(sample) if self.decode else sample
+
+    def decoded(self, decode: Decode, sample: tuple[int, int, int]) -> "Space":
+        if decode.channels != sample[-1]:
+            raise UserError(
+                f"--vae has latents of {decode.channels} channels, the network makes "
+                f"{sample[-1]}: name the autoencoder that it was trained with"
+            )
+        return dataclasses.replace(self, decode=decode)
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
-        return np.asarray(pixels.latent_preview(x_BHWC))
+        pictures = x_BHWC.dtype == np.uint8
+        return x_BHWC if pictures else np.asarray(pixels.latent_preview(x_BHWC))
 
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         return {"latent": jax.ShapeDtypeStruct((size, *shape), jnp.float32), **_labels(size)}

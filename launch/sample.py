@@ -1,7 +1,8 @@
 """Draws samples from a run or from released weights:
 
     python launch/sample.py --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
-    python launch/sample.py --weights diffit_256.safetensors --labels "golden retriever,88"
+    python launch/sample.py --weights diffit_256.safetensors --labels "golden retriever,88" \\
+        --vae sd-vae-ft-ema
 
 Interrupted, the same command goes on where it was.
 """
@@ -46,6 +47,30 @@ EMA_LENGTH = flags.DEFINE_float(
     "With --workdir: average the parameters over this share of training, from the run's snapshots "
     "(ema.power_lengths).",
 )
+VAE = cli.define_path(
+    "vae",
+    "Folder of the autoencoder (diffusers' AutoencoderKL) that decodes latents to images; without "
+    "it, latents are written.",
+)
+VAE_DTYPE = flags.DEFINE_enum(
+    "vae_dtype", None, ["float32", "bfloat16"], "Of the autoencoder's convolutions."
+)
+VAE_AT_ONCE = flags.DEFINE_integer(
+    "vae_at_once",
+    None,
+    "Latents that a device decodes at once; default: 1 on a CPU, else 4.",
+    lower_bound=1,
+)
+GRID = flags.DEFINE_bool(
+    "grid", False, "Draw NAME.classes.png too: a row of ten for each of the first twenty labels."
+)
+TRAJECTORY = flags.DEFINE_integer(
+    "trajectory",
+    0,
+    "Draw NAME.trajectory.png too, in so many columns: the clean image as it is estimated along "
+    "the way, for the first eight samples.",
+    lower_bound=0,
+)
 CLUSTER = cli.define_cluster()
 
 SAMPLING = cli.SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
@@ -53,6 +78,7 @@ SAMPLING = cli.SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.sca
 
 def main() -> None:
     from diffit_jax.runtime.ranges import parse_numbers
+    from diffit_jax.sampling.decoder import Decoding
     from diffit_jax.sampling.networks import Run, Weights, config_for_weights
     from diffit_jax.verbs.sample import sample
 
@@ -68,8 +94,22 @@ def main() -> None:
     else:
         config = config_for_weights(CONFIG.value, WEIGHTS.value)
         source = Weights(WEIGHTS.value, config, ALLOW_NONFINITE.value)
-    seeds = parse_numbers("--seeds", SEEDS.value)
-    path = sample(source, seeds, LABELS.value, OUTPUT.value, OVERWRITE.value, SAMPLING.value)
+    decoding = None
+    if VAE.value:
+        decoding = Decoding(VAE.value, VAE_DTYPE.value or "float32", VAE_AT_ONCE.value)
+    elif VAE_DTYPE.value or VAE_AT_ONCE.value:
+        cli.fail("--vae_dtype and --vae_at_once go with --vae")
+    path = sample(
+        source,
+        parse_numbers("--seeds", SEEDS.value),
+        LABELS.value,
+        OUTPUT.value,
+        OVERWRITE.value,
+        SAMPLING.value,
+        decoding,
+        GRID.value,
+        TRAJECTORY.value,
+    )
     print(f"wrote {path} and {path.with_suffix('.png')}")
 
 

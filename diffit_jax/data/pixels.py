@@ -42,19 +42,23 @@ def latent_preview(x: jax.Array | np.ndarray) -> jax.Array:
 
 
 def write_preview(
-    path: epath.PathLike, samples: np.ndarray, preview: Callable[[np.ndarray], np.ndarray]
+    path: epath.PathLike,
+    samples: np.ndarray,
+    preview: Callable[[np.ndarray], np.ndarray],
+    columns: int = 10,
 ) -> None:
-    """Writes a picture of some samples, ten in a row; one that cannot be drawn or written is a
+    """Writes a picture of some samples; one that cannot be drawn or written is a
     warning, since nothing depends on it.
 
     Args:
       path: of the PNG.
       samples: (n, H, W, C), see `preview`.
       preview: of a `Space`: the samples as (n, H', W', 1 or 3) uint8.
+      columns: samples in a row.
     """
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, image_grid(preview(samples), columns=10))
+        write_png(path, image_grid(preview(samples), columns))
     except Exception as error:
         log.warning(
             "the picture %s could not be made (%s: %s)",

@@ -14,7 +14,7 @@ import numpy as np
 from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM, Prediction
 from diffit_jax.diffusion.guidance import Guided
-from diffit_jax.diffusion.samplers import Steps, descend
+from diffit_jax.diffusion.samplers import Drawn, Steps, descend, watched
 from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.diffusion.seams import Conditioning, Network, Noise, Process
 from diffit_jax.errors import UserError
@@ -59,24 +59,35 @@ class Ancestral:
         """The K steps of the process that are taken."""
         return process.schedule_for(self.respacing or str(self.num_steps))
 
+    def steps(self, process: DDPM) -> int:
+        return len(self.schedule(process))
+
     def evaluated(self, process: Process, network: Network) -> Network:
         return network
 
     def draw(
-        self, process: DDPM, guided: Guided, noise: Noise, conditioning: Conditioning
-    ) -> jax.Array:
+        self,
+        process: DDPM,
+        guided: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        frames: int = 0,
+    ) -> Drawn:
         schedule = self.schedule(process)
         update = self.update(schedule)
         timesteps = jnp.asarray(schedule.timesteps, jnp.int32)
 
-        def body(index: jax.Array, x_BHWC: jax.Array, network: Network) -> jax.Array:
+        def body(
+            index: jax.Array, x_BHWC: jax.Array, network: Network
+        ) -> tuple[jax.Array, jax.Array]:
             k = len(schedule) - 1 - index
             y_BHWC = network(x_BHWC, jnp.full(len(x_BHWC), timesteps[k]), conditioning)
             k_B = jnp.full(len(x_BHWC), k)
             prediction = process.predict(y_BHWC, x_BHWC, k_B, schedule, self.clip_denoised)
-            return update(prediction, x_BHWC, k, noise(index + 1))
+            return update(prediction, x_BHWC, k, noise(index + 1)), prediction.x0
 
-        return descend(guided, body, noise(0), schedule.sqrt_recipm1_alphas_cumprod[::-1])
+        sigma, seen = schedule.sqrt_recipm1_alphas_cumprod[::-1], watched(len(schedule), frames)
+        return Drawn(*descend(guided, body, noise(0), sigma, seen))
 
     def update(self, schedule: Schedule) -> Update:
         """The step from x_k to x_{k-1}."""

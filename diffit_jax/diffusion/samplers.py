@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ from diffit_jax.limits import at_least
 T = TypeVar("T")
 Steps = Annotated[int, at_least(1, most=100_000)]
 StepsOfGrid = Annotated[int, at_least(2, most=100_000)]  # the grid has two ends
+
+
+class Drawn(NamedTuple):
+    """What a sampler makes.
+
+    Attributes:
+      samples: (B, H, W, C) float32, in the units of the training data and not clipped.
+      frames: (F, B, H, W, C) float32, the clean samples as they were estimated at F of its steps.
+    """
+
+    samples: jax.Array
+    frames: jax.Array
 
 
 class SamplingMethod(Protocol):
@@ -44,21 +56,31 @@ class SamplingMethod(Protocol):
     def check(self, process: Process) -> None:
         """Raises `UserError` if samples of a process cannot be drawn like this."""
 
+    def steps(self, process: Process) -> int:
+        """How many there are with a process."""
+        ...
+
     def evaluated(self, process: Process, network: Network) -> Network:
         """What the sampler evaluates, and what therefore is guided: the network itself, or the
         process's denoiser."""
         ...
 
     def draw(
-        self, process: Process, guided: Guided, noise: Noise, conditioning: Conditioning
-    ) -> jax.Array:
-        """Samples, in the units of the training data and not clipped, (B, H, W, C) float32.
+        self,
+        process: Process,
+        guided: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        frames: int = 0,
+    ) -> Drawn:
+        """Draws samples.
 
         Args:
           process: around the network.
           guided: what `evaluated` gives, guided or not.
           noise: of the B samples; its shape is theirs.
           conditioning: of the B samples.
+          frames: F, from the first step to the last at equal distances.
         """
         ...
 
@@ -81,32 +103,50 @@ def seeded_noise(seed_B: jax.Array, shape: tuple[int, ...]) -> Noise:
     return lambda index: step_noise(key_B, index, shape)
 
 
+def watched(steps: int, frames: int, evaluations: int = 1) -> np.ndarray:
+    """(F,) which of a sampler's evaluations are kept as frames: those with which F of its steps
+    begin, from the first step to the last at equal distances; a step has so many `evaluations`."""
+    return np.rint(np.linspace(0, steps - 1, frames)).astype(np.int64) * evaluations
+
+
 def descend(
     guided: Guided,
-    body: Callable[[jax.Array, T, Network], T],
+    body: Callable[[jax.Array, T, Network], tuple[T, jax.Array]],
     carry: T,
     sigma: np.ndarray,
+    watched: np.ndarray,
     step_sigma: np.ndarray | None = None,
-) -> T:
-    """A sampler's loop: `carry = body(e, carry, network)` for each evaluation e of its grid.
+) -> tuple[T, jax.Array]:
+    """A sampler's loop: `carry, denoised = body(e, carry, network)` for each evaluation e of its
+    grid.
 
     Args:
       guided: what is evaluated.
       body: calls `network`, which is guided as e asks for, once.
-      carry: pytree that the loop starts from.
+      carry: pytree that the loop starts from; its first array is x, (B, H, W, C) float32.
       sigma, step_sigma: (E,) static grid, see `Guided.scales`.
+      watched: (F,) static, evaluations whose `denoised` is kept.
 
     Returns:
-      The last carry. The program holds one loop for each stretch of evaluations with, or without,
-      guidance.
+      The last carry, and what was kept. The program holds one loop for each stretch of evaluations
+      with, or without, guidance.
     """
+    x_BHWC = jax.tree.leaves(carry)[0]
+    empty = jnp.zeros((len(watched), *x_BHWC.shape))
+    state = carry, empty if len(watched) else None  # nothing is carried along for no frames
     for stretch in guided.stretches(sigma, step_sigma):
 
-        def step(index: jax.Array, carry: T, network: Any = stretch.network) -> T:
-            return body(index, carry, network(index))
+        def step(index: jax.Array, state: tuple, network: Any = stretch.network) -> tuple:
+            carry, frames = state
+            carry, denoised = body(index, carry, network(index))
+            if frames is not None:
+                here = jnp.asarray(watched) == index
+                frames = jnp.where(here.reshape(-1, 1, 1, 1, 1), denoised, frames)
+            return carry, frames
 
-        carry = jax.lax.fori_loop(stretch.start, stretch.stop, step, carry)
-    return carry
+        state = jax.lax.fori_loop(stretch.start, stretch.stop, step, state)
+    carry, frames = state
+    return carry, empty if frames is None else frames
 
 
 class _InNoiseLevels:
@@ -121,27 +161,38 @@ class _InNoiseLevels:
     def check(self, process: Process) -> None:
         process.sigmas(self.num_steps)
 
+    def steps(self, process: Process) -> int:
+        return self.num_steps
+
     def evaluated(self, process: Process, network: Network) -> Denoiser:
         return functools.partial(process.denoise, network)
 
     def draw(
-        self, process: Process, guided: Guided, noise: Noise, conditioning: Conditioning
-    ) -> jax.Array:
-        return self.solve(guided, noise, conditioning, process.sigmas(self.num_steps))
+        self,
+        process: Process,
+        guided: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        frames: int = 0,
+    ) -> Drawn:
+        return self.solve(guided, noise, conditioning, process.sigmas(self.num_steps), frames)
 
     def solve(
-        self, denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
-    ) -> jax.Array:
-        """Samples on any grid.
+        self,
+        denoise: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        sigmas: np.ndarray,
+        frames: int = 0,
+    ) -> Drawn:
+        """Draws samples on any grid.
 
         Args:
           denoise: D(x, sigma, conditioning), guided or not.
           noise: of the B samples.
           conditioning: of the B samples.
           sigmas: (N + 1,) descending noise levels that end in 0.
-
-        Returns:
-          (B, H, W, C) float32 samples, in the units of the training data and not clipped.
+          frames: as of `draw`.
         """
         raise NotImplementedError
 
@@ -177,8 +228,13 @@ class Heun(_InNoiseLevels):
         return np.where(inside, sigmas * (1 + gamma), sigmas)
 
     def solve(
-        self, denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
-    ) -> jax.Array:
+        self,
+        denoise: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        sigmas: np.ndarray,
+        frames: int = 0,
+    ) -> Drawn:
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         sigma_hat = self.churned(sigma)
         # Made in float64, rounded once: the noise that lifts the level t to t̂.
@@ -192,7 +248,7 @@ class Heun(_InNoiseLevels):
         #                     at the predicted x.
         def body(
             index: jax.Array, carry: tuple[jax.Array, ...], network: Denoiser
-        ) -> tuple[jax.Array, ...]:
+        ) -> tuple[tuple[jax.Array, ...], jax.Array]:
             x_BHWC, start_BHWC, first_slope = carry
             step, corrects = index // 2, index % 2 == 1
             level, target, fresh = grid[step]
@@ -200,14 +256,17 @@ class Heun(_InNoiseLevels):
                 x_BHWC = x_BHWC + jnp.where(corrects, 0.0, fresh * noise(step + 1))
             start_BHWC = jnp.where(corrects, start_BHWC, x_BHWC)
             here = jnp.where(corrects, target, level)
-            slope = (x_BHWC - network(x_BHWC, jnp.full(len(x_BHWC), here), conditioning)) / here
+            denoised = network(x_BHWC, jnp.full(len(x_BHWC), here), conditioning)
+            slope = (x_BHWC - denoised) / here
             combined = jnp.where(corrects, (first_slope + slope) / 2, slope)
-            return start_BHWC + (target - level) * combined, start_BHWC, slope
+            return (start_BHWC + (target - level) * combined, start_BHWC, slope), denoised
 
         x_BHWC = jnp.float32(sigmas[0]) * noise(0)
         levels = np.stack([sigma_hat, next_sigma], axis=1).ravel()[:-1]
         carry = x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)
-        return descend(denoise, body, carry, levels, np.repeat(sigma, 2)[:-1])[0]
+        seen = watched(len(sigma), frames, evaluations=2)
+        carry, kept = descend(denoise, body, carry, levels, seen, np.repeat(sigma, 2)[:-1])
+        return Drawn(carry[0], kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +291,13 @@ class DPMSolver(_InNoiseLevels):
     num_steps: StepsOfGrid
 
     def solve(
-        self, denoise: Guided, noise: Noise, conditioning: Conditioning, sigmas: np.ndarray
-    ) -> jax.Array:
+        self,
+        denoise: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        sigmas: np.ndarray,
+        frames: int = 0,
+    ) -> Drawn:
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         ratio = next_sigma / sigma  # e^-h
         extrapolation = np.zeros(len(sigma))
@@ -245,15 +309,17 @@ class DPMSolver(_InNoiseLevels):
 
         def body(
             step: jax.Array, carry: tuple[jax.Array, jax.Array], network: Denoiser
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             x_BHWC, previous = carry
             level, of_x, of_denoised, extrapolate = grid[step]
             denoised = network(x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
             x_BHWC = of_x * x_BHWC + of_denoised * (denoised + extrapolate * (denoised - previous))
-            return x_BHWC, denoised
+            return (x_BHWC, denoised), denoised
 
         x_BHWC = jnp.float32(sigmas[0]) * noise(0)
-        return descend(denoise, body, (x_BHWC, jnp.zeros_like(x_BHWC)), sigma)[0]
+        carry = x_BHWC, jnp.zeros_like(x_BHWC)
+        carry, kept = descend(denoise, body, carry, sigma, watched(len(sigma), frames))
+        return Drawn(carry[0], kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,48 @@
 """From latents to pictures on every device of a mesh."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import PartitionSpec
 
+from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
+from diffit_jax.interop import diffusers
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.runtime import backend, distributed, parallel, rows
+from diffit_jax.runtime import backend, contents, distributed, files, parallel, rows
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How latents are to be decoded.
+
+    Attributes:
+      path: of the autoencoder, see `diffusers.load`.
+      dtype: of its convolutions, one of `DTYPES`.
+      at_once: latents that a device decodes at once; None: see `slice_size`.
+    """
+
+    path: epath.PathLike
+    dtype: str = "float32"
+    at_once: int | None = None
+
+    def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> "Decoder":
+        """Reads the autoencoder; batches over all devices and the rounding of pixels are those of
+        the sampler. Raises `UserError` as `diffusers.load` does."""
+        path = files.resolve(self.path, "vae")
+        module, variables = diffusers.load(path, self.dtype, parallel.replicated(mesh))
+        at_once = self.at_once or slice_size(mesh.devices.flat[0].platform)
+        return Decoder(module, variables, mesh, batch_size // mesh.size, at_once, rounding, path)
+
+
+def slice_size(platform: str) -> int:
+    """Latents that a device decodes at once: a CPU gains nothing by more than one."""
+    return 1 if platform == "cpu" else 4
 
 
 class Decoder:
@@ -19,6 +53,7 @@ class Decoder:
       module: the autoencoder.
       variables: of it, on every device of the mesh.
       batch_size: latents of a call, over all devices.
+      path: where it was read from.
     """
 
     def __init__(
@@ -29,15 +64,19 @@ class Decoder:
         batch_per_device: int,
         slice_size: int = 1,
         rounding: str = "adm",
+        path: epath.PathLike = "",
     ):
-        """
+        """Prepares a decoder.
+
         Args:
           module, variables: of the autoencoder.
           mesh: devices to decode on.
           batch_per_device: latents of a call.
           slice_size: how many a device decodes at once.
           rounding: of pixels, a name in `pixels.ROUNDINGS`.
+          path: where the variables are from.
         """
+        self.path = epath.Path(path)
         self.module, self.variables, self._mesh = module, variables, mesh
         self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
         slice_size = min(slice_size, self.batch_size // mesh.size)
@@ -57,6 +96,28 @@ class Decoder:
             check_vma=False,
         )
         self._decode = jax.jit(per_device, out_shardings=parallel.batch_sharding(mesh))
+
+    @property
+    def channels(self) -> int:
+        """Of latents."""
+        return self.module.latent_channels
+
+    @property
+    def dtype(self) -> str:
+        """Of the convolutions, one of `DTYPES`."""
+        return np.dtype(self.module.dtype).name
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values by name of all that pictures of given latents depend on."""
+        settings = workdirs.number_settings("autoencoder", self.module)
+        return {"contents": contents.fingerprint(self.variables), **settings}
+
+    def lower(self, latent: tuple[int, ...]) -> jax.stages.Lowered:
+        """The program for a batch of latents (h, w, c), ready to be compiled."""
+        sharding = parallel.batch_sharding(self._mesh)
+        shape = (self.batch_size, *latent)
+        batch = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+        return self._decode.lower(self.variables, batch)
 
     def shape_of(self, latent: tuple[int, ...]) -> tuple[int, int, int]:
         """(H, W, C) of the picture of a latent (h, w, c)."""

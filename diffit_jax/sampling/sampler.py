@@ -11,6 +11,7 @@ import numpy as np
 
 from diffit_jax import models
 from diffit_jax.diffusion import guidance, samplers
+from diffit_jax.diffusion.samplers import Drawn
 from diffit_jax.diffusion.seams import Network
 from diffit_jax.experiment import Experiment
 from diffit_jax.models import Model
@@ -55,11 +56,31 @@ class Sampler:
         self._experiment, self._model, self._mesh = experiment, experiment.model, mesh
         self._weaker_model, self._copy = weaker_model, copy
         self.batch_size = batch_size(experiment, mesh, count)
-        self._draw = jax.jit(self._draw_batch, out_shardings=parallel.batch_sharding(mesh))
+        sharding = parallel.batch_sharding(mesh)
+        self._draw = jax.jit(self._draw_batch, out_shardings=sharding)
+        self._watch = jax.jit(self._watch_batch, out_shardings=sharding, static_argnums=3)
 
     def _draw_batch(
         self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]
     ) -> jax.Array:
+        return self._drawn(variables, weaker, batch).samples
+
+    def _watch_batch(
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        frames: int,
+    ) -> jax.Array:
+        return jnp.moveaxis(self._drawn(variables, weaker, batch, frames).frames, 0, 1)
+
+    def _drawn(
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        frames: int = 0,
+    ) -> Drawn:
         copy = _copies(self._model) and self._copy
         if copy is None:
             memory = parallel.memory_of(parallel.local_device(self._mesh))
@@ -69,7 +90,7 @@ class Sampler:
                 variables = self._copied(self._model, variables)
                 if weaker is not None and self._weaker_model is not None:
                     weaker = self._copied(self._weaker_model, weaker)
-            return self._trajectory(variables, weaker, batch)
+            return self._trajectory(variables, weaker, batch, frames)
 
     def _copied(self, model: Model, variables: Variables) -> Variables:
         """The variables whole on every device, those that the network casts before use in its
@@ -82,8 +103,12 @@ class Sampler:
         return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
 
     def _trajectory(
-        self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]
-    ) -> jax.Array:
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        frames: int,
+    ) -> Drawn:
         process, sampling = self._experiment.process, self._experiment.sampling
         num_classes = self._model.num_classes
 
@@ -102,7 +127,7 @@ class Sampler:
         )
         noise = samplers.seeded_noise(batch["seed"], self._model.sample_shape)
         conditioning = {"label": batch["label"]} if num_classes else {}
-        return sampling.sampler.draw(process, guided, noise, conditioning)
+        return sampling.sampler.draw(process, guided, noise, conditioning, frames)
 
     def lower(self, variables: Variables) -> jax.stages.Lowered:
         """The function that draws a batch, without autoguidance, ready to be compiled for variables
@@ -145,15 +170,35 @@ class Sampler:
           (n, H, W, C) float32 samples in the units of the training data, not clipped, in the order
           of the seeds.
         """
+        drawn = self._draw(variables, weaker, self._batch(seeds, labels))
+        return distributed.gather(drawn)[: len(seeds)]
+
+    @backend.pinned()
+    def watch_batch(
+        self,
+        variables: Variables,
+        seeds: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
+        frames: int,
+        weaker: Variables | None = None,
+    ) -> np.ndarray:
+        """How samples come about: (n, F, H, W, C) float32, the clean samples as they were estimated
+        at F steps from the first to the last; arguments as of `draw_batch`."""
+        kept = self._watch(variables, weaker, self._batch(seeds, labels), frames)
+        return distributed.gather(kept)[: len(seeds)]
+
+    def _batch(
+        self, seeds: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray
+    ) -> dict[str, jax.Array]:
+        """On the mesh, filled up with copies of the last sample."""
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
-        count, size = len(batch["seed"]), self.batch_size
+        size = self.batch_size
         mine = rows.local_rows(self._mesh, size)
         padded = {
-            name: np.pad(values, (0, size - count), mode="edge")[mine]
+            name: np.pad(values, (0, size - len(values)), mode="edge")[mine]
             for name, values in batch.items()
         }
-        drawn = self._draw(variables, weaker, rows.put_batch(self._mesh, padded, size))
-        return distributed.gather(drawn)[:count]
+        return rows.put_batch(self._mesh, padded, size)
 
     def batches(
         self,

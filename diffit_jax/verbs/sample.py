@@ -1,31 +1,27 @@
 """The verb `sample`: from a run or a file of released weights to files of samples."""
 
-import dataclasses
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
-from diffit_jax.data.labels import give_out, parse_labels
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment
-from diffit_jax.runtime import backend, contents, distributed, files, interruption, rows
+from diffit_jax.runtime import backend, distributed, files, interruption, npz
 from diffit_jax.runtime.console import Progress
-from diffit_jax.runtime.ranges import in_short
-from diffit_jax.sampling.files import Request, SampleFiles, default_name, named_seeds, stretches
-from diffit_jax.sampling.networks import Run, Weights, open_weaker
-from diffit_jax.sampling.sampler import Sampler, Variables, default_labels
-from diffit_jax.sections import CHOICES, Sampling
-from diffit_jax.training.compiling import Opened, open_experiment
+from diffit_jax.sampling.decoder import Decoding
+from diffit_jax.sampling.files import Request, SampleFiles, named_seeds, stretches
+from diffit_jax.sampling.networks import Run, Weights
+from diffit_jax.sampling.request import Asked, Networks
+from diffit_jax.spaces import Space
 
 log = logging.getLogger(__name__)
 
 PREVIEWED = 100  # samples in the picture
+COLUMNS, CLASSES = 10, 20  # of the picture by class, at most
+WATCHED = 8  # samples in the picture of trajectories, at most
 
 
 @backend.pinned()
@@ -37,6 +33,9 @@ def sample(
     output: epath.PathLike | None = None,
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    decoding: Decoding | None = None,
+    by_class: bool = False,
+    frames: int = 0,
 ) -> epath.Path:
     """Draws samples and writes them as an npz file, a PNG grid and a record. Interrupted, the same
     call goes on where it was.
@@ -56,6 +55,11 @@ def sample(
       overwrite: whether files of another request may be replaced.
       overrides: what replaces values of the config's section `sampling`, as in
         `Sampling.overridden`: `{"sampler.num_steps": 30, "guidance.scale": 2.0}`.
+      decoding: makes images of latents, by an autoencoder.
+      by_class: whether to draw `NAME.classes.png` too: a row of ten for each of the first twenty
+        labels.
+      frames: how many columns `NAME.trajectory.png` has, in which eight samples come about: the
+        clean sample as it is estimated along the way; 0: it is not drawn.
 
     Returns:
       Path of the npz, laid out as ADM's evaluator reads it: `arr_0` (N, H, W, C) uint8 images (or
@@ -63,22 +67,22 @@ def sample(
 
     Raises:
       UserError: no run or checkpoint there, weights that cannot be read or are not finite, a label
-        or seed out of range, settings that do not fit, an output that cannot be written or is of
-        another request; or, when all is written, samples that are not finite.
+        or seed out of range, settings or an autoencoder that do not fit, an output that cannot be
+        written or is of another request; or, when all is written, samples that are not finite.
       interruption.Preempted: the machine is about to be taken away; what is drawn is saved.
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
-    asked = _Asked.make(source, seeds, labels, output, overrides or {})
+    asked = Asked.make(source, seeds, labels, overrides or {}, decoding)
+    _check_pictures(asked, by_class, frames)
+    output = asked.output(output)
     distributed.first_then_all(
-        lambda: files.make_directory(asked.output.parent, "output directory"), lambda: None
+        lambda: files.make_directory(output.parent, "output directory"), lambda: None
     )
 
     # --- The networks, and with them what the request is known by.
-    variables, origin = source.load(asked.opened)
-    weaker, weaker_origin = asked.weaker[0].load(asked.weaker[1]) if asked.weaker else (None, {})
-    origin |= {f"weaker {name}": value for name, value in weaker_origin.items()}
-    request = Request(asked.identity(variables, weaker), origin)
+    networks = asked.load()
+    request = Request(asked.identity(networks), networks.origin)
     distributed.check_agreement(
         {
             "request for samples": lambda: str(request.identity),
@@ -87,146 +91,75 @@ def sample(
     )
     log.info("precision of float32 matrix products: %s", backend.matmul_precision())
 
-    # --- Is it done already?
-    sample_files = SampleFiles(asked.output, request, overwrite)
+    # --- Draw them, unless that is done already.
+    sample_files = SampleFiles(output, request, overwrite)
     record = distributed.first_then_all(sample_files.finished, lambda: None)
     if distributed.agreed(record is not None):
-        log.info("%s holds these samples already", asked.output)
-        return _conclude(asked.output, record)
+        log.info("%s holds these samples already", output)
+    else:
+        record = _make(asked, sample_files, networks)
+
+    # --- More pictures of them.
+    space = asked.experiment.space
+    if by_class:
+        picture = output.with_suffix(".classes.png")
+        distributed.first_then_all(
+            lambda: _draw_classes(picture, output, asked.labels, space), lambda: None
+        )
+    if frames:
+        _draw_trajectory(output.with_suffix(".trajectory.png"), asked, networks, frames)
+    return _conclude(output, record)
+
+
+def _check_pictures(asked: Asked, by_class: bool, frames: int) -> None:
+    experiment = asked.experiment
+    if by_class and not experiment.model.num_classes:
+        raise UserError(f"the model in {asked.source.name} is unconditional: leave out --grid")
+    steps = experiment.sampling.sampler.steps(experiment.process)
+    if frames > steps:
+        raise UserError(f"--trajectory is {frames}: the sampler has {steps} steps")
+
+
+def _make(asked: Asked, sample_files: SampleFiles, networks: Networks) -> dict[str, Any] | None:
+    """Draws the parts that are not there, puts all together, gives the first process the record."""
     if asked.experiment.space.note:
         log.info("%s", asked.experiment.space.note)
-
-    # --- Draw the parts that are not there, and put them together.
     with distributed.first_holds(lambda: sample_files):
-        _draw(asked, sample_files, variables, weaker)
+        _draw(asked, sample_files, networks)
         with interruption.held():  # what is complete need not be begun again
-            record = distributed.first_then_all(
-                lambda: _assemble(asked, sample_files), lambda: None
-            )
-    return _conclude(asked.output, record)
+            return distributed.first_then_all(lambda: _assemble(asked, sample_files), lambda: None)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """What is asked for, checked.
-
-    Attributes:
-      opened: the source's experiment on a mesh.
-      experiment: the same, sampled as asked for.
-      seeds, labels: (N,) int64.
-      output: path of the npz.
-      sampler: that draws.
-      weaker: run of the second network of autoguidance, and its experiment.
-    """
-
-    opened: Opened
-    experiment: Experiment
-    seeds: np.ndarray
-    labels: np.ndarray
-    output: epath.Path
-    sampler: Sampler
-    weaker: tuple[Run, Opened] | None
-
-    @classmethod
-    def make(
-        cls,
-        source: Run | Weights,
-        seeds: Sequence[int],
-        labels: Sequence[int] | str | None,
-        output: epath.PathLike | None,
-        overrides: Mapping[str, Any],
-    ) -> "_Asked":
-        """Checks a request; arguments as of `sample`."""
-        opened = open_experiment(source.config, to_train=False, config_file=source.config_file)
-        usual, model = opened.experiment.sampling, opened.experiment.model
-
-        # --- Seeds, labels, settings.
-        if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
-            raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
-        label_of = _labels(labels, seeds, model.num_classes, source.name)
-        sampling = usual.overridden(overrides)
-        if sampling.guidance.needs_labels and not model.num_classes:
-            raise UserError(
-                f"the model in {source.name} is unconditional: leave out --guidance.scale"
-            )
-        experiment = opened.experiment.with_sampling(sampling)
-        weaker = None
-        if sampling.guidance.needs_weaker:
-            weaker = open_weaker(experiment, getattr(sampling.guidance, "workdir", ""))
-
-        # --- The sampler, on devices that hold the right rows.
-        weaker_model = weaker[1].experiment.model if weaker else None
-        sampler = Sampler(experiment, opened.mesh, len(seeds), weaker_model)
-        rows.prove_rows(opened.mesh, sampler.batch_size)
-
-        # --- Where to.
-        words = None
-        if not np.array_equal(label_of, default_labels(seeds, model.num_classes)):
-            words = labels if isinstance(labels, str) else in_short(label_of.tolist())
-        differences = dict(_differences(usual, sampling, seeds, words))
-        if output is None:
-            shape = (len(seeds), *model.sample_shape)
-            differences |= source.differences
-            name = default_name(experiment.space.samples, shape, differences)
-            output = source.directory / name
-        output = files.resolve(output, "output")
-        if output.suffix != ".npz" or output.is_dir():
-            raise UserError(f"--output {output} must be a file that ends in .npz: change it")
-        numbers = np.asarray(seeds, np.int64)
-        return cls(opened, experiment, numbers, label_of, output, sampler, weaker)
-
-    def identity(self, variables: Variables, weaker: Variables | None) -> dict[str, Any]:
-        """JSON values by name of all that the samples depend on: not how many are drawn at once,
-        nor where the networks lie."""
-        sampling = self.experiment.sampling
-        settings = {f"sampling.{name}": value for name, value in _makes_samples(sampling).items()}
-        weaker_network = None
-        if self.weaker and weaker is not None:
-            weaker_network = _network(self.weaker[1].experiment, weaker)
-        return {
-            "network": _network(self.experiment, variables),
-            "weaker network": weaker_network,
-            "seeds": _digest(self.seeds),
-            "labels": _digest(self.labels),
-            "matmul_precision": backend.matmul_precision(),
-            **settings,
-        }
-
-
-def _draw(
-    asked: _Asked, sample_files: SampleFiles, variables: Variables, weaker: Variables | None
-) -> None:
+def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
     """Draws the samples that are in no part yet, part by part."""
-    first, count, space = distributed.is_first(), len(asked.seeds), asked.experiment.space
+    first, count = distributed.is_first(), len(asked.seeds)
     done_there = sample_files.done(count) if first else np.zeros(count, bool)
     there = np.array(distributed.from_first(done_there.tolist()))
     done = int(there.sum())
 
     def kept() -> str:
-        return f"{done} of {count} samples are saved beside {asked.output}"
+        return f"{done} of {count} samples are saved beside {sample_files.output}"
 
     progress = Progress("sample", count, done=done, unit="sample", shown=first)
     try:
         with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
             missing = stretches(np.flatnonzero(~there), asked.sampler.batch_size)
             for index, batch in enumerate(missing):
-                seeds, labels = asked.seeds[batch], asked.labels[batch]
-                drawn = asked.sampler.draw_batch(variables, seeds, labels, weaker)
+                samples, finite = asked.draw(networks, batch)
                 if first:
-                    finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
                     if not finite.all():
-                        bad = named_seeds(seeds[~finite].tolist())
+                        bad = named_seeds(asked.seeds[batch][~finite].tolist())
                         log.warning("samples of seeds %s are not finite", bad)
-                    sample_files.write(batch[0], space.leave(drawn, space.variables), finite)
-                progress.advance(len(drawn))
-                done += len(drawn)
+                    sample_files.write(batch[0], samples, finite)
+                progress.advance(len(samples))
+                done += len(samples)
                 if notice.reached(index) and done < count:
                     raise notice.ending(kept())
     except KeyboardInterrupt as error:
         raise interruption.Interrupted(kept()) from error
 
 
-def _assemble(asked: _Asked, sample_files: SampleFiles) -> dict[str, Any]:
+def _assemble(asked: Asked, sample_files: SampleFiles) -> dict[str, Any]:
     """The files of a request whose parts are all there; returns the record."""
     precision = {"matmul_precision": backend.matmul_precision()}
     record = sample_files.finish(asked.labels, asked.seeds, precision)
@@ -234,6 +167,36 @@ def _assemble(asked: _Asked, sample_files: SampleFiles) -> dict[str, Any]:
     pixels.write_preview(sample_files.picture, sample_files.first(PREVIEWED), preview)
     sample_files.leave()
     return record
+
+
+def _draw_classes(
+    picture: epath.Path, output: epath.Path, labels: np.ndarray, space: Space
+) -> None:
+    """A picture with a row for each label, from the npz."""
+    rows = [np.flatnonzero(labels == label)[:COLUMNS] for label in np.unique(labels)[:CLASSES]]
+    samples = npz.rows_of(output, "arr_0", np.concatenate(rows))
+    cells = np.zeros((len(rows), COLUMNS, *samples.shape[1:]), samples.dtype)
+    begin = 0
+    for cell, row in zip(cells, rows, strict=True):
+        cell[: len(row)] = samples[begin : begin + len(row)]
+        begin += len(row)
+    pixels.write_preview(picture, cells.reshape(-1, *samples.shape[1:]), space.preview, COLUMNS)
+    log.info("wrote %s", picture)
+
+
+def _draw_trajectory(picture: epath.Path, asked: Asked, networks: Networks, frames: int) -> None:
+    """A picture of how the first samples come about, a row for each."""
+    first, space = slice(min(WATCHED, asked.sampler.batch_size)), asked.experiment.space
+    watched = asked.sampler.watch_batch(
+        networks.variables, asked.seeds[first], asked.labels[first], frames, networks.weaker
+    )
+    samples = space.leave(watched.reshape(-1, *watched.shape[2:]), space.variables)
+
+    def write() -> None:
+        pixels.write_preview(picture, samples, space.preview, frames)
+        log.info("wrote %s", picture)
+
+    distributed.first_then_all(write, lambda: None)
 
 
 def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
@@ -247,66 +210,3 @@ def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Pat
             "or use other weights"
         )
     return output
-
-
-def _labels(
-    asked: Sequence[int] | str | None, seeds: Sequence[int], num_classes: int, name: str
-) -> np.ndarray:
-    """The label of each seed, (N,) int64."""
-    if asked is None:
-        return default_labels(seeds, num_classes)
-    if not num_classes:
-        raise UserError(f"the model in {name} is unconditional: leave out --labels")
-    if isinstance(asked, str):
-        return parse_labels(asked, seeds, num_classes)
-    return give_out(asked, len(seeds), num_classes)
-
-
-def _network(experiment: Experiment, variables: Variables) -> dict[str, Any]:
-    """What makes a network's samples beside the settings: what its arrays hold, and what is
-    computed with them."""
-    return {
-        "contents": contents.fingerprint(variables),
-        "model": workdirs.number_settings("model", experiment.model),
-        "process": workdirs.number_settings("process", experiment.process),
-    }
-
-
-def _makes_samples(sampling: Sampling) -> dict[str, Any]:
-    """Settings that samples depend on, by the names of their flags."""
-    settings: dict[str, Any] = {"pixel_rounding": sampling.pixel_rounding}
-    for section, classes in CHOICES.items():
-        value = getattr(sampling, section)
-        settings[section] = next(name for name, cls in classes.items() if cls is type(value))
-        for name, setting in dataclasses.asdict(value).items():
-            if name != "workdir":
-                settings[f"{section}.{name}"] = setting
-    return settings
-
-
-def _differences(
-    usual: Sampling, sampling: Sampling, seeds: Sequence[int], labels: str | None
-) -> Iterator[tuple[str, Any]]:
-    """What of a request differs from the default one, in words; `labels` None: they do not."""
-    seeds = [int(seed) for seed in seeds]
-    if seeds != list(range(len(seeds))):
-        yield "seeds", _in_words(in_short(seeds))
-    if labels is not None:
-        yield "labels", _in_words(labels)
-    ours, theirs = _makes_samples(sampling), _makes_samples(usual)
-    for name, value in ours.items():
-        if value != "" and value != theirs.get(name):
-            yield name, value
-    place = getattr(sampling.guidance, "workdir", "")
-    if place != getattr(usual.guidance, "workdir", ""):
-        yield "guidance.workdir", epath.Path(place).name
-    if backend.matmul_precision() != "default":
-        yield "matmul_precision", backend.matmul_precision()
-
-
-def _in_words(text: str) -> str:
-    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _digest(numbers: np.ndarray) -> str:
-    return f"{len(numbers)} numbers, {hashlib.sha256(numbers.tobytes()).hexdigest()[:16]}"

@@ -58,7 +58,7 @@ def test_trajectories_golden(network_a, name):
         guided = guide(guidance, recorded, PROCESS.time_of, null_label=10)
         sampler = Ancestral(25) if name == "ddpm25_cfg" else DDIM(25)
         labels = {"label": jnp.asarray(data["y"])}
-        return sampler.draw(PROCESS, guided, lambda index: noise[index], labels)
+        return sampler.draw(PROCESS, guided, lambda index: noise[index], labels).samples
 
     final = jax.jit(draw)(variables)
     jax.effects_barrier()
@@ -127,7 +127,7 @@ def test_samplers_equal_their_formulas(eta, clip, respacing):
         given = lambda index: jnp.asarray(noise)[index]
         settings = dict(num_steps=1, respacing=respacing, clip_denoised=clip)
         sampler = Ancestral(**settings) if eta is None else DDIM(**settings, eta=eta)
-        return sampler.draw(PROCESS, evaluate, given, {})
+        return sampler.draw(PROCESS, evaluate, given, {}).samples
 
     expected = plain_loop(PROCESS, network, noise, steps, eta, clip)
     ours = jax.jit(draw)()

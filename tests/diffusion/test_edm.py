@@ -148,8 +148,10 @@ def test_heun_equals_algorithm_2(churn):
         return jnp.tanh(x / (1 + sigma[:, None, None, None]))
 
     ours = jax.jit(
-        lambda keys: heun.solve(
-            unguided(denoise), lambda i: samplers.step_noise(keys, i, shape), {}, sigmas
+        lambda keys: (
+            heun.solve(
+                unguided(denoise), lambda i: samplers.step_noise(keys, i, shape), {}, sigmas
+            ).samples
         )
     )(keys)
     jax.effects_barrier()

@@ -127,7 +127,7 @@ def run(sampler, guidance, calls=None, weak_calls=None):
             NULL,
             wrap(counting(weak_calls, weaker)),
         )
-        return METHODS[sampler](num_steps=10).draw(process, guided, noise, conditioning)
+        return METHODS[sampler](num_steps=10).draw(process, guided, noise, conditioning).samples
 
     out = np.asarray(draw())
     jax.effects_barrier()

@@ -75,7 +75,7 @@ def edm_case(process, denoise, sampler):
         return end_of_flow(sigma * noise, sigma)
 
     method = SAMPLERS[sampler]
-    return lambda steps: method(steps).draw(process, unguided(denoise), NOISE, {}), exact
+    return lambda steps: method(steps).draw(process, unguided(denoise), NOISE, {}).samples, exact
 
 
 DISCRETE = DDPM(variance="fixed_small", loss_type="mse")
@@ -104,7 +104,7 @@ def test_ddim_is_of_first_order():
         return end_of_flow(noise * np.sqrt(1 + levels[-1] ** 2), levels[-1])
 
     def draw(n):
-        return DDIM(n).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), NOISE, {})
+        return DDIM(n).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), NOISE, {}).samples
 
     errors = errors_of(draw, exact, steps=(25, 50, 100))
     for coarse, fine in itertools.pairwise(errors):
@@ -116,13 +116,15 @@ def test_deterministic_ddim_is_eulers_method():
     """The same levels and start, in the two formulations."""
     levels = DISCRETE.schedule_for("20").sqrt_recipm1_alphas_cumprod[::-1]
     in_sigma = jax.jit(
-        lambda: Euler(20).solve(unguided(CASES["ddpm"][1]), NOISE, {}, np.append(levels, 0))
+        lambda: Euler(20).solve(unguided(CASES["ddpm"][1]), NOISE, {}, np.append(levels, 0)).samples
     )()
     # Euler starts from sigma · noise, DDIM from unit noise, which stands for √(1 + sigma²) · noise.
     scale = levels[0] / np.hypot(1, levels[0])
     discrete = jax.jit(
-        lambda: DDIM(20).draw(
-            DISCRETE, unguided(ideal_epsilon(DISCRETE)), lambda i: scale * NOISE(i), {}
+        lambda: (
+            DDIM(20)
+            .draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), lambda i: scale * NOISE(i), {})
+            .samples
         )
     )()
     np.testing.assert_allclose(in_sigma, discrete, atol=2e-4)  # float32 at sigma = 157
@@ -139,7 +141,9 @@ def test_moments_of_ancestral_sampling_converge(variance):
     for count in (25, 100, 400):
         out = np.asarray(
             jax.jit(
-                lambda count=count: Ancestral(count).draw(process, unguided(network), noise, {})
+                lambda count=count: (
+                    Ancestral(count).draw(process, unguided(network), noise, {}).samples
+                )
             )(),
             np.float64,
         )
@@ -157,11 +161,13 @@ def test_moments_of_ancestral_sampling_converge(variance):
 def test_random_ddim_samples_the_data(eta):
     noise = samplers.seeded_noise(jnp.arange(4096, dtype=jnp.uint32), SHAPE)
     out = jax.jit(
-        lambda: DDIM(250, eta=eta).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {})
+        lambda: (
+            DDIM(250, eta=eta).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}).samples
+        )
     )()
     assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) / STD - 1) < 0.04
     deterministic = jax.jit(
-        lambda: DDIM(250).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {})
+        lambda: DDIM(250).draw(DISCRETE, unguided(ideal_epsilon(DISCRETE)), noise, {}).samples
     )()
     assert np.abs(out - deterministic).max() > 0.1
 
@@ -170,7 +176,7 @@ def test_churn_samples_the_data():
     """Stochastic sampling with EDM's churn ends in the data distribution too."""
     noise = samplers.seeded_noise(jnp.arange(8192, dtype=jnp.uint32), (1, 1, 1))
     out = jax.jit(
-        lambda: Heun(64, churn_amount=30).draw(EDM(), unguided(ideal_denoiser), noise, {})
+        lambda: Heun(64, churn_amount=30).draw(EDM(), unguided(ideal_denoiser), noise, {}).samples
     )()
     # Four standard errors and the grid's error.
     assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02

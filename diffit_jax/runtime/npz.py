@@ -1,0 +1,69 @@
+"""Arrays of npz files as streams: they may be larger than memory."""
+
+import contextlib
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+from etils import epath
+
+# What reading a file that is no whole npz file raises beside `OSError`.
+DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError)
+
+
+class NpzArray:
+    """An array of an npz file, read from its beginning.
+
+    Attributes:
+      shape, dtype: of the array.
+    """
+
+    def __init__(self, entry: IO[bytes]):
+        """Reads the header of an entry. Raises `ValueError` for one that cannot be a stream."""
+        version = np.lib.format.read_magic(entry)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        self.shape, fortran, self.dtype = read(entry)
+        if fortran or self.dtype.hasobject:
+            raise ValueError("its array is in Fortran's order, or of objects")
+        self._entry = entry
+
+    def parts(self, size: int) -> Iterator[np.ndarray]:
+        """Rows in their order, `size` at once but for the last. Raises one of `DAMAGED` if there
+        are fewer than the header says."""
+        row = math.prod(self.shape[1:])
+        for start in range(0, self.shape[0], size):
+            count = min(size, self.shape[0] - start)
+            content = self._entry.read(count * row * self.dtype.itemsize)
+            yield np.frombuffer(content, self.dtype, count * row).reshape(count, *self.shape[1:])
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path, name: str) -> Iterator[NpzArray]:
+    """An array of a file. Raises `OSError`, `KeyError` (there is no such array) or one of
+    `DAMAGED`."""
+    with (
+        path.open("rb") as file,
+        zipfile.ZipFile(file) as archive,
+        archive.open(f"{name}.npy") as entry,
+    ):
+        yield NpzArray(entry)
+
+
+def rows_of(path: epath.Path, name: str, wanted: np.ndarray, at_once: int = 64) -> np.ndarray:
+    """Some rows of an array, in the order of `wanted`, (n,) int; errors as of `reading`."""
+    places = {int(row): place for place, row in enumerate(wanted)}
+    found, start = {}, 0
+    with reading(path, name) as stream:
+        for part in stream.parts(at_once):
+            for row in range(start, start + len(part)):
+                if row in places:
+                    found[row] = part[row - start].copy()
+            start += len(part)
+            if len(found) == len(places):
+                break
+    return np.stack([found[int(row)] for row in wanted])
