@@ -1,40 +1,185 @@
-"""Scores samples:
+"""Measures samples. Those of a small data set, without a pretrained network:
 
-python launch/evaluate.py --samples runs/digits/samples_1000x8x8x1.npz --dataset digits
+    python launch/evaluate.py --samples runs/digits/samples_1000x8x8x1.npz --dataset digits
+
+By ADM's suite, from an npz file, a folder of pictures or a network:
+
+    python launch/evaluate.py --samples samples_50000x256x256x3.npz \\
+        --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+
+`--workdir` or `--weights` in place of `--samples` draws what is measured; `--make_reference` makes
+a reference of a data set.
+
+Interrupted, the same command goes on where it was.
 """
 
 from absl import flags
 
 from diffit_jax import cli
+from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
 
 SAMPLES = cli.define_path(
-    "samples", "npz file with arr_0 (images) and arr_1 (labels), as launch/sample.py writes it."
+    "samples", "npz file with arr_0 (images), as launch/sample.py writes it, or folder of pictures."
 )
-DATASET = flags.DEFINE_string("dataset", "digits", "Data set that the samples imitate.")
+NETWORK = NetworkFlags()  # or a network, whose samples are drawn and measured
+DATASET = flags.DEFINE_string(
+    "dataset",
+    None,
+    "Data set that the samples imitate, for scores without a network (default: digits); with "
+    "--make_reference the one to measure.",
+)
 DATA_DIR = cli.define_path(
     "data_dir", "Where prepared data sets live; default: ~/tensorflow_datasets."
+)
+REFERENCE = cli.define_path("reference", "npz file of statistics: ADM's, EDM's or our own.")
+INCEPTION = cli.define_path(
+    "inception",
+    "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or safetensors.",
+)
+METRICS = flags.DEFINE_list(
+    "metrics",
+    None,
+    "Of fid, sfid, inception_score, precision, recall and kid; default: all but kid that the "
+    "reference serves.",
+)
+RESIZE = flags.DEFINE_enum(
+    "resize",
+    "tf1",
+    ["tf1", "pytorch_fid"],
+    "How pictures come to 299 pixels: as ADM's suite has it.",
+)
+COUNT = flags.DEFINE_integer(
+    "count", None, "How many of the first samples; default: all, or 50,000 of a network."
+)
+LABELS = flags.DEFINE_string(
+    "labels", None, "Of a network's samples, see launch/sample.py: random is ADM's rule."
+)
+MAKE_REFERENCE = cli.define_path(
+    "make_reference", "Instead: npz file for the statistics of all --samples, or of --dataset."
+)
+SELF_TEST = cli.define_path(
+    "self_test", "Instead: folder with ADM's published samples and reference, to compare figures."
 )
 OUTPUT = cli.define_path(
     "output", "JSON file to write; default: NAME_OF_THE_SAMPLES.metrics.json beside them."
 )
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the scores of other samples.")
+INCEPTION_BATCH = flags.DEFINE_integer(
+    "inception_batch", 32, "Pictures in the FID network at once, on each device.", lower_bound=1
+)
+DECODING = DecodingFlags()
 CLUSTER = cli.define_cluster()
-flags.mark_flag_as_required("samples")
+
+SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
 
 
 def main() -> None:
+    cli.require_one(
+        samples=SAMPLES.value,
+        workdir=NETWORK.workdir.value,
+        weights=NETWORK.weights.value,
+        self_test=SELF_TEST.value,
+        **({"dataset": DATASET.value} if MAKE_REFERENCE.value else {}),
+    )
+    if SELF_TEST.value:
+        _self_test()
+    elif MAKE_REFERENCE.value:
+        _make_reference()
+    elif REFERENCE.value:
+        _evaluate()
+    elif not SAMPLES.value:
+        cli.fail("--reference is missing: the samples of a network are measured against one")
+    else:
+        _score()
+
+
+def _score() -> None:
+    """The scores of a small data set."""
     from diffit_jax.evaluation.small import score_table
     from diffit_jax.runtime import distributed
-    from diffit_jax.verbs.evaluate import evaluate
+    from diffit_jax.verbs.score import score
 
-    def score() -> dict:
-        output = OUTPUT.value
-        return evaluate(SAMPLES.value, DATASET.value, DATA_DIR.value or "", output, OVERWRITE.value)
+    def scores() -> dict:
+        dataset, data_dir = DATASET.value or "digits", DATA_DIR.value or ""
+        return score(SAMPLES.value, dataset, data_dir, OUTPUT.value, OVERWRITE.value)
 
-    # These scores are a matter of seconds for one process; of several the others wait.
-    scores = distributed.first_then_all(score, lambda: None)
-    if scores:
-        print(score_table(scores))
+    # They are a matter of seconds for one process; of several the others wait.
+    found = distributed.first_then_all(scores, lambda: None)
+    if found:
+        print(score_table(found))
+
+
+def _evaluate() -> None:
+    """ADM's suite."""
+    from diffit_jax.runtime import distributed
+    from diffit_jax.verbs import evaluate
+
+    if DATASET.value:
+        cli.fail("--dataset goes without --reference, or with --make_reference: leave out one")
+    scores = evaluate.evaluate(
+        SAMPLES.value or NETWORK.source(),
+        REFERENCE.value,
+        _inception(),
+        METRICS.value,
+        RESIZE.value,
+        COUNT.value,
+        OUTPUT.value,
+        OVERWRITE.value,
+        LABELS.value,
+        SAMPLING.value,
+        DECODING.decoding(),
+        INCEPTION_BATCH.value,
+    )
+    if distributed.is_first():
+        print(evaluate.table(scores))
+
+
+def _make_reference() -> None:
+    from diffit_jax.data.sources import open_dataset
+    from diffit_jax.evaluation.pictures import DatasetPictures, open_pictures
+    from diffit_jax.runtime import distributed, files
+    from diffit_jax.verbs.make_reference import make_reference
+
+    if SAMPLES.value:
+        pictures = open_pictures(files.resolve(SAMPLES.value, "samples"))
+    elif DATASET.value:
+        source = open_dataset(DATASET.value, "train", DATA_DIR.value or "")
+        pictures = DatasetPictures(source, f"data set {DATASET.value}, train")
+    else:
+        cli.fail("--make_reference measures --samples or --dataset")
+    batch = INCEPTION_BATCH.value
+    path = make_reference(
+        pictures,
+        MAKE_REFERENCE.value,
+        _inception(),
+        RESIZE.value,
+        OVERWRITE.value,
+        batch_per_device=batch,
+    )
+    if distributed.is_first():
+        print(f"wrote {path}")
+
+
+def _self_test() -> None:
+    from diffit_jax.runtime import distributed
+    from diffit_jax.verbs import self_test
+
+    rows = self_test.self_test(
+        SELF_TEST.value, _inception(), batch_per_device=INCEPTION_BATCH.value
+    )
+    if distributed.is_first():
+        print(self_test.table(rows))
+    if not all(row["passed"] for row in rows):
+        cli.fail("the figures are not the published ones (see above)")
+
+
+def _inception() -> str:
+    if not INCEPTION.value:
+        cli.fail(
+            "--inception is missing: name the weights of the FID network, such as pytorch-fid's "
+            "pt_inception-2015-12-05-6726825d.pth"
+        )
+    return INCEPTION.value
 
 
 if __name__ == "__main__":

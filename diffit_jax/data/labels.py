@@ -93,3 +93,11 @@ def give_out(labels: Sequence[int], count: int, num_classes: int) -> np.ndarray:
                 "--labels"
             )
     return np.resize(np.asarray(labels, np.int64), count)
+
+
+def spread(labels: np.ndarray) -> str:
+    """How evenly (n,) labels are spread over the classes, in words."""
+    counts = np.unique(labels, return_counts=True)[1]
+    if np.ptp(counts) <= 1:
+        return f"balanced over {len(counts)} classes"
+    return f"{counts.min()} to {counts.max()} of each of {len(counts)} classes"

@@ -1,14 +1,17 @@
 """From pictures to the features that metrics compare, on every device of a mesh."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import PartitionSpec
 
+from diffit_jax.interop import inception as interop
 from diffit_jax.models import inception
-from diffit_jax.models.inception import Inception, Taps
-from diffit_jax.runtime import backend, distributed, parallel, rows
+from diffit_jax.models.inception import SIDE, Inception, Taps
+from diffit_jax.runtime import backend, contents, distributed, parallel, rows
 
 BATCH_PER_DEVICE = 32
 
@@ -34,6 +37,7 @@ class Extractor:
     Attributes:
       rule: how pictures are resized and scaled, a name in `inception.RULES`.
       batch_size: pictures of a call, over all devices.
+      sizes: of the features of a picture: "mu" pooled, "mu_s" spatial.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Extractor:
         """`variables`: of the network, on every device of the mesh."""
         self.rule, self._mesh, self._variables = rule, mesh, variables
         self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
+        taps = jax.eval_shape(module.apply, variables, np.zeros((1, SIDE, SIDE, 3), np.float32))
+        self.sizes = {"mu": taps.pool.shape[1], "mu_s": math.prod(taps.spatial.shape[1:])}
         whole, divided = PartitionSpec(), parallel.batch_sharding(mesh).spec
 
         def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> Taps:
@@ -59,6 +65,28 @@ class Extractor:
             extract, mesh=mesh, in_specs=(whole, divided), out_specs=divided, check_vma=False
         )
         self._extract = jax.jit(per_device, out_shardings=parallel.batch_sharding(mesh))
+
+    @classmethod
+    def load(
+        cls,
+        path: epath.PathLike,
+        mesh: jax.sharding.Mesh,
+        rule: str = "tf1",
+        batch_per_device: int = BATCH_PER_DEVICE,
+    ) -> "Extractor":
+        """With the weights of a file, see `interop.inception`; errors as there."""
+        module, variables = interop.load(path, parallel.replicated(mesh))
+        return cls(module, variables, mesh, rule, batch_per_device)
+
+    def facts(self) -> dict[str, Any]:
+        """JSON values by name of what features depend on."""
+        return {
+            "resize": self.rule,
+            "precision": "float32, highest",
+            "inception": contents.fingerprint(self._variables),
+            "device": self._mesh.devices.flat[0].device_kind,
+            "devices": self._mesh.size,
+        }
 
     def lower(self, shape: tuple[int, ...]) -> jax.stages.Lowered:
         """The program for a batch of pictures of a shape (H, W, 3), ready to be compiled."""

@@ -1,6 +1,8 @@
 """Fréchet distance between two sets of feature vectors, each described by its mean and
 covariance."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
@@ -35,6 +37,18 @@ class Moments:
         self._products += wide.T @ wide
         for row in features:  # one after the other, wherever the pieces end
             self._sum32 += row
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays by name from which `restore` goes on."""
+        return {name.strip("_"): np.asarray(value) for name, value in vars(self).items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on where `state` was taken."""
+        self.count = int(state["count"])
+        if self.count:
+            self._about, self._sum, self._products, self._sum32 = (
+                np.array(state[name]) for name in ("about", "sum", "products", "sum32")
+            )
 
     def statistics(self) -> Statistics:
         """Of what came so far, at least two features: mean and unbiased covariance."""

@@ -1,10 +1,7 @@
 """Pictures to be measured, one batch after the other: from an npz file, which is read as a stream,
-or from a folder of picture files."""
+from a folder of picture files, or from a data set."""
 
 import contextlib
-import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
@@ -12,8 +9,13 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from diffit_jax.data.labels import spread
+from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import npz
+from diffit_jax.runtime.npz import NpzArray
 from diffit_jax.runtime.ranges import in_short
+from diffit_jax.sampling.files import read_record
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -36,24 +38,26 @@ class Pictures(Protocol):
     @property
     def facts(self) -> dict[str, Any]: ...
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """(n, H, W, C) uint8 in their order, n = `size` but for the last."""
+    def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """(n, H, W, C) uint8 in their order from picture `start` on, n = `size` but for the last.
+        Every process gets all."""
         ...
 
 
 class NpzPictures:
     """`arr_0` of an npz file, as ADM's evaluator reads it; never whole in memory."""
 
-    def __init__(self, path: epath.Path):
-        """Reads the header.
+    def __init__(self, path: epath.Path, flag: str = "samples"):
+        """Reads the header; `flag` names the path in errors.
 
         Raises:
           UserError: no such file, or something else than uint8 pictures.
         """
-        self._path, self.facts = path, {"samples": str(path)}
+        self._path, self._flag = path, flag
+        self.facts: dict[str, Any] = {"samples": str(path)}
         with self._reading() as stream:
             shape, dtype = stream.shape, stream.dtype
-            if dtype.kind == "f" and len(shape) == 4:
+            if dtype.kind == "f" and len(shape) == 4 and 0 not in shape:
                 self._refuse_floats(stream)
         if dtype != np.uint8:
             self._refuse(f"has arr_0 of {dtype}, not of uint8 from 0 to 255")
@@ -63,29 +67,52 @@ class NpzPictures:
             first = ", which has the channels first" if shape[1] in (1, 3) else ""
             self._refuse(f"has arr_0 of shape {shape}{first}")
         self.count, self.shape = shape[0], tuple(shape[1:])
+        self.facts |= {"labels": self._label_rule()} | self._request()
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         with self._reading() as stream:
-            yield from stream.parts(size)
+            yield from stream.parts(size, start)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an array of a name."""
+        return npz.has(self._path, name)
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator["_Stream"]:
+    def _reading(self) -> Iterator[NpzArray]:
         """The array, at its beginning; whatever is wrong with the file is said."""
         try:
-            with (
-                self._path.open("rb") as file,
-                zipfile.ZipFile(file) as archive,
-                archive.open("arr_0.npy") as entry,
-            ):
-                yield _Stream(entry)
+            with npz.reading(self._path, "arr_0") as stream:
+                yield stream
         except KeyError:
             self._refuse("has no arr_0")
         except OSError as error:
             self._refuse(f"cannot be read ({error.strerror or error})")
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except npz.DAMAGED as error:
             self._refuse(f"is not a whole npz file ({' '.join(str(error).split())[:100]})")
 
-    def _refuse_floats(self, stream: "_Stream") -> NoReturn:
+    def _label_rule(self) -> str:
+        """How the labels beside the pictures are spread, as far as that can be seen."""
+        try:
+            labels = npz.read(self._path, "arr_1")
+        except (KeyError, OSError, *npz.DAMAGED):
+            return "not in the file"
+        if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
+            return "not in the file"
+        return spread(labels)
+
+    def _request(self) -> dict[str, Any]:
+        """What `sample` recorded beside the file of what was asked for."""
+        record = read_record(self._path)
+        if record is None or record.get("samples") != self._path.name:
+            return {}
+        rounding = record["request"].get("identity", {}).get("sampling.pixel_rounding")
+        return {
+            "uint8_rule": rounding or "not recorded",
+            "request": record["request"],
+            "arr_0_sha256": record.get("arr_0_sha256"),
+        }
+
+    def _refuse_floats(self, stream: NpzArray) -> NoReturn:
         """What float numbers are probably: broken samples, latents, or pictures in [-1, 1]."""
         bad: list[int] = []
         done, low, high = 0, np.inf, -np.inf
@@ -101,46 +128,20 @@ class NpzPictures:
             if stream.shape[-1] == 4
             else ""
         )
+        span = f" from {low:.3g} to {high:.3g}" if low <= high else ""
         self._refuse(
-            f"has arr_0 of {stream.dtype} from {low:.3g} to {high:.3g}, not of uint8 from 0 to "
-            f"255{latents}{broken}"
+            f"has arr_0 of {stream.dtype}{span}, not of uint8 from 0 to 255{latents}{broken}"
         )
 
     def _refuse(self, found: str) -> NoReturn:
         raise UserError(
-            f"--samples {self._path} {found}: wanted is an npz file with arr_0 (N, H, W, 3) uint8, "
-            "as launch/sample.py writes it, or a folder of pictures"
+            f"--{self._flag} {self._path} {found}: wanted is an npz file with arr_0 (N, H, W, 3) "
+            "uint8, as launch/sample.py writes it, or a folder of pictures"
         )
 
 
-class _Stream:
-    """An npy file that is read from its beginning.
-
-    Attributes:
-      shape, dtype: of the array.
-    """
-
-    def __init__(self, file: Any):
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        self.shape, fortran, self.dtype = read(file)
-        if fortran or self.dtype.hasobject:
-            raise ValueError("its array is in Fortran's order, or of objects")
-        self._file = file
-
-    def parts(self, size: int) -> Iterator[np.ndarray]:
-        """Rows in their order, `size` at once."""
-        row = math.prod(self.shape[1:])
-        for start in range(0, self.shape[0], size):
-            count = min(size, self.shape[0] - start)
-            content = self._file.read(count * row * self.dtype.itemsize)
-            yield np.frombuffer(content, self.dtype, count * row).reshape(count, *self.shape[1:])
-
-
 class FolderPictures:
-    """The picture files of a folder, sorted by name; colours as RGB."""
+    """The picture files of a folder and of its folders, sorted by path; colours as RGB."""
 
     def __init__(self, path: epath.Path):
         """Lists the folder and opens the first picture.
@@ -149,8 +150,8 @@ class FolderPictures:
           UserError: there are none.
         """
         self._paths = sorted(
-            (each for each in path.iterdir() if each.suffix.lower() in SUFFIXES),
-            key=lambda each: each.name,
+            (each for each in path.glob("**/*") if each.suffix.lower() in SUFFIXES),
+            key=lambda each: each.parts,
         )
         if not self._paths:
             raise UserError(
@@ -158,12 +159,12 @@ class FolderPictures:
                 "that has"
             )
         self.count, self.shape = len(self._paths), self._read(self._paths[0]).shape
-        self.facts = {"samples": str(path)}
+        self.facts: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        for start in range(0, self.count, size):
+    def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        for begin in range(start, self.count, size):
             pictures = []
-            for path in self._paths[start : start + size]:
+            for path in self._paths[begin : begin + size]:
                 pictures.append(self._read(path))
                 if pictures[-1].shape != self.shape:
                     raise UserError(
@@ -184,6 +185,21 @@ class FolderPictures:
             ) from error
 
 
-def open_pictures(path: epath.Path) -> Pictures:
+class DatasetPictures:
+    """The images of a data set, in its order."""
+
+    def __init__(self, source: Source, name: str):
+        """`name`: of the data set and its split, for people."""
+        self._source = source
+        self.count, self.shape = len(source), source.image_shape
+        self.facts: dict[str, Any] = {"samples": name, "labels": "of the data set"}
+
+    def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        for begin in range(start, self.count, size):
+            stop = min(begin + size, self.count)
+            yield self._source.read(np.arange(begin, stop))["image"]
+
+
+def open_pictures(path: epath.Path) -> NpzPictures | FolderPictures:
     """The pictures at a path, of an npz file or a folder."""
     return FolderPictures(path) if path.is_dir() else NpzPictures(path)

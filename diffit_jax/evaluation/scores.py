@@ -1,5 +1,7 @@
 """Inception Score and Kernel Inception Distance."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 SPLIT = 5_000  # samples of a part, as in ADM's suite
@@ -27,6 +29,16 @@ class InceptionScore:
             *whole, rest = _cut(np.concatenate(self._waiting), self.split)
             self._scores += map(_part_score, whole)
             self._waiting = [rest] if len(rest) else []
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays by name from which `restore` goes on."""
+        waiting = np.concatenate(self._waiting) if self._waiting else np.zeros((0, 0), np.float32)
+        return {"waiting": waiting, "scores": np.array(self._scores)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on where `state` was taken."""
+        self._waiting = [state["waiting"]] if len(state["waiting"]) else []
+        self._scores = state["scores"].tolist()
 
     def score(self) -> float:
         """Of what came so far."""

@@ -65,9 +65,9 @@ def load(
 
 
 def _width(file: Tensors) -> float:
-    """Of the module: as its first convolution says."""
-    first, published = f"Conv2d_{_STEM[0]}.conv.weight", STEM["conv_0"][0]
-    return file.shapes[first][0] / published if file.shapes[first] else 1.0
+    """Of the module: as its widest unit says, whose channels a narrower one rounds the least."""
+    name, published = "Mixed_7c.branch3x3dbl_1.conv.weight", 448
+    return file.shapes[name][0] / published if file.shapes[name] else 1.0
 
 
 def _table() -> dict[str, tuple[str, tuple[int, ...] | None]]:

@@ -123,4 +123,6 @@ TRAINING_MEMORY = (
     "full "
     "(latent_diffit), or divide the parameters by mesh.fsdp"
 )
-SAMPLING_MEMORY = "lower sampling.batch_size (--batch_size), or divide the parameters by mesh.fsdp"
+SAMPLING_MEMORY = (
+    "lower sampling.batch_per_device (--batch_per_device), or divide the parameters by mesh.fsdp"
+)

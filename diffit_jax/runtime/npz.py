@@ -32,12 +32,20 @@ class NpzArray:
             raise ValueError("its array is in Fortran's order, or of objects")
         self._entry = entry
 
-    def parts(self, size: int) -> Iterator[np.ndarray]:
-        """Rows in their order, `size` at once but for the last. Raises one of `DAMAGED` if there
-        are fewer than the header says."""
+    def whole(self) -> np.ndarray:
+        """All of it; errors as of `parts`."""
+        content = self._entry.read(math.prod(self.shape) * self.dtype.itemsize)
+        return np.frombuffer(content, self.dtype, math.prod(self.shape)).reshape(self.shape)
+
+    def parts(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Rows in their order from row `start` on, `size` at once but for the last; once. Raises
+        one of `DAMAGED` if there are fewer than the header says."""
         row = math.prod(self.shape[1:])
-        for start in range(0, self.shape[0], size):
-            count = min(size, self.shape[0] - start)
+        left = start * row * self.dtype.itemsize
+        while left and (skipped := len(self._entry.read(min(left, 2**24)))):
+            left -= skipped
+        for begin in range(start, self.shape[0], size):
+            count = min(size, self.shape[0] - begin)
             content = self._entry.read(count * row * self.dtype.itemsize)
             yield np.frombuffer(content, self.dtype, count * row).reshape(count, *self.shape[1:])
 
@@ -52,6 +60,18 @@ def reading(path: epath.Path, name: str) -> Iterator[NpzArray]:
         archive.open(f"{name}.npy") as entry,
     ):
         yield NpzArray(entry)
+
+
+def has(path: epath.Path, name: str) -> bool:
+    """Whether a file has an array; errors as of `reading`."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        return f"{name}.npy" in archive.namelist()
+
+
+def read(path: epath.Path, name: str) -> np.ndarray:
+    """A whole array; errors as of `reading`."""
+    with reading(path, name) as stream:
+        return stream.whole()
 
 
 def rows_of(path: epath.Path, name: str, wanted: np.ndarray, at_once: int = 64) -> np.ndarray:

@@ -1,158 +1,183 @@
-"""The verb `evaluate`: from a file of samples to scores."""
+"""The verb `evaluate`: from samples and a reference to the scores of ADM's suite."""
 
-import hashlib
-import io
 import json
 import logging
-import zipfile
-import zlib
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
+import jax
 from etils import epath
 
-from diffit_jax.data.sources import open_dataset
+import diffit_jax
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.small import score_images
-from diffit_jax.runtime import files
-from diffit_jax.sampling.files import read_record
+from diffit_jax.evaluation.drawn import DrawnPictures
+from diffit_jax.evaluation.evaluator import Evaluator
+from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
+from diffit_jax.evaluation.measuring import Begun, measure
+from diffit_jax.evaluation.pictures import Pictures, open_pictures
+from diffit_jax.evaluation.reference import Reference
+from diffit_jax.runtime import backend, distributed, files, parallel
+from diffit_jax.sampling.decoder import Decoding
+from diffit_jax.sampling.networks import Run, Weights
+from diffit_jax.sampling.request import Asked
 
 log = logging.getLogger(__name__)
 
+COUNT = 50_000  # samples of ADM's protocol, where they are drawn
+METRICS_SUFFIX = ".metrics.json"
+_TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "kid": "KID",
+}
 
+
+@backend.pinned()
+@backend.memory_for("lower --batch_per_device, or sampling.batch_per_device")
 def evaluate(
-    samples: epath.PathLike,
-    dataset: str,
-    data_dir: str = "",
+    samples: epath.PathLike | Run | Weights,
+    reference: epath.PathLike,
+    inception: epath.PathLike,
+    metrics: Sequence[str] | None = None,
+    resize: str = "tf1",
+    count: int | None = None,
     output: epath.PathLike | None = None,
     overwrite: bool = False,
+    labels: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    decoding: Decoding | None = None,
+    batch_per_device: int = BATCH_PER_DEVICE,
 ) -> dict[str, Any]:
-    """Scores an npz file of samples and writes the scores as JSON.
+    """Measures samples against a reference and writes the scores as JSON. Interrupted, the same
+    call goes on where it was.
 
     Args:
-      samples: file with `arr_0` (n, H, W, C) uint8 images and `arr_1` (n,) labels, as `sample`
-        writes it.
-      dataset: name of the data set that the samples imitate.
-      data_dir: where prepared data sets live, see `open_dataset`.
-      output: path of the JSON; None: `<name of the samples>.metrics.json` beside them.
+      samples: an npz file with `arr_0` (N, H, W, 3 or 1) uint8 or a folder of pictures, read as a
+        stream; or a `Run` or `Weights`, whose samples are drawn and not kept.
+      reference: npz file of statistics, see `evaluation.reference`.
+      inception: weights of the FID network, see `interop.inception`.
+      metrics: names in `METRICS`; None: all but KID that the reference has what it takes for.
+      resize: how pictures come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
+      count: how many of the first samples; None: all, or of a network 50,000.
+      output: path of the JSON; None: `<name of the samples>.metrics.json` beside them, or in the
+        work directory.
       overwrite: whether the scores of other samples may be replaced.
+      labels, overrides, decoding: of the samples of a network, whose seed numbers are 0 to
+        `count` - 1; see `verbs.sample`.
+      batch_per_device: pictures of which a device extracts the features at once.
 
     Returns:
-      The scores, see `score_images`, with `samples`: which file they are of, `samples_sha256`: of
-      its images, and, if `sample` has left a record beside it, `request`: what was asked for, and
-      `matmul_precision`: with which they were drawn.
+      `metrics`: the scores by name; `count`; and `protocol`: what they depend on.
 
     Raises:
-      UserError: a file that is not an npz of samples, an unknown data set, an output that cannot be
-        written or holds other scores.
+      UserError: files or weights that cannot be read or do not belong together, fewer samples than
+        asked for, samples that are no uint8 pictures or not finite, or an output that holds the
+        scores of others.
+      interruption.Preempted, interruption.Interrupted: what is measured is kept beside the output.
     """
-    samples = files.resolve(samples, "samples")
-    output = (
-        samples.with_name(f"{samples.stem}.metrics.json")
-        if output is None
-        else files.resolve(output, "output")
+    # --- The samples, before anything else is opened.
+    asked = None
+    if isinstance(samples, Run | Weights):
+        seeds = range(COUNT if count is None else count)
+        asked = Asked.make(samples, seeds, labels, overrides or {}, decoding)
+        pictures: Pictures = DrawnPictures(asked, asked.load())
+        output = asked.output(None).with_suffix(METRICS_SUFFIX) if output is None else output
+    else:
+        path = files.resolve(samples, "samples")
+        pictures = open_pictures(path)
+        name = path.name if path.is_dir() else path.stem
+        output = path.with_name(f"{name}{METRICS_SUFFIX}") if output is None else output
+    output = files.resolve(output, "output")
+    if count is not None and count > pictures.count:
+        raise UserError(
+            f"{pictures.facts['samples']} has {pictures.count} samples, --count asks for {count}: "
+            "draw more, or ask for fewer"
+        )
+    count = pictures.count if count is None else count
+    if count < 2:
+        raise UserError("one sample has no covariance: measure at least two")
+    distributed.first_then_all(lambda: _refuse_others(output, pictures, overwrite), lambda: None)
+
+    # --- What they are compared with, and by which network.
+    mesh = asked.opened.mesh if asked else parallel.any_mesh()
+    extractor = Extractor.load(
+        files.resolve(inception, "inception"), mesh, resize, batch_per_device
     )
-    images, labels = read_samples(samples)
-    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    _refuse_other_scores(output, digest, overwrite)
-    train, test = (open_dataset(dataset, split, data_dir) for split in ("train", "test"))
-    if images.shape[1:] != train.image_shape:
-        raise UserError(
-            f"--samples {samples} has images of {images.shape[1:]}, data set {dataset} of "
-            f"{train.image_shape}: name the data set that "
-            "they imitate"
-        )
-    if labels.max() >= train.num_classes:
-        raise UserError(
-            f"--samples {samples} has the label {labels.max()}, but data set {dataset} has the "
-            f"classes 0-{train.num_classes - 1}: name the "
-            "data set that they imitate"
-        )
-    scores = score_images(images, labels, train, test) | {
-        "samples": str(samples),
-        "samples_sha256": digest,
-        "dataset": dataset,
+    opened = Reference.load(files.resolve(reference, "reference"), extractor.sizes)
+    opened.check(pictures.shape, resize)
+    evaluator = Evaluator(extractor, opened, opened.chosen(metrics))
+    protocol = _protocol(pictures, extractor, opened, count)
+
+    # --- Measure and compare.
+    begun = Begun(output.with_name(f"{output.name}.begun.npz"), _identity(protocol, evaluator))
+    measured = measure(pictures, extractor, "evaluate", evaluator.pooled, count, begun)
+    scores = {
+        "metrics": evaluator.scores(measured),
+        "count": measured.count,
+        "protocol": protocol | {"samples_digest": measured.digest.hex()},
     }
-    record = read_record(samples)
-    if record is not None and record.get("arr_0_sha256") == digest:
-        scores |= {name: record.get(name) for name in ("request", "matmul_precision")}
-    files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
-    log.info("wrote %s", output)
+
+    def write() -> None:
+        files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
+        begun.done()
+        log.info("wrote %s", output)
+
+    distributed.first_then_all(write, lambda: None)
     return scores
 
 
-def read_samples(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, H, W, C) uint8 and labels (n,) int64 of a file as ADM's evaluator reads it.
-
-    Raises:
-      UserError: says what was found there and what is wanted.
-    """
-    wanted = (
-        "wanted is an npz file as launch/sample.py writes it, arr_0 (N, H, W, C) uint8 "
-        "images "
-        "and arr_1 (N,) labels"
+def table(scores: Mapping[str, Any]) -> str:
+    """The scores of `evaluate` as text."""
+    metrics, protocol = scores["metrics"], scores["protocol"]
+    lines = [
+        f"{_TITLES[name]:20}{value:12.5f}"
+        + (f" ± {metrics['kid_std']:.5f}" if name == "kid" else "")
+        for name, value in metrics.items()
+        if name in _TITLES
+    ]
+    reference = epath.Path(protocol["reference"]["path"]).name
+    lines.append(
+        f"({scores['count']} samples against {reference}; resize {protocol['resize']}, labels "
+        f"{protocol['labels']})"
     )
-
-    def refuse(found: str, error: Exception | None = None) -> NoReturn:
-        raise UserError(f"--samples {path} {found}: {wanted}") from error
-
-    try:
-        content = path.read_bytes()
-        loaded = np.load(io.BytesIO(content), allow_pickle=False)
-    except OSError as error:
-        refuse(f"cannot be read ({error.strerror or error})", error)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        refuse(f"is not an npz file ({' '.join(str(error).split())[:100]})", error)
-    if isinstance(loaded, np.ndarray):
-        refuse(f"is a single array {loaded.shape} of {loaded.dtype}, without labels")
-    with loaded:
-        names = list(loaded)
-        if not {"arr_0", "arr_1"} <= set(names):
-            refuse(f"has the arrays {', '.join(names) or 'none'}, which are not arr_0 and arr_1")
-        try:
-            images, labels = loaded["arr_0"], loaded["arr_1"]
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            refuse(f"has arrays that cannot be read ({' '.join(str(error).split())[:100]})", error)
-
-    # --- Images.
-    if images.dtype != np.uint8:
-        span = (
-            f" from {images.min():.3g} to {images.max():.3g}"
-            if images.size and images.dtype.kind in "fiub"
-            else ""
-        )
-        kind = (
-            " (latents of an autoencoder are to be decoded first)"
-            if images.ndim == 4 and images.shape[-1] == 4
-            else ""
-        )
-        refuse(f"has arr_0 of {images.dtype}{span}, not of uint8 from 0 to 255{kind}")
-    if images.ndim != 4 or 0 in images.shape:
-        refuse(f"has arr_0 of shape {images.shape}, which is not (N, H, W, C)")
-    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        refuse(f"has arr_0 of shape {images.shape}, which has the channels first")
-
-    # --- Labels.
-    if labels.dtype.kind not in "iu":
-        refuse(f"has labels arr_1 of {labels.dtype}, not whole numbers")
-    if labels.ndim == 2 and labels.shape[0] == len(images) and labels.shape[1] > 1:
-        refuse(f"has labels arr_1 of shape {labels.shape}, one-hot perhaps, not numbers (N,)")
-    if labels.shape != (len(images),):
-        refuse(f"has {len(images)} images, but labels arr_1 of shape {labels.shape}")
-    if labels.min() < 0:
-        refuse(f"has the label {labels.min()}, below 0")
-    if labels.max() > np.iinfo(np.int64).max:
-        refuse(f"has the label {labels.max()}")
-    return images, labels.astype(np.int64)
+    return "\n".join(lines)
 
 
-def _refuse_other_scores(output: epath.Path, digest: str, overwrite: bool) -> None:
+def _refuse_others(output: epath.Path, pictures: Pictures, overwrite: bool) -> None:
+    """Raises `UserError` where the scores of other samples would be replaced."""
     if overwrite or not output.exists():
         return
     held = files.read_json(output) or {}
-    if held.get("samples_sha256") != digest:
-        of = held.get("samples")
-        what = f"holds the scores of {of}, which had other images" if of else "is of unknown origin"
-        raise UserError(
-            f"{output} is there already and {what}: name another --output, or say --overwrite"
-        )
+    theirs = held.get("protocol", {}).get("samples")
+    if theirs != pictures.facts["samples"]:
+        what = f"holds the scores of {theirs}" if theirs else "holds scores of another kind"
+        raise UserError(f"{output} {what}: name another --output, or say --overwrite")
+
+
+def _protocol(
+    pictures: Pictures, extractor: Extractor, reference: Reference, count: int
+) -> dict[str, Any]:
+    """JSON values by name of all that scores depend on."""
+    of_reference = {
+        "path": str(reference.path),
+        "sha256": reference.sha256,
+        "pictures": reference.pictures.count if reference.pictures else 0,
+        "from": dict(reference.protocol) or "not said in the file",
+    }
+    return {
+        **pictures.facts,
+        "count": count,
+        "shape": list(pictures.shape),
+        **extractor.facts(),
+        "reference": of_reference,
+        "versions": {"diffit_jax": diffit_jax.__version__, "jax": jax.__version__},
+    }
+
+
+def _identity(protocol: Mapping[str, Any], evaluator: Evaluator) -> str:
+    """By which measuring that was begun is known."""
+    of_samples = {name: value for name, value in protocol.items() if name != "reference"}
+    return json.dumps([of_samples, evaluator.pooled], sort_keys=True)

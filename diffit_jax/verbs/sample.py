@@ -186,11 +186,17 @@ def _draw_classes(
 
 def _draw_trajectory(picture: epath.Path, asked: Asked, networks: Networks, frames: int) -> None:
     """A picture of how the first samples come about, a row for each."""
-    first, space = slice(min(WATCHED, asked.sampler.batch_size)), asked.experiment.space
-    watched = asked.sampler.watch_batch(
-        networks.variables, asked.seeds[first], asked.labels[first], frames, networks.weaker
-    )
-    samples = space.leave(watched.reshape(-1, *watched.shape[2:]), space.variables)
+    space, size = asked.experiment.space, asked.sampler.batch_size
+    shown = np.arange(min(WATCHED, len(asked.seeds)))
+    rows = []
+    for start in range(0, len(shown), size):
+        batch = shown[start : start + size]
+        seeds, labels = asked.seeds[batch], asked.labels[batch]
+        watched = asked.sampler.watch_batch(
+            networks.variables, seeds, labels, frames, networks.weaker
+        )
+        rows.append(space.leave(watched.reshape(-1, *watched.shape[2:]), space.variables))
+    samples = np.concatenate(rows)
 
     def write() -> None:
         pixels.write_preview(picture, samples, space.preview, frames)

@@ -16,8 +16,8 @@ from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.networks import Run, Weights
 from diffit_jax.verbs import convert
-from diffit_jax.verbs.evaluate import evaluate
 from diffit_jax.verbs.sample import sample
+from diffit_jax.verbs.score import score
 from diffit_jax.verbs.train import train
 from diffit_jax.workdir import claim
 
@@ -103,7 +103,7 @@ def test_functions_of_a_notebook_refuse_an_empty_path(latent_run):
         lambda: sample("", seeds=[0]),
         lambda: sample(latent_run[0], seeds=[0], output=""),
         lambda: Weights("", {}),
-        lambda: evaluate("", "digits"),
+        lambda: score("", "digits"),
         lambda: convert.workdir_to_weights(latent_run[0], ""),
         lambda: convert.workdir_to_workdir(latent_run[0], "", None),
     ):

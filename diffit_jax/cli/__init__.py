@@ -1,7 +1,6 @@
 """What all commands in `launch/` share: flags, logging, and one-line errors."""
 
 import contextlib
-import dataclasses
 import errno
 import gc
 import logging
@@ -76,7 +75,7 @@ class ConfigFlag:
 
 
 _config: ConfigFlag | None = None
-_when_parsed: list[Callable[[], None]] = []
+when_parsed: list[Callable[[], None]] = []  # what defines more flags, just before they are parsed
 
 
 def define_config(
@@ -87,63 +86,6 @@ def define_config(
     global _config
     _config = ConfigFlag(help_text, required)
     return _config
-
-
-class SamplingFlags:
-    """Flags that override the config's section `sampling`: one for each key of its classes."""
-
-    def __init__(self):
-        self._holders: dict[str, flags.FlagHolder] = {}
-        _when_parsed.append(self._define)
-
-    def _define(self) -> None:
-        from diffit_jax import limits, sections
-
-        def define(name: str, declared: Any, help_text: str) -> None:
-            kind = limits.type_of(declared)
-            if limits.is_path(declared):
-                self._holders[name] = define_path(name, help_text)
-            else:
-                make = {int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(kind)
-                make = flags.DEFINE_bool if kind is bool else make or flags.DEFINE_string
-                self._holders[name] = make(name, None, help_text)
-
-        for field in dataclasses.fields(sections.Sampling):
-            explained = limits.explained(sections.Sampling)
-            if field.name not in sections.CHOICES:
-                define(field.name, field.type, explained[field.name])
-                continue
-            choices = sections.CHOICES[field.name]
-            define(field.name, str, f"{', '.join(choices)}.")
-            keys: dict[str, tuple[list[str], Any, str]] = {}
-            for kind, cls in choices.items():
-                for key in dataclasses.fields(cls):
-                    text = limits.explained(cls).get(key.name, "")
-                    of, _, _ = keys.setdefault(key.name, ([], key.type, text))
-                    of.append(kind)
-            for key, (of, declared, text) in keys.items():
-                define(f"{field.name}.{key}", declared, f"Of {', '.join(of)}: {text}")
-        for old, new in sections.OLD_KEYS.items():
-            if old not in self._holders:
-                flags.DEFINE_flag(_OldFlag(old, new))
-
-    @property
-    def value(self) -> dict[str, Any]:
-        """The values that are given, as `Sampling.overridden` takes them."""
-        return {
-            name: holder.value for name, holder in self._holders.items() if holder.value is not None
-        }
-
-
-class _OldFlag(flags.Flag):
-    """A flag that has another name now."""
-
-    def __init__(self, old: str, new: str):
-        self._new = new
-        super().__init__(flags.ArgumentParser(), None, old, None, f"now --{new}")
-
-    def parse(self, argument: Any) -> NoReturn:
-        fail(f"--{self.name} is now --{self._new}: write that")
 
 
 def require_one(**flag_values: str | None) -> None:
@@ -328,9 +270,9 @@ def _cache_programs() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        if _when_parsed or _config:
+        if when_parsed or _config:
             _import_jax()
-        for define in _when_parsed:
+        for define in when_parsed:
             define()
     except UserError as error:
         fail(str(error))

@@ -1,0 +1,168 @@
+"""Measuring pictures: from a stream of them to what metrics need, interrupted and gone on with."""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from diffit_jax.evaluation.features import Extractor, Features
+from diffit_jax.evaluation.frechet import Moments
+from diffit_jax.evaluation.pictures import Pictures
+from diffit_jax.evaluation.scores import InceptionScore
+from diffit_jax.runtime import distributed, files, npz
+from diffit_jax.runtime.console import Progress
+
+SAVE_EVERY_S = 600
+_MOMENTS = ("pool", "spatial", "inception_score")
+
+
+class Measured:
+    """What is kept of a set of pictures.
+
+    Attributes:
+      pool, spatial: moments of the features.
+      inception_score: of the pictures so far.
+      digest: of the pictures so far: each one's bytes, hashed together with the digest before.
+    """
+
+    def __init__(self, pooled: bool):
+        """`pooled`: whether pooled features themselves are kept too (8 KB each)."""
+        self.pool, self.spatial = Moments(), Moments()
+        self.inception_score, self.digest = InceptionScore(), bytes(32)
+        self._pooled: list[np.ndarray] | None = [] if pooled else None
+
+    def add(self, pictures: np.ndarray, features: Features) -> None:
+        """Takes the next pictures in."""
+        for picture in pictures:
+            self.digest = hashlib.sha256(self.digest + picture.tobytes()).digest()
+        self.pool.add(features.pool)
+        self.spatial.add(features.spatial)
+        self.inception_score.add(features.logits)
+        if self._pooled is not None:
+            self._pooled.append(features.pool)
+
+    @property
+    def count(self) -> int:
+        """Of pictures so far."""
+        return self.pool.count
+
+    @property
+    def features(self) -> np.ndarray:
+        """(n, 2048) float32 pooled features."""
+        assert self._pooled is not None
+        return np.concatenate(self._pooled)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays by name from which `restore` goes on."""
+        arrays = {
+            f"{name}.{key}": value
+            for name in _MOMENTS
+            for key, value in getattr(self, name).state().items()
+        }
+        arrays["digest"] = np.frombuffer(self.digest, np.uint8)
+        return arrays if self._pooled is None else arrays | {"features": self.features}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on where `state` was taken."""
+        for name in _MOMENTS:
+            ours = {
+                key.removeprefix(f"{name}."): value
+                for key, value in state.items()
+                if key.startswith(f"{name}.")
+            }
+            getattr(self, name).restore(ours)
+        self.digest = state["digest"].tobytes()
+        if self._pooled is not None:
+            self._pooled = [state["features"]]
+
+
+class Begun:
+    """The file that keeps what is measured so far, so that the same command goes on there.
+
+    Attributes:
+      path: of the file.
+      identity: of what is measured and how, as text; that of another one is not taken.
+    """
+
+    def __init__(self, path: epath.Path, identity: str):
+        self.path, self.identity = path, identity
+
+    def restore(self, measured: Measured) -> None:
+        """Takes over what is there, if every process sees it."""
+        try:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                state = {name: arrays[name] for name in arrays.files}
+            usable = str(state.pop("identity")) == self.identity
+        except (OSError, KeyError, *npz.DAMAGED):
+            state, usable = {}, False
+        if distributed.everywhere(usable):
+            measured.restore(state)
+
+    def save(self, measured: Measured) -> None:
+        """Writes what is there, on the first process."""
+        content = io.BytesIO()
+        arrays: dict[str, Any] = {"identity": np.array(self.identity), **measured.state()}
+        np.savez(content, **arrays)
+        files.write_bytes(self.path, content.getvalue())
+
+    def done(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def measure(
+    pictures: Pictures,
+    extractor: Extractor,
+    what: str,
+    pooled: bool = False,
+    count: int | None = None,
+    begun: Begun | None = None,
+    seen: Callable[[int, np.ndarray], None] = lambda start, part: None,
+) -> Measured:
+    """Extracts the features of pictures and keeps what metrics need of them.
+
+    Args:
+      pictures: the same on every process.
+      extractor: of features.
+      what: the pictures, for progress.
+      pooled: whether pooled features themselves are kept.
+      count: how many of the first pictures; None: all.
+      begun: where to keep what is done if it is interrupted; None: it is lost.
+      seen: called with the number of the first one and the pictures of each batch.
+
+    Raises:
+      interruption.Preempted, interruption.Interrupted: what is done is kept.
+    """
+    measured, size = Measured(pooled), extractor.batch_size
+    count = pictures.count if count is None else count
+    first, saved_at = distributed.is_first(), time.monotonic()
+    if begun:
+        begun.restore(measured)
+
+    def save() -> None:
+        if begun:
+            distributed.first_then_all(lambda: begun.save(measured), lambda: None)
+
+    progress = Progress(what, count, done=measured.count, unit="image", shown=first)
+    notices = distributed.PreemptionNotice(ctrl_c=True)
+    with progress, notices as notice, distributed.lost_processes():
+        for index, batch in enumerate(pictures.batches(size, measured.count)):
+            part = batch[: count - measured.count]
+            seen(measured.count, part)
+            measured.add(part, extractor(part))
+            progress.advance(len(part))
+            if measured.count == count:
+                break
+            if notice.reached(index):
+                save()
+                kept = f"{measured.count} of {count} images are measured and kept"
+                raise notice.ending(kept if begun else "nothing is kept")
+            if first and time.monotonic() - saved_at > SAVE_EVERY_S:
+                if begun:
+                    begun.save(measured)
+                saved_at = time.monotonic()
+    return measured
