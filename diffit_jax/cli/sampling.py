@@ -75,7 +75,7 @@ class DecodingFlags:
         self._at_once = flags.DEFINE_integer(
             "vae_at_once",
             None,
-            "Latents that a device decodes at once; default: 1 on a CPU, else 4.",
+            "Latents that an accelerator decodes at once; a CPU decodes one.",
             lower_bound=1,
         )
 

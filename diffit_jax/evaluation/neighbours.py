@@ -7,27 +7,75 @@ one. Precision is the share of the samples in the reference's manifold, recall t
 in the samples'.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax.errors import UserError
+
 NEIGHBOURS = 3
 BLOCK = 5_000  # features on each side that are compared at once: 100 MB of distances
 
+Part = tuple[Any, Any, Any]  # of points: features and both norms
+
+
+@dataclasses.dataclass(frozen=True)
+class _Points:
+    """Features and the squares of their norms, as ADM's code has them in float16, and in full.
+
+    Attributes:
+      features: (n, d) float32.
+      norms16, norms32: (n,) float32.
+    """
+
+    features: np.ndarray
+    norms16: np.ndarray
+    norms32: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "_Points":
+        features = np.ascontiguousarray(features, np.float32)
+        return cls(features, _norms16(features), np.square(features).sum(1))
+
+    def __getitem__(self, rows: slice) -> Part:
+        return self.features[rows], self.norms16[rows], self.norms32[rows]
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        count = len(self.features)
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _norms16(features: np.ndarray) -> np.ndarray:
+    """Sums of squares in float16, in the order in which TensorFlow adds them on a CPU: four times
+    eight lanes, which are added to each other at the end."""
+    count, size = features.shape
+    with np.errstate(over="ignore"):
+        squares = np.zeros((count, -(-size // 32), 4, 8), np.float16)
+        squares.reshape(count, -1)[:, :size] = np.square(features.astype(np.float16))
+        lanes = squares[:, 0]
+        for part in range(1, squares.shape[1]):
+            lanes = lanes + squares[:, part]
+        eight = lanes[:, 0] + lanes[:, 1] + lanes[:, 2] + lanes[:, 3]
+        return eight.astype(np.float32).sum(1).astype(np.float16).astype(np.float32)
+
 
 def radii(features: np.ndarray, neighbours: int = NEIGHBOURS, block: int = BLOCK) -> np.ndarray:
-    """Squared distance of each of (n, d) features to its k-th nearest other one, (n,) float32.
+    """Squared distance of each of (n, d) features, n > k, to its k-th nearest other one, (n,)
+    float32.
 
     Of equal features each is the other's nearest, at distance 0, as in ADM's code.
     """
+    points = _Points.of(features)
     nearest = np.full((len(features), neighbours + 1), np.inf, np.float32)
-    parts = list(_blocks(len(features), block))
+    parts = list(points.blocks(block))
     for number, rows in enumerate(parts):
         for columns in parts[number:]:  # a pair of blocks serves both
-            of_rows, of_columns = _nearest(features[rows], features[columns], neighbours + 1)
+            of_rows, of_columns = _nearest(points[rows], points[columns], neighbours + 1)
             for side, found in ((rows, of_rows), (columns, of_columns))[: 1 + (rows != columns)]:
                 both = np.concatenate([nearest[side], np.asarray(found)], 1)
                 nearest[side] = np.partition(both, neighbours, axis=1)[:, : neighbours + 1]
@@ -37,57 +85,87 @@ def radii(features: np.ndarray, neighbours: int = NEIGHBOURS, block: int = BLOCK
 def precision_and_recall(
     reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Shares of the samples (n, d) and of the reference (m, d), any of their numbers."""
+    """Shares of the samples (n, d) and of the reference (m, d), any of their numbers above
+    `neighbours`.
+
+    Raises:
+      UserError: there are fewer.
+    """
+    if min(len(reference), len(samples)) <= neighbours:
+        raise UserError(
+            f"precision and recall need more than {neighbours} pictures on each side: measure "
+            "more, or leave them out of --metrics"
+        )
     of_reference = radii(reference, neighbours, block)
     of_samples = radii(samples, neighbours, block)
+    ours, theirs = _Points.of(samples), _Points.of(reference)
     samples_in = np.zeros(len(samples), bool)
     reference_in = np.zeros(len(reference), bool)
-    for rows in _blocks(len(reference), block):
-        for columns in _blocks(len(samples), block):
-            inside = _inside(
-                reference[rows], samples[columns], of_reference[rows], of_samples[columns]
-            )
+    for rows in theirs.blocks(block):
+        for columns in ours.blocks(block):
+            inside = _inside(theirs[rows], ours[columns], of_reference[rows], of_samples[columns])
             samples_in[columns] |= np.asarray(inside[0])
             reference_in[rows] |= np.asarray(inside[1])
     return float(samples_in.mean()), float(reference_in.mean())
 
 
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+def _half(x: jax.Array) -> jax.Array:
+    """Rounded to float16, which the compiler does not optimise away."""
+    return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
 
 
-def _distances(one: jax.Array, other: jax.Array) -> jax.Array:
-    """(n, d), (m, d) → (n, m) squared distances, float32 and at least 0: as ADM's code has them,
-    rounded to float16 at every step, unless one is too large for that."""
+def _products(one: Part, other: Part, half: bool) -> jax.Array:
+    a, b = (_half(one[0]), _half(other[0])) if half else (one[0], other[0])
+    products = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return _half(products) if half else products
 
-    def of(dtype: jnp.dtype) -> jax.Array:
-        a, b = one.astype(dtype), other.astype(dtype)
-        wide_a, wide_b = a.astype(jnp.float32), b.astype(jnp.float32)
-        squares_a, squares_b = (
-            (x * x).astype(dtype).astype(jnp.float32).sum(1).astype(dtype) for x in (wide_a, wide_b)
-        )
-        products = jnp.dot(wide_a, wide_b.T, precision=jax.lax.Precision.HIGHEST).astype(dtype)
-        distances = (squares_a[:, None] - 2 * products).astype(dtype) + squares_b
-        return jnp.maximum(distances, 0).astype(jnp.float32)
 
-    half = of(jnp.float16)
-    return jax.lax.cond(jnp.isfinite(half).all(), lambda: half, lambda: of(jnp.float32))
+def _distances(one: Part, other: Part, both: bool = False) -> tuple[jax.Array, ...]:
+    """(n, m) squared distances, float32 and at least 0, of two parts of points: as ADM's code has
+    them, rounded to float16 at every step, unless one is too large for that. `both`: also those
+    from the other to the one, (m, n), which differ from them by rounding."""
+    pairs = [(one, other, lambda products: products)]
+    if both:
+        pairs.append((other, one, lambda products: products.T))
+
+    def of(half: bool) -> tuple[jax.Array, ...]:
+        products, found = _products(one, other, half), []
+        rounded = _half if half else lambda x: x
+        norms = 1 if half else 2
+        for rows, columns, turned in pairs:
+            first = rounded(rows[norms][:, None] - 2 * turned(products))
+            found.append(rounded(first + columns[norms]))
+        return tuple(found)
+
+    halves = of(half=True)
+    fit = jnp.isfinite(halves[0]).all()
+    return tuple(
+        jnp.maximum(distances, 0)
+        for distances in jax.lax.cond(fit, lambda: halves, lambda: of(half=False))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _nearest(one: jax.Array, other: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The smallest distances of each row to the other rows, and the other way round."""
-    distances = _distances(one, other)
-    return -jax.lax.top_k(-distances, count)[0], -jax.lax.top_k(-distances.T, count)[0]
+def _nearest(one: Part, other: Part, count: int) -> tuple[jax.Array, jax.Array]:
+    """The smallest distances of each row to the other rows, and the other way round: `count`, or
+    as many as there are."""
+    there, back = _distances(one, other, both=True)
+    return (
+        -jax.lax.top_k(-there, min(count, there.shape[1]))[0],
+        -jax.lax.top_k(-back, min(count, back.shape[1]))[0],
+    )
 
 
 @jax.jit
 def _inside(
-    reference: jax.Array, samples: jax.Array, of_reference: jax.Array, of_samples: jax.Array
+    reference: Part,
+    samples: Part,
+    of_reference: jax.Array,
+    of_samples: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Which samples lie in a ball of the reference, and which of the reference in one of the
     samples."""
-    distances = _distances(reference, samples)
+    (distances,) = _distances(reference, samples)
     return (
         (distances <= of_reference[:, None]).any(0),
         (distances <= of_samples[None]).any(1),

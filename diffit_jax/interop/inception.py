@@ -43,9 +43,9 @@ def load(
       UserError: a file that cannot be read, or tensors that are missing, extra, misshapen or not
         finite (each named, at most ten).
     """
-    path, table = epath.Path(path), _table()
-    names = "|".join(re.escape(name) for name in table)
-    opened = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, names)
+    path, table = epath.Path(path), names()
+    pattern = "|".join(re.escape(name) for name in table)
+    opened = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, pattern)
     with opened as file:
         found = {name for name in file.shapes if not name.endswith("num_batches_tracked")}
         missing = [f"missing {name}" for name in table if name not in found]
@@ -70,7 +70,7 @@ def _width(file: Tensors) -> float:
     return file.shapes[name][0] / published if file.shapes[name] else 1.0
 
 
-def _table() -> dict[str, tuple[str, tuple[int, ...] | None]]:
+def names() -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """Name in the file → (path of ours, axes of theirs in the order of ours)."""
     table: dict[str, tuple[str, tuple[int, ...] | None]] = {}
     for theirs, ours in _units():

@@ -15,6 +15,7 @@ from diffit_jax.models.autoencoder import Autoencoder
 from diffit_jax.runtime import backend, contents, distributed, files, parallel, rows
 
 DTYPES = ("float32", "bfloat16")
+AT_ONCE = 4  # latents that an accelerator decodes at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Decoding:
     Attributes:
       path: of the autoencoder, see `diffusers.load`.
       dtype: of its convolutions, one of `DTYPES`.
-      at_once: latents that a device decodes at once; None: see `slice_size`.
+      at_once: latents that a device decodes at once, see `Decoder`.
     """
 
     path: epath.PathLike
@@ -36,18 +37,14 @@ class Decoding:
         the sampler. Raises `UserError` as `diffusers.load` does."""
         path = files.resolve(self.path, "vae")
         module, variables = diffusers.load(path, self.dtype, parallel.replicated(mesh))
-        at_once = self.at_once or slice_size(mesh.devices.flat[0].platform)
-        return Decoder(module, variables, mesh, batch_size // mesh.size, at_once, rounding, path)
-
-
-def slice_size(platform: str) -> int:
-    """Latents that a device decodes at once: a CPU gains nothing by more than one."""
-    return 1 if platform == "cpu" else 4
+        per_device = batch_size // mesh.size
+        return Decoder(module, variables, mesh, per_device, self.at_once, rounding, path)
 
 
 class Decoder:
     """The autoencoder's decoder. Each device decodes latents of its own, in slices, so that its
-    memory holds the activations of one slice; their size changes no picture beyond rounding.
+    memory holds the activations of one slice. On a CPU a slice is one latent: more would not be
+    faster, and their sums would come in another order.
 
     Attributes:
       module: the autoencoder.
@@ -62,7 +59,7 @@ class Decoder:
         variables: dict[str, Any],
         mesh: jax.sharding.Mesh,
         batch_per_device: int,
-        slice_size: int = 1,
+        at_once: int | None = None,
         rounding: str = "adm",
         path: epath.PathLike = "",
     ):
@@ -72,14 +69,15 @@ class Decoder:
           module, variables: of the autoencoder.
           mesh: devices to decode on.
           batch_per_device: latents of a call.
-          slice_size: how many a device decodes at once.
+          at_once: how many of them a device decodes at once, where it is no CPU; None: `AT_ONCE`.
           rounding: of pixels, a name in `pixels.ROUNDINGS`.
           path: where the variables are from.
         """
         self.path = epath.Path(path)
         self.module, self.variables, self._mesh = module, variables, mesh
         self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
-        slice_size = min(slice_size, self.batch_size // mesh.size)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        slice_size = 1 if on_cpu else min(at_once or AT_ONCE, self.batch_size // mesh.size)
 
         def decode(variables: dict[str, Any], x_Bhwc: jax.Array) -> jax.Array:
             def of_slice(x_hwc: jax.Array) -> jax.Array:

@@ -1,0 +1,103 @@
+"""Autoencoders as diffusers saves them."""
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.fid import VAE, save_vae
+
+from diffit_jax.errors import UserError
+from diffit_jax.interop import diffusers
+
+OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return diffusers.load(VAE)[1]
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_folder_is_the_same_as_a_file(tmp_path, variables):
+    module, ours = diffusers.load(save_vae(tmp_path / "vae"))
+    same(ours, variables)
+    assert module.latent_scale == (0.18215,) and module.factor == 8
+
+
+def test_a_pipelines_folder_is_taken_for_its_vae(tmp_path, variables):
+    save_vae(tmp_path / "pipeline" / "vae")
+    same(diffusers.load(tmp_path / "pipeline")[1], variables)
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_older_names_of_attention(tmp_path, variables, convolutions):
+    """Before 2023; and matrices as convolutions of 1×1."""
+    tensors = {}
+    for name, array in load_file(VAE).items():
+        if "attentions.0.to_" in name:
+            for new, old in OLDER.items():
+                name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+            if convolutions and name.endswith("weight"):
+                array = array[..., None, None]
+        tensors[name] = array
+    assert any("proj_attn" in name for name in tensors)
+    folder = save_vae(tmp_path / "vae")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    save_file(tensors, path)
+    same(diffusers.load(folder)[1], variables)
+
+
+@pytest.mark.parametrize(
+    ("said", "mean", "scale"),
+    [
+        ({}, (0.0,), (0.18215,)),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, (0.1159,), (0.3611,)),
+        # Statistics of the channels win, even where a factor stands beside them.
+        (
+            {"latents_mean": [1, 2, 3, 4], "latents_std": [2, 4, 5, 8], "scaling_factor": 0.5},
+            (1, 2, 3, 4),
+            (0.5, 0.25, 0.2, 0.125),
+        ),
+    ],
+)
+def test_what_scales_latents(tmp_path, said, mean, scale):
+    module = diffusers.read_config(save_vae(tmp_path / "vae", **said) / "config.json")
+    assert module.latent_mean == mean and module.latent_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
+        (
+            {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]},
+            "AttnDownEncoderBlock2D",
+        ),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "3 up_block_types and 4 block_out_channels"),
+        ({"act_fn": "mish"}, "mish"),
+        ({"latents_mean": [1, 2], "latents_std": [1, 2]}, "2 latents_mean for 4 latent_channels"),
+        ({"norm_num_groups": 48}, "not a multiple of its 48 groups"),
+    ],
+)
+def test_other_networks_are_refused_by_name(tmp_path, said, named):
+    with pytest.raises(UserError, match=named):
+        diffusers.load(save_vae(tmp_path / "vae", **said))
+
+
+def test_weights_of_another_architecture(tmp_path):
+    """The config has three blocks a stage, the file two; first the tensors that are missing."""
+    with pytest.raises(UserError, match=r"missing encoder\.down_blocks\.0\.resnets\.2\S+ .*more"):
+        diffusers.load(save_vae(tmp_path / "vae", layers_per_block=3))
+    with pytest.raises(UserError, match=r"misshapen encoder\.\S+ \(32, 3, 3, 3\) instead of \(64"):
+        diffusers.load(save_vae(tmp_path / "wide", block_out_channels=[64, 128, 128, 128]))
+
+
+def test_no_autoencoder_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "none"):
+        with pytest.raises(UserError, match="name a folder as diffusers saves it"):
+            diffusers.load(path)
