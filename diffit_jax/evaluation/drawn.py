@@ -8,7 +8,7 @@ import numpy as np
 from diffit_jax.data.labels import spread
 from diffit_jax.errors import UserError
 from diffit_jax.runtime.ranges import in_short
-from diffit_jax.sampling.files import named_seeds
+from diffit_jax.sampling.files import Request, named_seeds
 from diffit_jax.sampling.request import Asked, Networks
 
 
@@ -34,7 +34,7 @@ class DrawnPictures:
             "labels": f"{asked.words or 'seed modulo classes'}: {spread(asked.labels)}",
             "uint8_rule": asked.experiment.sampling.pixel_rounding,
             "seeds": in_short(asked.seeds.tolist()),
-            "request": {"identity": asked.identity(networks), "source": networks.origin},
+            "request": Request(asked.identity(networks), networks.origin).as_json(),
         }
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:

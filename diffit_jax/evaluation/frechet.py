@@ -1,18 +1,21 @@
 """Fréchet distance between two sets of feature vectors, each described by its mean and
 covariance."""
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
 
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
+BLOCK = 512  # features whose products are taken at once
 
 
 class Moments:
-    """Mean and covariance of features that arrive in pieces, in the memory of one d × d matrix.
+    """Mean and covariance of features that arrive in pieces, in the memory of one d × d matrix; the
+    same bits however they are cut.
 
-    The covariance is that of `statistics` to 1e-12: products are taken about the first piece's
-    mean, so that nothing cancels. The mean is ADM's: a float32 sum in the order of the features,
+    The covariance is that of `statistics` to 1e-12: products are taken about the mean of the first
+    block, so that nothing cancels. The mean is ADM's: a float32 sum in the order of the features,
     which is off by some 1e-6 of it, as the means in published references are.
 
     Attributes:
@@ -20,23 +23,31 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self._waiting = 0, np.zeros((0, 0), np.float32)
+        self._about = self._sum = self._products = np.zeros(0)
+        self._sum32 = np.zeros(0, np.float32)
 
     def add(self, features: np.ndarray) -> None:
         """Takes a piece (n, d) float32 in."""
-        features = np.ascontiguousarray(features, np.float32)
-        wide = features.astype(np.float64)
-        if not self.count:
-            size = features.shape[1]
+        features = np.asarray(features, np.float32)
+        waiting = np.concatenate([self._waiting, features]) if len(self._waiting) else features
+        whole = len(waiting) // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            self._take(waiting[start : start + BLOCK])
+        self.count, self._waiting = self.count + len(features), waiting[whole:].copy()
+
+    def _take(self, block: np.ndarray) -> None:
+        wide = block.astype(np.float64)
+        if not len(self._about):
+            size = block.shape[1]
             self._about = wide.mean(0)
             self._sum, self._products = np.zeros(size), np.zeros((size, size))
             self._sum32 = np.zeros(size, np.float32)
         wide -= self._about
-        self.count += len(features)
-        self._sum += wide.sum(0)
-        self._products += wide.T @ wide
-        for row in features:  # one after the other, wherever the pieces end
-            self._sum32 += row
+        self._sum = self._sum + wide.sum(0)
+        self._products = self._products + wide.T @ wide
+        for row in block:  # one after the other, in float32
+            self._sum32 = self._sum32 + row
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays by name from which `restore` goes on."""
@@ -44,14 +55,18 @@ class Moments:
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on where `state` was taken."""
-        self.count = int(state["count"])
-        if self.count:
-            self._about, self._sum, self._products, self._sum32 = (
-                np.array(state[name]) for name in ("about", "sum", "products", "sum32")
-            )
+        for name in vars(self):
+            setattr(self, name, state[name.strip("_")])
+        self.count = int(self.count)
 
     def statistics(self) -> Statistics:
         """Of what came so far, at least two features: mean and unbiased covariance."""
+        all_of_it = copy.copy(self)  # arrays are replaced, not changed
+        if len(self._waiting):
+            all_of_it._take(self._waiting)
+        return all_of_it._statistics()
+
+    def _statistics(self) -> Statistics:
         mean = self._sum / self.count
         covariance = (self._products - self.count * np.outer(mean, mean)) / (self.count - 1)
         return (self._sum32 / np.float32(self.count)).astype(np.float64), covariance

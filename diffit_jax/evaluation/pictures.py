@@ -83,6 +83,8 @@ class NpzPictures:
         try:
             with npz.reading(self._path, "arr_0") as stream:
                 yield stream
+        except UserError:  # said by whoever reads
+            raise
         except KeyError:
             self._refuse("has no arr_0")
         except OSError as error:
@@ -149,10 +151,7 @@ class FolderPictures:
         Raises:
           UserError: there are none.
         """
-        self._paths = sorted(
-            (each for each in path.glob("**/*") if each.suffix.lower() in SUFFIXES),
-            key=lambda each: each.parts,
-        )
+        self._paths = sorted(_files(path), key=lambda each: each.parts)
         if not self._paths:
             raise UserError(
                 f"--samples {path} has no pictures ({', '.join(SUFFIXES)}) in it: name a folder "
@@ -183,6 +182,15 @@ class FolderPictures:
                 f"--samples: {path} is not a picture that can be read ({error}): mend it or move "
                 "it away"
             ) from error
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """The picture files in a folder and in its folders."""
+    for path in folder.iterdir():
+        if path.suffix.lower() in SUFFIXES:
+            yield path
+        elif path.is_dir():
+            yield from _files(path)
 
 
 class DatasetPictures:

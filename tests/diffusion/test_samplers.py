@@ -180,3 +180,24 @@ def test_churn_samples_the_data():
     )()
     # Four standard errors and the grid's error.
     assert abs(float(out.mean()) - MEAN) < 0.025 and abs(float(out.std()) - STD) < 0.02
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_frames_are_estimates_of_the_clean_sample(sampler):
+    """One at each of the steps asked for; the last step ends at its own. The samples are those
+    without frames."""
+    discrete = sampler in ("ddpm", "ddim")
+    process, network = (DISCRETE, ideal_epsilon(DISCRETE)) if discrete else CASES["edm"]
+    method = SAMPLERS[sampler](9)
+
+    def draw(frames):
+        return jax.jit(lambda: method.draw(process, unguided(network), NOISE, {}, frames))()
+
+    plain, drawn = draw(0), draw(3)
+    np.testing.assert_allclose(drawn.samples, plain.samples, atol=1e-6)
+    assert plain.frames.shape == (0, 64, *SHAPE) and drawn.frames.shape == (3, 64, *SHAPE)
+    np.testing.assert_allclose(drawn.frames[-1], drawn.samples, atol=1e-5)
+    # From all noise the best estimate is the mean of the data; later ones are as spread as they.
+    spread = np.asarray(drawn.frames).std(axis=(1, 2, 3, 4))
+    assert abs(np.asarray(drawn.frames[0]) - MEAN).max() < 0.05
+    assert spread[0] < spread[1] < spread[2]

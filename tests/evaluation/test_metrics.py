@@ -66,26 +66,29 @@ def test_inception_score_is_adms(name, piece):
 
 def test_moments_do_not_depend_on_the_pieces():
     """And are those of float64, the mean to the rounding of a float32 sum."""
-    features = np.random.default_rng(0).gamma(2, size=(501, 9)).astype(np.float32)
+    features = np.random.default_rng(0).gamma(2, size=(1501, 9)).astype(np.float32)
     (mean, covariance), exact = moments(features, 1).statistics(), statistics(features)
-    np.testing.assert_allclose(mean, exact[0], rtol=5e-6)
+    np.testing.assert_allclose(mean, exact[0], rtol=2e-5)
     np.testing.assert_allclose(covariance, exact[1], rtol=1e-12)
-    for pieces in (2, 13, 501):
+    for pieces in (2, 13, 1501):
         other = moments(features, pieces).statistics()
         np.testing.assert_array_equal(other[0], mean)
-        np.testing.assert_allclose(other[1], covariance, rtol=1e-12)
+        np.testing.assert_array_equal(other[1], covariance)
 
 
 def test_moments_and_scores_go_on_where_they_were_taken_down():
     rng = np.random.default_rng(0)
-    features, logits = rng.normal(size=(50, 4)).astype("f4"), rng.normal(size=(50, 6)).astype("f4")
+    features, logits = (
+        rng.normal(size=(950, 4)).astype("f4"),
+        rng.normal(size=(950, 6)).astype("f4"),
+    )
     for make, values in ((Moments, features), (lambda: InceptionScore(20), logits)):
         whole, begun, gone_on = make(), make(), make()
-        for piece in (values[:23], values[23:]):
+        for piece in (values[:613], values[613:]):
             whole.add(piece)
-        begun.add(values[:23])
+        begun.add(values[:613])
         gone_on.restore(begun.state())
-        gone_on.add(values[23:])
+        gone_on.add(values[613:])
         if make is Moments:
             for one, other in zip(whole.statistics(), gone_on.statistics(), strict=True):
                 np.testing.assert_array_equal(one, other)

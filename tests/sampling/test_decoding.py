@@ -1,0 +1,106 @@
+"""Images of a latent run, by an autoencoder, and more pictures of samples."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from support.configs import small_config
+from support.fid import VAE, save_vae
+
+from diffit_jax.errors import UserError
+from diffit_jax.interop import diffusers
+from diffit_jax.sampling.decoder import Decoding
+from diffit_jax.spaces import LatentSpace
+from diffit_jax.verbs.sample import sample
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae") / "sd-vae-ft-ema")
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return file["arr_0"], file["arr_1"]
+
+
+def test_samples_are_decoded(latent_run, vae, tmp_path):
+    """As the autoencoder alone decodes the run's latents; three on two devices, in two batches."""
+    workdir = latent_run[0]
+    latents, labels = arrays(sample(workdir, range(3), output=tmp_path / "latents.npz"))
+    decoding = Decoding(vae)
+    path = sample(workdir, range(3), output=tmp_path / "samples.npz", decoding=decoding)
+    images, same_labels = arrays(path)
+    assert latents.dtype == np.float32 and latents.shape == (3, 8, 8, 4)
+    assert images.dtype == np.uint8 and images.shape == (3, 64, 64, 3)
+    np.testing.assert_array_equal(labels, same_labels)
+    module, variables = diffusers.load(VAE)
+    decoded = jax.jit(lambda z: module.apply(variables, z, method="decode"))(latents / 0.18215)
+    wanted = np.clip(127.5 * np.asarray(decoded) + 128, 0, 255)  # the run's pixel_rounding is edm
+    edge = abs(wanted - np.rint(wanted)) < 0.01
+    assert (abs(images.astype(int) - np.floor(wanted)) <= edge).all()
+
+
+def test_a_decoded_request_is_another_one(latent_run, vae, tmp_path):
+    workdir, output = latent_run[0], tmp_path / "s.npz"
+    sample(workdir, range(2), output=output, decoding=Decoding(vae))
+    before = output.stat().st_mtime_ns
+    sample(workdir, range(2), output=output, decoding=Decoding(vae, at_once=1))  # there already
+    assert output.stat().st_mtime_ns == before
+    for other in (None, Decoding(vae, "bfloat16")):
+        with pytest.raises(UserError, match=r"s\.npz is there already .* another autoencoder"):
+            sample(workdir, range(2), output=output, decoding=other)
+
+
+def test_pictures_by_class_and_of_trajectories(latent_run, vae, tmp_path):
+    """Ten columns of 64 pixels, a row for each of three labels; and two rows of three frames, the
+    last of which is the sample."""
+    path = sample(
+        latent_run[0],
+        range(12),
+        "3,1,7",
+        tmp_path / "s.npz",
+        decoding=Decoding(vae),
+        by_class=True,
+        frames=3,
+    )
+    images, labels = arrays(path)
+    by_class = np.asarray(Image.open(tmp_path / "s.classes.png"))
+    assert by_class.shape == (3 * 65 - 1, 10 * 65 - 1, 3)
+    for row, label in enumerate((1, 3, 7)):
+        for column, image in enumerate(images[labels == label]):
+            cell = by_class[65 * row : 65 * row + 64, 65 * column : 65 * column + 64]
+            np.testing.assert_array_equal(cell, image)
+    assert not by_class[:, 4 * 65 :].any()  # four of each
+    watched = np.asarray(Image.open(tmp_path / "s.trajectory.png"))
+    assert watched.shape == (8 * 65 - 1, 3 * 65 - 1, 3)
+    last = watched[:64, 2 * 65 :].astype(int)
+    assert (last != images[0]).mean() < 1e-3 and abs(last - images[0]).max() <= 1
+
+
+def test_what_does_not_go_together(latent_run, run, vae, tmp_path):
+    cases = (
+        (latent_run, dict(frames=5), "--trajectory is 5: the sampler has 4 steps"),
+        (run, dict(decoding=Decoding(vae)), "images already: leave out --vae"),
+        (latent_run, dict(decoding=Decoding(tmp_path)), "name a folder as diffusers saves it"),
+    )
+    for (workdir, _), asked, message in cases:
+        with pytest.raises(UserError, match=message):
+            sample(workdir, range(2), output=tmp_path / "n" / "s.npz", **asked)
+    assert not (tmp_path / "n").exists()
+
+
+def test_latents_of_another_kind():
+    class OfEight:
+        channels = 8
+
+    with pytest.raises(UserError, match="latents of 8 channels, the network makes 4"):
+        LatentSpace("sd-vae-ft-ema").decoded(OfEight(), (8, 8, 4))
+
+
+def test_a_grid_by_class_of_a_model_without_classes(tmp_path):
+    config = small_config(model__num_classes=0, training__label_dropout=0.0)
+    config.sampling.guidance = {"kind": "none"}
+    (tmp_path / "config.json").write_text(config.to_json())
+    with pytest.raises(UserError, match="unconditional: leave out --grid"):
+        sample(tmp_path, range(2), by_class=True)
