@@ -25,7 +25,12 @@ NUM_SLICES = flags.DEFINE_integer(
 BATCH = flags.DEFINE_integer(
     "batch_per_chip", None, "Instead of the config's batch size: images per chip.", lower_bound=1
 )
-PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which programs to compile.")
+PROGRAMS = flags.DEFINE_list(
+    "programs",
+    ["train", "sample"],
+    "Which programs to compile: train, sample; encode, decode (of the published autoencoder), "
+    "inception (the FID network).",
+)
 SWEEP = flags.DEFINE_string(
     "sweep",
     None,

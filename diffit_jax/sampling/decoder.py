@@ -1,6 +1,7 @@
 """From latents to pictures on every device of a mesh."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from diffit_jax.interop import diffusers
 from diffit_jax.models.autoencoder import Autoencoder
 from diffit_jax.runtime import backend, contents, distributed, files, parallel, rows
 
+Jitted = Callable[[dict[str, Any], jax.Array], Any]
+
 DTYPES = ("float32", "bfloat16")
 AT_ONCE = 4  # latents that an accelerator decodes at once
 
@@ -25,7 +28,7 @@ class Decoding:
     Attributes:
       path: of the autoencoder, see `diffusers.load`.
       dtype: of its convolutions, one of `DTYPES`.
-      at_once: latents that a device decodes at once, see `Decoder`.
+      at_once: latents that a device decodes at once, see `slice_size`.
     """
 
     path: epath.PathLike
@@ -41,10 +44,49 @@ class Decoding:
         return Decoder(module, variables, mesh, per_device, self.at_once, rounding, path)
 
 
+def per_slice(function: Jitted, mesh: jax.sharding.Mesh, size: int) -> Any:
+    """A jitted function of (variables on every device, a batch that is divided over them), by which
+    each device works through its part in slices, so that its memory holds what is computed for one.
+
+    Args:
+      function: of (variables, some examples), to arrays with the examples in front.
+      mesh: the devices.
+      size: examples of a slice, a divisor of each device's part.
+    """
+    divided = parallel.batch_sharding(mesh)
+
+    def work(variables: dict[str, Any], batch: jax.Array) -> Any:
+        if len(batch) == size:
+            return function(variables, batch)
+        slices = batch.reshape(-1, size, *batch.shape[1:])
+        worked = jax.lax.map(lambda one: function(variables, one), slices)
+        return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), worked)
+
+    per_device = jax.shard_map(
+        work,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), divided.spec),
+        out_specs=divided.spec,
+        check_vma=False,
+    )
+    return jax.jit(per_device, out_shardings=divided)
+
+
+def slice_size(mesh: jax.sharding.Mesh, count: int, at_once: int | None = None) -> int:
+    """Examples of a slice of `count` for each device. On a CPU it is one: more would not be faster,
+    and sums would come in another order.
+
+    Args:
+      mesh: the devices.
+      count: examples of a device.
+      at_once: how many are wanted; None: `AT_ONCE`.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return 1 if on_cpu else min(at_once or AT_ONCE, count)
+
+
 class Decoder:
-    """The autoencoder's decoder. Each device decodes latents of its own, in slices, so that its
-    memory holds the activations of one slice. On a CPU a slice is one latent: more would not be
-    faster, and their sums would come in another order.
+    """The autoencoder's decoder. Each device decodes latents of its own, in slices.
 
     Attributes:
       module: the autoencoder.
@@ -68,32 +110,23 @@ class Decoder:
         Args:
           module, variables: of the autoencoder.
           mesh: devices to decode on.
-          batch_per_device: latents of a call.
-          at_once: how many of them a device decodes at once, where it is no CPU; None: `AT_ONCE`.
+          batch_per_device: latents of a call, at least.
+          at_once: how many of them a device decodes at once, see `slice_size`.
           rounding: of pixels, a name in `pixels.ROUNDINGS`.
           path: where the variables are from.
         """
         self.path = epath.Path(path)
         self.module, self.variables, self._mesh = module, variables, mesh
-        self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        slice_size = 1 if on_cpu else min(at_once or AT_ONCE, self.batch_size // mesh.size)
+        size = slice_size(mesh, batch_per_device, at_once)
+        count = -(-batch_per_device // size) * size * mesh.size
+        self.batch_size = rows.next_batch_size(mesh, count)
+        self._decode = per_slice(self._pixels, mesh, size)
+        self._rounding = rounding
 
-        def decode(variables: dict[str, Any], x_Bhwc: jax.Array) -> jax.Array:
-            def of_slice(x_hwc: jax.Array) -> jax.Array:
-                return module.apply(variables, module.unscaled(x_hwc[None]), method="decode")[0]
-
-            return pixels.to_pixels(jax.lax.map(of_slice, x_Bhwc, batch_size=slice_size), rounding)
-
-        divided = parallel.batch_sharding(mesh).spec
-        per_device = jax.shard_map(
-            decode,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), divided),
-            out_specs=divided,
-            check_vma=False,
-        )
-        self._decode = jax.jit(per_device, out_shardings=parallel.batch_sharding(mesh))
+    def _pixels(self, variables: dict[str, Any], x_Bhwc: jax.Array) -> jax.Array:
+        decoded = self.module.apply(variables, self.module.unscaled(x_Bhwc), method="decode")
+        assert isinstance(decoded, jax.Array)
+        return pixels.to_pixels(decoded, self._rounding)
 
     @property
     def channels(self) -> int:

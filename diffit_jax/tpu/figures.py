@@ -189,6 +189,30 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chain:
+    """The networks between images, latents and scores.
+
+    Attributes:
+      programs: those that were asked for, of "encode", "decode" and "inception".
+      held: bytes of the weights on each device, of "autoencoder" and "inception".
+      together: bytes on each device while samples are drawn, decoded and measured; None: not all of
+        that is known.
+      limit: memory of each device.
+    """
+
+    programs: Mapping[str, Step | TooLarge]
+    held: Mapping[str, int]
+    together: int | None
+    limit: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether each program does, and all networks together."""
+        alone = all(program.fits for program in self.programs.values())
+        return alone and (self.together is None or self.together <= self.limit)
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What was compiled, for what, and by what. `sampled_without`: what sampling leaves out, ""
     if nothing; `averages`: of the parameters; `calibrated`: whether estimates were compared with
@@ -276,6 +300,7 @@ class Report:
       memory, checkpoint_bytes: what training needs.
       train: the training step.
       sample: drawing, as this chip would.
+      chain: the networks between images, latents and scores.
       run: the whole run; None too if the step does not fit.
     """
 
@@ -285,6 +310,7 @@ class Report:
     checkpoint_bytes: int
     train: Step | TooLarge | None
     sample: Sampling | None
+    chain: Chain | None
     run: Run | None
 
 

@@ -1,9 +1,11 @@
 """Preflight's reports for people: the table, one line of a sweep, and a paragraph of advice."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from diffit_jax.tpu.figures import (
     Calibration,
+    Chain,
     Drawing,
     Memory,
     Report,
@@ -38,6 +40,8 @@ def render(report: Report) -> str:
         lines += [
             f"NOT PRICED: sampling's {setting.sampled_without}, which evaluates a second network"
         ]
+    if report.chain:
+        lines += _chain(report.chain)
     if run:
         lines += [
             "",
@@ -52,7 +56,10 @@ def render(report: Report) -> str:
 def shortage(report: Report) -> str:
     """By how much a report's programs do not fit."""
     parts = []
-    for name, program in (("train", report.train), ("sample", _batch(report.sample))):
+    programs: dict[str, Any] = {"train": report.train, "sample": _batch(report.sample)}
+    if report.chain:
+        programs |= report.chain.programs
+    for name, program in programs.items():
         if not isinstance(program, TooLarge):
             continue
         if program.needed is not None and program.available is not None:
@@ -246,6 +253,26 @@ def _program(title: str, work: str, program: Step | TooLarge | Sampling) -> list
         f"{entry.source}"
         for entry in step.dearest
     ]
+    return rows
+
+
+def _chain(chain: Chain) -> list[str]:
+    """The rows of the networks between images, latents and scores."""
+    titles = {
+        "encode": "encoding, one slice",
+        "decode": "decoding, one slice",
+        "inception": "the FID network, one batch",
+    }
+    rows = []
+    for name, program in chain.programs.items():
+        rows += ["", *_program(titles[name], "FLOPs", program)]
+    if chain.together is not None:
+        names = " and ".join(name for name, size in chain.held.items() if size)
+        rows += [
+            "",
+            f"drawing, decoding and measuring with all weights (beside the network's {names}) on "
+            f"each device: {_bytes(chain.together)} of {_bytes(chain.limit)}",
+        ]
     return rows
 
 

@@ -6,7 +6,6 @@ is allocated. Every time here is the compiler's estimate, not a measurement; `tp
 it is added up.
 """
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -23,20 +22,17 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.models.flops import training_flops
 from diffit_jax.runtime import backend, parallel
-from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.tpu import compiler, report
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.cost import cost
 from diffit_jax.tpu.figures import (
     Calibration,
     Compiled,
-    Drawing,
     Held,
     Memory,
     Product,
     Report,
     Run,
-    Sampling,
     Setting,
     Step,
     Sweep,
@@ -51,9 +47,11 @@ from diffit_jax.training.compiling import (
     open_experiment,
 )
 from diffit_jax.training.state import TrainState
+from diffit_jax.verbs.pricing import price_chain, price_sampling
 
 log = logging.getLogger(__name__)
 
+CHAIN = ("encode", "decode", "inception")
 # What `--sweep` varies, and over which values where none are given; batch is per chip.
 SWEEPS = {
     "batch": ("2", "4", "8", "16", "32"),
@@ -76,7 +74,7 @@ def preflight(
       config: of the experiment; its data and weights need not be there.
       topology: chip and grid of a slice, such as `v5e:16x16`.
       num_slices: how many slices.
-      programs: which of "train" and "sample".
+      programs: which of "train" and "sample", and of `CHAIN`.
 
     Returns:
       What they need and take; `sample` is how this chip would draw.
@@ -84,11 +82,12 @@ def preflight(
     Raises:
       UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
     """
+    known = ("train", "sample", *CHAIN)
     if not programs:
-        raise UserError("--programs is empty: use train, sample or both")
+        raise UserError(f"--programs is empty: use some of {', '.join(known)}")
     for program in programs:
-        if program not in ("train", "sample"):
-            raise UserError(f"--programs has {program!r}: use train, sample or both")
+        if program not in known:
+            raise UserError(f"--programs has {program!r}: use some of {', '.join(known)}")
     chip, devices = chip_of(topology), compiler.topology_devices(topology, num_slices)
     config = ConfigDict(config.to_dict())
     if num_slices > 1:
@@ -122,15 +121,21 @@ def preflight(
             )
     if "sample" in programs:
         log.info("compiling the sample step for %d chips", chips)
-        sample = _price_sampling(opened, chip, chips, compiled)
+        sample = price_sampling(opened, chip, chips, compiled)
+    chained = [program for program in CHAIN if program in programs]
+    chain = None
+    if chained:
+        log.info("compiling %s for %d chips", ", ".join(chained), chips)
+        chain = price_chain(opened, chip, chips, compiled, chained, sample)
     fitting = train if isinstance(train, Step) else None
     return Report(
         setting=_setting(opened, topology, num_slices, chip, chips),
-        fits=all(one.fits for one in (train, sample and sample.batch) if one is not None),
+        fits=all(one.fits for one in (train, sample and sample.batch, chain) if one is not None),
         memory=Memory.of(chip.memory / chip.devices, held, fitting and fitting.memory),
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         train=train,
         sample=sample,
+        chain=chain,
         run=fitting and _run(experiment, chips, fitting.step_s),
     )
 
@@ -286,30 +291,6 @@ def _held(state: TrainState) -> Held:
 
 def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _price_sampling(
-    opened: Opened,
-    chip: Chip,
-    chips: int,
-    compiled: Callable[[jax.stages.Lowered], Compiled | TooLarge],
-) -> Sampling:
-    """Drawing a batch as the chip would (autoguidance's second network is not known here; the
-    report says so), and the other way if there is one."""
-    experiment, variables = opened.experiment, opened.state.ema_variables
-    size = copy_bytes(experiment.model, variables)
-    wanted = size > 0 and copy_fits(size, chip.memory / chip.devices)
-
-    def price(copy: bool) -> Sampling:
-        sampler = sampler_without_autoguidance(experiment, opened.mesh, copy=copy)
-        batch = compiled(sampler.lower(variables))
-        if isinstance(batch, Compiled):
-            flops = 2 * sampler.multiply_adds(variables)
-            batch = Drawing.of(batch, chip, chips, images=sampler.batch_size, flops=flops)
-        return Sampling(batch, size if copy else 0)
-
-    alternative = price(not wanted) if size else None
-    return dataclasses.replace(price(wanted), alternative=alternative)
 
 
 def _run(experiment: Experiment, chips: int, step_s: float) -> Run:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 from support.configs import small_config, small_latent_config
+from support.fid import NARROW, inception_tensors, save_pth, save_vae
 from support.processes import environment, write_config
 
 from diffit_jax import models
@@ -36,10 +39,13 @@ LISTS = {
     "python launch/train.py --profile_steps": "a flag that the text names",
     "python launch/sample.py --ema_length": "a flag that the text names",
     "python launch/sample.py --workdir": "run",
-    "python launch/sample.py --weights diffit_256.safetensors --seeds 0-49999": "parsed",
+    "python launch/sample.py --weights diffit_256.safetensors --vae": "parsed",
     "python launch/sample.py --weights": "run",
     "python launch/convert.py": "run",
     "python launch/evaluate.py": "run",
+    # It draws 50,000; tests/verbs/test_evaluate.py draws six.
+    "python launch/evaluate.py --weights": "parsed",
+    "python launch/evaluate.py --self_test": "parsed",
     "python launch/benchmark.py --config configs/digits.py": "run",
     "python launch/benchmark.py": "parsed",
     # tests/verbs/test_preflight.py runs it, for small networks.
@@ -124,6 +130,13 @@ def scratch(tmp_path_factory):
     official.save(
         folder / "diffit_256.safetensors", model, models.init_variables(model, jax.random.key(0))
     )
+    save_vae(folder / "sd-vae-ft-ema")
+    save_pth(folder / "pt_inception-2015-12-05-6726825d.pth", inception_tensors(NARROW))
+    images = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
+    np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
+    (folder / "pictures").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
     return folder
 
 
@@ -200,9 +213,13 @@ def test_lines_that_are_run(scratch):
     )
     lines.sort(key=lambda line: next(index for index, name in enumerate(order) if name in line))
     prepare = "python launch/sample.py --workdir runs/digits --seeds 0-999"
+    # The reference of another one's name is made first.
+    lines.sort(key=lambda line: "VIRTUAL" in line)
     taken = set()
     for line in lines:
-        if "evaluate" in line:
+        if "VIRTUAL" in line:
+            shutil.copy(scratch / "reference.npz", scratch / "VIRTUAL_imagenet256_labeled.npz")
+        if "--dataset" in line:
             result = run(prepare, scratch)
             assert result.returncode == 0, result.stderr[-2000:]
         target = re.search(r"--to_workdir (\S+)", line)

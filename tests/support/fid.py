@@ -1,6 +1,13 @@
 """Networks of the chain from latents to a figure, in sizes for tests."""
 
+import io
 import json
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from unittest import mock
 
 import jax
 import numpy as np
@@ -38,6 +45,50 @@ def inception_tensors(width=1.0):
             normal = 0.1 * normal + name.endswith("bn.weight")
         made[name] = normal
     return {name: array.astype(np.float32) for name, array in made.items()}
+
+
+def save_pth(path, tensors):
+    """Tensors by name as PyTorch would save a state dict, in its zip format."""
+    stored = {}
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, obj):
+            if not isinstance(obj, np.ndarray):
+                return NotImplemented
+            strides = tuple(stride // obj.itemsize for stride in obj.strides)
+            stored[str(len(stored))] = obj
+            return rebuild, (Storage(), 0, obj.shape, strides, False, OrderedDict())
+
+        def persistent_id(self, obj):
+            if isinstance(obj, Storage):
+                key, array = list(stored.items())[-1]
+                return "storage", FloatStorage, key, "cpu", array.size
+
+    class Storage:
+        pass
+
+    class FloatStorage:
+        pass
+
+    def rebuild():
+        pass
+
+    names = {
+        "torch": ("FloatStorage", FloatStorage),
+        "torch._utils": ("_rebuild_tensor_v2", rebuild),
+    }
+    modules = {}
+    for module, (name, obj) in names.items():  # pickle asks whether they are where they say
+        obj.__module__, obj.__qualname__, obj.__name__ = module, name, name
+        modules[module] = types.ModuleType(module)
+        setattr(modules[module], name, obj)
+    content = io.BytesIO()
+    with mock.patch.dict(sys.modules, modules):
+        Pickler(content, 2).dump(OrderedDict(tensors))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content.getvalue())
+        for key, array in stored.items():
+            archive.writestr(f"archive/data/{key}", array.tobytes())
 
 
 def save_inception(path, width=NARROW):

@@ -1,0 +1,144 @@
+"""What `preflight` compiles beside the training step: drawing samples, and the networks between
+images, latents and scores."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffit_jax.data import pixels
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation.features import Extractor
+from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.models.flops import count_multiply_adds
+from diffit_jax.models.inception import SIDE, Inception
+from diffit_jax.runtime import parallel
+from diffit_jax.sampling.decoder import AT_ONCE, Decoder, per_slice
+from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
+from diffit_jax.tpu.chips import Chip
+from diffit_jax.tpu.figures import Chain, Compiled, Drawing, Sampling, Step, TooLarge
+from diffit_jax.training.compiling import Opened
+
+Ask = Callable[[jax.stages.Lowered], Compiled | TooLarge]
+
+
+def price_sampling(opened: Opened, chip: Chip, chips: int, compiled: Ask) -> Sampling:
+    """Drawing a batch as the chip would (autoguidance's second network is not known here; the
+    report says so), and the other way if there is one."""
+    experiment, variables = opened.experiment, opened.state.ema_variables
+    size = copy_bytes(experiment.model, variables)
+    wanted = size > 0 and copy_fits(size, chip.memory / chip.devices)
+
+    def price(copy: bool) -> Sampling:
+        sampler = sampler_without_autoguidance(experiment, opened.mesh, copy=copy)
+        batch = compiled(sampler.lower(variables))
+        if isinstance(batch, Compiled):
+            flops = 2 * sampler.multiply_adds(variables)
+            batch = Drawing.of(batch, chip, chips, images=sampler.batch_size, flops=flops)
+        return Sampling(batch, size if copy else 0)
+
+    alternative = price(not wanted) if size else None
+    return dataclasses.replace(price(wanted), alternative=alternative)
+
+
+def price_chain(
+    opened: Opened,
+    chip: Chip,
+    chips: int,
+    compiled: Ask,
+    programs: Sequence[str],
+    sampling: Sampling | None,
+) -> Chain:
+    """The networks between images, latents and scores: the published autoencoder in bfloat16, a
+    slice on each device, and the FID network, a batch.
+
+    Args:
+      opened: the experiment.
+      chip, chips: of the topology.
+      compiled: asks the compiler.
+      programs: which of "encode", "decode" and "inception".
+      sampling: how the experiment draws, for what its network and these take together.
+
+    Raises:
+      UserError: a program of an autoencoder for an experiment without one.
+    """
+    mesh, experiment = opened.mesh, opened.experiment
+    latent = experiment.model.sample_shape
+    autoencoder = Autoencoder(latent_channels=latent[-1], dtype=jnp.bfloat16)
+    factor = autoencoder.factor if experiment.data.autoencoder else 1
+    if factor == 1 and {"encode", "decode"} & set(programs):
+        raise UserError("--programs has encode or decode, but the config names no autoencoder")
+    image = (latent[0] * factor, latent[1] * factor, 3)
+    small = (autoencoder.factor, autoencoder.factor, 3)
+    of_autoencoder = _variables(mesh, autoencoder, small)
+    inception = Inception()
+    of_inception = _variables(mesh, inception, (SIDE, SIDE, 3))
+
+    def encode(variables: Any, image_BHWC: jax.Array) -> Any:
+        return autoencoder.apply(variables, pixels.to_model(image_BHWC), method="encode")
+
+    def program(name: str) -> tuple[jax.stages.Lowered, int, int]:
+        """The lowered program, its images, and multiply-adds of each."""
+        if name == "inception":
+            extractor = Extractor(inception, of_inception, mesh)
+            adds = _multiply_adds(inception.apply, of_inception, (SIDE, SIDE, 3))
+            return extractor.lower(image), extractor.batch_size, adds
+        apply = functools.partial(autoencoder.apply, method=name)
+        if name == "decode":
+            decoder = Decoder(autoencoder, of_autoencoder, mesh, AT_ONCE)
+            adds = _multiply_adds(apply, of_autoencoder, latent)
+            return decoder.lower(latent), decoder.batch_size, adds
+        count, sharding = AT_ONCE * mesh.size, parallel.batch_sharding(mesh)
+        batch = jax.ShapeDtypeStruct((count, *image), np.uint8, sharding=sharding)
+        lowered = per_slice(encode, mesh, AT_ONCE).lower(of_autoencoder, batch)
+        return lowered, count, _multiply_adds(apply, of_autoencoder, image)
+
+    priced: dict[str, Step | TooLarge] = {}
+    for name in programs:
+        lowered, images, adds = program(name)
+        answer = compiled(lowered)
+        if isinstance(answer, Compiled):
+            answer = Step.of(answer, chip, chips, images=images, flops=2 * images * adds)
+        priced[name] = answer
+    held = {
+        "autoencoder": _bytes(of_autoencoder) if factor > 1 else 0,
+        "inception": _bytes(of_inception),
+    }
+    return Chain(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
+
+
+def _variables(mesh: jax.sharding.Mesh, module: Any, example: tuple[int, ...]) -> Any:
+    """Shapes of a network's variables, on every device."""
+    key, shape = jax.random.key(0), jax.ShapeDtypeStruct((1, *example), jnp.float32)
+    return parallel.abstract(mesh, jax.eval_shape(module.init, key, shape))
+
+
+def _multiply_adds(apply: Callable, variables: Any, example: tuple[int, ...]) -> int:
+    """Of one example, (H, W, C)."""
+    shape = jax.ShapeDtypeStruct((1, *example), jnp.float32)
+    return count_multiply_adds(jax.make_jaxpr(apply)(variables, shape).jaxpr)
+
+
+def _bytes(variables: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+
+
+def _together(
+    sampling: Sampling | None, priced: Mapping[str, Step | TooLarge], held: Mapping[str, int]
+) -> int | None:
+    """Bytes on each device while samples are drawn, decoded and measured: all weights, and the
+    largest of what the programs need beside; None if one of them is not known."""
+    wanted = [name for name, size in (("decode", held["autoencoder"]), ("inception", 1)) if size]
+    steps = [sampling.batch if sampling else None, *(priced.get(name) for name in wanted)]
+    fitting = [step for step in steps if isinstance(step, Step)]
+    if len(fitting) < len(steps):
+        return None
+    weights = fitting[0].memory.arguments + sum(held.values())
+    beside = max(
+        one.memory.outputs + one.memory.temporaries + one.memory.program for one in fitting
+    )
+    return weights + beside
