@@ -75,7 +75,7 @@ class DecodingFlags:
         self._at_once = flags.DEFINE_integer(
             "vae_at_once",
             None,
-            "Latents that an accelerator decodes at once; a CPU decodes one.",
+            "Latents that an accelerator decodes at once, 8 if not said; a CPU decodes one.",
             lower_bound=1,
         )
 

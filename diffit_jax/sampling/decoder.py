@@ -18,7 +18,7 @@ from diffit_jax.runtime import backend, contents, distributed, files, parallel, 
 Jitted = Callable[[dict[str, Any], jax.Array], Any]
 
 DTYPES = ("float32", "bfloat16")
-AT_ONCE = 4  # latents that an accelerator decodes at once
+AT_ONCE = 8  # examples of a slice on an accelerator: rows of a tile of a TPU
 
 
 @dataclasses.dataclass(frozen=True)
