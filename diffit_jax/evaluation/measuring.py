@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from diffit_jax.evaluation.pictures import Pictures
 from diffit_jax.evaluation.scores import InceptionScore
 from diffit_jax.runtime import distributed, files, npz
 from diffit_jax.runtime.console import Progress
+
+log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 600
 _MOMENTS = ("pool", "spatial", "inception_score")
@@ -139,9 +142,11 @@ def measure(
     """
     measured, size = Measured(pooled), extractor.batch_size
     count = pictures.count if count is None else count
-    first, saved_at = distributed.is_first(), time.monotonic()
+    first = distributed.is_first()
+    started = saved_at = time.monotonic()
     if begun:
         begun.restore(measured)
+    there = measured.count
 
     def save() -> None:
         if begun:
@@ -165,4 +170,6 @@ def measure(
                 if begun:
                     begun.save(measured)
                 saved_at = time.monotonic()
+    rate = (measured.count - there) / max(time.monotonic() - started, 1e-9)
+    log.info("%s: %d images measured, %.3g a second", what, measured.count - there, rate)
     return measured

@@ -5,8 +5,8 @@ Diffusion's "KL-f8" (Rombach et al. 2022, appendix G), as diffusers' `Autoencode
     latent → conv → middle → stage S-1 → up → … → stage 0 → norm, swish, conv → image
 
 Inside, arrays are (H, W, B, C): batch and channels fill the tiles of a TPU's memory, 8 × 128,
-whatever the size of the picture, and what lies between two convolutions becomes part of them. As
-(B, H, W, C) the estimated time of decoding was a third longer.
+whatever the size of the picture, and what lies between two convolutions becomes part of them
+(launch/PERFORMANCE.md has figures).
 
 Shape suffixes: B batch, H, W, C height, width and channels; h, w, c of a latent; L, K pixels as
 tokens; G groups of channels.
@@ -342,9 +342,9 @@ class Autoencoder(nn.Module):
 
 
 def _batch_in_tiles(x_HWBC: jax.Array) -> jax.Array:
-    """The array, whose two last axes a TPU holds in its tiles. Left alone, the compiler puts rows of
-    pixels there for the sake of the first and the last convolution, of three channels, and copies
-    everything on the way."""
+    """The array, of which a TPU holds the two last axes in its tiles. Left alone, the compiler puts
+    rows of pixels there for the sake of the first and the last convolution, of three channels, and
+    copies everything on the way."""
     layout = Layout(major_to_minor=(0, 1, 2, 3))
     return jax.lax.platform_dependent(
         x_HWBC, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x

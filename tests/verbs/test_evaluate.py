@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 from support.commands import assert_one_line_error, launch
 from support.fid import save_inception, save_vae
-from support.processes import command
+from support.processes import ROOT, environment, free_port
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import measuring
@@ -275,20 +277,31 @@ def test_published_figures(place, tmp_path):
         self_test(tmp_path, place / "inception.safetensors")
 
 
-def test_the_command(place, tmp_path):
-    """Eight devices in one process; flags that do not go together."""
+def test_two_processes_of_four_devices(place, tmp_path):
+    """The same figures, to 1e-9, as two devices of one process give."""
+    port = free_port()
     flags = ["--samples", place / "samples.npz", "--output", tmp_path / "m.json"]
-    flags += ["--reference", place / "reference.npz", "--inception_batch", BATCH]
-    weights = ["--inception", place / "inception.safetensors"]
-    status, said = command("evaluate", *flags, *weights, cwd=tmp_path, devices=8)
-    assert status == 0, said
+    flags += ["--reference", place / "reference.npz", "--inception_batch", 2]
+    flags += ["--inception", place / "inception.safetensors", "--num_processes", 2]
+    flags += ["--coordinator", f"127.0.0.1:{port}", "--process_id"]
+    script = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *map(str, flags)]
+    both = [
+        subprocess.Popen([*script, str(number)], env=environment(4), stderr=subprocess.PIPE)
+        for number in (0, 1)
+    ]
+    said = [process.communicate(timeout=240)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     scores = json.loads((tmp_path / "m.json").read_text())
-    expected = measured(place, output=tmp_path / "n.json")
+    expected = measured(place, output=tmp_path / "n.json", batch_per_device=2)
     assert scores["protocol"]["devices"] == 8
     assert scores["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
-    assert_one_line_error(launch("evaluate", *flags, tmp_path=tmp_path), "--inception is missing")
+
+
+def test_flags_that_do_not_go_together(place, tmp_path):
+    flags = ["--samples", place / "samples.npz", "--reference", place / "reference.npz"]
     both = launch("evaluate", *flags, "--workdir", tmp_path, tmp_path=tmp_path)
     assert_one_line_error(both, "exactly one of --samples, --workdir, --weights, --self_test")
+    assert_one_line_error(launch("evaluate", *flags, tmp_path=tmp_path), "--inception is missing")
 
 
 def test_grey_pictures_count_as_three_equal_channels(place, tmp_path):
