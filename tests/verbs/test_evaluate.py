@@ -278,10 +278,11 @@ def test_published_figures(place, tmp_path):
 
 
 def test_two_processes_of_four_devices(place, tmp_path):
-    """The same figures, to 1e-9, as two devices of one process give."""
+    """The same figures, to 1e-9, as two devices of one process give. (Of fewer than eight pictures
+    this narrow network has so few outputs that a CPU of more threads divides sums among them.)"""
     port = free_port()
     flags = ["--samples", place / "samples.npz", "--output", tmp_path / "m.json"]
-    flags += ["--reference", place / "reference.npz", "--inception_batch", 2]
+    flags += ["--reference", place / "reference.npz", "--inception_batch", BATCH]
     flags += ["--inception", place / "inception.safetensors", "--num_processes", 2]
     flags += ["--coordinator", f"127.0.0.1:{port}", "--process_id"]
     script = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *map(str, flags)]
@@ -292,7 +293,7 @@ def test_two_processes_of_four_devices(place, tmp_path):
     said = [process.communicate(timeout=240)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     scores = json.loads((tmp_path / "m.json").read_text())
-    expected = measured(place, output=tmp_path / "n.json", batch_per_device=2)
+    expected = measured(place, output=tmp_path / "n.json")
     assert scores["protocol"]["devices"] == 8
     assert scores["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
 
