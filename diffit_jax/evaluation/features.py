@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import PartitionSpec
 
 from diffit_jax.interop import inception as interop
 from diffit_jax.models import inception
@@ -32,7 +31,8 @@ class Features(NamedTuple):
 
 class Extractor:
     """The FID network, float32 with the highest precision of products on every platform. Each
-    device works on pictures of its own, so that their number changes no bit.
+    device works on pictures of its own: of the published network their number changes no bit. (Of a
+    much narrower one it can, on a CPU, whose threads divide a sum where there are few of them.)
 
     Attributes:
       rule: how pictures are resized and scaled, a name in `inception.RULES`.
@@ -53,7 +53,6 @@ class Extractor:
         self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
         taps = jax.eval_shape(module.apply, variables, np.zeros((1, SIDE, SIDE, 3), np.float32))
         self.sizes = {"mu": taps.pool.shape[1], "mu_s": math.prod(taps.spatial.shape[1:])}
-        whole, divided = PartitionSpec(), parallel.batch_sharding(mesh).spec
 
         def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> Taps:
             pictures = inception.resized(images_BHWC, rule)
@@ -61,10 +60,7 @@ class Extractor:
             assert isinstance(taps, Taps)
             return taps
 
-        per_device = jax.shard_map(
-            extract, mesh=mesh, in_specs=(whole, divided), out_specs=divided, check_vma=False
-        )
-        self._extract = jax.jit(per_device, out_shardings=parallel.batch_sharding(mesh))
+        self._extract = parallel.per_device(extract, mesh)
 
     @classmethod
     def load(

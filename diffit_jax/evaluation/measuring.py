@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
+import diffit_jax
 from diffit_jax.evaluation.features import Extractor, Features
 from diffit_jax.evaluation.frechet import Moments
 from diffit_jax.evaluation.pictures import Pictures
@@ -20,7 +22,18 @@ from diffit_jax.runtime.console import Progress
 log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 600
-_MOMENTS = ("pool", "spatial", "inception_score")
+_KEPT = ("pool", "spatial", "inception_score")
+
+
+def protocol_of(pictures: Pictures, extractor: Extractor, count: int) -> dict[str, Any]:
+    """JSON values by name of all that what is measured of the first `count` pictures depends on."""
+    return {
+        **pictures.facts,
+        "count": count,
+        "shape": list(pictures.shape),
+        **extractor.facts(),
+        "versions": {"diffit_jax": diffit_jax.__version__, "jax": jax.__version__},
+    }
 
 
 class Measured:
@@ -63,7 +76,7 @@ class Measured:
         """Arrays by name from which `restore` goes on."""
         arrays = {
             f"{name}.{key}": value
-            for name in _MOMENTS
+            for name in _KEPT
             for key, value in getattr(self, name).state().items()
         }
         arrays["digest"] = np.frombuffer(self.digest, np.uint8)
@@ -71,7 +84,7 @@ class Measured:
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on where `state` was taken."""
-        for name in _MOMENTS:
+        for name in _KEPT:
             ours = {
                 key.removeprefix(f"{name}."): value
                 for key, value in state.items()

@@ -70,8 +70,11 @@ def radii(features: np.ndarray, neighbours: int = NEIGHBOURS, block: int = BLOCK
 
     Of equal features each is the other's nearest, at distance 0, as in ADM's code.
     """
-    points = _Points.of(features)
-    nearest = np.full((len(features), neighbours + 1), np.inf, np.float32)
+    return _radii(_Points.of(features), neighbours, block)
+
+
+def _radii(points: _Points, neighbours: int, block: int) -> np.ndarray:
+    nearest = np.full((len(points.features), neighbours + 1), np.inf, np.float32)
     parts = list(points.blocks(block))
     for number, rows in enumerate(parts):
         for columns in parts[number:]:  # a pair of blocks serves both
@@ -96,9 +99,8 @@ def precision_and_recall(
             f"precision and recall need more than {neighbours} pictures on each side: measure "
             "more, or leave them out of --metrics"
         )
-    of_reference = radii(reference, neighbours, block)
-    of_samples = radii(samples, neighbours, block)
     ours, theirs = _Points.of(samples), _Points.of(reference)
+    of_reference, of_samples = (_radii(each, neighbours, block) for each in (theirs, ours))
     samples_in = np.zeros(len(samples), bool)
     reference_in = np.zeros(len(reference), bool)
     for rows in theirs.blocks(block):

@@ -4,7 +4,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 import numpy as np
@@ -60,6 +60,31 @@ def reading(path: epath.Path, name: str) -> Iterator[NpzArray]:
         archive.open(f"{name}.npy") as entry,
     ):
         yield NpzArray(entry)
+
+
+def write_rows(
+    archive: zipfile.ZipFile,
+    name: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    parts: Iterable[bytes],
+) -> None:
+    """Adds an array to an archive from the bytes of its rows, part by part."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array_header_1_0(entry, header)
+        for part in parts:
+            entry.write(part)
+
+
+def write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Adds a whole array to an archive."""
+    with archive.open(f"{name}.npy", "w") as entry:
+        np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def has(path: epath.Path, name: str) -> bool:

@@ -158,6 +158,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
+def per_device(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
+    """A jitted function of (variables of which every device has a copy, a batch that is divided
+    over them), which each device computes for its own part."""
+    divided = batch_sharding(mesh)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), divided.spec),
+        out_specs=divided.spec,
+        check_vma=False,
+    )
+    return jax.jit(mapped, out_shardings=divided)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array of which every device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import files, lock
+from diffit_jax.runtime import files, lock, npz
 from diffit_jax.runtime.ranges import in_short
 
 log = logging.getLogger(__name__)
@@ -233,23 +233,20 @@ class SampleFiles:
         """
         stretches = self._stretches()
         first, digest = self._read(stretches[0][2]), hashlib.sha256()
-        header = {
-            "descr": np.lib.format.dtype_to_descr(first.dtype),
-            "fortran_order": False,
-            "shape": (len(labels), *first.shape[1:]),
-        }
+
+        def parts() -> Iterator[bytes]:
+            for _, _, path in stretches:
+                content = np.ascontiguousarray(self._read(path)).tobytes()
+                digest.update(content)
+                yield content
+
+        shape = (len(labels), *first.shape[1:])
         with (
             files.writing(self.output) as file,
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         ):
-            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array_header_1_0(entry, header)
-                for _, _, path in stretches:
-                    content = np.ascontiguousarray(self._read(path)).tobytes()
-                    digest.update(content)
-                    entry.write(content)
-            with archive.open("arr_1.npy", "w") as entry:
-                np.lib.format.write_array(entry, np.asarray(labels, np.int64), allow_pickle=False)
+            npz.write_rows(archive, "arr_0", first.dtype, shape, parts())
+            npz.write(archive, "arr_1", np.asarray(labels, np.int64))
         bad = [
             start + row
             for start, stop, _ in stretches

@@ -5,15 +5,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
-import diffit_jax
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.drawn import DrawnPictures
 from diffit_jax.evaluation.evaluator import Evaluator
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.measuring import Begun, measure
+from diffit_jax.evaluation.measuring import Begun, measure, protocol_of
 from diffit_jax.evaluation.pictures import Pictures, open_pictures
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.runtime import backend, distributed, files, parallel
@@ -109,7 +107,7 @@ def evaluate(
     opened = Reference.load(files.resolve(reference, "reference"), extractor.sizes)
     opened.check(pictures.shape, resize)
     evaluator = Evaluator(extractor, opened, opened.chosen(metrics))
-    protocol = _protocol(pictures, extractor, opened, count)
+    protocol = protocol_of(pictures, extractor, count) | {"reference": _of_reference(opened)}
 
     # --- Measure and compare.
     begun = Begun(output.with_name(f"{output.name}.begun.npz"), _identity(protocol, evaluator))
@@ -157,23 +155,13 @@ def _refuse_others(output: epath.Path, pictures: Pictures, overwrite: bool) -> N
         raise UserError(f"{output} {what}: name another --output, or say --overwrite")
 
 
-def _protocol(
-    pictures: Pictures, extractor: Extractor, reference: Reference, count: int
-) -> dict[str, Any]:
-    """JSON values by name of all that scores depend on."""
-    of_reference = {
+def _of_reference(reference: Reference) -> dict[str, Any]:
+    """What the protocol says of it, JSON values by name."""
+    return {
         "path": str(reference.path),
         "sha256": reference.sha256,
         "pictures": reference.pictures.count if reference.pictures else 0,
         "from": dict(reference.protocol) or "not said in the file",
-    }
-    return {
-        **pictures.facts,
-        "count": count,
-        "shape": list(pictures.shape),
-        **extractor.facts(),
-        "reference": of_reference,
-        "versions": {"diffit_jax": diffit_jax.__version__, "jax": jax.__version__},
     }
 
 

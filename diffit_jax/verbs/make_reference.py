@@ -2,23 +2,20 @@
 
 import json
 import logging
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import IO
 
-import jax
 import numpy as np
 from etils import epath
 
-import diffit_jax
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.measuring import measure
+from diffit_jax.evaluation.measuring import measure, protocol_of
 from diffit_jax.evaluation.pictures import NpzPictures, Pictures
 from diffit_jax.evaluation.reference import COVARIANCES
-from diffit_jax.runtime import backend, distributed, files, parallel
+from diffit_jax.runtime import backend, distributed, files, npz, parallel
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +73,8 @@ def make_reference(
             aside.write(np.ascontiguousarray(part[inside]).tobytes())
 
         measured = measure(pictures, extractor, "reference", seen=put_aside)
-        facts = {
-            **pictures.facts,
-            "count": measured.count,
-            "shape": list(pictures.shape),
-            **extractor.facts(),
-            "samples_digest": measured.digest.hex(),
-            "versions": {"diffit_jax": diffit_jax.__version__, "jax": jax.__version__},
-        }
+        facts = protocol_of(pictures, extractor, measured.count)
+        facts |= {"samples_digest": measured.digest.hex()}
         arrays = {"protocol": np.array(json.dumps(facts))}
         for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
             arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
@@ -96,13 +87,10 @@ def _write(
     output: epath.Path, arrays: Mapping[str, np.ndarray], pictures: IO[bytes], shape: tuple
 ) -> None:
     """The npz: `arr_0` from a file of uint8 pictures, and arrays by name."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    pictures.seek(0)
     with files.writing(output) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, header)
-            pictures.seek(0)
-            shutil.copyfileobj(pictures, entry, 2**24)
+        parts = iter(lambda: pictures.read(2**24), b"")
+        npz.write_rows(archive, "arr_0", np.dtype(np.uint8), shape, parts)
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as entry:
-                np.lib.format.write_array(entry, array, allow_pickle=False)
+            npz.write(archive, name, array)
     log.info("wrote %s", output)

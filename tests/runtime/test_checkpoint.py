@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.configs import small_config, small_latent_config
+from support.damage import data_files, truncate
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
@@ -44,25 +45,12 @@ def saved(tmp_path):
     return tmp_path / "checkpoints"
 
 
-def data_files(step_directory):
-    """All files with array data. Tests damage all of them: how the arrays are spread over them
-    varies, and some are superseded."""
-    return [
-        path for path in step_directory.rglob("*") if path.is_file() and path.parent.name == "d"
-    ]
-
-
 def test_newest_is_restored_and_old_ones_are_deleted(saved):
     checkpoints = Checkpoints(saved, keep=3)
     assert checkpoints.steps() == [2, 3, 4]
     step, items = checkpoints.restore({"tree": abstract()})
     assert step == 4
     np.testing.assert_array_equal(items["tree"]["a"], TREE["a"] + 4)
-
-
-def truncate(*paths):
-    for path in paths:
-        os.truncate(path, path.stat().st_size // 2)
 
 
 @pytest.mark.parametrize(

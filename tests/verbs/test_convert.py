@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.configs import small_latent_config
+from support.damage import data_files, truncate
 from support.golden import WEIGHTS
 
 from diffit_jax.errors import UserError
@@ -98,8 +99,6 @@ def test_checkpoints_without_a_config_are_not_overwritten(latent_run, tmp_path):
 
 
 def test_conversion_touches_nothing_of_its_source(latent_run, tmp_path):
-    from test_checkpoint import data_files, truncate
-
     source = tmp_path / "old"
     shutil.copytree(latent_run[0], source)
     truncate(*data_files(source / "checkpoints" / "6"))
