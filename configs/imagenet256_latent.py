@@ -18,7 +18,7 @@ def get_config(size: str = "XL/2") -> ConfigDict:
     # anew in each epoch. `--config.data.name=synthetic` trains on random latents: for benchmarks
     # and smoke tests.
     config.data = ConfigDict(
-        dict(name="imagenet_latents", data_dir="", autoencoder="sd-vae-ft-ema")
+        dict(name="imagenet256_latents", data_dir="", autoencoder="sd-vae-ft-ema")
     )
 
     config.model = ConfigDict(

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "XL/2") -> ConfigDict:
     config = run_path(str(Path(__file__).with_name("imagenet256_latent.py")))["get_config"](size)
+    config.data.name = "imagenet512_latents"
     config.model.input_size = 64  # 512 pixels over the VAE's factor 8
     config.optimizer.learning_rate = 1e-4  # I.2
     config.training.batch_size = 512  # I.2

@@ -65,7 +65,7 @@ class Experiment:
         Raises:
           UserError: it cannot be.
         """
-        space = make_space(self.data.autoencoder, sampling.pixel_rounding)
+        space = make_space(self.data, sampling.pixel_rounding)
         return dataclasses.replace(self, sampling=sampling, space=space)
 
 
@@ -303,7 +303,7 @@ def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
             values[name] = given
         else:
             values[name] = _make(name, given, limits.type_of(fields[name].type), wrong)
-    space = make_space(values["data"].autoencoder, values["sampling"].pixel_rounding)
+    space = make_space(values["data"], values["sampling"].pixel_rounding)
     return Experiment(**values, space=space)
 
 

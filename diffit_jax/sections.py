@@ -21,19 +21,26 @@ class Data:
     """Section `data`.
 
     Attributes:
-      name: of the data set, see `data.open_dataset`.
+      name: of the data set: "digits", "synthetic", or what launch/prepare.py or launch/encode.py
+        has written by this name.
       data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default,
         `~/tensorflow_datasets`.
       autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and
         so are samples.
+      latent_mean, latent_scale: of latents: the network sees `(z - latent_mean) * latent_scale`;
+        one number, or one for each channel. Encoded data say theirs in their manifest.
     """
 
     name: str
     data_dir: Annotated[limits.Path, FREE] = ""
     autoencoder: str = ""
+    latent_mean: Sequence[float] = (0.0,)
+    latent_scale: Sequence[Annotated[float, above(0)]] = (0.18215,)  # of Stable Diffusion's
 
     def __post_init__(self):
         limits.check(self, "data")
+        if not self.latent_mean or not self.latent_scale:
+            raise UserError("config keys data.latent_mean and data.latent_scale need a number each")
 
 
 @dataclasses.dataclass(frozen=True)

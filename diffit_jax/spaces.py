@@ -15,6 +15,7 @@ import numpy as np
 from diffit_jax.data import pixels
 from diffit_jax.diffusion.seams import Conditioning
 from diffit_jax.errors import UserError
+from diffit_jax.sections import Data
 
 
 class Decode(Protocol):
@@ -150,15 +151,19 @@ class PixelSpace:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """Latents of an autoencoder, scaled to about unit variance: float32 on both sides, unless there
+    """Latents of an autoencoder, scaled to about unit variance. They enter as such, float32, or are
+    drawn from their posterior anew each time an example is seen; they leave as such, unless there
     is a decoder.
 
     Attributes:
       autoencoder: its name.
+      latent_mean, latent_scale: of moments, see `sections.Data`.
       decode: makes pictures of samples, or None.
     """
 
     autoencoder: str
+    latent_mean: tuple[float, ...] = (0.0,)
+    latent_scale: tuple[float, ...] = (0.18215,)
     decode: Decode | None = None
 
     @property
@@ -182,7 +187,11 @@ class LatentSpace:
     def enter(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
     ) -> tuple[jax.Array, Conditioning]:
-        return examples["latent"], {}
+        if "latent" in examples:
+            return examples["latent"], {}
+        z_BHWC = drawn(examples["moments"], key_B)
+        mean, scale = jnp.array(self.latent_mean), jnp.array(self.latent_scale)
+        return (z_BHWC - mean) * scale, {}
 
     def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
         return self.decode(np.asarray(x_BHWC)) if self.decode else np.asarray(x_BHWC)
@@ -206,10 +215,38 @@ class LatentSpace:
         return {"latent": jax.ShapeDtypeStruct((size, *shape), jnp.float32), **_labels(size)}
 
 
-def make_space(autoencoder: str, rounding: str) -> Space:
-    """The space of a config: of its `data.autoencoder` ("" for pixels), with its
-    `sampling.pixel_rounding`."""
-    return LatentSpace(autoencoder) if autoencoder else PixelSpace(rounding)
+def drawn(moments_BOHWC: jax.Array, key_B: jax.Array) -> jax.Array:
+    """Latents from posteriors, each of an orientation drawn at random.
+
+    Args:
+      moments_BOHWC: (B, orientations, H, W, 2C) of any float dtype: mean and log variance.
+      key_B: (B,) keys.
+
+    Returns:
+      (B, H, W, C) float32: mean + exp(log variance / 2) · noise.
+    """
+    orientations = moments_BOHWC.shape[1]
+    mean_BOHWC, log_variance_BOHWC = jnp.split(moments_BOHWC.astype(jnp.float32), 2, axis=-1)
+    turn_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+    turn_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, orientations))(turn_key_B)
+
+    def chosen(x_BOHWC: jax.Array) -> jax.Array:
+        # A choice between few, where a gather would be slow.
+        picked = x_BOHWC[:, 0]
+        for turn in range(1, orientations):
+            picked = jnp.where((turn_B == turn)[:, None, None, None], x_BOHWC[:, turn], picked)
+        return picked
+
+    mean, log_variance = chosen(mean_BOHWC), chosen(log_variance_BOHWC)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(noise_key_B)
+    return mean + jnp.exp(log_variance / 2) * noise
+
+
+def make_space(data: Data, rounding: str) -> Space:
+    """The space of a config: of its section `data`, with its `sampling.pixel_rounding`."""
+    if not data.autoencoder:
+        return PixelSpace(rounding)
+    return LatentSpace(data.autoencoder, tuple(data.latent_mean), tuple(data.latent_scale))
 
 
 def _labels(size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -13,7 +13,9 @@ from absl import flags
 from diffit_jax import cli
 
 WEIGHTS = cli.define_path(
-    "weights", "Released weights to convert (safetensors, on a local or mounted disk)."
+    "weights",
+    "Released weights to convert (safetensors: a file or hf://owner/name/path).",
+    to_read=True,
 )
 WORKDIR = cli.define_path("workdir", "Work directory to convert.")
 TO_WORKDIR = cli.define_path("to_workdir", "Work directory to write; it must not hold a run.")
@@ -42,6 +44,7 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 
 
 def main() -> None:
+    from diffit_jax.runtime import hub
     from diffit_jax.sampling.networks import config_for_weights
     from diffit_jax.verbs import convert
 
@@ -70,9 +73,10 @@ def main() -> None:
             OVERWRITE.value,
         )
     elif WEIGHTS.value:
-        config = config_for_weights(CONFIG.value, WEIGHTS.value, INPUT_SIZE.value)
+        weights = str(hub.local(WEIGHTS.value, "--weights"))
+        config = config_for_weights(CONFIG.value, weights, INPUT_SIZE.value)
         convert.weights_to_workdir(
-            WEIGHTS.value,
+            weights,
             TO_WORKDIR.value,
             config,
             INPUT_SIZE.value,

@@ -19,7 +19,9 @@ from diffit_jax import cli
 from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
 
 SAMPLES = cli.define_path(
-    "samples", "npz file with arr_0 (images), as launch/sample.py writes it, or folder of pictures."
+    "samples",
+    "npz file with arr_0 (images), as launch/sample.py writes it, or folder of pictures.",
+    to_read=True,
 )
 NETWORK = NetworkFlags()  # or a network, whose samples are drawn and measured
 DATASET = flags.DEFINE_string(
@@ -29,12 +31,15 @@ DATASET = flags.DEFINE_string(
     "--make_reference the one to measure.",
 )
 DATA_DIR = cli.define_path(
-    "data_dir", "Where prepared data sets live; default: ~/tensorflow_datasets."
+    "data_dir", "Where prepared data sets live; default: ~/tensorflow_datasets.", to_read=True
 )
-REFERENCE = cli.define_path("reference", "npz file of statistics: ADM's, EDM's or our own.")
+REFERENCE = cli.define_path(
+    "reference", "npz file of statistics: ADM's, EDM's or our own.", to_read=True
+)
 INCEPTION = cli.define_path(
     "inception",
     "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or safetensors.",
+    to_read=True,
 )
 METRICS = flags.DEFINE_list(
     "metrics",
@@ -58,7 +63,9 @@ MAKE_REFERENCE = cli.define_path(
     "make_reference", "Instead: npz file for the statistics of all --samples, or of --dataset."
 )
 SELF_TEST = cli.define_path(
-    "self_test", "Instead: folder with ADM's published samples and reference, to compare figures."
+    "self_test",
+    "Instead: folder with ADM's published samples and reference, to compare figures.",
+    to_read=True,
 )
 OUTPUT = cli.define_path(
     "output", "JSON file to write; default: NAME_OF_THE_SAMPLES.metrics.json beside them."
@@ -137,11 +144,11 @@ def _evaluate() -> None:
 def _make_reference() -> None:
     from diffit_jax.data.sources import open_dataset
     from diffit_jax.evaluation.pictures import DatasetPictures, open_pictures
-    from diffit_jax.runtime import distributed, files
+    from diffit_jax.runtime import distributed, hub
     from diffit_jax.verbs.make_reference import make_reference
 
     if SAMPLES.value:
-        pictures = open_pictures(files.resolve(SAMPLES.value, "samples"))
+        pictures = open_pictures(hub.local(SAMPLES.value, "samples"))
     elif DATASET.value:
         source = open_dataset(DATASET.value, "train", DATA_DIR.value or "")
         pictures = DatasetPictures(source, f"data set {DATASET.value}, train")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.data.sources import SyntheticSource
+from diffit_jax.sections import Data
 from diffit_jax.spaces import LatentSpace, PixelSpace, make_space
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -13,8 +14,8 @@ SPACES = {"pixels": PixelSpace(), "latents": LatentSpace("vae")}
 
 
 def test_a_config_has_one_of_the_two():
-    assert make_space("", "adm") == PixelSpace("adm")
-    assert make_space("vae", "adm") == LatentSpace("vae")
+    assert make_space(Data("digits"), "adm") == PixelSpace("adm")
+    assert make_space(Data("x", autoencoder="vae"), "adm") == LatentSpace("vae")
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -28,26 +28,29 @@ gc.set_threshold(200_000, 20, 100)
 
 
 class _PathParser(flags.ArgumentParser):
-    """A path as it is meant: absolute, with `~` and `file://` resolved."""
+    """A path as it is meant: absolute, with `~` and `file://` resolved. One to read from may be an
+    address on the Hugging Face hub."""
 
-    def __init__(self, flag: str):
-        self._flag = flag
+    def __init__(self, flag: str, to_read: bool):
+        self._flag, self._to_read = flag, to_read
 
     def parse(self, argument: str) -> str:
-        from diffit_jax.runtime.files import resolve  # brings etils
+        from diffit_jax.runtime import files, hub  # bring etils
 
         try:
-            return str(resolve(argument, self._flag))
+            if self._to_read and hub.is_address(argument):
+                hub.parse(argument, self._flag)
+                return argument
+            return str(files.resolve(argument, self._flag))
         except UserError as error:
             fail(str(error))  # absl would add the flag's name and a hint of its own
 
 
-def define_path(name: str, help_text: str) -> flags.FlagHolder:
+def define_path(name: str, help_text: str, to_read: bool = False) -> flags.FlagHolder:
     """A flag that takes a path, None if it is not given: the one door by which paths come in, see
-    `files.resolve`."""
-    return flags.DEFINE(
-        _PathParser(f"--{name}"), name, None, help_text, serializer=flags.ArgumentSerializer()
-    )
+    `files.resolve`. `to_read`: whether `hf://` will do, see `hub.local`."""
+    parser = _PathParser(f"--{name}", to_read)
+    return flags.DEFINE(parser, name, None, help_text, serializer=flags.ArgumentSerializer())
 
 
 class ConfigFlag:

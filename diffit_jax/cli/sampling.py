@@ -20,7 +20,8 @@ class NetworkFlags:
         self.workdir = cli.define_path("workdir", "Directory of the run, local or gs://.")
         self.weights = cli.define_path(
             "weights",
-            "Released weights (safetensors, on a local or mounted disk) instead of a run.",
+            "Released weights (safetensors: a file or hf://owner/name/path) instead of a run.",
+            to_read=True,
         )
         self._config = cli.define_config(
             "Config whose process and sampling the weights are used with; default: "
@@ -44,6 +45,7 @@ class NetworkFlags:
 
     def source(self) -> "Run | Weights":
         """The network; the command ends if the flags do not fit together."""
+        from diffit_jax.runtime import hub
         from diffit_jax.sampling.networks import Run, Weights, config_for_weights
 
         workdir, weights = self.workdir.value, self.weights.value
@@ -56,7 +58,7 @@ class NetworkFlags:
         if workdir:
             steps = self._ema_length.value, self._checkpoint.value
             return Run(workdir, *steps, self._allow_nonfinite.value)
-        config = config_for_weights(self._config.value, weights)
+        config = config_for_weights(self._config.value, str(hub.local(weights, "--weights")))
         return Weights(weights, config, self._allow_nonfinite.value)
 
 
@@ -66,8 +68,9 @@ class DecodingFlags:
     def __init__(self):
         self._vae = cli.define_path(
             "vae",
-            "Folder of the autoencoder (diffusers' AutoencoderKL) that decodes latents to images; "
-            "without it, latents are written.",
+            "Folder of the autoencoder (diffusers' AutoencoderKL) that decodes latents to images, "
+            "or hf://owner/name; without it, latents are written.",
+            to_read=True,
         )
         self._dtype = flags.DEFINE_enum(
             "vae_dtype", None, ["float32", "bfloat16"], "Of the autoencoder's convolutions."

@@ -5,14 +5,17 @@ import dataclasses
 import logging
 import math
 import os
+import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import logging as absl_logging
 from etils import epath
 
+from diffit_jax.data import records
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import files, lock
+from diffit_jax.runtime import files, hub, lock
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), and one of two.
+        """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), and one of
+        three.
 
         `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model
-          takes it.
+          takes it; `moments`: (n, orientations, H, W, 2C) float16 or float32, mean and log variance
+          of latents, unscaled.
         """
         ...
 
@@ -106,99 +111,129 @@ class SyntheticSource:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which data are to be opened, and what the model expects of them.
+    """What an experiment expects of its data; None: anything.
 
     Attributes:
-      split: "train" or "test".
-      data_dir: where prepared data sets live, "" for the default.
-      shape: (H, W, C) of an example; None: any.
-      num_classes: number of labels, 0 if the model uses none; None: any.
-      example: what examples are, "image" or "latent".
+      shape: (H, W, C) of an example.
+      num_classes: number of labels, 0 if the model uses none.
+      example: what examples are, "image" or "latent"; `synthetic` then makes such.
+      latent_mean, latent_scale: of latents, see `sections.Data`.
     """
 
-    split: str
-    data_dir: str = ""
     shape: tuple[int, int, int] | None = None
     num_classes: int | None = None
-    example: str = "image"
+    example: str | None = None
+    latent_mean: Sequence[float] | None = None
+    latent_scale: Sequence[float] | None = None
+
+
+def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
+    """Where a prepared data set lives.
+
+    Args:
+      name: of it.
+      data_dir: where all do, local or `gs://`; "" is tensorflow-datasets' default, the variable
+        TFDS_DATA_DIR or `~/tensorflow_datasets`.
+
+    Raises:
+      UserError: an impossible name, or there is no home directory.
+    """
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".") or name in DATASETS:
+        raise UserError(
+            f"data set name {name!r} cannot be: use letters, digits, _, - and ., and not "
+            f"{' or '.join(DATASETS)}"
+        )
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if not data_dir and default.startswith("~") and not files.home():
+        raise _no_home()
+    return hub.local(data_dir or default, "data.data_dir") / name
 
 
 def open_dataset(
-    name: str,
-    split: str,
-    data_dir: str = "",
-    image_shape: tuple[int, int, int] | None = None,
-    num_classes: int | None = None,
-    example: str = "image",
+    name: str, split: str, data_dir: epath.PathLike = "", wanted: Wanted = Wanted()
 ) -> Source:
-    """Opens a data set by name, preparing it on first use.
+    """Opens a data set by name.
 
     Args:
-      name: of the data set, in `DATASETS`.
+      name: in `DATASETS` (`digits` is prepared on first use), or what `prepare` or `encode` has
+        written by this name.
       split: `train` or `test`.
-      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default,
-        `~/tensorflow_datasets`.
-      image_shape: (H, W, C) that the model expects; None: any. `synthetic` has what is asked for.
-      num_classes: number of labels that the model expects; 0 if it uses none; None: any.
-      example: what the model expects, "image" or "latent"; `synthetic` then makes such.
+      data_dir: see `data_folder`.
+      wanted: what is expected of it.
 
     Raises:
-      UserError: unknown name or split, images or labels that the model does not expect, a data_dir
-        that cannot be written.
+      UserError: unknown name or split, examples or labels that are not expected, a data_dir that
+        cannot be written.
     """
-    if data_dir:
-        data_dir = str(files.resolve(data_dir, "data.data_dir"))
     if split not in ("train", "test"):
         raise UserError(f"data split {split!r} is unknown: use train or test")
-    if name not in DATASETS:
-        *others, last = DATASETS
-        raise UserError(f"data set {name!r} is unknown: use {', '.join(others)} or {last}")
-    source = DATASETS[name](Wanted(split, data_dir, image_shape, num_classes, example))
-    if image_shape not in (None, source.image_shape):
+    if name in DATASETS:
+        place = str(files.resolve(data_dir, "data.data_dir")) if data_dir else ""
+        source = DATASETS[name](split, place, wanted)
+    else:
+        source = _open_prepared(name, split, data_dir, wanted)
+    if wanted.shape not in (None, source.image_shape):
         raise UserError(
-            f"data set {name} has images of {source.image_shape}, the model expects {image_shape}: "
-            "change the model's image_size and image_channels (latent_diffit: input_size and "
-            "input_channels), or data.name"
+            f"data set {name} has images of {source.image_shape}, the model expects "
+            f"{wanted.shape}: change the model's image_size and image_channels (latent_diffit: "
+            "input_size and input_channels), or data.name"
         )
-    if num_classes not in (None, 0, source.num_classes):
+    if wanted.num_classes not in (None, 0, source.num_classes):
         raise UserError(
-            f"data set {name} has {source.num_classes} classes, the model {num_classes}: change "
-            "model.num_classes"
+            f"data set {name} has {source.num_classes} classes, the model {wanted.num_classes}: "
+            "change model.num_classes"
         )
     return source
 
 
-def _shape_and_classes(name: str, wanted: Wanted) -> tuple[tuple[int, int, int], int]:
+def _open_prepared(
+    name: str, split: str, data_dir: epath.PathLike, wanted: Wanted
+) -> records.RecordSource:
+    """What `prepare` or `encode` wrote; checked against what is expected."""
+    folder = data_folder(name, data_dir)
+    if not (folder.exists() and any(folder.glob("*.manifest.json"))):
+        raise UserError(
+            f"data set {name!r} is unknown: prepare or encode it first (launch/prepare.py, "
+            f"launch/encode.py), for there is no {folder}/{records.manifest_name(split)}; or use "
+            "--config.data.name=synthetic (random data) or digits"
+        )
+    source = records.open_records(folder, split)
+    manifest = source.manifest
+    kind = {records.IMAGES: "image", records.MOMENTS: "latent"}[manifest.kind]
+    if wanted.example not in (None, kind):
+        named = {"image": "pictures: encode them", "latent": "latents: name pictures"}[kind]
+        other = {"image": 'data.autoencoder=""', "latent": "data.autoencoder to their name"}[kind]
+        raise UserError(f"data set {name} holds {named}, or set {other}")
+    for key in ("latent_mean", "latent_scale"):
+        theirs, ours = manifest.autoencoder.get(key), getattr(wanted, key)
+        if theirs is not None and ours is not None and not _same(theirs, ours):
+            raise UserError(
+                f"data set {name} was encoded with {key} {_listed(theirs)}, the config has "
+                f"{_listed(ours)}: set data.{key} to its manifest's"
+            )
+    return source
+
+
+def _same(one: Sequence[float], other: Sequence[float]) -> bool:
+    shape = (max(len(one), len(other)),)
+    return all(len(each) in (1, *shape) for each in (one, other)) and np.allclose(one, other)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
+
+
+def _open_synthetic(split: str, data_dir: str, wanted: Wanted) -> Source:
     if wanted.shape is None or wanted.num_classes is None:
-        raise UserError(f"data set {name} has no images of its own: use digits")
-    return wanted.shape, wanted.num_classes
+        raise UserError("data set synthetic has no images of its own: use digits")
+    return SyntheticSource(wanted.shape, wanted.num_classes, latents=wanted.example == "latent")
 
 
-def _open_synthetic(wanted: Wanted) -> Source:
-    shape, num_classes = _shape_and_classes("synthetic", wanted)
-    return SyntheticSource(shape, num_classes, latents=wanted.example == "latent")
-
-
-def _open_imagenet_latents(wanted: Wanted) -> Source:
-    shape, _ = _shape_and_classes("imagenet_latents", wanted)
-    place = epath.Path(wanted.data_dir or "~/tensorflow_datasets").expanduser()
-    folder = place / f"imagenet_latents_{'x'.join(map(str, shape))}"
-    raise UserError(
-        f"data set imagenet_latents misses {folder}/manifest.json and "
-        f"{folder}/{wanted.split}-*.array_record, which cannot be encoded yet: "
-        "use --config.data.name=synthetic meanwhile"
-    )
-
-
-def _open_digits(wanted: Wanted) -> Source:
+def _open_digits(split: str, data_dir: str, wanted: Wanted) -> Source:
     """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in
     memory in the same order."""
-    split, data_dir = wanted.split, wanted.data_dir
     if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
-        raise UserError(
-            "there is no home directory to keep prepared data sets in: set data.data_dir, or the "
-            "variable HOME"
-        )
+        raise _no_home()
     from diffit_jax.data import digits
 
     loudness = absl_logging.get_verbosity()
@@ -255,6 +290,13 @@ def _open_digits(wanted: Wanted) -> Source:
     return ArraySource(images, labels, classes)
 
 
+def _no_home() -> UserError:
+    return UserError(
+        "there is no home directory to keep prepared data sets in: set data.data_dir, or the "
+        "variable HOME"
+    )
+
+
 def _damaged(place: epath.PathLike, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
     return UserError(
@@ -265,5 +307,4 @@ def _damaged(place: epath.PathLike, error: Exception) -> UserError:
 DATASETS = {
     "digits": _open_digits,
     "synthetic": _open_synthetic,
-    "imagenet_latents": _open_imagenet_latents,
 }

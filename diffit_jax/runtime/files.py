@@ -78,7 +78,12 @@ def _check_scheme(url: str, flag: str) -> None:
     """Raises `UserError` where a URL cannot be used: wherever a path is taken, not in the middle of
     a run."""
     scheme = url.partition(":")[0].lower()
-    if scheme in ("http", "https", "ftp", "hf"):
+    if scheme == "hf":
+        raise UserError(
+            f"{flag} {url} is on the Hugging Face hub, which is only read from, where weights, "
+            "pictures or prepared data are named: use a path of a disk, or gs://bucket/path"
+        )
+    if scheme in ("http", "https", "ftp"):
         raise UserError(
             f"{flag} {url} is an address in the web: download it first, and name the file"
         )

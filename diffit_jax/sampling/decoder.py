@@ -12,11 +12,12 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.interop import diffusers
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.runtime import backend, contents, distributed, files, parallel, rows
+from diffit_jax.runtime import backend, contents, distributed, hub, parallel, rows
 
 Jitted = Callable[[dict[str, Any], jax.Array], Any]
 
 DTYPES = ("float32", "bfloat16")
+VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")  # of a folder on the hub
 AT_ONCE = 8  # examples of a slice on an accelerator: rows of a tile of a TPU
 
 
@@ -37,7 +38,7 @@ class Decoding:
     def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> "Decoder":
         """Reads the autoencoder; batches over all devices and the rounding of pixels are those of
         the sampler. Raises `UserError` as `diffusers.load` does."""
-        path = files.resolve(self.path, "vae")
+        path = hub.local(self.path, "vae", VAE_FILES)
         module, variables = diffusers.load(path, self.dtype, parallel.replicated(mesh))
         per_device = batch_size // mesh.size
         return Decoder(module, variables, mesh, per_device, self.at_once, rounding, path)
@@ -72,10 +73,11 @@ def slice_size(mesh: jax.sharding.Mesh, count: int, at_once: int | None = None) 
       count: examples of a device.
       at_once: how many are wanted; None: `AT_ONCE`.
     """
-    return 1 if _on_cpu(mesh) else min(at_once or AT_ONCE, count)
+    return 1 if on_cpu(mesh) else min(at_once or AT_ONCE, count)
 
 
-def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
+def on_cpu(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the devices are CPUs."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -113,7 +115,7 @@ class Decoder:
         self.module, self.variables, self._mesh = module, variables, mesh
         size = slice_size(mesh, batch_per_device, at_once)
         # On a CPU a slice is a call: convolutions in a loop are over fifteen times as slow there.
-        slices = 1 if _on_cpu(mesh) else -(-batch_per_device // size)
+        slices = 1 if on_cpu(mesh) else -(-batch_per_device // size)
         self.batch_size = rows.next_batch_size(mesh, slices * size * mesh.size)
         self._decode = per_slice(self._pixels, mesh, size)
         self._rounding = rounding

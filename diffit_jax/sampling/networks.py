@@ -12,7 +12,7 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
-from diffit_jax.runtime import checkpoint, config_files, contents, distributed, files, parallel
+from diffit_jax.runtime import checkpoint, config_files, contents, distributed, files, hub, parallel
 from diffit_jax.runtime.console import Progress
 from diffit_jax.sampling.sampler import Variables
 from diffit_jax.training import power_ema
@@ -85,9 +85,9 @@ class Weights:
     ):
         """Reads the names and shapes of the tensors; `allow_nonfinite`: whether they may have NaNs
         or infinities."""
-        self._path, self._allow_nonfinite = files.resolve(path, "weights"), allow_nonfinite
+        self._path, self._allow_nonfinite = hub.local(path, "weights"), allow_nonfinite
         self.name = f"weights {self._path}"
-        self.directory = self._path.parent
+        self.directory = hub.beside(path, self._path)
         self.config = official.fit_config(config, self._path)
 
     def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:

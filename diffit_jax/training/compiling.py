@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffit_jax.data.sources import Source, open_dataset
+from diffit_jax.data.sources import Source, Wanted, open_dataset
 from diffit_jax.experiment import Experiment, build
 from diffit_jax.runtime import distributed, parallel, rows
 from diffit_jax.training.state import TrainState, abstract_state
@@ -73,14 +73,9 @@ def open_experiment(
 def open_training_data(experiment: Experiment) -> Source:
     """The data set that an experiment trains on."""
     data, model = experiment.data, experiment.model
-    return open_dataset(
-        data.name,
-        split="train",
-        data_dir=data.data_dir,
-        image_shape=model.sample_shape,
-        num_classes=model.num_classes,
-        example=experiment.space.example,
-    )
+    scaling = {"latent_mean": data.latent_mean, "latent_scale": data.latent_scale}
+    wanted = Wanted(model.sample_shape, model.num_classes, experiment.space.example, **scaling)
+    return open_dataset(data.name, "train", data.data_dir, wanted)
 
 
 def compile_train_step(

@@ -14,7 +14,7 @@ from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.latent import LatentDiffiT
-from diffit_jax.runtime import backend, files, lock, parallel
+from diffit_jax.runtime import backend, files, hub, lock, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.networks import restore_variables
 from diffit_jax.training.compiling import Opened, open_experiment
@@ -46,7 +46,7 @@ def weights_to_workdir(
       UserError: a file that cannot be read, a config that cannot be, a directory that holds a run
         or cannot be written.
     """
-    weights, workdir = files.resolve(weights, "--weights"), files.resolve(workdir, "--to_workdir")
+    weights, workdir = hub.local(weights, "--weights"), files.resolve(workdir, "--to_workdir")
     change = {"slim_tmsa": slim} | ({} if input_size is None else {"input_size": input_size})
     config = official.fit_config(config, weights, **change)
     experiment = open_experiment(config, to_train=False).experiment

@@ -14,7 +14,7 @@ from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
 from diffit_jax.evaluation.measuring import Begun, measure, protocol_of
 from diffit_jax.evaluation.pictures import Pictures, open_pictures
 from diffit_jax.evaluation.reference import Reference
-from diffit_jax.runtime import backend, distributed, files, parallel
+from diffit_jax.runtime import backend, distributed, files, hub, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.networks import Run, Weights
 from diffit_jax.sampling.request import Asked
@@ -84,10 +84,11 @@ def evaluate(
         pictures: Pictures = DrawnPictures(asked, asked.load())
         output = asked.output(None).with_suffix(METRICS_SUFFIX) if output is None else output
     else:
-        path = files.resolve(samples, "samples")
+        path = hub.local(samples, "samples")
         pictures = open_pictures(path)
         name = path.name if path.is_dir() else path.stem
-        output = path.with_name(f"{name}{METRICS_SUFFIX}") if output is None else output
+        if output is None:
+            output = hub.beside(samples, path) / f"{name}{METRICS_SUFFIX}"
     output = files.resolve(output, "output")
     if count is not None and count > pictures.count:
         raise UserError(
@@ -101,10 +102,8 @@ def evaluate(
 
     # --- What they are compared with, and by which network.
     mesh = asked.opened.mesh if asked else parallel.any_mesh()
-    extractor = Extractor.load(
-        files.resolve(inception, "inception"), mesh, resize, batch_per_device
-    )
-    opened = Reference.load(files.resolve(reference, "reference"), extractor.sizes)
+    extractor = Extractor.load(hub.local(inception, "inception"), mesh, resize, batch_per_device)
+    opened = Reference.load(hub.local(reference, "reference"), extractor.sizes)
     opened.check(pictures.shape, resize)
     evaluator = Evaluator(extractor, opened, opened.chosen(metrics))
     protocol = protocol_of(pictures, extractor, count) | {"reference": _of_reference(opened)}

@@ -15,7 +15,7 @@ from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
 from diffit_jax.evaluation.measuring import measure, protocol_of
 from diffit_jax.evaluation.pictures import NpzPictures, Pictures
 from diffit_jax.evaluation.reference import COVARIANCES
-from diffit_jax.runtime import backend, distributed, files, npz, parallel
+from diffit_jax.runtime import backend, distributed, files, hub, npz, parallel
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def make_reference(
         lambda: files.refuse_existing(output, "make_reference", overwrite), lambda: None
     )
     extractor = Extractor.load(
-        files.resolve(inception, "inception"), parallel.any_mesh(), resize, batch_per_device
+        hub.local(inception, "inception"), parallel.any_mesh(), resize, batch_per_device
     )
 
     # --- Measure all pictures, and put some aside, since they come by once.

@@ -7,7 +7,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE
-from diffit_jax.runtime import files
+from diffit_jax.runtime import hub
 from diffit_jax.verbs.evaluate import METRICS_SUFFIX, evaluate
 
 FID_BAR = 0.005
@@ -62,7 +62,7 @@ def self_test(
     Raises:
       UserError: none of the files are there.
     """
-    folder = files.resolve(folder, "self_test")
+    folder = hub.local(folder, "self_test")
     there = [
         one
         for one in published

@@ -1,0 +1,256 @@
+"""Files of the Hugging Face hub by their address, `hf://[datasets/]owner/name[@revision]/path`:
+fetched into the hub's own cache, and compared with the hub's checksums."""
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import re
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from diffit_jax.errors import UserError
+from diffit_jax.runtime import files
+
+log = logging.getLogger(__name__)
+
+SCHEME = "hf://"
+
+
+class Address(NamedTuple):
+    """A place on the hub.
+
+    Attributes:
+      kind: "model" or "dataset".
+      repository: `owner/name`.
+      revision: branch, tag or commit; None: the main branch.
+      path: in the repository; "" is all of it. It may have `*`, `?` and `[…]`.
+    """
+
+    kind: str
+    repository: str
+    revision: str | None
+    path: str
+
+
+def is_address(path: Any) -> bool:
+    """Whether a path is an address on the hub."""
+    return isinstance(path, str | os.PathLike) and os.fspath(path).lower().startswith(SCHEME)
+
+
+def parse(text: str, flag: str) -> Address:
+    """The parts of an address, in the grammar of huggingface_hub's file system.
+
+    Raises:
+      UserError: it has another form.
+    """
+    rest = text[len(SCHEME) :]
+    kind = "model"
+    if match := re.match(r"(datasets|models|spaces)/", rest):
+        kind, rest = match[1][:-1], rest[match.end() :]
+    match = re.fullmatch(
+        r"([^/@]+/[^/@]+)(?:@(refs/(?:convert/[^/]+|pr/\d+)|[^/]+))?(?:/(.*))?", rest.rstrip("/")
+    )
+    if not match or kind == "space":
+        raise UserError(
+            f"{flag} {text} is no address of a model or data set: write "
+            "hf://owner/name/path or hf://datasets/owner/name/path"
+        )
+    revision = urllib.parse.unquote(match[2]) if match[2] else None
+    return Address(kind, match[1], revision, match[3] or "")
+
+
+def local(path: epath.PathLike, flag: str, wanted: Sequence[str] = ("*",)) -> epath.Path:
+    """A path that a person names to read from, as one that can be opened: `hf://…` is fetched, all
+    others are as of `files.resolve`.
+
+    Args:
+      path: as it is written.
+      flag: that named it, for errors.
+      wanted: patterns of the files of a folder that are fetched, where the address is one.
+
+    Raises:
+      UserError: as `files.resolve`; there is no such file, no network, no permission, or the file
+        that came is damaged.
+    """
+    if not is_address(path):
+        return files.resolve(path, flag)
+    return epath.Path(_fetch(os.fspath(path), flag, wanted))
+
+
+def beside(path: epath.PathLike, found: epath.Path) -> epath.Path:
+    """Where what is made of a file is written unless a place is named: beside it, but not in the
+    hub's cache.
+
+    Args:
+      path: as a person named it.
+      found: what `local` made of it.
+    """
+    return epath.Path(Path.cwd()) if is_address(path) else found.parent
+
+
+def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
+    address = parse(text, flag)
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(
+            f"{flag} {text} cannot be fetched without the library huggingface_hub: pip install "
+            "huggingface_hub"
+        ) from error
+    common = {
+        "repo_id": address.repository,
+        "repo_type": address.kind,
+        "revision": address.revision,
+    }
+    try:
+        names = [address.path]
+        if not _is_file(address.path):
+            names = _listed(huggingface_hub, address, common, wanted)
+        places = []
+        for name in names:
+            places.append(Path(huggingface_hub.hf_hub_download(filename=name, **common)))
+            _check(places[-1], f"{text.partition('@')[0]}: {name}" if len(names) > 1 else text)
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{flag} {text} is for those who have accepted its terms: accept them on "
+            f"{_page(huggingface_hub, address)}, then log in by `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{flag} {text}: there is no such {address.kind} {address.repository}, or it is "
+            "private: correct the name, or log in by `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"{flag} {text}: {address.repository} has no revision {address.revision}: correct it"
+        ) from error
+    except (errors.RemoteEntryNotFoundError, FileNotFoundError) as error:
+        raise UserError(
+            f"{flag} {text}: {address.repository} has no file {address.path}: see "
+            f"{_page(huggingface_hub, address)}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise _no_network(flag, text) from error
+    except UserError:
+        raise
+    except OSError as error:
+        if _is_connection(error):
+            raise _no_network(flag, text) from error
+        raise UserError(
+            f"{flag} {text} cannot be fetched ({' '.join(str(error).split())[:120]}): "
+            f"{files.remedy_for_writing(error) or 'try again later'}"
+        ) from error
+    except Exception as error:  # of the library's own client of HTTP, whose name has changed twice
+        if _is_connection(error):
+            raise _no_network(flag, text) from error
+        raise
+    return _local_path(places, names, address.path)
+
+
+def _is_file(path: str) -> bool:
+    """Whether a path names one file: it has a suffix, and no pattern."""
+    return bool(re.search(r"\.\w+$", path)) and not re.search(r"[*?\[]", path)
+
+
+def _listed(
+    library: Any, address: Address, common: dict[str, Any], wanted: Sequence[str]
+) -> list[str]:
+    """The files that a pattern or a folder names."""
+    names = sorted(library.HfApi().list_repo_files(**common))
+    if address.path in names:
+        return [address.path]
+    if re.search(r"[*?\[]", address.path):
+        found = [name for name in names if _matches(name, address.path)]
+    else:
+        prefix = f"{address.path}/" if address.path else ""
+        found = [
+            name
+            for name in names
+            if name.startswith(prefix)
+            and any(fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) for pattern in wanted)
+        ]
+    if not found:
+        raise FileNotFoundError(address.path)
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern, part by part: `*` does not stand for `/`."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _local_path(places: Sequence[Path], names: Sequence[str], path: str) -> str:
+    """Where in the cache what was named lies: a file, a folder, or a pattern there."""
+    depth = names[0].count("/") + 1
+    root = places[0].parents[depth - 1]
+    return str(root / path) if path else str(root)
+
+
+def _check(place: Path, what: str) -> None:
+    """Compares a file with the hub's SHA-256 of it, once: files of the hub's large storage are
+    named by it in the cache.
+
+    Raises:
+      UserError: it differs; the file is deleted, so that it is fetched anew.
+    """
+    blob = Path(os.path.realpath(place))
+    if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return
+    stat = blob.stat()
+    seen = {"size": stat.st_size, "mtime": stat.st_mtime_ns}
+    home = files.home()
+    note = home / ".cache/diffit_jax/checked" / blob.name if home else None
+    if note and files.read_json(note) == seen:
+        return
+    digest = hashlib.sha256()
+    with blob.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    if digest.hexdigest() != blob.name:
+        blob.unlink()
+        place.unlink(missing_ok=True)
+        raise UserError(
+            f"{what} came damaged: its SHA-256 is {digest.hexdigest()[:16]}…, the hub says "
+            f"{blob.name[:16]}…; it is deleted: run the same command again"
+        )
+    if note:
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(note, json.dumps(seen).encode())
+        except (OSError, UserError):  # then it is computed again next time
+            log.debug("%s cannot be written", note)
+
+
+def _page(library: Any, address: Address) -> str:
+    kind = "datasets/" if address.kind == "dataset" else ""
+    return f"{library.constants.ENDPOINT}/{kind}{address.repository}"
+
+
+def _is_connection(error: BaseException) -> bool:
+    """Whether an error, or what it came from, is one of the network."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return any(
+        isinstance(each, ConnectionError | TimeoutError)
+        or re.search(r"Connect|Timeout|NetworkError|ProtocolError", type(each).__name__)
+        for each in chain
+    )
+
+
+def _no_network(flag: str, text: str) -> UserError:
+    return UserError(
+        f"{flag} {text} cannot be fetched: the hub cannot be reached from here, and the file is "
+        "not in its cache; look at the network, or fetch it elsewhere (`hf download`) and name the "
+        "file"
+    )
