@@ -103,8 +103,8 @@ def index_members(
       source: what to call it in errors.
       kind, files: of the `Index`.
       members: its pictures, in any order.
-      given: labels by name, of a `dataset.json`, {} if that says that there are none; None: there is
-        no such file.
+      given: labels by name, of a `dataset.json`, {} if that says that there are none; None: there
+        is no such file.
       unlabelled: whether labels are not wanted.
       whole: whether folders at the top are classes even where all pictures lie in one.
 

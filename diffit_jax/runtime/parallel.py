@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -140,6 +141,11 @@ def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Mes
     except UserError as error:
         log.info("%s; going on with the batch divided over all devices", error)
         return make_mesh(devices, MeshShape(num_slices=num_slices))
+
+
+def local_mesh() -> Mesh:
+    """This process's own devices, for work in which it does not speak to others."""
+    return Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
 
 
 def _count_slices(devices: Sequence[jax.Device]) -> int:

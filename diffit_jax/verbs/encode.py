@@ -101,7 +101,7 @@ def encode(
         lambda: _indexed(place, split, unlabelled, index_file),
         lambda: Index.from_bytes(index_file.read_bytes()),
     )
-    mesh = parallel.make_mesh(jax.local_devices())
+    mesh = parallel.local_mesh()
     vae = hub.local(encoding.vae, "vae", VAE_FILES)
     module, variables = diffusers.load(vae, encoding.dtype, parallel.replicated(mesh))
     encoder = Encoder(module, variables, mesh, encoding.batch_per_device, encoding.orientations,

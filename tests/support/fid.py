@@ -103,3 +103,50 @@ def save_vae(folder, **config):
     (folder / "config.json").write_text(json.dumps(said))
     (folder / "diffusion_pytorch_model.safetensors").symlink_to(VAE)
     return folder
+
+
+TINY_VAE = dict(
+    block_out_channels=[8, 8],
+    down_block_types=["DownEncoderBlock2D"] * 2,
+    up_block_types=["UpDecoderBlock2D"] * 2,
+    layers_per_block=1,
+    norm_num_groups=4,
+    mid_block_add_attention=False,
+)
+
+
+def save_tiny_vae(folder, **config):
+    """An autoencoder of half the side with random weights, which compiles in a second."""
+    rng, tensors = np.random.default_rng(0), {}
+
+    def layer(name, outputs, inputs, side=3):
+        shape = (outputs, inputs, side, side)
+        tensors[f"{name}.weight"] = rng.normal(size=shape) / np.sqrt(inputs * side * side)
+        tensors[f"{name}.bias"] = 0.1 * rng.normal(size=outputs)
+
+    def block(name):
+        for number in (1, 2):
+            tensors[f"{name}.norm{number}.weight"] = 1 + 0.1 * rng.normal(size=8)
+            tensors[f"{name}.norm{number}.bias"] = 0.1 * rng.normal(size=8)
+            layer(f"{name}.conv{number}", 8, 8)
+
+    for half, inputs, outputs in (("encoder", 3, 8), ("decoder", 4, 3)):
+        layer(f"{half}.conv_in", 8, inputs)
+        layer(f"{half}.conv_out", outputs, 8)
+        tensors[f"{half}.conv_norm_out.weight"] = np.ones(8)
+        tensors[f"{half}.conv_norm_out.bias"] = np.zeros(8)
+        for number in (0, 1):
+            block(f"{half}.mid_block.resnets.{number}")
+    for stage in (0, 1):
+        block(f"encoder.down_blocks.{stage}.resnets.0")
+        for number in (0, 1):
+            block(f"decoder.up_blocks.{stage}.resnets.{number}")
+    layer("encoder.down_blocks.0.downsamplers.0.conv", 8, 8)
+    layer("decoder.up_blocks.0.upsamplers.0.conv", 8, 8)
+    layer("quant_conv", 8, 8, side=1)
+    layer("post_quant_conv", 4, 4, side=1)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(TINY_VAE | config))
+    arrays = {name: array.astype(np.float32) for name, array in tensors.items()}
+    save_file(arrays, folder / "diffusion_pytorch_model.safetensors")
+    return folder
