@@ -50,7 +50,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]", "gcsfs>=2025"],  # gcsfs: work directories on gs://
         "cuda": ["jax[cuda12]"],
+        "hub": ["huggingface_hub>=1.0"],  # paths of the form hf://owner/name/path
         "test": [
+            "huggingface_hub>=1.0",
             "ipykernel>=6.29",
             # Its compiler, for launch/preflight.py; jax and libtpu belong together, see
             # constraints.txt.

@@ -213,27 +213,21 @@ class RecordSource:
         indices = np.asarray(indices, np.int64)
         files = np.searchsorted(self._ends, indices, side="right")
         rows = indices - np.concatenate([[0], self._ends])[files]
-        of_file = {file: np.flatnonzero(files == file) for file in np.unique(files).tolist()}
         size = int(np.prod(self.manifest.shape)) * self._dtype.itemsize
         records = np.empty((len(indices), _LABEL.itemsize + size), np.uint8)
 
-        def fill(file: int, places: np.ndarray) -> None:
-            path = self._paths[file]
-            for place, record in zip(
-                places.tolist(), self._fetch(path, rows[places].tolist()), strict=True
-            ):
-                if len(record) != records.shape[1]:
-                    raise _damaged(path, f"a record has {len(record)} bytes")
-                records[place] = np.frombuffer(record, np.uint8)
+        def fill(places: np.ndarray) -> None:
+            for file in np.unique(files[places]).tolist():
+                path, some = self._paths[file], places[files[places] == file].tolist()
+                for place, record in zip(some, self._fetch(path, rows[some].tolist()), strict=True):
+                    if len(record) != records.shape[1]:
+                        raise _damaged(path, f"a record has {len(record)} bytes")
+                    records[place] = np.frombuffer(record, np.uint8)
 
         # Whether a disk, a mount or `gs://` is behind it, answers are waited for together.
-        parts_of_file = -(-READS_AT_ONCE // max(len(of_file), 1))
-        parts = [
-            (file, part)
-            for file, places in of_file.items()
-            for part in np.array_split(places, min(parts_of_file, len(places)))
-        ]
-        list(self._pool().map(lambda part: fill(*part), parts))
+        order = np.argsort(files, kind="stable")
+        parts = np.array_split(order, max(1, min(len(order), READS_AT_ONCE)))
+        list(self._pool().map(fill, parts))
         labels = records[:, : _LABEL.itemsize].copy().view(_LABEL)[:, 0].astype(np.int32)
         arrays = np.ascontiguousarray(records[:, _LABEL.itemsize :])
         arrays = arrays.view(self._dtype.newbyteorder("<")).reshape(-1, *self.manifest.shape)

@@ -109,6 +109,7 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
         "repo_type": address.kind,
         "revision": address.revision,
     }
+    huggingface_hub.logging.set_verbosity_error()  # it reports every attempt
     try:
         names = [address.path]
         if not _is_file(address.path):
@@ -131,13 +132,13 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
         raise UserError(
             f"{flag} {text}: {address.repository} has no revision {address.revision}: correct it"
         ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise _no_network(flag, text) from error
     except (errors.RemoteEntryNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"{flag} {text}: {address.repository} has no file {address.path}: see "
             f"{_page(huggingface_hub, address)}"
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _no_network(flag, text) from error
     except UserError:
         raise
     except OSError as error:
@@ -163,7 +164,13 @@ def _listed(
     library: Any, address: Address, common: dict[str, Any], wanted: Sequence[str]
 ) -> list[str]:
     """The files that a pattern or a folder names."""
-    names = sorted(library.HfApi().list_repo_files(**common))
+    try:
+        names = sorted(library.HfApi().list_repo_files(**common))
+    except Exception as error:
+        if not _is_connection(error) and type(error).__name__ != "OfflineModeIsEnabled":
+            raise
+        root = Path(library.snapshot_download(**common, local_files_only=True))
+        names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     if address.path in names:
         return [address.path]
     if re.search(r"[*?\[]", address.path):

@@ -1,0 +1,120 @@
+"""Reading prepared data: concurrent, bounded, resumable."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from support.processes import ROOT
+
+from diffit_jax.data import records, shards
+from diffit_jax.data.pipeline import batches
+from diffit_jax.data.records import RecordSource, open_records
+from diffit_jax.errors import UserError
+
+COUNT, SHAPE = 300, (2, 4, 4, 8)
+
+
+def moments(number):
+    return np.full(SHAPE, number, np.float16) + np.arange(8, dtype=np.float16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """300 moments in ten shards, written without a source."""
+    folder = tmp_path_factory.mktemp("data") / "latents"
+    plan = shards.Shards(folder, "train", COUNT, 1, {}, per_shard=30)
+    plan.begin()
+    for shard in range(plan.total):
+        with plan.writing(shard) as writer:
+            for number in plan.numbers(shard):
+                writer.add(number % 5, moments(number))
+    classes = tuple("abcde")
+    facts = {"source": {}, "crop": {}}
+    plan.finish(records.MOMENTS, SHAPE, "float16", classes, lambda sums: facts)
+    return folder
+
+
+def test_rows_come_in_the_order_that_is_asked_for(folder):
+    source = open_records(folder, "train")
+    assert source.image_shape == (4, 4, 4) and len(source) == COUNT and source.num_classes == 5
+    wanted = np.random.default_rng(0).integers(0, COUNT, 77)
+    batch = source.read(wanted)
+    np.testing.assert_array_equal(batch["moments"], np.stack([moments(n) for n in wanted]))
+    assert batch["moments"].dtype == np.float16 and batch["moments"].flags.writeable
+    np.testing.assert_array_equal(batch["label"], wanted % 5)
+    assert source.read(np.array([], np.int64))["moments"].shape == (0, *SHAPE)
+
+
+@pytest.mark.parametrize("shards_of_batch", [1, 3, 10])
+def test_all_reads_of_a_batch_are_under_way_at_once(folder, monkeypatch, shards_of_batch):
+    """Sixty rows from one shard, a few, or all: no read ends before all have begun (the barrier
+    would break)."""
+    reads = min(60, 30 * shards_of_batch)
+    barrier, fetch = threading.Barrier(reads, timeout=20), RecordSource._fetch
+
+    def slow(source, path, rows):
+        assert len(rows) == 1
+        barrier.wait()
+        return fetch(source, path, rows)
+
+    monkeypatch.setattr(RecordSource, "_fetch", slow)
+    rng = np.random.default_rng(0)
+    wanted = rng.permutation(30 * shards_of_batch)[:reads]
+    batch = open_records(folder, "train").read(wanted)
+    np.testing.assert_array_equal(batch["label"], wanted % 5)
+
+
+def test_resuming_in_the_middle_gives_the_same_batches(folder):
+    source = open_records(folder, "train")
+    whole = list(itertools.islice(batches(source, 64, seed=3), 9))
+    later = list(itertools.islice(batches(open_records(folder, "train"), 64, 3, first_step=5), 4))
+    for one, other in zip(whole[5:], later, strict=True):
+        np.testing.assert_array_equal(one["moments"], other["moments"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+
+
+def test_reading_ahead_stops(folder, monkeypatch):
+    """Memory is bounded: while nobody takes batches, a handful are read, and no more."""
+    read, begun = RecordSource.read, []
+
+    def noted(source, indices):
+        begun.append(len(indices))
+        return read(source, indices)
+
+    monkeypatch.setattr(RecordSource, "read", noted)
+    stream = batches(open_records(folder, "train"), 64, seed=0)
+    next(stream)
+    settled = 0
+    for _ in range(50):  # until nothing more is begun
+        before = len(begun)
+        threading.Event().wait(0.02)
+        settled = settled + 1 if len(begun) == before else 0
+        if settled == 10:
+            break
+    assert settled == 10 and len(begun) <= 8
+
+
+def test_a_shard_of_other_records_is_named(folder, tmp_path):
+    """Another file under the name of a shard: its records have another size."""
+    for path in folder.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    other = shards.ShardWriter(tmp_path / "train-00004-of-00010.array_record")
+    for _ in range(30):
+        other.add(0, np.zeros(3, np.uint8))
+    other.close()
+    source = open_records(tmp_path, "train")
+    assert len(source.read(np.arange(100))["label"]) == 100
+    with pytest.raises(UserError, match=r"train-00004-of-00010.* is damaged .*has 7 bytes"):
+        source.read(np.arange(130))
+    (tmp_path / "train-00003-of-00010.array_record").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-00003-of-00010.* is damaged"):
+        open_records(tmp_path, "train").read(np.array([95]))
+
+
+def test_processes_that_decode_import_no_jax():
+    """They are started for every core: half a second and 200 MB each."""
+    for name in ("decoding", "places", "records", "images"):
+        text = (ROOT / f"diffit_jax/data/{name}.py").read_text()
+        assert "import jax" not in text and "from jax" not in text
