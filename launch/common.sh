@@ -68,8 +68,14 @@ need_run() {
       has workdir || has weights ||
         fail "name a run or weights after --: -- --workdir DIR, or -- --weights FILE"
       ;;
-    evaluate) has samples || fail "name the samples after --: -- --samples FILE.npz" ;;
-    *) fail "--verb $verb is unknown: use train, benchmark, sample or evaluate" ;;
+    evaluate)
+      has samples || has workdir || has weights ||
+        fail "name what is measured after --: -- --samples FILE.npz, --workdir DIR or --weights FILE"
+      ;;
+    encode)
+      has source || fail "name the pictures after --: -- --source PATH --name NAME --vae DIR"
+      ;;
+    *) fail "--verb $verb is unknown: use train, encode, benchmark, sample or evaluate" ;;
   esac
 }
 

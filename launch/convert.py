@@ -1,6 +1,6 @@
 """Converts weights and work directories.
 
-released file → work directory, to sample from or to train on:
+released file → work directory, to sample from or to train on (--num_classes 37: on other data):
     python launch/convert.py --weights diffit_256.safetensors --to_workdir runs/imagenet256
 work directory → a file that the released code loads (averages of the newest checkpoint):
     python launch/convert.py --workdir runs/imagenet256 --to_weights diffit.safetensors
@@ -28,6 +28,13 @@ INPUT_SIZE = flags.DEFINE_integer(
     "input_size",
     None,
     "With --weights: side of the latents of the new run, if not that of the file.",
+)
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes",
+    None,
+    "With --weights: classes of the new run, for training on other data: its label table is a new "
+    "one.",
+    lower_bound=1,
 )
 PARAMETRISATION = flags.DEFINE_enum(
     "parametrisation", None, ["released", "slim"], "Of the new work directory; default: as it was."
@@ -62,8 +69,12 @@ def main() -> None:
         )
     if TO_WORKDIR.value and INDEX_BUFFERS.value:
         cli.fail("--index_buffers goes with --to_weights")
-    if (INPUT_SIZE.value is not None or CONFIG.value) and not WEIGHTS.value:
-        cli.fail("--input_size and --config go with --weights: a work directory keeps its own")
+    changes = INPUT_SIZE.value is not None or NUM_CLASSES.value is not None
+    if (changes or CONFIG.value) and not WEIGHTS.value:
+        cli.fail(
+            "--input_size, --num_classes and --config go with --weights: a work directory keeps "
+            "its own"
+        )
     if TO_WEIGHTS.value:
         convert.workdir_to_weights(
             WORKDIR.value,
@@ -82,6 +93,7 @@ def main() -> None:
             INPUT_SIZE.value,
             bool(slim),
             ALLOW_NONFINITE.value,
+            NUM_CLASSES.value,
         )
     else:
         convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim, ALLOW_NONFINITE.value)

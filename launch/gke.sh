@@ -3,7 +3,7 @@
 # TPU slices of a GKE cluster, as a JobSet that starts again after each preemption (the cluster
 # needs the JobSet controller):
 #   bash launch/gke.sh --name N --image IMAGE --topology v5e:16x16 [--num_slices 1] \
-#     [--max_restarts 100] [--verb train|benchmark|sample|evaluate] [--dry_run] \
+#     [--max_restarts 100] [--verb train|encode|benchmark|sample|evaluate] [--dry_run] \
 #     -- --config configs/X.py --workdir gs://B/run [--config.key=value …]
 # fills in launch/gke_jobset.yaml and applies it. The image comes from launch/Dockerfile. Logs, end:
 #   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=N,batch.kubernetes.io/job-completion-index=0;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPU nodes under Slurm, one process for each GPU:
 #   bash launch/slurm.sh --nodes 4 [--gpus 8] [--cpus 8] [--time 24:00:00] [--partition P] \
-#     [--verb train|benchmark|sample|evaluate] [--dry_run] \
+#     [--verb train|encode|benchmark|sample|evaluate] [--dry_run] \
 #     -- --config configs/X.py --workdir /shared/run
 # submits itself; --cpus are those of each process. Two minutes before its time ends, and when it is
 # preempted, the run saves a checkpoint and the job queues up again.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -30,6 +31,7 @@ def weights_to_workdir(
     input_size: int | None = None,
     slim: bool = False,
     allow_nonfinite: bool = False,
+    num_classes: int | None = None,
 ) -> None:
     """Turns a released file into a work directory with a checkpoint of step 0, to sample from or to
     train on.
@@ -41,17 +43,24 @@ def weights_to_workdir(
       input_size: side of the latents, if not that of the file.
       slim: whether to leave out the parameters of TMSA that have no effect.
       allow_nonfinite: whether the file may have NaNs and infinities.
+      num_classes: of the new run, to be trained on other data: its label table is a new one, every
+        row of which is the file's row for "no label", so that training begins with the
+        unconditional network. None: the table of the file.
 
     Raises:
-      UserError: a file that cannot be read, a config that cannot be, a directory that holds a run
-        or cannot be written.
+      UserError: a file that cannot be read, or without a label table to take a row from; a config
+        that cannot be; a directory that holds a run or cannot be written.
     """
     weights, workdir = hub.local(weights, "--weights"), files.resolve(workdir, "--to_workdir")
-    change = {"slim_tmsa": slim} | ({} if input_size is None else {"input_size": input_size})
+    change: dict[str, Any] = {"slim_tmsa": slim}
+    change |= {} if input_size is None else {"input_size": input_size}
+    change |= {} if num_classes is None else {"num_classes": num_classes}
     config = official.fit_config(config, weights, **change)
     experiment = open_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
     _, variables = official.load(weights, input_size, allow_nonfinite=allow_nonfinite)
+    if num_classes is not None:
+        variables = _with_new_labels(variables, num_classes, weights)
     if slim:
         variables = to_slim(variables)
     state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
@@ -121,6 +130,19 @@ def workdir_to_workdir(
         state = jax.device_put(state, parallel.shardings(opened.mesh, state))
         config["model"]["slim_tmsa"] = slim
     _write(target, config, opened.experiment, state)
+
+
+def _with_new_labels(
+    variables: Mapping[str, Any], num_classes: int, weights: epath.Path
+) -> dict[str, Any]:
+    """The variables with a label table for other classes."""
+    time = variables["params"]["time"]
+    if "label" not in time:
+        raise UserError(f"{weights} has no label table: leave out --num_classes")
+    no_label = time["label"]["embedding"][-1:]
+    table = {"embedding": jnp.tile(no_label, (num_classes + 1, 1))}
+    params = variables["params"] | {"time": time | {"label": table}}
+    return {**variables, "params": params}
 
 
 def _write(

@@ -358,13 +358,14 @@ def test_every_launcher_runs_every_verb(verb, flags):
     ("verb", "flags", "message"),
     [
         (
-            "encode",
+            "prepare",
             ["--workdir", "w"],
-            "--verb encode is unknown: use train, benchmark, sample or evaluate",
+            "--verb prepare is unknown: use train, encode, benchmark, sample or evaluate",
         ),
         ("sample", ["--seeds", "0"], "name a run or weights after --"),
         ("benchmark", ["--workdir", "w"], "name the config after --"),
-        ("evaluate", [], "name the samples after --"),
+        ("evaluate", [], "name what is measured after --"),
+        ("encode", [], "name the pictures after --"),
     ],
 )
 def test_what_a_verb_needs_is_named(verb, flags, message):

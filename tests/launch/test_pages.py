@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.configs import small_config, small_latent_config
-from support.fid import NARROW, inception_tensors, save_pth, save_vae
+from support.fid import NARROW, inception_tensors, save_pth, save_tiny_vae
+from support.pictures import others_latents
 from support.processes import environment, write_config
 
 from diffit_jax import models
@@ -35,6 +36,9 @@ LISTS = {
     "bash launch/setup_env.sh": "installs, as tests/run.sh has done",
     "pip install": "installs",
     "python launch/train.py --config configs/digits.py": "run",
+    "python launch/train.py --config configs/own_images.py": "run",
+    "python launch/prepare.py": "run",
+    "python launch/encode.py": "run",
     "python launch/train.py --config … ": "a pattern, with an ellipsis for the config",
     "python launch/train.py --profile_steps": "a flag that the text names",
     "python launch/sample.py --ema_length": "a flag that the text names",
@@ -109,6 +113,22 @@ def test_every_list_is_of_a_line():
     assert not LISTS.keys() - used, "these are shown nowhere any more"
 
 
+# configs/own_images.py, but two updates of narrow networks.
+OWN = """
+import runpy
+def get_config(argument):
+    config = runpy.run_path("{root}/configs/own_images.py")["get_config"](argument)
+    with config.unlocked():
+        if config.model.name == "image_diffit":
+            config.model.update(channels=(8,), num_blocks=(1,), head_width=8, time_width=16)
+        else:
+            config.model.update(hidden_size=16, depth=1, num_heads=2, patch_size=16)
+        config.training.update(batch_size=4, total_steps=2, grid_images=1)
+        config.sampling.sampler.num_steps = 2
+    return config
+"""
+
+
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     """A folder like the project's, with small networks under the names of the pages."""
@@ -119,6 +139,8 @@ def scratch(tmp_path_factory):
     for path in (ROOT / "configs").glob("*.py"):
         (folder / "configs" / path.name).symlink_to(path)
     (folder / "configs" / "digits.py").unlink()
+    (folder / "configs" / "own_images.py").unlink()
+    (folder / "configs" / "own_images.py").write_text(OWN.format(root=ROOT))
     digits = small_config(
         data={"name": "digits"},
         training__total_steps=4,
@@ -130,7 +152,8 @@ def scratch(tmp_path_factory):
     official.save(
         folder / "diffit_256.safetensors", model, models.init_variables(model, jax.random.key(0))
     )
-    save_vae(folder / "sd-vae-ft-ema")
+    save_tiny_vae(folder / "sd-vae-ft-ema")
+    others_latents(folder / "edm2.zip", (5.81, 3.25, 0.12, -2.15))
     save_pth(folder / "pt_inception-2015-12-05-6726825d.pth", inception_tensors(NARROW))
     images = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
     np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
@@ -142,9 +165,8 @@ def scratch(tmp_path_factory):
 
 def run(line, folder, devices=1, timeout=300):
     """A line in a shell, with the environment's Python under its usual name."""
-    env = environment(
-        devices, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = environment(devices, PATH=path, TFDS_DATA_DIR=str(folder / "data"))
     return subprocess.run(
         ["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
     )
@@ -203,6 +225,8 @@ def test_lines_that_are_run(scratch):
     parts."""
     lines = list(dict.fromkeys(line for _, line in of_kind("run")))
     order = (
+        "prepare",
+        "encode",
         "train",
         "sample.py --workdir",
         "sample.py --weights",

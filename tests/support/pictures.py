@@ -75,6 +75,24 @@ def write_parquet(path, contents, labels, names=None, group=5):
     return path
 
 
+def others_latents(path, means, count=24, labels=True):
+    """A zip in the layout of EDM2 and REPA."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for number in range(count):
+        mean = rng.normal(size=(4, 8, 8)) * 4 + np.array(means)[:, None, None]
+        std = np.exp(rng.normal(size=(4, 8, 8)) - 3)
+        name = f"{number // 10:05d}/img-mean-std-{number:08d}.npy"
+        arrays[name] = np.concatenate([mean, std]).astype(np.float32)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(name, "w") as entry:
+                np.save(entry, array)
+        table = [[name, number % 3] for number, name in enumerate(arrays)] if labels else None
+        archive.writestr("dataset.json", json.dumps({"labels": table}))
+    return arrays
+
+
 def odd_pictures():
     """{name: (bytes, what it is to become)} of twenty pictures that are not as usual. What it
     becomes: text in the reason of a broken one, or (remarks, some of its pixels by (y, x))."""

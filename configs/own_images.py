@@ -1,0 +1,113 @@
+"""Your own pictures, in pixels or latents: what launch/prepare.py or launch/encode.py has written.
+
+`--config configs/own_images.py:flowers` takes the data set of that name in ~/tensorflow_datasets,
+`--config configs/own_images.py:data/flowers` the one in another folder; `:flowers:B/2` a larger
+latent network than S/2. Shape and classes are those of the manifest.
+"""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from diffit_jax.data.records import IMAGES, Manifest, read_manifest
+from diffit_jax.data.sources import data_folder
+from diffit_jax.errors import UserError
+from diffit_jax.models.latent import named_size
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    name, _, size = argument.partition(":")
+    if not name:
+        raise UserError("name your data: --config configs/own_images.py:NAME")
+    above, _, last = name.rpartition("/")
+    data_dir = str(Path(os.path.expanduser(above)).absolute()) if above else ""
+    manifest = read_manifest(data_folder(last, data_dir), "train")
+    config = ConfigDict()
+    config.seed = 0
+    config.data = ConfigDict(dict(name=last, data_dir=data_dir))
+    num_classes = len(manifest.classes)
+    config.training = ConfigDict(
+        dict(
+            batch_size=64,
+            label_dropout=0.1 if num_classes else 0.0,
+            total_steps=200_000,  # 12.8 million pictures; a grid shows when it is enough
+            log_steps=100,
+            grid_steps=5_000,
+            checkpoint_steps=5_000,
+            keep_checkpoints=3,
+            grid_images=36,
+        )
+    )
+    config.optimizer = ConfigDict(dict(learning_rate=2e-4, warmup_steps=1_000))
+    config.ema = ConfigDict(dict(halflife_images=500_000, rampup_ratio=0.05))  # EDM's
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
+    guidance = dict(kind="constant", scale=1.5) if num_classes else dict(kind="none")
+    if manifest.kind == IMAGES:
+        _pixels(config, manifest, num_classes, guidance)
+    else:
+        _latents(config, manifest, num_classes, guidance, size or "S/2")
+    return config.lock()
+
+
+def _pixels(config: ConfigDict, manifest: Manifest, num_classes: int, guidance: dict) -> None:
+    """The network of images with EDM, narrower than the paper's."""
+    height, width, channels = manifest.example_shape
+    # Stages down to a side of 8 or less, as long as windows of 4×4 fit.
+    sides = [height]
+    while sides[-1] > 8 and sides[-1] % 8 == 0 and len(sides) < 4:
+        sides.append(sides[-1] // 2)
+    if height != width or height % 4:
+        raise UserError(
+            f"the pictures are {width}×{height}: prepare them with equal sides that 4 divides "
+            "(--crop center --size 64)"
+        )
+    config.model = ConfigDict(
+        dict(
+            name="image_diffit",
+            image_size=height,
+            image_channels=channels,
+            channels=(64, 128, 128, 128)[: len(sides)],  # the paper's have twice that
+            num_blocks=(2,) * len(sides),
+            window=4,
+            num_classes=num_classes,
+            dtype="bfloat16",
+        )
+    )
+    config.process = ConfigDict(dict(name="edm", sigma_data=0.5))
+    sampler = dict(name="heun", num_steps=18)
+    config.sampling = ConfigDict(dict(sampler=sampler, guidance=guidance, batch_per_device=36))
+
+
+def _latents(
+    config: ConfigDict, manifest: Manifest, num_classes: int, guidance: dict, size: str
+) -> None:
+    """The latent network with ADM's diffusion, as for ImageNet."""
+    side, width, channels = manifest.example_shape
+    if side != width or side % 2:
+        raise UserError(f"the latents are {width}×{side}: encode pictures with equal sides")
+    vae, found = manifest.autoencoder, manifest.statistics
+    config.data.autoencoder = str(vae.get("path", "unknown")).rstrip("/").rpartition("/")[2]
+    # Latents that others made say nothing of their scale: here each channel gets mean 0 and
+    # variance 1.
+    config.data.latent_mean = tuple(vae.get("latent_mean", found["mean"]))
+    config.data.latent_scale = tuple(
+        vae.get("latent_scale", [1 / deviation for deviation in found["std"]])
+    )
+    config.model = ConfigDict(
+        dict(
+            name="latent_diffit",
+            input_size=side,
+            input_channels=channels,
+            **named_size(size),
+            num_classes=num_classes,
+            learn_sigma=True,
+            attention="auto",
+            remat="dots",
+            dtype="bfloat16",
+        )
+    )
+    config.process = ConfigDict(dict(name="ddpm", variance="learned_range", loss_type="hybrid"))
+    config.ema.halflife_images = 1_774_368  # decay 0.9999 per update of 256
+    sampler = dict(name="ddpm", num_steps=250)
+    config.sampling = ConfigDict(dict(sampler=sampler, guidance=guidance, batch_per_device=16))
