@@ -60,6 +60,7 @@ class Index:
       pixels: (n, H, W, C) uint8 of a source whose pictures are no files.
       shape: (H, W, C) of records.
       crop: how they were brought to it, JSON values by name.
+      about: what it is an index of, for whoever keeps it.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Index:
     pixels: np.ndarray | None = None
     shape: tuple[int, ...] = ()
     crop: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    about: str = ""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -103,6 +105,7 @@ class Index:
             "said": self.said,
             "shape": self.shape,
             "crop": dict(self.crop),
+            "about": self.about,
         }
         arrays: dict[str, Any] = {
             "facts": np.array(json.dumps(facts)),
@@ -127,8 +130,8 @@ class Index:
             files, classes, said, shape = (
                 tuple(facts[name]) for name in ("files", "classes", "said", "shape")
             )
-            places, kind, crop = arrays["places"], facts["kind"], facts["crop"]
-        return cls(kind, files, places, names, labels, classes, said, pixels, shape, crop)
+            places, rest = arrays["places"], (facts["crop"], facts["about"])
+        return cls(facts["kind"], files, places, names, labels, classes, said, pixels, shape, *rest)
 
 
 def read(place: Place) -> bytes:
@@ -144,23 +147,23 @@ def read(place: Place) -> bytes:
         return _row(place)
     if place.kind == "tfds":
         return tfds_source(place.path)[place.first]["image"]
-    with _opened(place.path) as file:
-        if place.kind == "range":
-            file.seek(place.first)
-            return file.read(place.second)
-        return _zip_entry(file, place)
+    if place.kind == "range":
+        return _range(place.path, place.first, place.second)
+    return _zip_entry(place)
 
 
-def _zip_entry(file: IO[bytes], place: Place) -> bytes:
-    file.seek(place.first)
-    header = file.read(_LOCAL_HEADER.size)
-    if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
+def _zip_entry(place: Place) -> bytes:
+    # The header is of unknown length: with a name and an extra field, which are short.
+    content = _range(place.path, place.first, place.second + _LOCAL_HEADER.size + 2**10)
+    if len(content) < _LOCAL_HEADER.size or content[:4] != b"PK\3\4":
         raise Broken("its entry in the zip is damaged")
-    _, _, flags, method, *_, name, extra = _LOCAL_HEADER.unpack(header)
+    _, _, flags, method, *_, name, extra = _LOCAL_HEADER.unpack(content[: _LOCAL_HEADER.size])
     if flags & 1:
         raise Broken("it is encrypted")
-    file.seek(name + extra, 1)
-    packed = file.read(place.second)
+    start = _LOCAL_HEADER.size + name + extra
+    packed = content[start : start + place.second]
+    if len(packed) < place.second:
+        packed = _range(place.path, place.first + start, place.second)
     if method == 0:
         return packed
     if method != 8:
@@ -169,6 +172,18 @@ def _zip_entry(file: IO[bytes], place: Place) -> bytes:
         return zlib.decompress(packed, -15)
     except zlib.error as error:
         raise Broken(f"its entry in the zip is damaged ({error})") from error
+
+
+def _range(path: str, start: int, size: int) -> bytes:
+    """A part of a file."""
+    if "://" in path:  # a file object there would read megabytes ahead
+        import fsspec
+
+        system, name = fsspec.core.url_to_fs(path)
+        return system.cat_file(name, start=start, end=start + size)
+    with _opened(path) as file:
+        file.seek(start)
+        return file.read(size)
 
 
 def _row(place: Place) -> bytes:

@@ -1,6 +1,7 @@
 """The verb `encode`: from pictures to the moments of their latents, to train on."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -21,7 +22,7 @@ from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import data_folder
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
-from diffit_jax.runtime import backend, distributed, files, hub, interruption, lock, parallel
+from diffit_jax.runtime import backend, distributed, files, hub, interruption, lock, npz, parallel
 from diffit_jax.runtime.console import Progress
 from diffit_jax.sampling.decoder import VAE_FILES
 from diffit_jax.sampling.encoder import Encoder
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STORED = ("float16", "float32")
 _POLL_S = 0.5
+_MANY = 100_000  # pictures whose index is kept while a command is not done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +139,23 @@ def encode(
 
 
 def _indexed(place: epath.Path, split: str, unlabelled: bool, index_file: epath.Path) -> Index:
-    """The index of a source, which the other processes read from a file."""
-    index = open_images(place, split, unlabelled)
-    if jax.process_count() > 1:
+    """The index of a source; as a file too where other processes need it, or where making it takes
+    long (a tar of ImageNet's size has 1.3 million headers)."""
+    about = f"{place} {split} {unlabelled} {_sizes(place)}"
+    if index_file.exists():
+        with contextlib.suppress(OSError, KeyError, *npz.DAMAGED):
+            index = Index.from_bytes(index_file.read_bytes())
+            if index.about == about:
+                return index
+    index = dataclasses.replace(open_images(place, split, unlabelled), about=about)
+    if jax.process_count() > 1 or len(index) > _MANY:
         files.write_bytes(index_file, index.to_bytes())
     return index
+
+
+def _sizes(place: epath.Path) -> str:
+    """Bytes of a source that is a file: another one of the same name has others."""
+    return "" if place.is_dir() or not place.exists() else str(files.size(place))
 
 
 def _check_image(index: Index, image: tuple[int, ...], encoder: Encoder) -> None:

@@ -100,6 +100,36 @@ def test_names_of_any_bytes_travel_too(tmp_path):
     assert other.names == index.names == sorted(raw) and other.digest() == index.digest()
 
 
+def test_parts_of_a_far_file_are_read_alone(tmp_path):
+    """In a bucket: by ranges of its file system, without the rest of the tar or zip."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for name, path in containers(tmp_path).items():
+        if path.is_file():
+            index = open_images(path)
+            content = path.read_bytes()
+            system.pipe_file(f"/{path.name}", content)
+            asked = []
+            with pytest.MonkeyPatch.context() as patch:
+                read = type(system).cat_file
+                patch.setattr(
+                    type(system),
+                    "cat_file",
+                    lambda self, path, start=None, end=None, asked=asked, read=read: (
+                        asked.append(end - start) or read(self, path, start, end)
+                    ),
+                )
+                places_there = [
+                    index.place(number)._replace(path=f"memory://{path.name}")
+                    for number in range(12)
+                ]
+                assert [places.read(place) for place in places_there] == list(
+                    map(PETS.get, NAMES)
+                ), name
+            assert max(asked) <= max(map(len, PETS.values())) + 2**11
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     index = open_images(write_folder(tmp_path / "flat", FLAT))
     assert index.labels is None and index.classes == ()

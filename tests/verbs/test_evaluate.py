@@ -303,6 +303,8 @@ def test_flags_that_do_not_go_together(place, tmp_path):
     both = launch("evaluate", *flags, "--workdir", tmp_path, tmp_path=tmp_path)
     assert_one_line_error(both, "exactly one of --samples, --workdir, --weights, --self_test")
     assert_one_line_error(launch("evaluate", *flags, tmp_path=tmp_path), "--inception is missing")
+    drawn = launch("evaluate", *flags, "--guidance.scale", "2", tmp_path=tmp_path)
+    assert_one_line_error(drawn, "--guidance.scale goes with --workdir or --weights")
 
 
 def test_grey_pictures_count_as_three_equal_channels(place, tmp_path):
