@@ -42,6 +42,7 @@ for name, topology in TOPOLOGIES.items():
     print(f"{name:32} {topology:10} {report.train.step_s:.5f} s")
 known = json.loads(FILE.read_text()) if FILE.exists() else {}
 FILE.write_text(json.dumps(known | {compiler.libtpu_version(): estimates}, indent=2) + "\n")
-tests = [sys.executable, "-m", "pytest", "tests/verbs/test_preflight.py"]
+of_tests = ["tests/verbs/test_preflight.py", "tests/verbs/test_pricing.py"]
+tests = [sys.executable, "-m", "pytest", *of_tests]
 renewing = os.environ | {"RENEW_ANSWERS": str(compiler.CACHE)}
 sys.exit(subprocess.run(tests, cwd=ROOT, env=renewing).returncode)
