@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ WRITER_OPTIONS = "group_size:1,uncompressed"  # a record is read alone; pixels a
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's, for random access
 _LABEL = np.dtype("<i4")
 READS_AT_ONCE = 64  # of a batch: `gs://` answers after 60 ms, however many ask
+_NEAR_S = 1e-3  # a record that comes sooner is near: there, threads cost more than they save
+_READS_NEAR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +194,7 @@ class RecordSource:
         self._dtype = np.dtype(manifest.dtype)
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._record_s = float("inf")  # that a record took at least
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -224,10 +228,17 @@ class RecordSource:
                         raise _damaged(path, f"a record has {len(record)} bytes")
                     records[place] = np.frombuffer(record, np.uint8)
 
-        # Whether a disk, a mount or `gs://` is behind it, answers are waited for together.
+        def timed(places: np.ndarray) -> float:
+            started = time.monotonic()
+            fill(places)
+            return (time.monotonic() - started) / max(len(places), 1)
+
+        # Far away, behind `gs://` or a mount, all answers are waited for together; how far it is
+        # the last batch has shown.
+        reads = _READS_NEAR if self._record_s < _NEAR_S else READS_AT_ONCE
         order = np.argsort(files, kind="stable")
-        parts = np.array_split(order, max(1, min(len(order), READS_AT_ONCE)))
-        list(self._pool().map(fill, parts))
+        parts = np.array_split(order, max(1, min(len(order), reads)))
+        self._record_s = min(self._pool().map(timed, parts))
         labels = records[:, : _LABEL.itemsize].copy().view(_LABEL)[:, 0].astype(np.int32)
         arrays = np.ascontiguousarray(records[:, _LABEL.itemsize :])
         arrays = arrays.view(self._dtype.newbyteorder("<")).reshape(-1, *self.manifest.shape)

@@ -56,13 +56,34 @@ def test_all_reads_of_a_batch_are_under_way_at_once(folder, monkeypatch, shards_
     def slow(source, path, rows):
         assert len(rows) == 1
         barrier.wait()
+        threading.Event().wait(0.01)  # as if it were far away
         return fetch(source, path, rows)
 
     monkeypatch.setattr(RecordSource, "_fetch", slow)
-    rng = np.random.default_rng(0)
-    wanted = rng.permutation(30 * shards_of_batch)[:reads]
-    batch = open_records(folder, "train").read(wanted)
-    np.testing.assert_array_equal(batch["label"], wanted % 5)
+    rng, source = np.random.default_rng(0), open_records(folder, "train")
+    for _ in range(2):
+        wanted = rng.permutation(30 * shards_of_batch)[:reads]
+        np.testing.assert_array_equal(source.read(wanted)["label"], wanted % 5)
+
+
+def test_what_is_near_is_read_by_few(folder, monkeypatch):
+    """After the first batch, which cannot know; and by many again when it is slow."""
+    fetch, calls, delay = RecordSource._fetch, [], threading.Event()
+
+    def noted(source, path, rows):
+        calls.append(len(rows))
+        if delay.is_set():
+            threading.Event().wait(0.01 * len(rows))
+        return fetch(source, path, rows)
+
+    monkeypatch.setattr(RecordSource, "_fetch", noted)
+    source, counts = open_records(folder, "train"), []
+    for far in (False, False, True, True):
+        (delay.set if far else delay.clear)()
+        calls.clear()
+        source.read(np.arange(30))  # of one shard
+        counts.append(len(calls))
+    assert counts == [30, 2, 2, 30]
 
 
 def test_resuming_in_the_middle_gives_the_same_batches(folder):
