@@ -48,7 +48,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": ["jax[tpu]", "gcsfs>=2025"],  # gcsfs: work directories on gs://
+        # For work directories and data on gs://, and weights on hf://.
+        "tpu": ["jax[tpu]", "gcsfs>=2025", "huggingface_hub>=1.0"],
         "cuda": ["jax[cuda12]"],
         "hub": ["huggingface_hub>=1.0"],  # paths of the form hf://owner/name/path
         "test": [

@@ -5,11 +5,12 @@ the folder that a picture lies in, or the tar (ImageNet's own has a tar for each
 tars are numbered by their sorted names, as torchvision and ImageNet's users do it.
 """
 
+import concurrent.futures
 import json
 import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,6 +21,7 @@ from diffit_jax.errors import UserError
 
 DATASET_JSON = "dataset.json"
 _DEEP = 20  # folders in folders
+_TARS_AT_ONCE = 16
 
 
 class Member(NamedTuple):
@@ -243,38 +245,44 @@ def _scan(path: epath.Path, number: int) -> _Scan:
                     f"{path} is compressed, and pictures in it cannot be found without unpacking: "
                     f"gunzip it first (CIFAR-10's archives are read as they are)"
                 )
-            file.seek(0)
-            scan = _Scan([], {}, False)
-            return scan._replace(inner=_scan_tar(file, number, "", 0, scan))
+        found, inner = _scan_tar(path, number, "", 0)
+        # ImageNet's has a thousand, of 138 MB: in a bucket, one after the other would take long.
+        with concurrent.futures.ThreadPoolExecutor(_TARS_AT_ONCE) as threads:
+            parts = threads.map(lambda one: _scan_tar(path, number, *one)[0], inner)
+        scans = [found, *parts]
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a whole tar file ({error}): fetch it again") from error
+    members = [member for scan in scans for member in scan.members]
+    classes = {key: text for scan in scans for key, text in scan.classes.items()}
+    return _Scan(members, classes, bool(inner))
 
 
-def _scan_tar(file: IO[bytes], number: int, prefix: str, offset: int, scan: _Scan) -> bool:
-    """Notes what is in a tar that begins at `offset` of a file; whether there are tars in it."""
-    inner = False
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for entry in archive:
-            archive.members = []  # it keeps all that it has seen
-            if not entry.isfile():
-                continue
-            place = offset + entry.offset_data
-            name = entry.name.removeprefix("./")
-            suffix = name.rpartition(".")[2].lower()
-            if suffix == "tar" and not prefix:
-                folder = name.rpartition("/")[2].removesuffix(".tar")
-                part = archive.extractfile(entry)
-                assert part is not None
-                _scan_tar(part, number, f"{folder}/", place, scan)
-                inner = True
-            elif _is_picture(name):
-                scan.members.append(Member(prefix + name, number, place, entry.size))
-            elif suffix == "cls":
-                part = archive.extractfile(entry)
-                assert part is not None
-                key = _sample(Member(prefix + name, number, place, entry.size))
-                scan.classes[key] = part.read(40).decode(errors="replace").strip()
-    return inner
+def _scan_tar(
+    path: epath.Path, number: int, prefix: str, offset: int
+) -> tuple[_Scan, list[tuple[str, int]]]:
+    """What is in a tar that begins at `offset` of a file; and the tars in it: (prefix, offset)."""
+    members, classes, inner = [], {}, []
+    with path.open("rb") as file:
+        file.seek(offset)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for entry in archive:
+                archive.members = []  # it keeps all that it has seen
+                if not entry.isfile():
+                    continue
+                name = entry.name.removeprefix("./")
+                member = Member(prefix + name, number, entry.offset_data, entry.size)
+                suffix = name.rpartition(".")[2].lower()
+                if suffix == "tar" and not prefix:
+                    folder = name.rpartition("/")[2].removesuffix(".tar")
+                    inner.append((f"{folder}/", entry.offset_data))
+                elif _is_picture(name):
+                    members.append(member)
+                elif suffix == "cls":
+                    part = archive.extractfile(entry)
+                    assert part is not None
+                    text = part.read(40).decode(errors="replace")
+                    classes[_sample(member)] = text.strip()
+    return _Scan(members, classes, bool(inner)), inner
 
 
 def _sample(member: Member) -> str:

@@ -280,12 +280,15 @@ def _load(task: _Task, framing: Framing) -> Loaded:
     number, name, place, shape = task
     try:
         if isinstance(place, np.ndarray):
-            pixels, remarks = frame(place, framing)
+            content = place
         elif place.kind == "record":
-            _, image = records.read_record(place.path, place.first, shape, np.dtype(np.uint8))
-            pixels, remarks = frame(image, framing)
+            _, content = records.read_record(place.path, place.first, shape, np.dtype(np.uint8))
         else:
-            pixels, remarks = decode(places.read(place), framing, name)
+            content = places.read(place)
+        if isinstance(content, np.ndarray):
+            pixels, remarks = frame(content, framing)
+        else:
+            pixels, remarks = decode(content, framing, name)
     except Broken as error:
         return Loaded(number, None, str(error))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:

@@ -134,8 +134,8 @@ class Index:
         return cls(facts["kind"], files, places, names, labels, classes, said, pixels, shape, *rest)
 
 
-def read(place: Place) -> bytes:
-    """The bytes of a picture file.
+def read(place: Place) -> bytes | np.ndarray:
+    """The bytes of a picture file; of a data set of tensorflow-datasets perhaps (H, W, C) uint8.
 
     Raises:
       OSError: the file cannot be read.
@@ -146,7 +146,8 @@ def read(place: Place) -> bytes:
     if place.kind == "table":
         return _row(place)
     if place.kind == "tfds":
-        return tfds_source(place.path)[place.first]["image"]
+        image = tfds_source(place.path)[place.first]["image"]
+        return image if isinstance(image, bytes) else np.asarray(image)
     if place.kind == "range":
         return _range(place.path, place.first, place.second)
     return _zip_entry(place)

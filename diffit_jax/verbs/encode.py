@@ -97,7 +97,6 @@ def encode(
     """
     folder = data_folder(name, data_dir)
     place, first = hub.local(source, "source"), distributed.is_first
-    distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: None)
     index_file = folder / f".{split}.index"
     index = distributed.first_then_all(
         lambda: _indexed(place, split, unlabelled, index_file),
@@ -118,6 +117,7 @@ def encode(
         identity = {"source": index.digest(), "crop": crop, "image": list(image),
                     "stored": encoding.stored, "autoencoder": encoder.identity()}  # fmt: skip
         shards = Shards(folder, split, len(index), size, identity)
+        distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.first_holds(lambda: lock.owned(folder, "data set")):
             distributed.first_then_all(shards.begin, lambda: None)
             _write(shards, index, loader, encoder, encoding.stored, image)
@@ -149,6 +149,7 @@ def _indexed(place: epath.Path, split: str, unlabelled: bool, index_file: epath.
                 return index
     index = dataclasses.replace(open_images(place, split, unlabelled), about=about)
     if jax.process_count() > 1 or len(index) > _MANY:
+        files.make_directory(index_file.parent, "data_dir")
         files.write_bytes(index_file, index.to_bytes())
     return index
 

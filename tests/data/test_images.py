@@ -22,6 +22,7 @@ from support.pictures import (
 from diffit_jax.data import places
 from diffit_jax.data.decoding import Framing
 from diffit_jax.data.images import Loader, open_images
+from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
 
 PETS = pets(12)
@@ -180,6 +181,29 @@ def test_tables_of_the_hub(tmp_path):
     assert [places.read(index.place(n)) for n in range(12)] == list(contents.values())
     test = open_images(tmp_path, "test")
     assert test.labels is None and "as in test splits" in test.said[0]
+
+
+def test_what_tensorflow_datasets_has_prepared(tmp_path):
+    """Without TensorFlow: pixels, labels and their names; other splits and formats are named."""
+    try:
+        import tensorflow_datasets.core  # noqa: F401
+    except Exception as error:
+        pytest.skip(f"tensorflow-datasets does not import here: {error}")
+    digits = open_dataset("digits", "train", tmp_path)
+    folder = next((tmp_path / "digits").iterdir())
+    index = open_images(folder)
+    with Loader(index, Framing(channels=1), workers=0) as loader:
+        found = np.stack([one.pixels for one in loader.load(range(0, len(index), 97))])
+    np.testing.assert_array_equal(found, digits.images[::97])
+    np.testing.assert_array_equal(index.labels, digits.labels)
+    assert index.classes == tuple(map(str, range(10)))
+    with pytest.raises(UserError, match="has no split 'validation': use --split test or train"):
+        open_images(folder, "validation")
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    places.tfds_source.cache_clear()
+    with pytest.raises(UserError, match=r"prepared as tfrecord, which cannot be read without Tens"):
+        open_images(folder)
 
 
 def cifar(binary, count=4):
