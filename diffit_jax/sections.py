@@ -23,7 +23,8 @@ class Data:
     Attributes:
       name: of the data set: "digits", "synthetic", or what launch/prepare.py or launch/encode.py
         has written by this name.
-      data_dir: where prepared data sets live, local or `gs://`; "" is tensorflow-datasets' default,
+      data_dir: where prepared data sets live, local, `gs://` or `hf://`; "" is
+        tensorflow-datasets' default,
         `~/tensorflow_datasets`.
       autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and
         so are samples.

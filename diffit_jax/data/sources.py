@@ -146,7 +146,9 @@ def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if not data_dir and default.startswith("~") and not files.home():
         raise _no_home()
-    return hub.local(data_dir or default, "data.data_dir") / name
+    if hub.is_address(data_dir):  # of all that lies there, what is named
+        return hub.local(f"{os.fspath(data_dir).rstrip('/')}/{name}", "data.data_dir")
+    return files.resolve(data_dir or default, "data.data_dir") / name
 
 
 def open_dataset(

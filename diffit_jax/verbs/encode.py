@@ -95,6 +95,8 @@ def encode(
         pictures, or moments that are not finite.
       interruption.Interrupted, interruption.Preempted: finished shards stay.
     """
+    if data_dir:
+        data_dir = files.resolve(data_dir, "data_dir")  # to write to
     folder = data_folder(name, data_dir)
     place, first = hub.local(source, "source"), distributed.is_first
     index_file = folder / f".{split}.index"

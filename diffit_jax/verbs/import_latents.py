@@ -52,6 +52,8 @@ def import_latents(
     Raises:
       UserError: another layout, or latents of an unknown range of pixels.
     """
+    if data_dir:
+        data_dir = files.resolve(data_dir, "data_dir")  # to write to
     folder = data_folder(name, data_dir)
     opened = _open(hub.local(source, "source"))
     with opened as (names, read, labels_json):

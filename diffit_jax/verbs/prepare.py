@@ -54,6 +54,8 @@ def prepare(
         that holds other data or cannot be written.
       interruption.Interrupted, interruption.Preempted: finished shards stay.
     """
+    if data_dir:
+        data_dir = files.resolve(data_dir, "data_dir")  # to write to
     folder = data_folder(name, data_dir)
     place = hub.local(source, "source")
     index = open_images(place, split, unlabelled)

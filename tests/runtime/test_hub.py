@@ -3,16 +3,19 @@ imported, so that each session is a process of its own."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from support.hub import COMMIT, Hub
+from support.pictures import pets, write_folder
 from support.processes import ROOT
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import hub
 from diffit_jax.runtime.hub import Address
+from diffit_jax.verbs.prepare import prepare
 
 pytest.importorskip("huggingface_hub")
 
@@ -119,9 +122,29 @@ def test_a_pattern_stays_one_for_what_has_come(served):
     ],
 )
 def test_what_cannot_be_had_is_one_line_with_a_remedy(served, address, message):
-    import re
-
     assert re.search(message, served[2][address]), served[2][address]
+
+
+def test_prepared_data_are_read_from_the_hub(tmp_path):
+    """What `prepare` wrote and somebody has uploaded; and nowhere is written to the hub."""
+    source = write_folder(tmp_path / "pets", pets(12, width=8, height=8))
+    prepare(source, "pets", tmp_path / "data", workers=0)
+    folder = tmp_path / "data"
+    names = [path for path in folder.rglob("*") if path.is_file()]
+    content = {str(path.relative_to(folder)): path.read_bytes() for path in names}
+    code = """
+import sys
+from diffit_jax.data.sources import open_dataset
+print(len(open_dataset("pets", "train", sys.argv[1])))
+"""
+    with Hub({"datasets/me/sets": content | {"other/train.manifest.json": b"{}"}}) as server:
+        env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", code, "hf://datasets/me/sets"]
+        result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert result.stdout == "12\n", result.stderr
+    assert not any("/other/" in line for line in server.asked)
+    with pytest.raises(UserError, match="is on the Hugging Face hub, which is only read from"):
+        prepare(source, "pets", "hf://datasets/me/sets")
 
 
 def test_a_damaged_file_does_not_stay(served):
