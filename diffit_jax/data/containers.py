@@ -22,6 +22,7 @@ from diffit_jax.errors import UserError
 DATASET_JSON = "dataset.json"
 _DEEP = 20  # folders in folders
 _TARS_AT_ONCE = 16
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class Member(NamedTuple):
@@ -176,6 +177,11 @@ def _folder_labels(
         )
     folders = [name.partition("/")[0] for name in inside]
     classes = tuple(sorted(set(folders)))
+    if set(classes) <= _SPLITS:
+        raise UserError(
+            f"{source} has folders of splits ({', '.join(classes)}), not of classes: name one of "
+            "them"
+        )
     if len(classes) == 1:
         raise UserError(
             f"{source} has one class only, {classes[0]!r}: name the folder above the classes, or "

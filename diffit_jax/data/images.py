@@ -24,7 +24,7 @@ from diffit_jax.data.places import Index, Place
 from diffit_jax.errors import UserError
 
 FEWEST = 10  # pictures of a data set: with fewer a wrong folder was named
-_CHUNK_BYTES = 2**21  # of pictures that a process decodes at once
+_CHUNK, _CHUNK_BYTES = 256, 2**21  # pictures that a process decodes at once, at most
 _CHUNKS_AHEAD = 3  # of each process
 
 
@@ -199,6 +199,7 @@ class Loader:
           workers: how many processes; 0: this one alone.
         """
         self._index, self._framing, self._workers = index, framing, workers
+        self._bytes = 2**14  # of a picture, until one was seen
         self._pool = None
         if workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
@@ -222,6 +223,7 @@ class Loader:
         for number in range(min(100, len(self._index))):
             pixels = self._load_here(number).pixels
             if pixels is not None:
+                self._bytes = pixels.nbytes
                 return pixels.shape
         raise UserError(
             f"none of the first {min(100, len(self._index))} pictures can be read (the first: "
@@ -237,7 +239,8 @@ class Loader:
         if self._pool is None:
             yield from map(self._load_here, numbers)
             return
-        size, waiting = self._chunk_size(), collections.deque()
+        size = max(1, min(_CHUNK, _CHUNK_BYTES // self._bytes))
+        waiting: collections.deque[Any] = collections.deque()
         chunks = (numbers[start : start + size] for start in range(0, len(numbers), size))
         try:
             for chunk in chunks:
@@ -248,15 +251,12 @@ class Loader:
                 yield from waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that decodes pictures was ended (was memory short?): use fewer --workers"
+                "a process that decodes pictures was ended (was memory short? or has the script "
+                "that calls this no `if __name__ == '__main__'`?): use fewer --workers, or 0"
             ) from error
         finally:
             for future in waiting:
                 future.cancel()
-
-    def _chunk_size(self) -> int:
-        side = self._framing.size or 64
-        return max(1, min(256, _CHUNK_BYTES // (side * side * 3)))
 
     def _submit(self, chunk: Sequence[int]) -> Any:
         assert self._pool is not None

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -172,7 +173,9 @@ class Shards:
             if local:
                 os.replace(scratch, self.folder / name)
             else:
-                epath.Path(scratch).copy(self.folder / name, overwrite=True)
+                # There from the moment at which the last byte is.
+                with scratch.open("rb") as source, (self.folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 2**24)
             self._write_line(shard, line)
         except (OSError, RuntimeError) as error:
             remedy = files.remedy_for_writing(error)

@@ -315,6 +315,10 @@ def bad_sources(folder):
         r"has folders without a picture \(fish\)": write_folder(
             folder / "gap", PETS | {"fish/readme.txt": b""}
         ),
+        r"has folders of splits \(train, val\), not of classes": write_folder(
+            folder / "splits",
+            {f"{('train', 'val')[n % 2]}/cat/{n}.png": PETS[NAMES[n]] for n in range(12)},
+        ),
         "there is no .*nothing: name a folder": folder / "nothing",
         "there is no file .*none-": folder / "none-*.tar",
         "is compressed.*gunzip it first": folder / "gzip.tar.gz",
