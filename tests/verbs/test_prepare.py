@@ -238,3 +238,42 @@ def test_what_an_experiment_expects_is_checked(tmp_path):
         open_dataset("pets", "test", tmp_path / "data")
     assert json.loads((tmp_path / "data/pets/train.manifest.json").read_text())["count"] == 12
     assert records.read_manifest(tmp_path / "data/pets", "train").kind == "images"
+
+
+def test_a_bucket_gets_the_same_files(tmp_path, many, monkeypatch):
+    """Shards are written to scratch and uploaded; interrupted, it goes on. (A file system in memory
+    stands for the bucket.)"""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol, store, pseudo_dirs = ("gs", "gcs"), {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + str(path).removeprefix("gs://").strip("/")
+
+    for protocol in ("gs", "gcs"):
+        fsspec.register_implementation(protocol, Bucket, clobber=True)
+    monkeypatch.setattr("diffit_jax.runtime.files._SCHEMES", {"gs": "fsspec"})
+    monkeypatch.setattr("diffit_jax.runtime.lock.SETTLE_S", 0)
+    source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
+    prepare(source, "pets", tmp_path / "data", workers=0)
+    close, left = shards.ShardWriter.close, iter(range(2))
+
+    def close_or_end(writer):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return close(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "close", close_or_end)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, "pets", "gs://bucket/data", workers=0)
+    prepare(source, "pets", "gs://bucket/data", workers=0)
+    theirs = {
+        name.removeprefix("/bucket/data/pets/"): file.getvalue()
+        for name, file in Bucket.store.items()
+        if name.count("/") == 4
+    }
+    assert theirs == contents(tmp_path / "data/pets")
