@@ -1,4 +1,4 @@
-"""Twenty updates and some samples of two small models on one mesh after the other; run by
+"""Ten updates and some samples of two small models on one mesh after the other; run by
 test_parallel.py in a process of its own.
 
 python tests/mesh_worker.py OUTPUT DEVICES
@@ -39,7 +39,7 @@ from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.watch import Watch
 
 POD = json.loads(os.environ.get("POD", "null"))
-STEPS = 20
+STEPS = 10
 SEEDS = np.array([3, 1, 4, 15, 9, 2, 6, 5])
 CONFIGS = {
     "image": small_config(model__channels=(16, 16), model__num_blocks=(1, 1), model__head_width=8),

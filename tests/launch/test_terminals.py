@@ -83,8 +83,8 @@ def test_help_is_no_failure_and_may_be_cut_short(tmp_path):
             "--workdir https://example.org/run is an address in the web: download it first",
         ),
         (
-            ["--weights", "hf://nvidia/diffit/w.safetensors"],
-            "--weights hf://nvidia/diffit/w.safetensors is an address in the web",
+            ["--workdir", "hf://owner/run"],
+            "--workdir hf://owner/run is on the Hugging Face hub, which is only read from",
         ),
         (
             ["--workdir", "s3://bucket/run"],
