@@ -91,8 +91,10 @@ def main() -> None:
     of_networks = ["labels"] * bool(LABELS.value) + ["vae"] * bool(DECODING.decoding())
     of_networks += list(SAMPLING.value)
     if of_networks and not (NETWORK.workdir.value or NETWORK.weights.value):
-        cli.fail(f"--{of_networks[0]} goes with --workdir or --weights: samples that are there are "
-                 "as they are")  # fmt: skip
+        cli.fail(
+            f"--{of_networks[0]} goes with --workdir or --weights: samples that are there are "
+            "as they are"
+        )
     if SELF_TEST.value:
         _self_test()
     elif MAKE_REFERENCE.value:

@@ -77,8 +77,9 @@ def index_tars(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
     digits = {key: text for scan in found for key, text in scan.classes.items()}
     inner = any(scan.inner for scan in found)
     if digits and not inner:
-        return _index_webdataset(source, files, [one for scan in found for one in scan.members],
-                                 digits)  # fmt: skip
+        return _index_webdataset(
+            source, files, [one for scan in found for one in scan.members], digits
+        )
     members = {}
     for path, scan in zip(paths, found, strict=True):
         # A tar of each class: its name is the folder.

@@ -152,8 +152,16 @@ def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     labels = source.read_labels() if classes else None
     names = [f"{split}:{number}" for number in range(len(rows))]
     shape = source.manifest.shape
-    return Index("record", files, np.array(rows, np.int64), names, labels, classes, shape=shape,
-                 crop=source.manifest.crop)  # fmt: skip
+    return Index(
+        "record",
+        files,
+        np.array(rows, np.int64),
+        names,
+        labels,
+        classes,
+        shape=shape,
+        crop=source.manifest.crop,
+    )
 
 
 def _tfrecords(path: epath.Path) -> UserError:
@@ -203,9 +211,11 @@ class Loader:
         self._pool = None
         if workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), initializer=_begin,
+                workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_begin,
                 initargs=(os.getpid(),),
-            )  # fmt: skip
+            )
 
     def __enter__(self) -> "Loader":
         return self

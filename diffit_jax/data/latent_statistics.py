@@ -68,10 +68,12 @@ def lines(manifest: Manifest) -> list[tuple[int, str]]:
         return said
     published = PUBLISHED[size]
     said.append(
-        (logging.INFO,
-         f"published at {size} px: mean {_short(published['mean'])}, std "
-         f"{_short(published['std'])}")
-    )  # fmt: skip
+        (
+            logging.INFO,
+            f"published at {size} px: mean {_short(published['mean'])}, std "
+            f"{_short(published['std'])}",
+        )
+    )
     if size != 256:
         return said
     mean, std = (np.array(found[name]) for name in ("mean", "std"))

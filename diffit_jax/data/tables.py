@@ -64,8 +64,9 @@ def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
         said.append("no labels: its tables have no column of them")
     elif found.min() < 0:
         if found.max() >= 0:
-            raise UserError(f"{paths[0].parent} has rows without a label (-1) among others: "
-                            "say --unlabelled")  # fmt: skip
+            raise UserError(
+                f"{paths[0].parent} has rows without a label (-1) among others: say --unlabelled"
+            )
         said.append("no labels: all are -1, as in test splits")
         found = None
     if found is None:

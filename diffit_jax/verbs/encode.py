@@ -107,8 +107,9 @@ def encode(
     mesh = parallel.local_mesh()
     vae = hub.local(encoding.vae, "vae", VAE_FILES)
     module, variables = diffusers.load(vae, encoding.dtype, parallel.replicated(mesh))
-    encoder = Encoder(module, variables, mesh, encoding.batch_per_device, encoding.orientations,
-                      encoding.at_once)  # fmt: skip
+    encoder = Encoder(
+        module, variables, mesh, encoding.batch_per_device, encoding.orientations, encoding.at_once
+    )
     workers = default_workers() if workers is None else workers
     with Loader(index, framing, workers) as loader:
         image = loader.first_shape()
@@ -116,8 +117,13 @@ def encode(
         shape = encoder.shape_of(image)
         size = 4 + int(np.prod(shape)) * np.dtype(encoding.stored).itemsize
         crop = dict(index.crop) or dataclasses.asdict(framing)
-        identity = {"source": index.digest(), "crop": crop, "image": list(image),
-                    "stored": encoding.stored, "autoencoder": encoder.identity()}  # fmt: skip
+        identity = {
+            "source": index.digest(),
+            "crop": crop,
+            "image": list(image),
+            "stored": encoding.stored,
+            "autoencoder": encoder.identity(),
+        }
         shards = Shards(folder, split, len(index), size, identity)
         distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.first_holds(lambda: lock.owned(folder, "data set")):
@@ -125,14 +131,17 @@ def encode(
             _write(shards, index, loader, encoder, encoding.stored, image)
             if first():
                 shards.finish(
-                    records.MOMENTS, shape, encoding.stored, index.classes,
+                    records.MOMENTS,
+                    shape,
+                    encoding.stored,
+                    index.classes,
                     lambda sums: {
                         "source": facts_of(index, source, split) | {"image_shape": list(image)},
                         "crop": crop,
                         "autoencoder": _autoencoder_facts(encoder, encoding),
                         "statistics": latent_statistics.of_sums(sums),
                     },
-                )  # fmt: skip
+                )
             distributed.first_then_all(lambda: index_file.unlink(missing_ok=True), lambda: None)
     manifest = records.read_manifest(folder, split)
     report(manifest, folder, index)
@@ -177,8 +186,13 @@ def _autoencoder_facts(encoder: Encoder, encoding: Encoding) -> dict[str, Any]:
         name: np.broadcast_to(getattr(encoder.module, name), channels).astype(float).tolist()
         for name in ("latent_mean", "latent_scale")
     }
-    return {"path": str(encoding.vae), "factor": encoder.module.factor, **encoder.identity(),
-            **scaling, "dtype": encoding.dtype}  # fmt: skip
+    return {
+        "path": str(encoding.vae),
+        "factor": encoder.module.factor,
+        **encoder.identity(),
+        **scaling,
+        "dtype": encoding.dtype,
+    }
 
 
 def _write(

@@ -27,6 +27,7 @@ RANGES = {
     "[0, 1] (as EDM2)": (5.81, 3.25, 0.12, -2.15),
     "[-1, 1] (as REPA)": (0.86, -0.28, 0.22, 0.37),
 }
+PALE = ("[0, 1] (as EDM2)",)
 PROBED = 10_000  # latents whose means tell the ranges apart
 _NEAR = 0.5  # of a mean; the two ranges are 5 apart in the first channel
 _MOST_STD = 1e3  # a standard deviation beyond this is something else
@@ -55,7 +56,7 @@ def import_latents(
     if data_dir:
         data_dir = files.resolve(data_dir, "data_dir")  # to write to
     folder = data_folder(name, data_dir)
-    opened = _open(hub.local(source, "source"))
+    opened = _Opened(hub.local(source, "source"))
     with opened as (names, read, labels_json):
         given = containers.read_dataset_json(labels_json, str(source)) if labels_json else {}
         if not given and not unlabelled:
@@ -67,23 +68,35 @@ def import_latents(
         moments = _read_one(read, index.names[0])
         pixels, means = _range_of(index.names, read)
         log.info("channel means %s: pixels were in %s", _short(means), pixels)
+        if pixels in PALE:
+            log.warning(
+                "a network that is trained on these makes latents of pixels in [0, 1]: pictures "
+                "that --vae decodes of them are too pale"
+            )
         shape = (1, *moments.shape)
-        digest = {"source": index.digest(), "range": pixels, "shape": list(shape)}
+        digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         shards = Shards(folder, split, len(index), 4 + moments.size * 4, digest)
         files.make_directory(folder, "data_dir")
         with lock.owned(folder, "data set"):
             shards.begin()
             _write(shards, index, read, shape)
             manifest = shards.finish(
-                records.MOMENTS, shape, "float32", index.classes,
+                records.MOMENTS,
+                shape,
+                "float32",
+                index.classes,
                 lambda sums: {
-                    "source": {"path": str(source), "split": split, "kind": "imported",
-                               "digest": index.digest()},
+                    "source": {
+                        "path": str(source),
+                        "split": split,
+                        "kind": "imported",
+                        "digest": index.digest(),
+                    },
                     "crop": {"crop": "unknown", "size": shape[1] * 8},
                     "autoencoder": {"path": "unknown", "pixels": pixels, "orientations": 1},
                     "statistics": latent_statistics.of_sums(sums),
                 },
-            )  # fmt: skip
+            )
     report(manifest, folder, index)
     latent_statistics.say(manifest)
     return manifest
@@ -111,7 +124,7 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
                     progress.advance()
 
 
-class _open:
+class _Opened:
     """The latents of a folder or zip, as (names, a function that reads one, dataset.json)."""
 
     def __init__(self, path: epath.Path):
@@ -120,8 +133,13 @@ class _open:
     def __enter__(self) -> tuple[list[str], Callable[[str], bytes], bytes | None]:
         path, labels = self._path, containers.DATASET_JSON
         if path.is_dir():
-            names = [f"{part.name}/{file.name}" for part in path.iterdir() if part.is_dir()
-                     for file in part.iterdir() if self._is_latent(file.name)]  # fmt: skip
+            names = [
+                f"{part.name}/{file.name}"
+                for part in path.iterdir()
+                if part.is_dir()
+                for file in part.iterdir()
+                if self._is_latent(file.name)
+            ]
             names += [file.name for file in path.iterdir() if self._is_latent(file.name)]
             found = (path / labels).read_bytes() if (path / labels).exists() else None
             return self._checked(names), lambda name: (path / name).read_bytes(), found

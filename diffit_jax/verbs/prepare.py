@@ -62,18 +62,27 @@ def prepare(
     workers = default_workers() if workers is None else workers
     with Loader(index, framing, workers) as loader:
         shape = loader.first_shape()
-        shards = Shards(folder, split, len(index), 4 + shape[0] * shape[1] * shape[2],
-                        {"source": index.digest(), "crop": dataclasses.asdict(framing),
-                         "shape": list(shape)})  # fmt: skip
+        shards = Shards(
+            folder,
+            split,
+            len(index),
+            4 + shape[0] * shape[1] * shape[2],
+            {"source": index.digest(), "crop": dataclasses.asdict(framing), "shape": list(shape)},
+        )
         files.make_directory(folder, "data_dir")
         with lock.owned(folder, "data set"):
             shards.begin()
             _write(shards, index, loader, shape)
             manifest = shards.finish(
-                records.IMAGES, shape, "uint8", index.classes,
-                lambda sums: {"source": facts_of(index, source, split),
-                              "crop": dataclasses.asdict(framing)},
-            )  # fmt: skip
+                records.IMAGES,
+                shape,
+                "uint8",
+                index.classes,
+                lambda sums: {
+                    "source": facts_of(index, source, split),
+                    "crop": dataclasses.asdict(framing),
+                },
+            )
     report(manifest, folder, index)
     return manifest
 

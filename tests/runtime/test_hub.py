@@ -168,12 +168,14 @@ def test_what_has_come_serves_without_a_network(served):
         ("hf://a/b", Address("model", "a/b", None, "")),
         ("hf://a/b@v1.0/c/d.bin", Address("model", "a/b", "v1.0", "c/d.bin")),
         ("hf://datasets/a/b/c", Address("dataset", "a/b", None, "c")),
-        ("hf://datasets/a/b@refs/convert/parquet/c", Address("dataset", "a/b",
-                                                             "refs/convert/parquet", "c")),
+        (
+            "hf://datasets/a/b@refs/convert/parquet/c",
+            Address("dataset", "a/b", "refs/convert/parquet", "c"),
+        ),
         ("hf://a/b@refs%2Fpr%2F1/c", Address("model", "a/b", "refs/pr/1", "c")),
         ("hf://models/a/b/", Address("model", "a/b", None, "")),
     ],
-)  # fmt: skip
+)
 def test_addresses_are_read_as_the_hubs_own_file_system_does(text, expected):
     assert hub.parse(text, "--x") == expected
 

@@ -68,8 +68,9 @@ class Hub:
                     return True
                 content = repositories[name].get(path)
                 if content is None:
-                    return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound",
-                                                  "X-Repo-Commit": COMMIT})  # fmt: skip
+                    return self.send(
+                        404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+                    )
                 digest = hashlib.sha256(content).hexdigest()
                 headers = {
                     "X-Repo-Commit": COMMIT,
@@ -100,8 +101,14 @@ class Hub:
                     ]
                     return self.send(200, json.dumps(entries).encode())
                 siblings = [{"rfilename": path} for path in files]
-                answer = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings,
-                          "private": False, "tags": []}  # fmt: skip
+                answer = {
+                    "id": name,
+                    "modelId": name,
+                    "sha": COMMIT,
+                    "siblings": siblings,
+                    "private": False,
+                    "tags": [],
+                }
                 return self.send(200, json.dumps(answer).encode())
 
             def send(self, status, content, headers=None):

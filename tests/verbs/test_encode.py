@@ -231,12 +231,20 @@ def test_latents_of_another_autoencoder_do_not_go_into_the_same_data_set(place, 
 
 def manifest_of(statistics, **changes):
     facts = dict(
-        kind=records.MOMENTS, shape=(2, 32, 32, 8), dtype="float16",
-        classes=tuple(map(str, range(1000))), count=1_281_167, class_counts=(),
-        source={"split": "train"}, crop={"crop": "adm", "size": 256}, skipped=(), remarks={},
-        shards=(Shard("x", 1_281_167, ""),), autoencoder={"path": "hf://x/sd-vae-ft-mse"},
+        kind=records.MOMENTS,
+        shape=(2, 32, 32, 8),
+        dtype="float16",
+        classes=tuple(map(str, range(1000))),
+        count=1_281_167,
+        class_counts=(),
+        source={"split": "train"},
+        crop={"crop": "adm", "size": 256},
+        skipped=(),
+        remarks={},
+        shards=(Shard("x", 1_281_167, ""),),
+        autoencoder={"path": "hf://x/sd-vae-ft-mse"},
         statistics=statistics,
-    )  # fmt: skip
+    )
     return Manifest(**(facts | changes))
 
 

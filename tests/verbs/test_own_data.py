@@ -146,10 +146,11 @@ def test_released_weights_get_a_new_label_table(tmp_path):
     [((5.81, 3.25, 0.12, -2.15), "[0, 1]"), ((0.86, -0.28, 0.22, 0.37), "[-1, 1]")],
     ids=["edm2", "repa"],
 )
-def test_latents_of_others_become_moments(tmp_path, means, said):
+def test_latents_of_others_become_moments(tmp_path, means, said, caplog):
     """log variance = 2 ln std, channels last, with their labels; the range of pixels is told."""
     arrays = others_latents(tmp_path / "latents.zip", means)
     manifest = import_latents(tmp_path / "latents.zip", "theirs", tmp_path)
+    assert ("too pale" in caplog.text) == (said == "[0, 1]")
     assert said in manifest.autoencoder["pixels"] and manifest.class_counts == (8, 8, 8)
     batch = open_records(tmp_path / "theirs", "train").read(np.arange(24))
     assert batch["moments"].shape == (24, 1, 8, 8, 8) and batch["label"].tolist()[:4] == [

@@ -83,8 +83,18 @@ def test_processes_and_interruptions_leave_the_same_files(tmp_path, many, monkey
 def test_a_killed_command_goes_on(tmp_path):
     """By SIGKILL in the middle; its helpers go with it, and half a shard is cleared away."""
     source = write_folder(tmp_path / "pets", pets(600, width=64, height=64))
-    arguments = [sys.executable, ROOT / "launch/prepare.py", "--source", source, "--name", "pets",
-                 "--data_dir", tmp_path / "data", "--workers", "1"]  # fmt: skip
+    arguments = [
+        sys.executable,
+        ROOT / "launch/prepare.py",
+        "--source",
+        source,
+        "--name",
+        "pets",
+        "--data_dir",
+        tmp_path / "data",
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(list(map(str, arguments)), env=environment(), cwd=tmp_path)
     folder, deadline = tmp_path / "data/pets", time.monotonic() + 60
     while not list(folder.glob(".*.partial")):
