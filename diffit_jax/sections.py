@@ -24,8 +24,7 @@ class Data:
       name: of the data set: "digits", "synthetic", or what launch/prepare.py or launch/encode.py
         has written by this name.
       data_dir: where prepared data sets live, local, `gs://` or `hf://`; "" is
-        tensorflow-datasets' default,
-        `~/tensorflow_datasets`.
+        tensorflow-datasets' default, `~/tensorflow_datasets`.
       autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and
         so are samples.
       latent_mean, latent_scale: of latents: the network sees `(z - latent_mean) * latent_scale`;

@@ -18,6 +18,7 @@ from etils import epath
 from diffit_jax.data.decoding import SUFFIXES
 from diffit_jax.data.places import Index
 from diffit_jax.errors import UserError
+from diffit_jax.runtime.ranges import first_few
 
 DATASET_JSON = "dataset.json"
 _DEEP = 20  # folders in folders
@@ -47,7 +48,7 @@ def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
     empty = [name for name in others if not _hidden(name)]
     if empty and classes and labels is None and not unlabelled:
         raise UserError(
-            f"{folder} has folders without a picture ({_few(sorted(empty))}), which would be "
+            f"{folder} has folders without a picture ({first_few(sorted(empty))}), which would be "
             "classes: delete them, or say --unlabelled"
         )
     return index_members(str(folder), "file", paths, members, labels, unlabelled, whole=True)
@@ -144,13 +145,13 @@ def _given_labels(
     absent = sorted(set(given) - set(names))
     if missing:
         raise UserError(
-            f"{source}: {DATASET_JSON} has no label of {len(missing)} pictures ({_few(missing)}): "
-            "complete it, or say --unlabelled"
+            f"{source}: {DATASET_JSON} has no label of {len(missing)} pictures "
+            f"({first_few(missing)}): complete it, or say --unlabelled"
         )
     if absent:
         raise UserError(
             f"{source}: {DATASET_JSON} names {len(absent)} pictures that are not there "
-            f"({_few(absent)}): fetch them, or take them out"
+            f"({first_few(absent)}): fetch them, or take them out"
         )
     labels = np.array([given[name] for name in names], np.int64)
     if labels.min() < 0 or labels.max() >= 2**24:
@@ -173,8 +174,9 @@ def _folder_labels(
         return None, (), ["no labels: its pictures lie in one folder"]
     if beside:
         raise UserError(
-            f"{source} has {len(beside)} pictures beside its folders ({_few(beside)}), whose class "
-            "is not known: move them into a folder, or say --unlabelled"
+            f"{source} has {len(beside)} pictures beside its folders "
+            f"({first_few(beside)}), whose class is not known: move them into a folder, or say "
+            "--unlabelled"
         )
     folders = [name.partition("/")[0] for name in inside]
     classes = tuple(sorted(set(folders)))
@@ -211,7 +213,7 @@ def _index_webdataset(
     missing = [member.name for key, member in pictures.items() if key not in digits]
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} pictures have no .cls beside them ({_few(missing)}): "
+            f"{source}: {len(missing)} pictures have no .cls beside them ({first_few(missing)}): "
             "complete the archives, or say --unlabelled"
         )
     labels = []
@@ -339,8 +341,3 @@ def read_dataset_json(content: bytes, path: str) -> dict[str, int]:
             f'{path} is not {{"labels": [[name, number], …]}} ({error}): correct it'
         ) from error
     return table
-
-
-def _few(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -22,6 +22,7 @@ from diffit_jax.data import containers, places, records, tables
 from diffit_jax.data.decoding import Broken, Framing, decode, frame
 from diffit_jax.data.places import Index, Place
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import interruption
 
 FEWEST = 10  # pictures of a data set: with fewer a wrong folder was named
 _CHUNK, _CHUNK_BYTES = 256, 2**21  # pictures that a process decodes at once, at most
@@ -166,9 +167,7 @@ def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
 
 def _tfrecords(path: epath.Path) -> UserError:
     return UserError(
-        f"{path} holds TFRecords, which cannot be read without TensorFlow: prepare it again with "
-        "tensorflow_datasets.load(…, builder_kwargs=dict(file_format='array_record')), or name the "
-        "original pictures"
+        f"{path} holds TFRecords, which cannot be read without TensorFlow: {tables.AS_ARRAY_RECORD}"
     )
 
 
@@ -314,14 +313,10 @@ def _load(task: _Task, framing: Framing) -> Loaded:
 def _begin(parent: int) -> None:
     """What a process does first: Ctrl-C is for its parent, whose end is its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, *_hangups()):
+    for number in interruption.ENDING:
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _hangups() -> list[int]:
-    return [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def _end_with(parent: int) -> None:

@@ -70,7 +70,8 @@ class Shards:
 
     Attributes:
       folder: where they go.
-      total: how many there are.
+      count: examples of the source.
+      total: how many shards there are.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Shards:
           identity: JSON values by name of all that records depend on.
           per_shard: examples of a shard; 0: as many as `MOST_BYTES` hold.
         """
-        self.folder, self._split, self._count = folder, split, count
+        self.folder, self.count, self._split = folder, count, split
         self._per_shard = per_shard or max(1, MOST_BYTES // record_bytes)
         self.total = -(-count // self._per_shard)
         self._identity = {**identity, "examples": count, "examples of a shard": self._per_shard}
@@ -151,7 +152,7 @@ class Shards:
     def numbers(self, shard: int) -> range:
         """Of the examples of a shard in the source."""
         start = shard * self._per_shard
-        return range(start, min(start + self._per_shard, self._count))
+        return range(start, min(start + self._per_shard, self.count))
 
     @contextlib.contextmanager
     def writing(self, shard: int) -> Iterator["ShardWriter"]:
@@ -279,12 +280,10 @@ class ShardWriter:
         reader.close()
         if count != self.line.count or last != self._last:
             raise OSError(5, f"{count} of {self.line.count} records can be read back")
-        digest = hashlib.sha256()
         with self._path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+            self.line.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        self.line.sha256, self.line.size = digest.hexdigest(), self._path.stat().st_size
+        self.line.size = self._path.stat().st_size
         return self.line
 
     def abandon(self) -> None:

@@ -151,6 +151,11 @@ def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
     return files.resolve(data_dir or default, "data.data_dir") / name
 
 
+def folder_to_write(name: str, data_dir: epath.PathLike = "") -> epath.Path:
+    """`data_folder` of a data set that is to be made: not on the hub."""
+    return data_folder(name, files.resolve(data_dir, "data_dir") if data_dir else "")
+
+
 def open_dataset(
     name: str, split: str, data_dir: epath.PathLike = "", wanted: Wanted = Wanted()
 ) -> Source:

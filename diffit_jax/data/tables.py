@@ -97,6 +97,12 @@ def _label_column(schema: Any) -> tuple[str | None, tuple[str, ...]]:
 
 # --- tensorflow-datasets
 
+# What is to be done with data sets in another format.
+AS_ARRAY_RECORD = (
+    "prepare it again with tensorflow_datasets.load(…, "
+    "builder_kwargs=dict(file_format='array_record')), or name the original pictures"
+)
+
 
 def index_tfds(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     """Of a data set that tensorflow-datasets has prepared as ArrayRecord: its feature `image`, and
@@ -105,8 +111,7 @@ def index_tfds(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     if builder.info.file_format.value != "array_record":
         raise UserError(
             f"{folder} is prepared as {builder.info.file_format.value}, which cannot be read "
-            "without TensorFlow: prepare it again with tensorflow_datasets.load(…, "
-            "builder_kwargs=dict(file_format='array_record')), or name the original pictures"
+            f"without TensorFlow: {AS_ARRAY_RECORD}"
         )
     if split not in builder.info.splits:
         raise UserError(

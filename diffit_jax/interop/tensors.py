@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import contents
 from diffit_jax.runtime.console import Progress
+from diffit_jax.runtime.ranges import first_few
 
 DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
 
@@ -130,7 +130,7 @@ def read(
     if bad and not allow_nonfinite:
         raise UserError(
             f"weights {what} are not finite: there are NaNs or infinities in "
-            f"{contents.first_few(bad)}; use other weights, or say --allow_nonfinite"
+            f"{first_few(bad)}; use other weights, or say --allow_nonfinite"
         )
     return nested(flat)
 

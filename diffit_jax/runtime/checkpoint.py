@@ -15,6 +15,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import contents, distributed, files
+from diffit_jax.runtime.ranges import first_few
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class Checkpoints:
             ):  # false, or of a version that did not record it
                 bad = contents.not_finite(_without_moments(items or {}))
                 if bad or "finite" in self.facts(candidate):
-                    named = f" ({contents.first_few(bad)})" if bad else ""
+                    named = f" ({first_few(bad)})" if bad else ""
                     reason = (
                         f"it has parameters or averages that are not finite{named}: the run "
                         "had diverged"

@@ -38,13 +38,6 @@ def not_finite(tree: Any) -> list[str]:
     ]
 
 
-def first_few(names: list[str], count: int = 3) -> str:
-    """A list for a message: the first few, and how many more there are."""
-    return ", ".join(names[:count]) + (
-        f" and {len(names) - count} more" if len(names) > count else ""
-    )
-
-
 def named(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a pytree with their paths, such as `params/final/bias`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -198,11 +198,7 @@ def remedy_for_writing(error: BaseException) -> str | None:
             r"input/output error|stale file handle|timed out|UNAVAILABLE|DEADLINE_EXCEEDED",
         ),
     }
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = causes_of(error)
     for remedy, (numbers, pattern) in remedies.items():
         for link in chain:
             by_number = isinstance(link, OSError) and link.errno in numbers
@@ -212,6 +208,16 @@ def remedy_for_writing(error: BaseException) -> str | None:
             if by_number or by_text:
                 return remedy
     return "choose another place" if any(isinstance(link, OSError) for link in chain) else None
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """An error, what it came from, and so on."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
 
 
 def refuse_existing(path: epath.PathLike, flag: str, overwrite: bool) -> None:

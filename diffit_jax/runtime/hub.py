@@ -217,15 +217,13 @@ def _check(place: Path, what: str) -> None:
     note = home / ".cache/diffit_jax/checked" / blob.name if home else None
     if note and files.read_json(note) == seen:
         return
-    digest = hashlib.sha256()
     with blob.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    if digest.hexdigest() != blob.name:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != blob.name:
         blob.unlink()
         place.unlink(missing_ok=True)
         raise UserError(
-            f"{what} came damaged: its SHA-256 is {digest.hexdigest()[:16]}…, the hub says "
+            f"{what} came damaged: its SHA-256 is {digest[:16]}…, the hub says "
             f"{blob.name[:16]}…; it is deleted: run the same command again"
         )
     if note:
@@ -243,15 +241,10 @@ def _page(library: Any, address: Address) -> str:
 
 def _is_connection(error: BaseException) -> bool:
     """Whether an error, or what it came from, is one of the network."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
     return any(
         isinstance(each, ConnectionError | TimeoutError)
         or re.search(r"Connect|Timeout|NetworkError|ProtocolError", type(each).__name__)
-        for each in chain
+        for each in files.causes_of(error)
     )
 
 

@@ -1,4 +1,4 @@
-"""Lists of whole numbers as people write them."""
+"""Lists as people write and read them: of whole numbers, and of names in a message."""
 
 import re
 from collections.abc import Sequence
@@ -37,3 +37,10 @@ def in_short(numbers: Sequence[int]) -> str:
         parts.append(str(numbers[index]) if last == index else f"{numbers[index]}-{numbers[last]}")
         index = last + 1
     return ",".join(parts)
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """A list for a message: the first few, and how many more there are."""
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )

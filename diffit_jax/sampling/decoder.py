@@ -73,11 +73,21 @@ def slice_size(mesh: jax.sharding.Mesh, count: int, at_once: int | None = None) 
       count: examples of a device.
       at_once: how many are wanted; None: `AT_ONCE`.
     """
-    return 1 if on_cpu(mesh) else min(at_once or AT_ONCE, count)
+    return 1 if _on_cpu(mesh) else min(at_once or AT_ONCE, count)
 
 
-def on_cpu(mesh: jax.sharding.Mesh) -> bool:
-    """Whether the devices are CPUs."""
+def batch_sizes(
+    mesh: jax.sharding.Mesh, per_device: int, at_once: int | None = None
+) -> tuple[int, int]:
+    """(examples of a slice, of a call over all devices) where each device shall work through
+    `per_device` at least; `at_once` as of `slice_size`."""
+    size = slice_size(mesh, per_device, at_once)
+    # On a CPU a slice is a call: convolutions in a loop are over fifteen times as slow there.
+    slices = 1 if _on_cpu(mesh) else -(-per_device // size)
+    return size, rows.next_batch_size(mesh, slices * size * mesh.size)
+
+
+def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -113,10 +123,7 @@ class Decoder:
         """
         self.path = epath.Path(path)
         self.module, self.variables, self._mesh = module, variables, mesh
-        size = slice_size(mesh, batch_per_device, at_once)
-        # On a CPU a slice is a call: convolutions in a loop are over fifteen times as slow there.
-        slices = 1 if on_cpu(mesh) else -(-batch_per_device // size)
-        self.batch_size = rows.next_batch_size(mesh, slices * size * mesh.size)
+        size, self.batch_size = batch_sizes(mesh, batch_per_device, at_once)
         self._decode = per_slice(self._pixels, mesh, size)
         self._rounding = rounding
 

@@ -12,7 +12,7 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.models.autoencoder import Autoencoder
 from diffit_jax.runtime import backend, contents, rows
-from diffit_jax.sampling.decoder import on_cpu, per_slice, slice_size
+from diffit_jax.sampling.decoder import batch_sizes, per_slice
 
 
 class Encoder:
@@ -46,9 +46,7 @@ class Encoder:
         """
         self.module, self.variables, self._mesh = module, variables, mesh
         self.orientations = orientations
-        size = slice_size(mesh, batch_per_device, at_once)
-        slices = 1 if on_cpu(mesh) else -(-batch_per_device // size)
-        self.batch_size = rows.next_batch_size(mesh, slices * size * mesh.size)
+        size, self.batch_size = batch_sizes(mesh, batch_per_device, at_once)
         self._encode = per_slice(self._moments, mesh, size)
         self._fetch = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="moments")
         self._last: concurrent.futures.Future | None = None

@@ -14,6 +14,7 @@ from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
 from diffit_jax.runtime import checkpoint, config_files, contents, distributed, files, hub, parallel
 from diffit_jax.runtime.console import Progress
+from diffit_jax.runtime.ranges import first_few
 from diffit_jax.sampling.sampler import Variables
 from diffit_jax.training import power_ema
 from diffit_jax.training.compiling import Opened, open_experiment
@@ -63,7 +64,7 @@ class Run:
         if bad:
             raise UserError(
                 f"the averages of {self.name} at step {step} are not finite "
-                f"({contents.first_few(bad)}): sample an older one by "
+                f"({first_few(bad)}): sample an older one by "
                 "--checkpoint, or say --allow_nonfinite"
             )
         return variables, {

@@ -19,14 +19,13 @@ from diffit_jax.data.images import Loaded, Loader, default_workers, open_images
 from diffit_jax.data.places import Index
 from diffit_jax.data.records import Manifest
 from diffit_jax.data.shards import Shards
-from diffit_jax.data.sources import data_folder
+from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import backend, distributed, files, hub, interruption, lock, npz, parallel
-from diffit_jax.runtime.console import Progress
 from diffit_jax.sampling.decoder import VAE_FILES
 from diffit_jax.sampling.encoder import Encoder
-from diffit_jax.verbs.prepare import check_shape, facts_of, kept, label_of, report
+from diffit_jax.verbs.prepare import check_shape, facts_of, kept, label_of, progress_of, report
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +94,8 @@ def encode(
         pictures, or moments that are not finite.
       interruption.Interrupted, interruption.Preempted: finished shards stay.
     """
-    if data_dir:
-        data_dir = files.resolve(data_dir, "data_dir")  # to write to
-    folder = data_folder(name, data_dir)
-    place, first = hub.local(source, "source"), distributed.is_first
+    folder = folder_to_write(name, data_dir)
+    place = hub.local(source, "source")
     index_file = folder / f".{split}.index"
     index = distributed.first_then_all(
         lambda: _indexed(place, split, unlabelled, index_file),
@@ -129,7 +126,7 @@ def encode(
         with distributed.first_holds(lambda: lock.owned(folder, "data set")):
             distributed.first_then_all(shards.begin, lambda: None)
             _write(shards, index, loader, encoder, encoding.stored, image)
-            if first():
+            if distributed.is_first():
                 shards.finish(
                     records.MOMENTS,
                     shape,
@@ -208,19 +205,17 @@ def _write(
         distributed.from_first([line is None for line in shards.lines()])
     ).tolist()
     mine = missing[jax.process_index() :: jax.process_count()]
-    done = len(index) - sum(len(shards.numbers(shard)) for shard in missing)
-    progress = Progress("encode", len(index), done, unit="picture", shown=distributed.is_first())
+    progress = progress_of(shards, missing, "encode", "picture")
     started, encoded = time.monotonic(), 0
-    with progress, interruption.held(ctrl_c=True):
+    notices = distributed.PreemptionNotice(ctrl_c=True)
+    with progress, notices as notice:
         stream = _encoded(shards, mine, loader, encoder, index, image)
         for shard, parts in itertools.groupby(stream, key=lambda part: part[0]):
             with shards.writing(shard) as writer:
                 for _, group, result in parts:
+                    # Not `notice.reached`: processes do not go in step.
                     if interruption.noticed():
-                        ended = interruption.pressed()
-                        raise (interruption.Interrupted if ended else interruption.Preempted)(
-                            kept(shards)
-                        )
+                        raise notice.ending(kept(shards))
                     for loaded in group:
                         if loaded.pixels is None:
                             name = index.names[loaded.number]

@@ -12,11 +12,11 @@ from etils import epath
 from diffit_jax.data import containers, latent_statistics, records
 from diffit_jax.data.records import Manifest
 from diffit_jax.data.shards import Shards
-from diffit_jax.data.sources import data_folder
+from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import distributed, files, hub, lock
 from diffit_jax.runtime.console import Progress
-from diffit_jax.verbs.prepare import kept, report
+from diffit_jax.verbs.prepare import kept, label_of, progress_of, report
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ def import_latents(
     Raises:
       UserError: another layout, or latents of an unknown range of pixels.
     """
-    if data_dir:
-        data_dir = files.resolve(data_dir, "data_dir")  # to write to
-    folder = data_folder(name, data_dir)
+    folder = folder_to_write(name, data_dir)
     opened = _Opened(hub.local(source, "source"))
     with opened as (names, read, labels_json):
         given = containers.read_dataset_json(labels_json, str(source)) if labels_json else {}
@@ -104,8 +102,7 @@ def import_latents(
 
 def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any) -> None:
     missing = shards.missing()
-    left = sum(len(shards.numbers(shard)) for shard in missing)
-    progress = Progress("import", len(index), len(index) - left, unit="latent")
+    progress = progress_of(shards, missing, "import", "latent")
     with progress, distributed.PreemptionNotice(ctrl_c=True) as notice:
         for shard in missing:
             with shards.writing(shard) as writer:
@@ -118,9 +115,8 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
                             f"{index.names[number]} is {moments.shape}, the first latent is "
                             f"{shape[1:]}: all must have one size"
                         )
-                    label = -1 if index.labels is None else int(index.labels[number])
                     writer.line.add_sums(**latent_statistics.sums_of(moments[None, None]))
-                    writer.add(label, moments[None])
+                    writer.add(label_of(index, number), moments[None])
                     progress.advance()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,7 +14,7 @@ from diffit_jax.data.images import Loader, default_workers, open_images
 from diffit_jax.data.places import Index
 from diffit_jax.data.records import Manifest
 from diffit_jax.data.shards import Shards
-from diffit_jax.data.sources import data_folder
+from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import distributed, files, hub, lock
 from diffit_jax.runtime.console import Progress
@@ -54,9 +54,7 @@ def prepare(
         that holds other data or cannot be written.
       interruption.Interrupted, interruption.Preempted: finished shards stay.
     """
-    if data_dir:
-        data_dir = files.resolve(data_dir, "data_dir")  # to write to
-    folder = data_folder(name, data_dir)
+    folder = folder_to_write(name, data_dir)
     place = hub.local(source, "source")
     index = open_images(place, split, unlabelled)
     workers = default_workers() if workers is None else workers
@@ -90,9 +88,8 @@ def prepare(
 def _write(shards: Shards, index: Index, loader: Loader, shape: tuple[int, ...]) -> None:
     """Writes the shards that are missing."""
     missing = shards.missing()
-    numbers = [number for shard in missing for number in shards.numbers(shard)]
-    stream = loader.load(numbers)
-    progress = Progress("prepare", len(index), len(index) - len(numbers), unit="picture")
+    stream = loader.load([number for shard in missing for number in shards.numbers(shard)])
+    progress = progress_of(shards, missing, "prepare", "picture")
     with progress, distributed.PreemptionNotice(ctrl_c=True) as notice:
         for shard in missing:
             with shards.writing(shard) as writer:
@@ -107,6 +104,13 @@ def _write(shards: Shards, index: Index, loader: Loader, shape: tuple[int, ...])
                         writer.add(label_of(index, loaded.number), pixels)
                         writer.remark(list(loaded.remarks))
                     progress.advance()
+
+
+def progress_of(shards: Shards, missing: Sequence[int], what: str, unit: str) -> Progress:
+    """Progress through a source, of which all shards but the missing ones are done."""
+    left = sum(len(shards.numbers(shard)) for shard in missing)
+    first = distributed.is_first()
+    return Progress(what, shards.count, shards.count - left, unit=unit, shown=first)
 
 
 def label_of(index: Index, number: int) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diffit_jax.runtime import contents, parallel
+from diffit_jax.runtime.ranges import first_few
 
 
 def tree(seed=0):
@@ -49,4 +50,4 @@ def test_what_is_not_finite_is_named():
     ours["a"] = ours["a"].at[0, 0].set(jnp.nan).at[1, 1].set(-jnp.inf)
     ours["b"]["c"] = ours["b"]["c"].at[3].set(jnp.inf)
     assert contents.not_finite(ours) == ["a (2 of 24)", "b/c (1 of 8)"]
-    assert contents.first_few(["p", "q", "r", "s", "t"]) == "p, q, r and 2 more"
+    assert first_few(["p", "q", "r", "s", "t"]) == "p, q, r and 2 more"
