@@ -16,6 +16,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffit_jax import limits, sections
+from diffit_jax.data import augment
+from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion import PROCESSES
 from diffit_jax.diffusion.seams import Process
 from diffit_jax.errors import UserError
@@ -37,9 +39,9 @@ class Experiment:
       model: the network.
       process: the diffusion process around it.
       data, optimizer, ema, training, sampling: the sections of those names.
-      space: how examples enter the step and samples leave it; it follows from `data` and
-        `sampling`.
-      mesh: the section of that name, which may be left out.
+      space: how examples enter the step and samples leave it; it follows from `data`,
+        `augmentation` and `sampling`.
+      augmentation, mesh: the sections of those names, which may be left out.
     """
 
     seed: Annotated[int, at_least(0, most=2**32 - 1)]
@@ -51,12 +53,14 @@ class Experiment:
     training: Training
     sampling: Annotated[Sampling, FREE]
     space: Annotated[Space, FREE]
+    augmentation: Augmentation = augment.NONE
     mesh: Annotated[MeshShape, FREE] = dataclasses.field(default_factory=MeshShape)
 
     def __post_init__(self):
         limits.check(self, section="")
         self.model.check()
         _check_output(self)
+        _check_augmentation(self)
         _check_sampling(self)
 
     def with_sampling(self, sampling: Sampling) -> "Experiment":
@@ -65,7 +69,7 @@ class Experiment:
         Raises:
           UserError: it cannot be.
         """
-        space = make_space(self.data, sampling.pixel_rounding)
+        space = make_space(self.data, sampling.pixel_rounding, self.augmentation)
         return dataclasses.replace(self, sampling=sampling, space=space)
 
 
@@ -296,14 +300,19 @@ def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
     fields = {
         field.name: field for field in dataclasses.fields(Experiment) if field.name != "space"
     }
-    _check_keys("", config, fields, [name for name in fields if name != "mesh"], wrong)
+    required = [name for name, field in fields.items() if not has_default(field)]
+    _check_keys("", config, fields, required, wrong)
     values: dict[str, Any] = {}
     for name, given in config.items():
         if name == "seed":
             values[name] = given
         else:
             values[name] = _make(name, given, limits.type_of(fields[name].type), wrong)
-    space = make_space(values["data"], values["sampling"].pixel_rounding)
+    space = make_space(
+        values["data"],
+        values["sampling"].pixel_rounding,
+        values.get("augmentation", augment.NONE),
+    )
     return Experiment(**values, space=space)
 
 
@@ -350,8 +359,18 @@ def _check_output(experiment: Experiment) -> None:
     if model.output_channels != needed:
         raise UserError(
             f"the process wants a network with {needed} output channels, the model has "
-            f"{model.output_channels}: change model.learn_sigma (latent_diffit) or "
-            "process.variance and process.loss_type (ddpm)"
+            f"{model.output_channels}: change model.learn_sigma (latent_diffit), process.variance "
+            "and process.loss_type (ddpm) or process.name"
+        )
+
+
+def _check_augmentation(experiment: Experiment) -> None:
+    has = getattr(experiment.model, "augment_labels", 0)
+    needed = experiment.augmentation.num_labels
+    if has != needed:
+        raise UserError(
+            f"config key model.augment_labels is {has}, but the augmentation tells the network "
+            f"{needed} numbers: set it to {needed}, or augmentation.probability to 0 for none"
         )
 
 

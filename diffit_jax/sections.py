@@ -57,6 +57,8 @@ class Optimizer:
       max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
       schedule: "constant" after the ramp-up, or "cosine" down to 0.
       decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
+      replace_nonfinite: whether not-a-number in a gradient becomes 0, and infinity ±100,000, as in
+        EDM's code, before a batch whose gradient or loss is not finite is skipped.
     """
 
     learning_rate: Annotated[float, above(0)]
@@ -69,6 +71,7 @@ class Optimizer:
     max_gradient_norm: Annotated[float, at_least(0)] = 0.0
     schedule: Annotated[str, one_of("constant", "cosine")] = "constant"
     decay_steps: CountOrZero = 0
+    replace_nonfinite: bool = False
 
     def __post_init__(self):
         limits.check(self, "optimizer")

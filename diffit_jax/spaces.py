@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.data import pixels
+from diffit_jax.data import augment, pixels
+from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion.seams import Conditioning
 from diffit_jax.errors import UserError
 from diffit_jax.sections import Data
@@ -103,13 +104,16 @@ class Space(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PixelSpace:
-    """uint8 images, and float32 in [-1, 1] for the network.
+    """uint8 images, and float32 in [-1, 1] for the network, augmented anew each time an example is
+    seen.
 
     Attributes:
       rounding: of samples, a name in `pixels.ROUNDINGS`.
+      augmentation: what is done to images in training; the network is told by `augment`.
     """
 
     rounding: str = "edm"
+    augmentation: Augmentation = augment.NONE
 
     @property
     def example(self) -> str:
@@ -130,7 +134,11 @@ class PixelSpace:
     def enter(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
     ) -> tuple[jax.Array, Conditioning]:
-        return pixels.to_model(examples["image"]), {}
+        images = pixels.to_model(examples["image"])
+        if not self.augmentation.num_labels:
+            return images, {}
+        images, labels = augment.augment(self.augmentation, images, key_B)
+        return images, {"augment": labels}
 
     def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
         return np.asarray(pixels.to_pixels(x_BHWC, self.rounding))
@@ -242,10 +250,20 @@ def drawn(moments_BOHWC: jax.Array, key_B: jax.Array) -> jax.Array:
     return mean + jnp.exp(log_variance / 2) * noise
 
 
-def make_space(data: Data, rounding: str) -> Space:
-    """The space of a config: of its section `data`, with its `sampling.pixel_rounding`."""
+def make_space(data: Data, rounding: str, augmentation: Augmentation = augment.NONE) -> Space:
+    """The space of a config: of its sections `data` and `augmentation`, with its
+    `sampling.pixel_rounding`.
+
+    Raises:
+      UserError: an augmentation of latents.
+    """
     if not data.autoencoder:
-        return PixelSpace(rounding)
+        return PixelSpace(rounding, augmentation)
+    if augmentation.num_labels:
+        raise UserError(
+            f"config key augmentation.probability is {augmentation.probability}, but the examples "
+            f"are latents of {data.autoencoder}: only images are augmented; set it to 0"
+        )
     return LatentSpace(data.autoencoder, tuple(data.latent_mean), tuple(data.latent_scale))
 
 

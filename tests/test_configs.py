@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from support.configs import CONFIGS, config_of
 
+from diffit_jax.data.augment import Augmentation
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.diffusion import GUIDANCE
 from diffit_jax.diffusion.ddpm_samplers import Ancestral
+from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.samplers import Heun
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.training.compiling import open_training_data
@@ -49,6 +52,34 @@ def test_imagenet_recipes_are_the_papers():
         assert sampling.sampler == Ancestral(num_steps=250)
         assert sampling.guidance == GUIDANCE[kind](scale=scale, channels=3)
         assert getattr(sampling.guidance, "power", 4) == 4
+
+
+def test_pixel_recipes_are_the_papers():
+    for name, size, channels, blocks, window, dropout, share, rate, batch, steps in (
+        ("cifar10", 32, (128, 256, 256), (2, 2, 2), 4, 0.13, 0.12, 1e-3, 512, 18),
+        ("cifar10_h1", 32, (128, 256, 256), (4, 4, 4), 4, 0.13, 0.12, 1e-3, 512, 18),
+        ("ffhq64", 64, (128, 256, 256, 256), (1, 2, 2, 2), 8, 0.05, 0.15, 2e-4, 256, 40),
+        ("ffhq64_h1", 64, (128, 256, 256, 256), (4, 4, 4, 4), 8, 0.05, 0.15, 2e-4, 256, 40),
+    ):
+        experiment = build(config_of(name))
+        model, training = experiment.model, experiment.training
+        assert (model.image_size, model.channels, model.num_blocks) == (size, channels, blocks)
+        assert (model.window, model.dropout, model.augment_labels) == (window, dropout, 9)
+        assert model.num_classes == 0 and experiment.augmentation == Augmentation(share)
+        assert (experiment.optimizer.learning_rate, training.batch_size) == (rate, batch)
+        # EDM: the rate rises over 10 million images, the average's half-life is half a million.
+        np.testing.assert_allclose(experiment.optimizer.warmup_steps * batch, 1e7, rtol=1e-4)
+        np.testing.assert_allclose(decay(experiment), 0.5 ** (batch / 500_000), rtol=1e-12)
+        assert training.total_steps == 200_000
+        assert experiment.sampling.sampler == Heun(num_steps=steps)
+        assert experiment.process == EDM()
+
+
+def test_conditional_variants():
+    for name in ("cifar10", "cifar10_h1"):
+        assert build(config_of(name, "conditional")).model.num_classes == 10
+        with pytest.raises(UserError, match="cifar10.py:labelled is unknown"):
+            config_of(name, "labelled")
 
 
 def test_large_batch_scales_the_rate_by_the_root():

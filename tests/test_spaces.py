@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffit_jax.data import augment, pixels
+from diffit_jax.data.augment import Augmentation
 from diffit_jax.data.sources import SyntheticSource
+from diffit_jax.errors import UserError
 from diffit_jax.sections import Data
 from diffit_jax.spaces import LatentSpace, PixelSpace, make_space
 
@@ -29,6 +32,23 @@ def test_examples_of_a_source_are_those_that_the_space_expects(name):
     x_BHWC, conditioning = jax.jit(space.enter)(batch, KEYS, space.variables)
     assert x_BHWC.shape == (4, 8, 8, 4) and x_BHWC.dtype == jnp.float32 and conditioning == {}
     assert jax.tree.leaves(space.variables) == []
+
+
+def test_augmented_pixels_come_with_what_was_done_to_them():
+    augmentation = Augmentation(probability=0.9)
+    space = make_space(Data("digits"), "edm", augmentation)
+    images = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    x_BHWC, conditioning = jax.jit(space.enter)({"image": images}, KEYS, space.variables)
+    expected = augment.augment(augmentation, pixels.to_model(images), KEYS)
+    # Compiled with another neighbourhood: 1e-6 was measured.
+    np.testing.assert_allclose(x_BHWC, expected[0], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(conditioning["augment"], expected[1], rtol=0, atol=1e-6)
+    assert conditioning["augment"].shape == (4, 9)
+
+
+def test_latents_are_not_augmented():
+    with pytest.raises(UserError, match="latents of vae: only images are augmented; set it to 0"):
+        make_space(Data("x", autoencoder="vae"), "edm", Augmentation(probability=0.1))
 
 
 @pytest.mark.parametrize("rounding", ["edm", "adm"])

@@ -3,10 +3,12 @@
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
 from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.general_sampler import General
 from diffit_jax.diffusion.guidance import GUIDANCE
+from diffit_jax.diffusion.preconditioning import IDDPM, VE, VP
 from diffit_jax.diffusion.samplers import DPMSolver, Euler, Heun
 
-PROCESSES = {"edm": EDM, "ddpm": DDPM}
-SAMPLERS = {sampler.name: sampler for sampler in (Ancestral, DDIM, Euler, Heun, DPMSolver)}
+PROCESSES = {"edm": EDM, "ddpm": DDPM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+SAMPLERS = {sampler.name: sampler for sampler in (Ancestral, DDIM, Euler, Heun, DPMSolver, General)}
 
 __all__ = ["GUIDANCE", "PROCESSES", "SAMPLERS"]

@@ -82,6 +82,10 @@ class DDPM:
         """Names of what `loss` reports beside the loss."""
         return ("mse",) if self.loss_type == "mse" else ("mse", "vb")
 
+    @property
+    def trains(self) -> bool:
+        return True
+
     def output_channels(self, channels: int) -> int:
         """How many channels a network must return for data with `channels`."""
         return 2 * channels if self.variance == "learned_range" else channels
@@ -245,6 +249,17 @@ class DDPM:
 
     # --- The bridge to EDM: x_t / √alpha_bar is clean data plus noise of standard deviation
     # sigma = √(1 / alpha_bar - 1).
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that the network knows."""
+        levels = self.schedule_for().sqrt_recipm1_alphas_cumprod
+        return float(levels[0]), float(levels[-1])
+
+    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
+        """The noise levels themselves: between the schedule's the network is told a fractional
+        timestep."""
+        return sigma
 
     def sigmas(self, num_steps: int) -> np.ndarray:
         """(N + 1,) float64 grid for EDM's samplers, from the schedule's last noise level to its

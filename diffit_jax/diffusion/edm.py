@@ -1,5 +1,6 @@
 """EDM: preconditioning and training loss of Karras et al. 2022, "Elucidating the design space of
-diffusion-based generative models".
+diffusion-based generative models", and what all processes have in common that are written that way
+(`preconditioning` has the older ones).
 
 A `network(x_BHWC, noise_level_B, conditioning) -> y_BHWC` is turned into a denoiser D(x; sigma),
 which estimates the clean image in a noisy one with noise of standard deviation sigma.
@@ -8,6 +9,7 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 import jax
@@ -21,8 +23,115 @@ from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, NoiseLevel, at_least
 
 
+class Preconditioned:
+    """A process as EDM's Table 1 writes them: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise),
+    trained at noise levels drawn from a distribution, with a weight for each level."""
+
+    def preconditioning(
+        self, sigma: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
+        raise NotImplementedError
+
+    def draw_sigma(self, key: jax.Array) -> jax.Array:
+        """A noise level to train at, a float32 scalar."""
+        raise NotImplementedError
+
+    def loss_weight(self, sigma: jax.Array) -> jax.Array:
+        """lambda(sigma) > 0, shaped like `sigma`."""
+        raise NotImplementedError
+
+    def denoise(
+        self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
+    ) -> jax.Array:
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the
+        network computes in.
+
+        Args:
+          network: F, called once. Of what it returns the first C channels count.
+          x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation
+            sigma.
+          sigma_B: (B,) float32 > 0.
+          conditioning: passed on to the network.
+
+        Returns:
+          (B, H, W, C) float32 estimate of the clean images.
+        """
+        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
+
+        def per_image(c_B: jax.Array) -> jax.Array:
+            return c_B[:, None, None, None]
+
+        f_BHWC = network(per_image(c_in) * x_BHWC, c_noise, conditioning).astype(jnp.float32)
+        f_BHWC = f_BHWC[..., : x_BHWC.shape[-1]]
+        return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
+
+    def loss(
+        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """lambda(sigma) ‖D(x + n; sigma) - x‖² with sigma drawn, n ~ N(0, sigma²), EDM Eq. 8.
+
+        Args:
+          network: F.
+          x_BHWC: (B, H, W, C) float32 clean images in [-1, 1].
+          conditioning: passed on to the network.
+          key_B: (B,) one key per example, so that an example's noise does not depend on how the
+            batch is split.
+
+        Returns:
+          (B,) float32 loss, the weighted squared error *averaged* over H, W and C. EDM's code sums
+          over them and averages over the batch, which is H·W·C times as much: Adam does not see the
+          constant, beside its epsilon. And a dict of further (B,) values to report, empty here.
+        """
+        sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+        sigma_B = jax.vmap(self.draw_sigma)(sigma_key_B)
+        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
+        return self.loss_at(network, x_BHWC, sigma_B, noise_BHWC, conditioning), {}
+
+    def loss_at(
+        self,
+        network: Network,
+        x_BHWC: jax.Array,
+        sigma_B: jax.Array,
+        noise_BHWC: jax.Array,
+        conditioning: Conditioning,
+    ) -> jax.Array:
+        """(B,) float32, the loss at given noise levels (B,), with given standard normal noise."""
+        denoised = self.denoise(
+            network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning
+        )
+        return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3))
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """Names of what `loss` reports beside the loss."""
+        return ()
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def output_channels(self, channels: int) -> int:
+        """How many channels a network must return for data with `channels`."""
+        return channels
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that the network knows."""
+        return 0.0, math.inf
+
+    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
+        """The nearest noise levels that the network knows, float64; here all of them."""
+        return sigma
+
+    def time_of(self, sigma: np.ndarray) -> np.ndarray:
+        """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level
+        sigma: for guidance that asks for it."""
+        return Schedule.make("linear", 1000).timestep_of(sigma) / 1000
+
+
 @dataclasses.dataclass(frozen=True)
-class EDM:
+class EDM(Preconditioned):
     """The process between a network and the images it denoises.
 
     Attributes:
@@ -64,72 +173,11 @@ class EDM:
         1."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
-    def denoise(
-        self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
-    ) -> jax.Array:
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the
-        network computes in.
-
-        Args:
-          network: F, called once.
-          x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation
-            sigma.
-          sigma_B: (B,) float32 > 0.
-          conditioning: passed on to the network.
-
-        Returns:
-          (B, H, W, C) float32 estimate of the clean images.
-        """
-        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
-
-        def per_image(c_B: jax.Array) -> jax.Array:
-            return c_B[:, None, None, None]
-
-        f_BHWC = network(per_image(c_in) * x_BHWC, c_noise, conditioning).astype(jnp.float32)
-        return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
-
-    def loss(
-        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """lambda(sigma) ‖D(x + n; sigma) - x‖² with ln sigma ~ N(log_sigma_mean, log_sigma_std²), n
-        ~ N(0, sigma²), EDM Eq. 8.
-
-        Args:
-          network: F.
-          x_BHWC: (B, H, W, C) float32 clean images in [-1, 1].
-          conditioning: passed on to the network.
-          key_B: (B,) one key per example, so that an example's noise does not depend on how the
-            batch is split.
-
-        Returns:
-          (B,) float32 loss, the weighted squared error *averaged* over H, W and C. (EDM's code sums
-          over them and averages over the batch; Adam does not see the constant factor.) And a dict
-          of further (B,) values to report, empty here.
-        """
-        sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        normal_B = jax.vmap(jax.random.normal)(sigma_key_B)
-        sigma_B = jnp.exp(self.log_sigma_mean + self.log_sigma_std * normal_B)
-        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
-        denoised = self.denoise(
-            network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning
-        )
-        return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3)), {}
-
-    @property
-    def loss_terms(self) -> tuple[str, ...]:
-        """Names of what `loss` reports beside the loss."""
-        return ()
-
-    def output_channels(self, channels: int) -> int:
-        """How many channels a network must return for data with `channels`."""
-        return channels
+    def draw_sigma(self, key: jax.Array) -> jax.Array:
+        """ln sigma ~ N(log_sigma_mean, log_sigma_std²)."""
+        return jnp.exp(self.log_sigma_mean + self.log_sigma_std * jax.random.normal(key))
 
     def sigmas(self, num_steps: int) -> np.ndarray:
         """(N + 1,) float64, the sampling grid of EDM Eq. 5 from sigma_max to sigma_min, then 0:
         `sampling_grid`."""
         return sampling_grid(self.sigma_min, self.sigma_max, self.rho, num_steps)
-
-    def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level
-        sigma: for guidance that asks for it."""
-        return Schedule.make("linear", 1000).timestep_of(sigma) / 1000

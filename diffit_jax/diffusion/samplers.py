@@ -27,6 +27,7 @@ from diffit_jax.limits import at_least
 
 T = TypeVar("T")
 Steps = Annotated[int, at_least(1, most=100_000)]
+Rounding = Callable[[np.ndarray], np.ndarray]  # of noise levels, float64
 StepsOfGrid = Annotated[int, at_least(2, most=100_000)]  # the grid has two ends
 
 
@@ -175,7 +176,8 @@ class _InNoiseLevels:
         conditioning: Conditioning,
         frames: int = 0,
     ) -> Drawn:
-        return self.solve(guided, noise, conditioning, process.sigmas(self.num_steps), frames)
+        sigmas = process.sigmas(self.num_steps)
+        return self.solve(guided, noise, conditioning, sigmas, frames, process.round_sigma)
 
     def solve(
         self,
@@ -184,6 +186,7 @@ class _InNoiseLevels:
         conditioning: Conditioning,
         sigmas: np.ndarray,
         frames: int = 0,
+        round_sigma: Rounding = np.asarray,
     ) -> Drawn:
         """Draws samples on any grid.
 
@@ -193,6 +196,7 @@ class _InNoiseLevels:
           conditioning: of the B samples.
           sigmas: (N + 1,) descending noise levels that end in 0.
           frames: as of `draw`.
+          round_sigma: to noise levels that the network knows, for those beside the grid.
         """
         raise NotImplementedError
 
@@ -234,11 +238,12 @@ class Heun(_InNoiseLevels):
         conditioning: Conditioning,
         sigmas: np.ndarray,
         frames: int = 0,
+        round_sigma: Rounding = np.asarray,
     ) -> Drawn:
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
-        sigma_hat = self.churned(sigma)
+        sigma_hat = round_sigma(self.churned(sigma))
         # Made in float64, rounded once: the noise that lifts the level t to t̂.
-        added_noise = self.churn_noise * np.sqrt(sigma_hat**2 - sigma**2)
+        added_noise = self.churn_noise * np.sqrt(np.maximum(sigma_hat**2 - sigma**2, 0.0))
         grid = jnp.asarray(np.stack([sigma_hat, next_sigma, added_noise], axis=1), jnp.float32)
 
         # A step has two evaluations, and both come through one call of the network, so that it is
@@ -297,6 +302,7 @@ class DPMSolver(_InNoiseLevels):
         conditioning: Conditioning,
         sigmas: np.ndarray,
         frames: int = 0,
+        round_sigma: Rounding = np.asarray,
     ) -> Drawn:
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         ratio = next_sigma / sigma  # e^-h

@@ -37,6 +37,11 @@ class Process(Protocol):
         """Names of what `loss` reports beside the loss."""
         ...
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is a loss, or networks are only sampled."""
+        ...
+
     def output_channels(self, channels: int) -> int:
         """How many channels a network must return for data with `channels`."""
         ...
@@ -69,6 +74,15 @@ class Process(Protocol):
           sigma_B: (B,) float32 > 0.
           conditioning: passed on to the network.
         """
+        ...
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that the network knows."""
+        ...
+
+    def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
+        """(n,) float64 noise levels → the nearest ones that the network knows."""
         ...
 
     def sigmas(self, num_steps: int) -> np.ndarray:

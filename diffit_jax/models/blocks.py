@@ -47,6 +47,23 @@ def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
+def dropped(x: jax.Array, key_B: jax.Array, rate: float) -> jax.Array:
+    """Dropout: each value is 0 with probability `rate`, to a 65,536th, and the others are divided
+    by what is left.
+
+    Args:
+      x: (B, …, C), C even.
+      key_B: (B,) keys: an example's mask does not depend on the others.
+      rate: in [0, 1).
+    """
+    threshold = round(rate * 2**16)
+    half = (*x.shape[1:-1], x.shape[-1] // 2)
+    bits = jax.vmap(lambda key: jax.random.bits(key, half, jnp.uint32))(key_B)
+    # Random bits cost more than all else here, and 16 will do.
+    bits = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1)
+    return jnp.where(bits >= threshold, x * (2**16 / (2**16 - threshold)), 0).astype(x.dtype)
+
+
 class DiffiTBlock(nn.Module):
     """Eq. 7-8: `x̂ = TMSA(LN(x), x_t) + x`, then `MLP(LN(x̂)) + x̂`, on tokens in windows.
 
@@ -55,6 +72,8 @@ class DiffiTBlock(nn.Module):
       mlp_ratio: width of the MLP's hidden layer, in multiples of C.
       slim_tmsa, attention: `slim` and `backend` of `TMSA`.
       affine_norm: whether the layer normalisations have a learned scale and shift.
+      dropout: share of the MLP's hidden values that training drops: in EDM's networks too, dropout
+        comes before the last weights of a block.
     """
 
     num_heads: int
@@ -64,10 +83,13 @@ class DiffiTBlock(nn.Module):
     slim_tmsa: bool = False
     affine_norm: bool = True
     attention: str = "xla"
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
-        """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
+    def __call__(
+        self, x_BNLC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C); drops only with keys."""
         channels = x_BNLC.shape[-1]
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
         attention = TMSA(
@@ -82,6 +104,8 @@ class DiffiTBlock(nn.Module):
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
         hidden = Dense(self.mlp_ratio * channels, self.dtype, name="mlp_in")(normed)
         hidden = gelu(checkpoint_name(hidden, "mlp_in"))
+        if dropout_key_B is not None and self.dropout:
+            hidden = dropped(hidden, dropout_key_B, self.dropout)
         return x_BNLC + Dense(channels, self.dtype, name="mlp_out")(hidden)
 
 
@@ -89,25 +113,33 @@ class DiffiTResBlock(nn.Module):
     """Eq. 9-10: `x̂ = Conv3×3(Swish(GN(x)))`, then `DiffiTBlock(x̂, x_t) + x`, on an image.
 
     Attributes:
-      num_heads, window, mlp_ratio, dtype: as in `DiffiTBlock`.
+      num_heads, window, mlp_ratio, dtype, dropout: as in `DiffiTBlock`.
     """
 
     num_heads: int
     window: int
     mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, time_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BHWC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
+    ) -> jax.Array:
         """Maps (B, H, W, C), H and W multiples of `window`, and the time token (B, T) to (B, H, W,
         C)."""
         _, height, width, channels = x_BHWC.shape
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
         hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
         block = DiffiTBlock(
-            self.num_heads, self.window, self.mlp_ratio, self.dtype, name="transformer"
+            self.num_heads,
+            self.window,
+            self.mlp_ratio,
+            self.dtype,
+            dropout=self.dropout,
+            name="transformer",
         )
-        hidden = block(partition_windows(hidden, self.window), time_BT)
+        hidden = block(partition_windows(hidden, self.window), time_BT, dropout_key_B)
         return x_BHWC + merge_windows(hidden, height, width)
 
 
@@ -173,36 +205,45 @@ def repeat_block(
     num_blocks: int,
     unroll: int,
     remat: str = "none",
+    dropout_key_B: jax.Array | None = None,
 ) -> jax.Array:
     """Runs `num_blocks` copies of a block one after the other, as one scanned layer.
 
     Args:
-      block: module that maps (x, time_BT) to an array like x. Its parameters get a leading axis of
-        `num_blocks`.
+      block: module that maps (x, time_BT, dropout_key_B) to an array like x. Its parameters get a
+        leading axis of `num_blocks`.
       x: input of the first copy.
       time_BT: (B, T) time token, the same for every copy.
       num_blocks: how many copies.
       unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks`
         shows the compiler all of them at once, which is faster for a small network on a CPU.
       remat: a name in `REMAT_POLICIES`.
+      dropout_key_B: (B,) keys, from which each copy gets its own; None: nothing is dropped.
 
     Returns:
       The output of the last copy, shaped like x.
     """
 
-    def run(block: nn.Module, x: jax.Array, time_BT: jax.Array) -> jax.Array:
-        return placed(block(placed(x), time_BT))
+    def run(
+        block: nn.Module, x: jax.Array, time_BT: jax.Array, key_B: jax.Array | None
+    ) -> jax.Array:
+        return placed(block(placed(x), time_BT, key_B))
 
     if remat != "none":
         # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled
         # they could.
         run = nn.remat(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
     scan = nn.scan(
-        lambda block, x, time_BT: (run(block, x, time_BT), None),
+        lambda block, x, time_BT, key_B: (run(block, x, time_BT, key_B), None),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (its stub forgets it)
+        in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (its stub forgets it)
         length=num_blocks,
         unroll=unroll,
     )
-    return scan(block, x, time_BT)[0]
+    keys_NB = None
+    if dropout_key_B is not None:
+        keys_NB = jax.vmap(
+            lambda number: jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout_key_B)
+        )(jnp.arange(num_blocks))
+    return scan(block, x, time_BT, keys_NB)[0]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.models.placement import Dense
+from diffit_jax.models.placement import Dense, weight
 
 
 def sinusoidal_embedding(
@@ -64,18 +64,25 @@ class TimeToken(nn.Module):
       width: width T of the token.
       num_classes: number of labels; 0 makes the model unconditional.
       frequency_width: width of the sinusoidal embedding.
+      augment_labels: how many numbers tell what was done to an image, see `data.augment`.
       dtype: dtype of the matrix products; parameters are float32.
     """
 
     width: int
     num_classes: int = 0
     frequency_width: int = 256
+    augment_labels: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, noise_level_B: jax.Array, label_B: jax.Array | None = None) -> jax.Array:
-        """Maps (B,) noise levels and (B,) int labels in [0, num_classes] (None: no label) to the
-        (B, T) token."""
+    def __call__(
+        self,
+        noise_level_B: jax.Array,
+        label_B: jax.Array | None = None,
+        augment_BA: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps (B,) noise levels, (B,) int labels in [0, num_classes] (None: no label) and (B, A)
+        augmentation labels (None: nothing was done) to the (B, T) token."""
         init = nn.initializers.normal(0.02)
         token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
         token_BT = Dense(self.width, self.dtype, init, name="in")(token_BT)
@@ -91,4 +98,10 @@ class TimeToken(nn.Module):
                 name="label",
             )
             token_BT = token_BT + table(label_B)
+        if self.augment_labels:
+            # Without a bias, as EDM has it: nothing done adds nothing.
+            kernel = self.param("augment_kernel", init, (self.augment_labels, self.width))
+            if augment_BA is not None:
+                kernel = weight(self, "augment_kernel", kernel, self.dtype)
+                token_BT = token_BT + augment_BA.astype(self.dtype) @ kernel
         return token_BT

@@ -8,6 +8,7 @@ with a skip connection at every resolution.
 Each stage is a stack of DiffiTResBlocks at one resolution with one number of channels.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, at_least
+from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, at_least, share
 from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
 from diffit_jax.models.model import Tuning
@@ -37,6 +38,9 @@ class ImageDiffiT(nn.Module):
       head_width: channels per attention head (not stated in the paper).
       num_classes: number of labels; 0 makes the model unconditional.
       mlp_ratio: width of the blocks' MLP in multiples of their channels.
+      augment_labels: how many numbers tell the network what was done to an image in training: those
+        of the section `augmentation`.
+      dropout: of the blocks in training, see `DiffiTBlock`.
       scan_unroll: blocks per iteration of a stage's scan, see `repeat_block`.
       dtype: dtype of the matrix products; parameters are float32.
     """
@@ -50,6 +54,8 @@ class ImageDiffiT(nn.Module):
     head_width: Count = 64
     num_classes: CountOrZero = 0
     mlp_ratio: Count = 4
+    augment_labels: CountOrZero = 0
+    dropout: Annotated[float, share(below_one=True)] = 0.0
     scan_unroll: Annotated[Count, FREE] = 1
     dtype: Dtype = jnp.float32
 
@@ -131,7 +137,8 @@ class ImageDiffiT(nn.Module):
             process.
           noise_level_B: (B,) EDM's `c_noise`, or a timestep.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
-            does an absent key.
+            does an absent key. `augment`: (B, augment_labels) float32, 0 where nothing was done, as
+            is an absent key. `dropout_key`: (B,) keys, in training.
 
         Returns:
           Array like x_BHWC, float32.
@@ -139,18 +146,29 @@ class ImageDiffiT(nn.Module):
         self.check()
         label_B = conditioning.get("label") if self.num_classes else None
         time_BT = nn.silu(
-            TimeToken(self.time_width, self.num_classes, dtype=self.dtype, name="time")(
-                noise_level_B, label_B
-            )
+            TimeToken(
+                self.time_width,
+                self.num_classes,
+                augment_labels=self.augment_labels,
+                dtype=self.dtype,
+                name="time",
+            )(noise_level_B, label_B, conditioning.get("augment"))
         )
+        dropout_key_B = conditioning.get("dropout_key") if self.dropout else None
+        run_number = itertools.count()
 
         def run_stage(name: str, x: jax.Array, stage: int) -> jax.Array:
             heads = self.channels[stage] // self.head_width
             window = min(self.window, self.image_size >> stage)
             block = DiffiTResBlock(
-                heads, window, self.mlp_ratio, self.dtype, name=f"{name}_{stage}"
+                heads, window, self.mlp_ratio, self.dtype, self.dropout, name=f"{name}_{stage}"
             )
-            return repeat_block(block, x, time_BT, self.num_blocks[stage], self.scan_unroll)
+            key_B, number = dropout_key_B, next(run_number)
+            if key_B is not None:  # each stage its own
+                key_B = jax.vmap(lambda key: jax.random.fold_in(key, number))(key_B)
+            return repeat_block(
+                block, x, time_BT, self.num_blocks[stage], self.scan_unroll, dropout_key_B=key_B
+            )
 
         x = conv3x3(self.channels[0], self.dtype, name="tokenizer")(x_BHWC.astype(self.dtype))
         skips = []

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, one_of
+from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, one_of, share
 from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
@@ -57,6 +57,7 @@ class LatentDiffiT(nn.Module):
       num_classes: number of labels; 0 makes the model unconditional.
       learn_sigma: whether the output has twice the channels of the input: epsilon and the
         variance's interpolation.
+      dropout: of the blocks in training, see `DiffiTBlock`.
       slim_tmsa: leave out the parameters that can never change the output, see `TMSA`.
       scan_unroll: blocks per iteration of the scan, see `repeat_block`.
       remat: what the backward pass keeps, a name in `REMAT_POLICIES`.
@@ -74,6 +75,7 @@ class LatentDiffiT(nn.Module):
     mlp_ratio: Count = 4
     num_classes: CountOrZero = 1000
     learn_sigma: bool = True
+    dropout: Annotated[float, share(below_one=True)] = 0.0
     slim_tmsa: bool = False
     scan_unroll: Annotated[Count, FREE] = 1
     remat: Annotated[str, one_of(*REMAT_POLICIES), FREE] = "none"
@@ -165,7 +167,7 @@ class LatentDiffiT(nn.Module):
           noise_level_B: (B,) the timestep 0…999 of the original schedule (or EDM's `c_noise`), used
             as it is.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
-            does an absent key.
+            does an absent key. `dropout_key`: (B,) keys, in training.
 
         Returns:
           (B, input_size, input_size, output_channels) float32.
@@ -199,11 +201,18 @@ class LatentDiffiT(nn.Module):
             self.slim_tmsa,
             affine_norm=False,
             attention=self.attention,
+            dropout=self.dropout,
             name="blocks",
         )
         # The whole grid is one window.
         x_BLC = repeat_block(
-            block, x_BLC[:, None], time_BT, self.depth, self.scan_unroll, self.remat
+            block,
+            x_BLC[:, None],
+            time_BT,
+            self.depth,
+            self.scan_unroll,
+            self.remat,
+            conditioning.get("dropout_key") if self.dropout else None,
         )[:, 0]
 
         x_BLC = nn.silu(layer_norm(jnp.float32, affine=False, name="final_norm")(x_BLC))

@@ -25,10 +25,12 @@ class Model(Protocol):
 
     Attributes:
       num_classes: number of labels; 0: it takes none.
+      dropout: share of values dropped in training, where `conditioning` has keys (`dropout_key`).
       dtype: of the matrix products.
     """
 
     num_classes: int
+    dropout: float
     dtype: Any
 
     @property

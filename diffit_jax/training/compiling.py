@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffit_jax.data.sources import Source, Wanted, open_dataset
-from diffit_jax.experiment import Experiment, build
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment, build, class_name
 from diffit_jax.runtime import distributed, parallel, rows
 from diffit_jax.training.state import TrainState, abstract_state
 from diffit_jax.training.step import Batch, make_train_step, step_metrics
@@ -57,6 +58,12 @@ def open_experiment(
     experiment = build(config, config_file)
     training = experiment.training
     if to_train:
+        if not experiment.process.trains:
+            name = class_name("process", experiment.process)
+            raise UserError(
+                f"config key process.name is {name}: its networks are only sampled; train with "
+                "ddpm, edm, vp or ve"
+            )
         mesh = parallel.make_mesh(devices, experiment.mesh)
         rows.check_batch_size(
             mesh, training.batch_size, "training.batch_size", parts=training.accumulation

@@ -83,6 +83,10 @@ def make_train_step(
             examples,
             experiment.training.accumulation,
         )
+        if experiment.optimizer.replace_nonfinite:
+            gradient = jax.tree.map(
+                lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradient
+            )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -145,7 +149,7 @@ def mean_loss(
       space_variables: `experiment.space.variables`.
     """
     model = experiment.model
-    # `split` gives what `fold_in` gives for 0 and 1: the space has a number of its own.
+    # `split` gives what `fold_in` gives for 0 and 1: space and dropout have numbers of their own.
     space_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 2))(examples["key"])
     x_BHWC, conditioning = experiment.space.enter(examples, space_key_B, space_variables)
     label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(examples["key"])
@@ -154,6 +158,9 @@ def mean_loss(
         labels = {"label": examples["label"]}
         labels = guidance.drop_labels(labels, label_key_B, dropout, model.num_classes)
         conditioning = {**conditioning, **labels}
+    if model.dropout:
+        dropout_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 3))(examples["key"])
+        conditioning = {**conditioning, "dropout_key": dropout_key_B}
     network = models.as_network(model, {"params": params, "constants": constants})
     loss_B, terms = experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)
     return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)

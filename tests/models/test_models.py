@@ -73,6 +73,18 @@ def test_time_token_absent_label_is_the_null_row():
     assert np.abs(module.apply(variables, levels, jnp.array([0, 3])) - null).max() > 1e-3
 
 
+def test_augmentation_labels_of_nothing_add_nothing():
+    """As in EDM there is no bias: an absent label is one of zeros."""
+    module, levels = TimeToken(width=8, augment_labels=9), jnp.array([0.1, -0.7])
+    variables = module.init(jax.random.key(0), levels)
+    absent = module.apply(variables, levels)
+    np.testing.assert_array_equal(module.apply(variables, levels, None, jnp.zeros((2, 9))), absent)
+    labels = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+    added = module.apply(variables, levels, None, labels) - absent
+    expected = labels @ np.asarray(variables["params"]["augment_kernel"])
+    np.testing.assert_allclose(added, expected, rtol=0, atol=1e-6)
+
+
 def test_gelu_and_its_gradient():
     """Value and derivative in float64, from the formula."""
     x = np.linspace(-6, 6, 241)

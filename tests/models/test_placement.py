@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
@@ -12,6 +13,9 @@ from diffit_jax.runtime import contents
 
 CONFIGS = {
     "image": small_config(model__channels=(8, 16), model__num_blocks=(1, 2), model__head_width=8),
+    "augmented": small_config(
+        model__augment_labels=9, augmentation=ConfigDict({"probability": 0.1})
+    ),
     "latent": small_latent_config(),
     "slim": small_latent_config(model__slim_tmsa=True),
 }
@@ -34,6 +38,8 @@ def test_every_path_asked_for_is_a_parameters_path(name):
 
     x_BHWC = jax.ShapeDtypeStruct((2, *model.sample_shape), jnp.float32)
     level_B, label_B = jnp.zeros(2), {"label": jnp.zeros(2, jnp.int32)}
+    if name == "augmented":
+        label_B["augment"] = jnp.zeros((2, 9))
     with under(Placement(activation=activation, weight=weight)):
         jax.eval_shape(
             lambda v, x: models.as_network(model, v)(x, level_B, label_B), variables, x_BHWC

@@ -200,6 +200,25 @@ def test_finished_run_is_left_alone(run):
     [
         ({"model__widow": 4}, "config key model.widow is unknown: did you mean model.window"),
         ({"extra": 1}, "config key extra is unknown"),
+        (
+            {"augmentation": {"probability": 0.1}},
+            "config key model.augment_labels is 0, but the augmentation tells the network 9",
+        ),
+        ({"model__augment_labels": 9}, "model.augment_labels is 9, but .* set it to 0"),
+        ({"augmentation": {"probability": 1.2}}, "augmentation.probability is 1.2"),
+        ({"augmentation": {"rotate": 1.0}}, "augmentation.rotate is unknown: did you mean"),
+        ({"model__dropout": 1.0}, "model.dropout is 1.0: it must be between 0 and 1, and not"),
+        (
+            {"process": {"name": "iddpm"}},
+            "the process wants a network with 2 output channels, the model has 1",
+        ),
+        (
+            {
+                "sampling__sampler": {"name": "general", "num_steps": 3, "sigma_max": 200.0},
+                "process": {"name": "ve"},
+            },
+            "sampling.sampler.sigma_max is 200, outside of the noise levels that the network",
+        ),
         ({"model__name": "unet"}, "config key model.name is 'unet': use image_diffit"),
         ({"optimizer": {"learning_rate": 1e-3}}, "config key optimizer.warmup_steps is missing"),
         ({"training__batch_size": 7}, "training.batch_size 7 does not divide over 2 devices"),
