@@ -1,10 +1,10 @@
 """CIFAR-10 in pixels with the image-space network: the paper's FID 1.95 (Table 1).
 
 `--config configs/cifar10.py` is unconditional, as the paper's; `--config
-configs/cifar10.py:conditional` gives the network the labels. `configs/cifar10_h1.py` has four blocks
-in each stage. Sections and tables are those of the paper (arXiv 2312.02139) unless EDM (Karras et
-al. 2022, arXiv 2206.00364, and its training code) is named, whose "training configuration and
-augmentation" it takes over (I.1).
+configs/cifar10.py:conditional` gives the network the labels. `configs/cifar10_h1.py` has four
+blocks in each stage. Sections and tables are those of the paper (arXiv 2312.02139) unless EDM
+(Karras et al. 2022, arXiv 2206.00364, and its training code) is named, whose "training
+configuration and augmentation" it takes over (I.1).
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 labels.
 
 `configs/ffhq64_h1.py` has four blocks in each stage. Sections and tables are those of the paper
-(arXiv 2312.02139) unless EDM (Karras et al. 2022, arXiv 2206.00364, and its training code) is named,
-whose "training configuration and augmentation" it takes over (I.1).
+(arXiv 2312.02139) unless EDM (Karras et al. 2022, arXiv 2206.00364, and its training code) is
+named, whose "training configuration and augmentation" it takes over (I.1).
 """
 
 from ml_collections import ConfigDict

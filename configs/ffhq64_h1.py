@@ -1,5 +1,5 @@
-"""FFHQ at 64×64 with four blocks in each stage, as appendix H.1 describes the network. What is not said
-here is as in `ffhq64`."""
+"""FFHQ at 64×64 with four blocks in each stage, as appendix H.1 describes the network. What is not
+said here is as in `ffhq64`."""
 
 from pathlib import Path
 from runpy import run_path

@@ -78,7 +78,7 @@ def test_pixel_recipes_are_the_papers():
 def test_conditional_variants():
     for name in ("cifar10", "cifar10_h1"):
         assert build(config_of(name, "conditional")).model.num_classes == 10
-        with pytest.raises(UserError, match="cifar10.py:labelled is unknown"):
+        with pytest.raises(UserError, match=r"cifar10\.py:labelled is unknown"):
             config_of(name, "labelled")
 
 

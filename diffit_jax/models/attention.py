@@ -48,21 +48,55 @@ def relative_position_index(window: int) -> np.ndarray:
     return (row_offset * (2 * window - 1) + column_offset).astype(np.int32)
 
 
-def partition_windows(x_BHWC: jax.Array, window: int) -> jax.Array:
-    """Cuts (B, height, width, C) into non-overlapping windows: (B, N, L, C), windows and tokens
-    both row-major."""
+# Tokens that attend together: (rows, columns) of pixels, whole windows each way, row by row.
+Tile = tuple[int, int]
+
+_LANES = 128  # of a TPU's vector unit; arrays are padded to multiples of it
+
+
+def dense_tile(height: int, width: int, window: int) -> Tile:
+    """The tile in which a TPU computes windows of an image together, masked to themselves.
+
+    Windows of 16 tokens by themselves would fill an eighth of what its units take at once. A tile
+    has at most 128 tokens, unless a window has more, and is as wide as the image where it can be:
+    then tokens stay in the order in which they lie in memory.
+    """
+
+    def largest(length: int, others: int) -> int:
+        sides = range(window, length + 1, window)
+        fitting = [side for side in sides if length % side == 0 and side * others <= _LANES]
+        return max(fitting, default=window)
+
+    columns = largest(width, window)
+    return largest(height, columns) if columns == width else window, columns
+
+
+def partition(x_BHWC: jax.Array, tile: Tile) -> jax.Array:
+    """Cuts (B, height, width, C) into non-overlapping tiles: (B, N, L, C), tiles and tokens both
+    row-major."""
     batch, height, width, channels = x_BHWC.shape
-    x = x_BHWC.reshape(batch, height // window, window, width // window, window, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, window * window, channels)
+    rows, columns = tile
+    x = x_BHWC.reshape(batch, height // rows, rows, width // columns, columns, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns, channels)
 
 
-def merge_windows(x_BNLC: jax.Array, height: int, width: int) -> jax.Array:
-    """Puts the windows of `partition_windows` back together: (B, N, L, C) → (B, height, width,
-    C)."""
-    batch, _, tokens, channels = x_BNLC.shape
-    window = int(tokens**0.5)
-    x = x_BNLC.reshape(batch, height // window, width // window, window, window, channels)
+def merge(x_BNLC: jax.Array, height: int, width: int, tile: Tile) -> jax.Array:
+    """Puts the tiles of `partition` back together: (B, N, L, C) → (B, height, width, C)."""
+    batch, _, _, channels = x_BNLC.shape
+    rows, columns = tile
+    x = x_BNLC.reshape(batch, height // rows, width // columns, rows, columns, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
+
+
+def tile_index(tile: Tile, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `relative_position_index`, of a tile: ((L, L) int32, 0 between windows; (L, L) bool,
+    whether two tokens share a window)."""
+    row, column = np.divmod(np.arange(tile[0] * tile[1]), tile[1])
+    of_window = (row // window) * tile[1] + column // window
+    shared = of_window[:, None] == of_window[None, :]
+    token = (row % window) * window + column % window
+    index = relative_position_index(window)[token[:, None], token[None, :]]
+    return np.where(shared, index, 0), shared
 
 
 def _xavier_to_heads(scale: float = 1.0):
@@ -151,6 +185,7 @@ class TMSA(nn.Module):
         the place of `time_qkv_kernel`, `time_qkv_bias` and `qkv_bias`.
       backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
         ("intermediates") with XLA only, which is therefore used when they are asked for.
+      tile: tokens that come together, where they are those of several windows (`dense_tile`).
     """
 
     num_heads: int
@@ -158,6 +193,7 @@ class TMSA(nn.Module):
     dtype: jnp.dtype = jnp.float32
     slim: bool = False
     backend: str = "xla"
+    tile: Tile | None = None
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
@@ -227,7 +263,10 @@ class TMSA(nn.Module):
         head_width = q_BNHLD.shape[-1]
         backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
-            bias_LLH = bias_table[relative_position_index(self.window)]
+            index_LL, shared_LL = tile_index(self.tile or (self.window,) * 2, self.window)
+            bias_LLH = bias_table[index_LL]
+            if not shared_LL.all():
+                bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
             logits = jnp.einsum(
                 "bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32
             )

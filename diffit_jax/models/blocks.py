@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.random import threefry_2x32
 
-from diffit_jax.models.attention import TMSA, merge_windows, partition_windows
-from diffit_jax.models.placement import Dense, placed
+from diffit_jax.models.attention import TMSA, Tile, dense_tile, merge, partition
+from diffit_jax.models.placement import Dense, placed, platform
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -52,15 +53,21 @@ def dropped(x: jax.Array, key_B: jax.Array, rate: float) -> jax.Array:
     by what is left.
 
     Args:
-      x: (B, …, C), C even.
-      key_B: (B,) keys: an example's mask does not depend on the others.
+      x: (B, …, C), C a multiple of 4.
+      key_B: (B,) threefry keys: an example's mask does not depend on the others.
       rate: in [0, 1).
     """
     threshold = round(rate * 2**16)
-    half = (*x.shape[1:-1], x.shape[-1] // 2)
-    bits = jax.vmap(lambda key: jax.random.bits(key, half, jnp.uint32))(key_B)
-    # Random bits cost more than all else here, and 16 will do.
-    bits = jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1)
+    # Random bits cost more than all else here: 16 will do, and `jax.random.bits` would leave half
+    # of those that it makes.
+    words = 2 * (x[0].size // 4)
+
+    def bits_for(key: jax.Array) -> jax.Array:
+        bits = threefry_2x32(jax.random.key_data(key), jnp.arange(words, dtype=jnp.uint32))
+        bits = bits.reshape(2, *x.shape[1:-1], x.shape[-1] // 4)
+        return jnp.concatenate([*(bits >> 16), *(bits & 0xFFFF)], axis=-1)
+
+    bits = jax.vmap(bits_for)(key_B)
     return jnp.where(bits >= threshold, x * (2**16 / (2**16 - threshold)), 0).astype(x.dtype)
 
 
@@ -70,7 +77,7 @@ class DiffiTBlock(nn.Module):
     Attributes:
       num_heads, window, dtype: as in `TMSA`.
       mlp_ratio: width of the MLP's hidden layer, in multiples of C.
-      slim_tmsa, attention: `slim` and `backend` of `TMSA`.
+      slim_tmsa, attention, tile: `slim`, `backend` and `tile` of `TMSA`.
       affine_norm: whether the layer normalisations have a learned scale and shift.
       dropout: share of the MLP's hidden values that training drops: in EDM's networks too, dropout
         comes before the last weights of a block.
@@ -84,6 +91,7 @@ class DiffiTBlock(nn.Module):
     affine_norm: bool = True
     attention: str = "xla"
     dropout: float = 0.0
+    tile: Tile | None = None
 
     @nn.compact
     def __call__(
@@ -98,6 +106,7 @@ class DiffiTBlock(nn.Module):
             dtype=self.dtype,
             slim=self.slim_tmsa,
             backend=self.attention,
+            tile=self.tile,
             name="attention",
         )
         x_BNLC = x_BNLC + checkpoint_name(attention(normed, time_BT), "attention_out")
@@ -129,6 +138,9 @@ class DiffiTResBlock(nn.Module):
         """Maps (B, H, W, C), H and W multiples of `window`, and the time token (B, T) to (B, H, W,
         C)."""
         _, height, width, channels = x_BHWC.shape
+        tile = (self.window, self.window)
+        if platform() == "tpu" and not self.is_mutable_collection("intermediates"):
+            tile = dense_tile(height, width, self.window)
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
         hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
         block = DiffiTBlock(
@@ -137,10 +149,11 @@ class DiffiTResBlock(nn.Module):
             self.mlp_ratio,
             self.dtype,
             dropout=self.dropout,
+            tile=tile,
             name="transformer",
         )
-        hidden = block(partition_windows(hidden, self.window), time_BT, dropout_key_B)
-        return x_BHWC + merge_windows(hidden, height, width)
+        hidden = block(partition(hidden, tile), time_BT, dropout_key_B)
+        return x_BHWC + merge(hidden, height, width, tile)
 
 
 def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> nn.LayerNorm:

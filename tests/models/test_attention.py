@@ -8,10 +8,13 @@ import pytest
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import (
     TMSA,
-    merge_windows,
-    partition_windows,
+    dense_tile,
+    merge,
+    partition,
     relative_position_index,
 )
+from diffit_jax.models.blocks import DiffiTResBlock
+from diffit_jax.models.placement import Placement, under
 
 WINDOW, HEADS, CHANNELS, TIME = 3, 2, 8, 6
 
@@ -169,7 +172,7 @@ def test_relative_position_index():
 
 def test_windows_brute_force():
     x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    windows = np.asarray(partition_windows(jnp.asarray(x), 2))
+    windows = np.asarray(partition(jnp.asarray(x), (2, 2)))
     assert windows.shape == (2, 6, 4, 3)
     for row in range(4):
         for column in range(6):
@@ -177,9 +180,59 @@ def test_windows_brute_force():
             np.testing.assert_array_equal(
                 windows[:, row // 2 * 3 + column // 2, row % 2 * 2 + column % 2], expected
             )
-    np.testing.assert_array_equal(merge_windows(jnp.asarray(windows), 4, 6), x)
+    np.testing.assert_array_equal(merge(jnp.asarray(windows), 4, 6, (2, 2)), x)
 
 
 def test_heads_must_divide_channels():
     with pytest.raises(UserError, match="8 channels do not divide into 3 heads"):
         TMSA(3, 2).init(jax.random.key(0), jnp.zeros((1, 1, 4, 8)), jnp.zeros((1, 4)))
+
+
+@pytest.mark.parametrize(
+    "height, width, window, tile",
+    [
+        (32, 32, 4, (4, 32)),  # rows of CIFAR-10's network: eight windows
+        (16, 16, 4, (8, 16)),
+        (8, 8, 4, (8, 8)),
+        (64, 64, 8, (8, 16)),  # of FFHQ's: two
+        (32, 32, 8, (8, 16)),
+        (16, 16, 8, (8, 16)),
+        (8, 8, 8, (8, 8)),
+        (16, 16, 16, (16, 16)),  # more than 128 tokens
+        (24, 12, 4, (8, 12)),
+        (9, 9, 3, (9, 9)),
+        (5, 5, 1, (5, 5)),
+    ],
+)
+def test_tiles_of_whole_windows(height, width, window, tile):
+    assert dense_tile(height, width, window) == tile
+
+
+@pytest.mark.parametrize("height, width, window", [(8, 8, 4), (16, 32, 4), (32, 32, 8), (6, 9, 3)])
+def test_windows_are_the_same_in_tiles(height, width, window):
+    """On a TPU they are computed together; outputs and gradients are those of each by itself."""
+    block = DiffiTResBlock(num_heads=2, window=window)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, height, width, 8)), jnp.float32)
+    time = jnp.asarray(rng.normal(size=(2, TIME)), jnp.float32)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x, time)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), shapes
+    )
+
+    def outputs(platform):
+        def loss(variables, x):
+            y = block.apply(variables, x, time)
+            return jnp.sum(jnp.sin(y)), y
+
+        with under(Placement(platform=platform)):
+            return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, x)
+
+    here, there = outputs("cpu"), outputs("tpu")
+    # Other orders of the sums: 3e-6 of each array's largest value was measured.
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5 * np.abs(one).max())
+    with under(Placement(platform="tpu")):  # attention weights are kept by window
+        _, kept = block.apply(variables, x, time, mutable="intermediates")
+    (weights,) = kept["intermediates"]["transformer"]["attention"]["attention"]
+    assert weights.shape == (2, height * width // window**2, 2, window**2, window**2)
