@@ -56,6 +56,12 @@ RESIZE = flags.DEFINE_enum(
 COUNT = flags.DEFINE_integer(
     "count", None, "How many of the first samples; default: all, or 50,000 of a network."
 )
+SEEDS = flags.DEFINE_string(
+    "seeds",
+    None,
+    "Seed numbers of a network's samples: 0-49999, or several ranges (0-49999,50000-99999), each "
+    "of which is measured by itself; the lowest FID counts.",
+)
 LABELS = flags.DEFINE_string(
     "labels", None, "Of a network's samples, see launch/sample.py: random is ADM's rule."
 )
@@ -89,7 +95,7 @@ def main() -> None:
         **({"dataset": DATASET.value} if MAKE_REFERENCE.value else {}),
     )
     of_networks = ["labels"] * bool(LABELS.value) + ["vae"] * bool(DECODING.decoding())
-    of_networks += list(SAMPLING.value)
+    of_networks += ["seeds"] * bool(SEEDS.value) + list(SAMPLING.value)
     if of_networks and not (NETWORK.workdir.value or NETWORK.weights.value):
         cli.fail(
             f"--{of_networks[0]} goes with --workdir or --weights: samples that are there are "
@@ -126,6 +132,7 @@ def _score() -> None:
 def _evaluate() -> None:
     """ADM's suite."""
     from diffit_jax.runtime import distributed
+    from diffit_jax.runtime.ranges import parse_ranges
     from diffit_jax.verbs import evaluate
 
     if DATASET.value:
@@ -143,6 +150,7 @@ def _evaluate() -> None:
         SAMPLING.value,
         DECODING.decoding(),
         INCEPTION_BATCH.value,
+        parse_ranges("--seeds", SEEDS.value) if SEEDS.value else None,
     )
     if distributed.is_first():
         print(evaluate.table(scores))

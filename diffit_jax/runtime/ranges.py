@@ -27,6 +27,11 @@ def parse_numbers(flag: str, text: str) -> list[int]:
     return numbers
 
 
+def parse_ranges(flag: str, text: str) -> list[list[int]]:
+    """`0-9,20-29` → the numbers of each range; `flag` is named in the error."""
+    return [parse_numbers(flag, part) for part in text.split(",")]
+
+
 def in_short(numbers: Sequence[int]) -> str:
     """The inverse of `parse_numbers`: 0, 1, 2, 3, 7 → `0-3,7`."""
     parts, index = [], 0

@@ -1,5 +1,6 @@
 """The verb `evaluate`: from samples and a reference to the scores of ADM's suite."""
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ def evaluate(
     overrides: Mapping[str, Any] | None = None,
     decoding: Decoding | None = None,
     batch_per_device: int = BATCH_PER_DEVICE,
+    seeds: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Measures samples against a reference and writes the scores as JSON. Interrupted, the same
     call goes on where it was.
@@ -63,12 +65,15 @@ def evaluate(
       output: path of the JSON; None: `<name of the samples>.metrics.json` beside them, or in the
         work directory.
       overwrite: whether the scores of other samples may be replaced.
-      labels, overrides, decoding: of the samples of a network, whose seed numbers are 0 to
-        `count` - 1; see `verbs.sample`.
+      labels, overrides, decoding: of the samples of a network; see `verbs.sample`.
       batch_per_device: pictures of which a device extracts the features at once.
+      seeds: sets of seed numbers of a network's samples; None: one, 0 to `count` - 1. Each set is
+        measured by itself, and the one of the lowest FID counts: EDM's protocol is the lowest of
+        three.
 
     Returns:
-      `metrics`: the scores by name; `count`; and `protocol`: what they depend on.
+      `metrics`: the scores by name; `count`; and `protocol`: what they depend on. Of several sets
+      those of the lowest FID, and `sets`: `seeds`, `metrics` and `samples_digest` of each.
 
     Raises:
       UserError: files or weights that cannot be read or do not belong together, fewer samples than
@@ -79,26 +84,35 @@ def evaluate(
     # --- The samples, before anything else is opened.
     asked = None
     if isinstance(samples, Run | Weights):
-        seeds = range(COUNT if count is None else count)
-        asked = Asked.make(samples, seeds, labels, overrides or {}, decoding)
-        pictures: Pictures = DrawnPictures(asked, asked.load())
-        output = asked.output(None).with_suffix(METRICS_SUFFIX) if output is None else output
+        if seeds is not None and count is not None:
+            raise UserError("--seeds and --count both say how many samples: leave out either")
+        sets = seeds or [range(COUNT if count is None else count)]
+        every = [Asked.make(samples, one, labels, overrides or {}, decoding) for one in sets]
+        asked = every[0]
+        networks = asked.load()
+        drawn: list[Pictures] = [DrawnPictures(one, networks) for one in every]
+        if output is None:
+            lowest = f".lowest_of_{len(sets)}" if len(sets) > 1 else ""
+            path = asked.output(None)
+            output = path.with_name(f"{path.stem}{lowest}{METRICS_SUFFIX}")
     else:
+        if seeds is not None:
+            raise UserError("--seeds goes with a network: samples that are there are as they are")
         path = hub.local(samples, "samples")
-        pictures = open_pictures(path)
+        drawn = [open_pictures(path)]
         name = path.name if path.is_dir() else path.stem
         if output is None:
             output = hub.beside(samples, path) / f"{name}{METRICS_SUFFIX}"
     output = files.resolve(output, "output")
-    if count is not None and count > pictures.count:
-        raise UserError(
-            f"{pictures.facts['samples']} has {pictures.count} samples, --count asks for {count}: "
-            "draw more, or ask for fewer"
-        )
-    count = pictures.count if count is None else count
-    if count < 2:
-        raise UserError("one sample has no covariance: measure at least two")
-    distributed.first_then_all(lambda: _refuse_others(output, pictures, overwrite), lambda: None)
+    for pictures in drawn:
+        if count is not None and count > pictures.count:
+            raise UserError(
+                f"{pictures.facts['samples']} has {pictures.count} samples, --count asks for "
+                f"{count}: draw more, or ask for fewer"
+            )
+        if (pictures.count if count is None else count) < 2:
+            raise UserError("one sample has no covariance: measure at least two")
+    distributed.first_then_all(lambda: _refuse_others(output, drawn[0], overwrite), lambda: None)
 
     # --- What they are compared with, and by which network.
     mesh = asked.opened.mesh if asked else parallel.any_mesh()
@@ -106,20 +120,46 @@ def evaluate(
     opened = Reference.load(hub.local(reference, "reference"), extractor.sizes)
     opened.check(pictures.shape, resize)
     evaluator = Evaluator(extractor, opened, opened.chosen(metrics))
-    protocol = protocol_of(pictures, extractor, count) | {"reference": _of_reference(opened)}
+    if len(drawn) > 1 and "fid" not in evaluator.metrics:
+        raise UserError("of several --seeds the lowest FID counts: add fid to --metrics")
 
-    # --- Measure and compare.
-    begun = Begun(output.with_name(f"{output.name}.begun.npz"), _identity(protocol, evaluator))
-    measured = measure(pictures, extractor, "evaluate", evaluator.pooled, count, begun)
-    scores = {
-        "metrics": evaluator.scores(measured),
-        "count": measured.count,
-        "protocol": protocol | {"samples_digest": measured.digest.hex()},
-    }
+    # --- Measure and compare, one set after the other.
+    of_sets, begun = [], []
+    for number, pictures in enumerate(drawn):
+        number_of = pictures.count if count is None else count
+        protocol = protocol_of(pictures, extractor, number_of)
+        protocol |= {"reference": _of_reference(opened)}
+        place = output.with_name(f"{output.name}.begun{number or ''}.npz")
+        begun.append(Begun(place, _identity(protocol, evaluator)))
+        # What is measured stays until all is: interrupted, it is not measured again.
+        measured = measure(pictures, extractor, "evaluate", evaluator.pooled, number_of, begun[-1])
+        if number + 1 < len(drawn):
+            keep = functools.partial(begun[-1].save, measured)
+            distributed.first_then_all(keep, lambda: None)
+        of_sets.append(
+            {
+                "metrics": evaluator.scores(measured),
+                "count": measured.count,
+                "protocol": protocol | {"samples_digest": measured.digest.hex()},
+            }
+        )
+    scores = min(of_sets, key=lambda one: one["metrics"].get("fid", 0.0))
+    if len(of_sets) > 1:
+        scores = scores | {
+            "sets": [
+                {
+                    "seeds": one["protocol"]["seeds"],
+                    "metrics": one["metrics"],
+                    "samples_digest": one["protocol"]["samples_digest"],
+                }
+                for one in of_sets
+            ]
+        }
 
     def write() -> None:
         files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
-        begun.done()
+        for one in begun:
+            one.done()
         log.info("wrote %s", output)
 
     distributed.first_then_all(write, lambda: None)
@@ -136,6 +176,8 @@ def table(scores: Mapping[str, Any]) -> str:
         if name in _TITLES
     ]
     reference = epath.Path(protocol["reference"]["path"]).name
+    for one in scores.get("sets", ()):
+        lines.append(f"FID of seeds {one['seeds']:20}{one['metrics']['fid']:12.5f}")
     lines.append(
         f"({scores['count']} samples against {reference}; resize {protocol['resize']}, labels "
         f"{protocol['labels']})"

@@ -21,7 +21,7 @@ from diffit_jax.evaluation.reference import Reference
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.networks import Run
-from diffit_jax.verbs.evaluate import evaluate
+from diffit_jax.verbs.evaluate import evaluate, table
 from diffit_jax.verbs.make_reference import make_reference
 from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.self_test import Published, self_test
@@ -146,6 +146,42 @@ def test_samples_of_a_network_are_those_of_its_file(place, latent_run, tmp_path)
     assert of_run["request"]["identity"] == of_file["request"]["identity"]
     with pytest.raises(UserError, match=r"makes latents, which have no FID.*--vae"):
         measured(place, Run(latent_run[0]), count=6, output=tmp_path / "e.json", **again)
+
+
+def test_the_lowest_fid_of_several_seeds(place, run, tmp_path, monkeypatch):
+    """EDM's protocol. Interrupted in the second set, the first is not measured again."""
+    np.savez(tmp_path / "d.npz", arr_0=pictures(12, 1, side=8)[..., :1])
+    made = reference(place, open_pictures(tmp_path / "d.npz"), str(tmp_path / "r.npz"))
+    of_run = functools.partial(measured, place, Run(run[0]), made, metrics=["fid"])
+    sets = [range(18), range(18, 36), range(36, 54)]
+    alone = of_run(seeds=sets[1:2], output=tmp_path / "one.json")
+    calls, call = [], Extractor.__call__
+
+    def counted(self, images):
+        calls.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(Extractor, "__call__", counted)
+    with monkeypatch.context() as interrupted:
+        notice = distributed.PreemptionNotice
+        interrupted.setattr(notice, "reached", lambda self, step: len(calls) == 3)
+        with pytest.raises(interruption.Preempted):
+            of_run(seeds=sets, output=tmp_path / "m.json")
+    scores = of_run(seeds=sets, output=tmp_path / "m.json")
+    assert sum(calls) == 54 and sorted(path.name for path in tmp_path.glob("m.*")) == ["m.json"]
+    assert [one["seeds"] for one in scores["sets"]] == ["0-17", "18-35", "36-53"]
+    fids = [one["metrics"]["fid"] for one in scores["sets"]]
+    assert scores["sets"][1]["metrics"] == alone["metrics"]
+    lowest = scores["sets"][int(np.argmin(fids))]
+    assert scores["metrics"] == lowest["metrics"] and scores["protocol"]["seeds"] == lowest["seeds"]
+    assert len(set(fids)) == 3 and json.loads((tmp_path / "m.json").read_text()) == scores
+    assert f"FID of seeds 18-35{'':15}{fids[1]:12.5f}" in table(scores)
+    with pytest.raises(UserError, match="the lowest FID counts: add fid to --metrics"):
+        measured(place, Run(run[0]), made, metrics=["sfid"], seeds=sets, output=tmp_path / "n.json")
+    with pytest.raises(UserError, match="--seeds goes with a network"):
+        measured(place, seeds=sets)
+    with pytest.raises(UserError, match="--seeds and --count both say how many"):
+        of_run(seeds=sets, count=3)
 
 
 def test_what_was_measured_survives_an_interruption(place, tmp_path, monkeypatch):
