@@ -335,7 +335,9 @@ def resampled(x_BHWC: jax.Array, inverse_B23: jax.Array) -> jax.Array:
     return einsum("jq,biqc->bijc", jnp.float32(_coarse(width)), down)
 
 
-PRECISION = jax.lax.Precision.HIGHEST
+# On TPUs three products of bfloat16 in place of six: 1.5e-5 off the golden pictures, by emulation.
+# Elsewhere float32.
+PRECISION = jax.lax.Precision.HIGH
 
 # Low-pass of the symlet of 6 vanishing moments.
 _SYM6 = np.array(

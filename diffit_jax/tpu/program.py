@@ -49,9 +49,9 @@ class Instruction:
 
     @property
     def estimated_cycles(self) -> int | None:
-        """The compiler's estimate, None where it has none."""
+        """The compiler's estimate, None where it has none: it may say so by 2^63 - 1."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-        return int(found[1]) if found else None
+        return int(found[1]) if found and int(found[1]) < 2**62 else None
 
     def called(self, *keys: str) -> list[str]:
         """Names of the computations given by attributes like `calls=` or

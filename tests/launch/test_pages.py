@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from support.configs import small_config, small_latent_config
 from support.fid import NARROW, inception_tensors, save_pth, save_tiny_vae
-from support.pictures import others_latents
+from support.pictures import cifar10_archive, others_latents
 from support.processes import environment, write_config
 
 from diffit_jax import models
@@ -38,6 +38,8 @@ LISTS = {
     "pip install": "installs",
     "python launch/train.py --config configs/digits.py": "run",
     "python launch/train.py --config configs/own_images.py": "run",
+    # tests/training/test_pixel_recipe.py trains it, in small.
+    "python launch/train.py --config configs/cifar10.py": "parsed",
     "python launch/prepare.py": "run",
     "python launch/encode.py": "run",
     "python launch/train.py --config … ": "a pattern, with an ellipsis for the config",
@@ -50,6 +52,7 @@ LISTS = {
     "python launch/evaluate.py": "run",
     # It draws 50,000; tests/verbs/test_evaluate.py draws six.
     "python launch/evaluate.py --weights": "parsed",
+    "python launch/evaluate.py --workdir": "parsed",
     "python launch/evaluate.py --self_test": "parsed",
     "python launch/benchmark.py --config configs/digits.py": "run",
     "python launch/benchmark.py": "parsed",
@@ -155,6 +158,7 @@ def scratch(tmp_path_factory):
     )
     save_tiny_vae(folder / "sd-vae-ft-ema")
     others_latents(folder / "edm2.zip", (5.81, 3.25, 0.12, -2.15))
+    cifar10_archive(folder / "cifar-10-python.tar.gz", 2)
     save_pth(folder / "pt_inception-2015-12-05-6726825d.pth", inception_tensors(NARROW))
     images = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
     np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
@@ -265,7 +269,7 @@ def test_lines_that_are_run(scratch):
     for line in lines:
         if "VIRTUAL" in line:
             shutil.copy(scratch / "reference.npz", scratch / "VIRTUAL_imagenet256_labeled.npz")
-        if "--dataset" in line:
+        if "--dataset digits" in line:
             result = run(prepare, scratch)
             assert result.returncode == 0, result.stderr[-2000:]
         target = re.search(r"--to_workdir (\S+)", line)

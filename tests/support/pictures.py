@@ -1,7 +1,9 @@
 """Pictures as people have them, small."""
 
+import gzip
 import io
 import json
+import pickle
 import struct
 import tarfile
 import zipfile
@@ -147,3 +149,33 @@ def odd_pictures():
         "ünï cödé 'quoted' \n%s.png": (png, ([], {(5, 6): tuple(plain[5, 6])})),
         "plain.webp": (encoded(plain, "webp", lossless=True), ([], {(5, 6): tuple(plain[5, 6])})),
     }
+
+
+def discs(count, side=32):
+    """(count, side, side, 3) uint8: a disc of some colour before another one, each its own."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:side, :side] / side
+    centre, radius = (
+        rng.uniform(0.25, 0.75, (2, count, 1, 1)),
+        rng.uniform(0.1, 0.35, (count, 1, 1)),
+    )
+    inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
+    disc, ground = rng.integers(0, 256, (2, count, 1, 1, 3))
+    return np.where(inside[..., None], disc, ground).astype(np.uint8)
+
+
+def cifar10_archive(path, per_batch):
+    """An archive like CIFAR-10's, with `per_batch` pictures in each of its five batches and in the
+    test batch."""
+    pixels = discs(6 * per_batch).transpose(0, 3, 1, 2).reshape(6, per_batch, -1)
+    names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    files = {
+        f"cifar-10-batches-py/{name}": pickle.dumps(
+            {b"data": rows, b"labels": [number % 10 for number in range(per_batch)]}
+        )
+        for name, rows in zip(names, pixels, strict=True)
+    }
+    classes = b"airplane automobile bird cat deer dog frog horse ship truck".split()
+    files["cifar-10-batches-py/batches.meta"] = pickle.dumps({b"label_names": classes})
+    path.write_bytes(gzip.compress(tar_bytes(files)))
+    return path
