@@ -42,7 +42,14 @@ POD = json.loads(os.environ.get("POD", "null"))
 STEPS = 10
 SEEDS = np.array([3, 1, 4, 15, 9, 2, 6, 5])
 CONFIGS = {
-    "image": small_config(model__channels=(16, 16), model__num_blocks=(1, 1), model__head_width=8),
+    "image": small_config(
+        model__channels=(16, 16),
+        model__num_blocks=(1, 1),
+        model__head_width=8,
+        model__dropout=0.1,
+        model__augment_labels=9,
+        augmentation={"probability": 0.3},
+    ),
     "latent": small_latent_config(model__hidden_size=32, model__num_heads=4),
 }
 

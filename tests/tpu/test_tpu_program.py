@@ -295,3 +295,17 @@ def test_clock_and_peak_agree(name, multipliers):
     """A multiply-add of every matrix unit of every core in each cycle is the peak."""
     chip = CHIPS[name]
     assert chip.clock * 2 * multipliers * chip.cores == pytest.approx(chip.peak_flops, rel=0.005)
+
+
+def test_the_compilers_largest_number_is_no_estimate():
+    """It wrote 2^63 - 1 for convolutions on v5p: they are priced by their bytes."""
+    text = """
+ENTRY %main (x: f32[800]) -> f32[800] {
+  %x = f32[800]{0:T(128)} parameter(0)
+  ROOT %y = f32[800]{0:T(128)} fusion(%x), kind=kLoop, calls=%nothing, CYCLES
+}
+"""
+    told = priced(text.replace("CYCLES", estimate(7)))
+    assert told.cycles == 7 and told.cycles_by_bytes == 0
+    untold = priced(text.replace("CYCLES", estimate(2**63 - 1)))
+    assert untold.cycles == untold.cycles_by_bytes == 2 * 4 * 800 / 100
