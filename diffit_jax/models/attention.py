@@ -263,7 +263,8 @@ class TMSA(nn.Module):
         head_width = q_BNHLD.shape[-1]
         backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
-            index_LL, shared_LL = tile_index(self.tile or (self.window,) * 2, self.window)
+            tile = self.tile or (self.window, self.window)
+            index_LL, shared_LL = tile_index(tile, self.window)
             bias_LLH = bias_table[index_LL]
             if not shared_LL.all():
                 bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)

@@ -14,6 +14,7 @@ from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Optimizer, build
 from diffit_jax.runtime import parallel, rows
+from diffit_jax.training import step as step_module
 from diffit_jax.training.compiling import open_training_data
 from diffit_jax.training.optimizer import decays, learning_rate, make_optimizer
 from diffit_jax.training.state import create_state
@@ -158,6 +159,37 @@ def test_a_bad_batch_moves_the_data_on_and_nothing_else():
     np.testing.assert_allclose(values["learning_rate"], 1e-2 / 4, rtol=1e-6)
     counts = [int(leaf) for leaf in jax.tree.leaves(end.opt_state) if leaf.dtype == jnp.int32]
     assert counts and set(counts) == {2}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_gradients_that_are_not_finite_are_replaced_only_if_asked_for(replace, monkeypatch):
+    """With a finite loss: EDM's code makes them 0 and ±100,000, ours skips the update."""
+
+    @jax.custom_vjp
+    def spoiled(x):
+        return jnp.sum(x)
+
+    spoiled.defvjp(
+        lambda x: (jnp.sum(x), x.shape),
+        lambda shape, g: (jnp.resize(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 2.0]), shape),),
+    )
+
+    def loss(experiment, params, *_):
+        return spoiled(params["final"]["bias"]), {"mse": jnp.zeros(()), "vb": jnp.zeros(())}
+
+    monkeypatch.setattr(step_module, "mean_loss", loss)
+    config = small_latent_config(optimizer__replace_nonfinite=replace, optimizer__warmup_steps=0)
+    state, _ = run_steps(config, synthetic(config, 1))
+    assert int(state.skipped) == (not replace)
+    (adam,) = [
+        part
+        for part in jax.tree.leaves(
+            state.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+        )
+        if hasattr(part, "mu")
+    ]
+    first = np.array([0, 1e4, -1e4, 0.2]) * replace  # a tenth of the gradient
+    np.testing.assert_allclose(adam.mu["final"]["bias"][:4], first, rtol=1e-6)
 
 
 def test_too_many_bad_batches_end_the_run(tmp_path, monkeypatch):
