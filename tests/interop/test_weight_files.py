@@ -188,7 +188,13 @@ def test_json_that_is_no_index(content, tmp_path):
 def test_a_file_determines_sizes_and_nothing_else():
     """Every attribute of the model: those of a file are the file's, all others the config's, also
     ones that are yet to come."""
-    values = {"scan_unroll": 2, "remat": "full", "attention": "auto", "dtype": "bfloat16"}
+    values = {
+        "dropout": 0.1,
+        "scan_unroll": 2,
+        "remat": "full",
+        "attention": "auto",
+        "dtype": "bfloat16",
+    }
     config = small_latent_config(
         **{f"model__{name}": value for name, value in values.items()}, model__hidden_size=999
     ).to_dict()
