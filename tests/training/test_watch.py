@@ -87,6 +87,10 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
         jax.jit(lambda x: x + 1)(np.ones(3))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8),
+    reason="the profiler of jaxlib 0.7.2 crashed the process in two of five runs",
+)
 def test_profile_and_cache_are_reported(tmp_path, caplog):
     with caplog.at_level("INFO", logger="diffit_jax"):
         train(small_latent_config(training__total_steps=4), tmp_path / "run", profile_steps=(2, 3))
