@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    # The 70,000 pictures: `launch/prepare.py --source FFHQ --name ffhq64 --size 64` makes them.
+    # The 70,000 pictures: `launch/prepare.py --source FFHQ --name ffhq64 --crop resize --size 64`
+    # makes them.
     config.data = ConfigDict(dict(name="ffhq64", data_dir=""))
 
     config.model = ConfigDict(

@@ -365,7 +365,7 @@ def _check_output(experiment: Experiment) -> None:
 
 
 def _check_augmentation(experiment: Experiment) -> None:
-    has = getattr(experiment.model, "augment_labels", 0)
+    has = experiment.model.augment_labels
     needed = experiment.augmentation.num_labels
     if has != needed:
         raise UserError(

@@ -108,6 +108,7 @@ LABELS = {
     "saturation": 1,
 }
 _RESAMPLED = ("scale", "rotation", "stretch", "shift")
+_RECOLOURED = ("brightness", "contrast", "luma_flip", "hue", "saturation")
 
 
 def augment(
@@ -241,7 +242,7 @@ def apply(settings: Augmentation, images_BHWC: jax.Array, draws: Draws) -> jax.A
         zeros = jnp.zeros(len(x_BHWC))
         inverse = inverse_map({**dict.fromkeys(_RESAMPLED, zeros), **draws}, _size(x_BHWC))
         x_BHWC = resampled(x_BHWC, inverse)
-    if any(settings.applies(name) for name in list(LABELS)[8:]):
+    if any(settings.applies(name) for name in _RECOLOURED):
         x_BHWC = _recoloured(settings, x_BHWC, draws)
     return x_BHWC
 
@@ -280,8 +281,8 @@ def inverse_map(draws: Draws, size: tuple[int, int]) -> jax.Array:
     """Where the pixels of augmented images come from.
 
     Args:
-      draws: (B,) `scale`, `rotation`, `stretch`, `stretch_angle` and (B, 2) `shift`; those that are
-        left out do nothing.
+      draws: (B,) `scale`, `rotation`, `stretch`, `stretch_angle` (may be left out: 0) and (B, 2)
+        `shift`.
       size: (H, W).
 
     Returns:

@@ -12,7 +12,6 @@ Shape suffixes: B batch, H, W, C height, width and channels; E evaluations.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, ClassVar, NamedTuple
@@ -23,15 +22,15 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.guidance import Guided
-from diffit_jax.diffusion.preconditioning import VP, cosine_levels, known_levels
-from diffit_jax.diffusion.samplers import Drawn, StepsOfGrid, descend, watched
+from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
+from diffit_jax.diffusion.samplers import Churning, Drawn, OfDenoiser, StepsOfGrid, descend, watched
 from diffit_jax.diffusion.schedule import sampling_grid
-from diffit_jax.diffusion.seams import Conditioning, Denoiser, Network, Noise, Process
+from diffit_jax.diffusion.seams import Conditioning, Denoiser, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, above, at_least, one_of
 
 # From and to which noise level a grid goes by itself; "vp": those of `VP` from `time_min` on.
-RANGES = {"edm": (0.002, 80.0), "vp": None, "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
+RANGES = {"edm": EDM_RANGE, "vp": None, "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
 _IDDPM = (1000, 0.001, 0.008)  # M, C1 and C2 of the grid "iddpm"
 
 
@@ -55,7 +54,7 @@ class Path(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class General:
+class General(Churning, OfDenoiser):
     """EDM's general sampler; by default it is `Heun`.
 
     Attributes:
@@ -92,17 +91,8 @@ class General:
     churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
     churn_noise: Annotated[float, at_least(0)] = 1.0
 
-    def __post_init__(self):
-        limits.check(self, "sampling.sampler")
-
     def check(self, process: Process) -> None:
         self.levels(process)
-
-    def steps(self, process: Process) -> int:
-        return self.num_steps
-
-    def evaluated(self, process: Process, network: Network) -> Denoiser:
-        return functools.partial(process.denoise, network)
 
     # --- The table
 
@@ -173,7 +163,9 @@ class General:
     ) -> Drawn:
         path = self.path(process)
         t = np.append(path.time(self.levels(process)), 0.0)
-        t_hat = self._churned(process, path, t[:-1])
+        sigma = path.sigma(t[:-1])
+        lifted = process.round_sigma(self.churned(sigma))
+        t_hat = np.where(lifted > sigma, path.time(lifted), t[:-1])
         h = t[1:] - t_hat
         of_second = 1 / (2 * self.alpha)
 
@@ -204,7 +196,7 @@ class General:
 
         x_BHWC = noise(0)
         dtype = x_BHWC.dtype
-        table = jnp.asarray(np.array(rows), dtype)
+        table = jnp.asarray(rows, dtype)
 
         def body(
             index: jax.Array, carry: tuple[jax.Array, ...], network: Denoiser
@@ -225,18 +217,11 @@ class General:
         first = t[:1]
         x_BHWC = x_BHWC * jnp.asarray((path.sigma(first) * path.scale(first))[0], dtype)
         carry = x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)
-        step_sigma = np.repeat(path.sigma(t[:-1]), evaluations)[: len(rows)]
+        step_sigma = np.repeat(sigma, evaluations)[: len(rows)]
         seen = watched(self.num_steps, frames, evaluations)
         levels = np.array(rows)[:, 4]
         carry, kept = descend(guided, body, carry, levels, seen, step_sigma)
         return Drawn(carry[0], kept)
-
-    def _churned(self, process: Process, path: Path, t: np.ndarray) -> np.ndarray:
-        """The times that those of the grid are lifted to before their steps, (N,) float64."""
-        gamma = min(self.churn_amount / self.num_steps, math.sqrt(2) - 1)
-        sigma = path.sigma(t)
-        churns = (self.churn_sigma_low <= sigma) & (sigma <= self.churn_sigma_high) & (gamma > 0)
-        return np.where(churns, path.time(process.round_sigma(sigma * (1 + gamma))), t)
 
 
 def _schedule(

@@ -22,6 +22,8 @@ from diffit_jax.diffusion.seams import Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, GridPower, NoiseLevel, above, at_least
 
+EDM_RANGE = 0.002, 80.0  # noise levels of EDM's own sampling grid
+
 
 class _OfLimitedRange(Preconditioned):
     """A process whose network knows noise levels from one to another; its sampling grid is EDM's,
@@ -46,17 +48,33 @@ class _OfLimitedRange(Preconditioned):
         """(N + 1,) float64: `sampling_grid` of EDM's range, clamped to the network's and rounded to
         its levels, then 0."""
         low, high = self.sigma_range
-        if not max(0.002, low) < min(80.0, high):
+        lowest, highest = max(EDM_RANGE[0], low), min(EDM_RANGE[1], high)
+        if not lowest < highest:
             raise UserError(
                 f"the network knows noise levels from {low:.3g} to {high:.3g}, none of EDM's from "
                 '80 to 0.002: use the sampler "general" with sigma_min and sigma_max'
             )
-        grid = sampling_grid(max(0.002, low), min(80.0, high), self.rho, num_steps)
+        grid = sampling_grid(lowest, highest, self.rho, num_steps)
         return np.append(known_levels(self, grid[:-1]), 0.0)
 
 
+class _DrawnByShare(_OfLimitedRange):
+    """One that is trained at a uniform share of the way through its noise levels, each weighted by
+    1 / sigma²."""
+
+    def sigma_of_share(self, share: jax.Array) -> jax.Array:
+        """The noise level at a share in [0, 1] of the way."""
+        raise NotImplementedError
+
+    def draw_sigma(self, key: jax.Array) -> jax.Array:
+        return self.sigma_of_share(jax.random.uniform(key))
+
+    def loss_weight(self, sigma: jax.Array) -> jax.Array:
+        return 1 / sigma**2
+
+
 @dataclasses.dataclass(frozen=True)
-class VP(_OfLimitedRange):
+class VP(_DrawnByShare):
     """Variance preserving: sigma(t)² = exp(½ beta_d t² + beta_min t) - 1 at time t in [epsilon, 1],
     which is drawn uniformly; the network is told (M - 1) t.
 
@@ -92,20 +110,14 @@ class VP(_OfLimitedRange):
         c_in = 1 / jnp.sqrt(sigma**2 + 1)
         return jnp.ones_like(sigma), -sigma, c_in, (self.num_timesteps - 1) * t
 
-    def draw_sigma(self, key: jax.Array) -> jax.Array:
-        return self.sigma_of_share(jax.random.uniform(key))
-
     def sigma_of_share(self, share: jax.Array) -> jax.Array:
         """The noise level at a share in [0, 1] of the way from the latest time to the earliest."""
         t = 1 + share * (self.epsilon - 1)
         return jnp.sqrt(jnp.expm1(self._exponent(t)))
 
-    def loss_weight(self, sigma: jax.Array) -> jax.Array:
-        return 1 / sigma**2
-
 
 @dataclasses.dataclass(frozen=True)
-class VE(_OfLimitedRange):
+class VE(_DrawnByShare):
     """Variance exploding: ln sigma is uniform in training; the network is told ln(sigma / 2).
 
     Attributes:
@@ -128,16 +140,10 @@ class VE(_OfLimitedRange):
         ones = jnp.ones_like(sigma)
         return ones, sigma, ones, jnp.log(sigma / 2)
 
-    def draw_sigma(self, key: jax.Array) -> jax.Array:
-        return self.sigma_of_share(jax.random.uniform(key))
-
     def sigma_of_share(self, share: jax.Array) -> jax.Array:
         """The noise level at a share in [0, 1] of the way, in ln sigma, from the lowest to the
         highest."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** share
-
-    def loss_weight(self, sigma: jax.Array) -> jax.Array:
-        return 1 / sigma**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,23 +150,42 @@ def descend(
     return carry, empty if frames is None else frames
 
 
-class _InNoiseLevels:
-    """What samplers in EDM's noise levels have in common: they evaluate the denoiser on the
-    process's grid."""
+class OfDenoiser:
+    """What samplers have in common that evaluate the process's denoiser, N steps long."""
 
     num_steps: int
 
     def __post_init__(self):
         limits.check(self, "sampling.sampler")
 
-    def check(self, process: Process) -> None:
-        process.sigmas(self.num_steps)
-
     def steps(self, process: Process) -> int:
         return self.num_steps
 
     def evaluated(self, process: Process, network: Network) -> Denoiser:
         return functools.partial(process.denoise, network)
+
+
+class Churning:
+    """What samplers have in common that add fresh noise on their way; their attributes are those of
+    `Heun`."""
+
+    churn_amount: float
+    churn_sigma_low: float
+    churn_sigma_high: float
+
+    def churned(self, sigmas: np.ndarray) -> np.ndarray:
+        """The noise level t̂ = t (1 + gamma) that each level t of the grid is lifted to before its
+        step; shaped like `sigmas`."""
+        gamma = min(self.churn_amount / len(sigmas), math.sqrt(2) - 1)
+        inside = (self.churn_sigma_low <= sigmas) & (sigmas <= self.churn_sigma_high)
+        return np.where(inside, sigmas * (1 + gamma), sigmas)
+
+
+class _InNoiseLevels(OfDenoiser):
+    """What samplers have in common that walk down the process's own grid."""
+
+    def check(self, process: Process) -> None:
+        process.sigmas(self.num_steps)
 
     def draw(
         self,
@@ -202,7 +221,7 @@ class _InNoiseLevels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Heun(_InNoiseLevels):
+class Heun(Churning, _InNoiseLevels):
     """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at
     the end. 2N - 1 evaluations.
 
@@ -223,13 +242,6 @@ class Heun(_InNoiseLevels):
     churn_sigma_low: Annotated[float, at_least(0)] = 0.0
     churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
     churn_noise: Annotated[float, at_least(0)] = 1.0
-
-    def churned(self, sigmas: np.ndarray) -> np.ndarray:
-        """The noise level t̂ = t (1 + gamma) that each level t of the grid is lifted to before its
-        step; shaped like `sigmas`."""
-        gamma = min(self.churn_amount / len(sigmas), math.sqrt(2) - 1)
-        inside = (self.churn_sigma_low <= sigmas) & (sigmas <= self.churn_sigma_high)
-        return np.where(inside, sigmas * (1 + gamma), sigmas)
 
     def solve(
         self,

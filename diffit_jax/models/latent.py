@@ -93,6 +93,11 @@ class LatentDiffiT(nn.Module):
         return self.input_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def augment_labels(self) -> int:
+        """Latents are not augmented."""
+        return 0
+
+    @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the parameters whose leading axis counts layers."""
         return ("blocks",)

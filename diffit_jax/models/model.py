@@ -44,6 +44,11 @@ class Model(Protocol):
         ...
 
     @property
+    def augment_labels(self) -> int:
+        """How many numbers tell it what was done to an image in training."""
+        ...
+
+    @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the parameters whose leading axis counts layers."""
         ...
