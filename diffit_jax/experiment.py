@@ -25,7 +25,7 @@ from diffit_jax.limits import FREE, at_least
 from diffit_jax.models import MODELS, Model
 from diffit_jax.runtime import config_files
 from diffit_jax.runtime.parallel import MeshShape
-from diffit_jax.sections import EMA, Data, Optimizer, Sampling, Training
+from diffit_jax.sections import EMA, Data, Evaluation, Optimizer, Sampling, Training
 from diffit_jax.spaces import Space, make_space
 
 
@@ -41,7 +41,7 @@ class Experiment:
       data, optimizer, ema, training, sampling: the sections of those names.
       space: how examples enter the step and samples leave it; it follows from `data`,
         `augmentation` and `sampling`.
-      augmentation, mesh: the sections of those names, which may be left out.
+      augmentation, evaluation, mesh: the sections of those names, which may be left out.
     """
 
     seed: Annotated[int, at_least(0, most=2**32 - 1)]
@@ -54,6 +54,7 @@ class Experiment:
     sampling: Annotated[Sampling, FREE]
     space: Annotated[Space, FREE]
     augmentation: Augmentation = augment.NONE
+    evaluation: Annotated[Evaluation, FREE] = dataclasses.field(default_factory=Evaluation)
     mesh: Annotated[MeshShape, FREE] = dataclasses.field(default_factory=MeshShape)
 
     def __post_init__(self):
@@ -62,6 +63,7 @@ class Experiment:
         _check_output(self)
         _check_augmentation(self)
         _check_sampling(self)
+        self.evaluation.check(self.data.autoencoder)
 
     def with_sampling(self, sampling: Sampling) -> "Experiment":
         """The same experiment, sampled in another way.

@@ -194,6 +194,68 @@ class Sampling:
         return dataclasses.replace(self, **values)
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Section `evaluation`, which may be left out: how a run is watched while it trains. Weights
+    are its raw parameters and all of its averages.
+
+    Attributes:
+      steps: updates between evaluations: samples are drawn, decoded and compared with a reference,
+        as the verb `evaluate` does it; one more after the last update. 0: none.
+      reference: npz file of statistics, see `evaluation.reference`.
+      inception: weights of the FID network, see `interop.inception`.
+      vae: folder of the autoencoder that decodes latents, see `interop.diffusers`. Sample grids
+        show pictures if it is given, whether or not there are evaluations.
+      vae_dtype: of its convolutions.
+      count: samples of each kind of weights, of the seeds 0, 1, 2 …, always the same.
+      final_count: of those after the last update; 0: as many.
+      metrics: names in `reference.METRICS`; none: all but KID that the reference serves.
+      raw: whether the raw parameters are evaluated too, or averages only.
+      max_minutes: an evaluation stops measuring after so long and scores what there is; 0: never.
+      batch_per_device: pictures of which a device extracts the features at once.
+      loss_steps: updates between measurements of the loss on examples of the test split, at noise
+        levels and with noise that are always the same; 0: none.
+      loss_examples: how many of the test split's first examples.
+    """
+
+    steps: CountOrZero = 0
+    reference: limits.Path = ""
+    inception: limits.Path = ""
+    vae: limits.Path = ""
+    vae_dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
+    count: Annotated[int, at_least(2)] = 10_000
+    final_count: Annotated[int, at_least(2, besides=(0,))] = 0
+    metrics: Sequence[str] = ()
+    raw: bool = True
+    max_minutes: Annotated[float, at_least(0)] = 0.0
+    batch_per_device: Count = 32
+    loss_steps: CountOrZero = 0
+    loss_examples: Count = 2_048
+
+    def __post_init__(self):
+        limits.check(self, "evaluation")
+        for key in ("reference", "inception"):
+            if self.steps and not getattr(self, key):
+                what = {"reference": "npz file of statistics", "inception": "FID network's file"}
+                raise UserError(
+                    f"config key evaluation.{key} is missing: name the {what[key]}, or set "
+                    "evaluation.steps to 0"
+                )
+
+    def check(self, autoencoder: str) -> None:
+        """Raises `UserError` if samples cannot become pictures, or are some already;
+        `autoencoder`: the config's `data.autoencoder`."""
+        if self.steps and autoencoder and not self.vae:
+            raise UserError(
+                f"config key evaluation.vae is missing: samples are latents of {autoencoder}; name "
+                "that autoencoder's folder, or set evaluation.steps to 0"
+            )
+        if self.vae and not autoencoder:
+            raise UserError(
+                "config key evaluation.vae is given, but samples are images: leave it out"
+            )
+
+
 # The parts of the section `sampling` whose class is chosen by name, and the classes.
 CHOICES = {"sampler": SAMPLERS, "guidance": GUIDANCE}
 _PLAIN = ("batch_per_device", "pixel_rounding")

@@ -97,6 +97,10 @@ class Space(Protocol):
         """The same, or what `leave` has made of them, as (n, H', W', 1 or 3) uint8 pictures."""
         ...
 
+    def undisturbed(self) -> "Space":
+        """The same space, which examples enter as they are, without augmentation."""
+        ...
+
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch of `size` examples that the network sees as (H, W, C)."""
         ...
@@ -152,6 +156,9 @@ class PixelSpace:
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
         images = x_BHWC if x_BHWC.dtype == np.uint8 else self.leave(x_BHWC, self.variables)
         return images[..., : 3 if images.shape[-1] >= 3 else 1]
+
+    def undisturbed(self) -> "Space":
+        return dataclasses.replace(self, augmentation=augment.NONE)
 
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         return {"image": jax.ShapeDtypeStruct((size, *shape), jnp.uint8), **_labels(size)}
@@ -218,6 +225,9 @@ class LatentSpace:
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
         pictures = x_BHWC.dtype == np.uint8
         return x_BHWC if pictures else np.asarray(pixels.latent_preview(x_BHWC))
+
+    def undisturbed(self) -> "Space":
+        return self
 
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         return {"latent": jax.ShapeDtypeStruct((size, *shape), jnp.float32), **_labels(size)}

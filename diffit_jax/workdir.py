@@ -3,6 +3,7 @@
     config.json              the config of the run: with it, the directory holds one
     checkpoints/STEP         of the whole state; checkpoints_damaged/ those that could not be used
     ema_snapshots/STEP       of the averages of which one of any length is made
+    evaluations/STEP.json    the figures of the evaluations of a run
     events/  grids/  profile/  for people
 
 A key of a config may differ from that of the run which it continues if it has the mark `FREE`
@@ -32,6 +33,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 SNAPSHOTS = "ema_snapshots"
+EVALUATIONS = "evaluations"
 EVENTS = "events"
 GRIDS = "grids"
 PROFILE = "profile"

@@ -1,16 +1,24 @@
 """The scores of ADM's suite."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 
+from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
-from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
 from diffit_jax.evaluation.frechet import frechet_distance
-from diffit_jax.evaluation.measuring import Measured, measure
+from diffit_jax.evaluation.measuring import Begun, Measured, measure, protocol_of
+from diffit_jax.evaluation.pictures import Pictures
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.scores import kernel_distance
+from diffit_jax.runtime import distributed, hub
 
 # Metrics that need the features of single pictures, of both sides.
 _OF_PICTURES = frozenset(("precision", "recall", "kid"))
@@ -18,7 +26,8 @@ _OF_PICTURES = frozenset(("precision", "recall", "kid"))
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A reference and what is measured against it.
+    """A reference and what is measured against it: the verb `evaluate`, a sweep and a run that is
+    being trained have the same one.
 
     Attributes:
       extractor: from pictures to features.
@@ -29,6 +38,77 @@ class Evaluator:
     extractor: Extractor
     reference: Reference
     metrics: Sequence[str]
+
+    @classmethod
+    def open(
+        cls,
+        reference: epath.PathLike,
+        inception: epath.PathLike,
+        shape: tuple[int, ...],
+        mesh: jax.sharding.Mesh,
+        metrics: Sequence[str] | None = None,
+        resize: str = "tf1",
+        batch_per_device: int = BATCH_PER_DEVICE,
+    ) -> "Evaluator":
+        """Reads a reference and the FID network.
+
+        Args:
+          reference: npz file of statistics, see `evaluation.reference`.
+          inception: weights of the network, see `interop.inception`.
+          shape: (H, W, C) of the pictures that are to be compared.
+          mesh: devices to extract features on.
+          metrics: see `Reference.chosen`.
+          resize, batch_per_device: as of `Extractor`.
+
+        Raises:
+          UserError: a file that cannot be read, or a reference of another resolution or rule, or
+            without what a metric needs.
+        """
+        extractor = Extractor.load(inception, mesh, resize, batch_per_device)
+        opened = Reference.load(hub.local(reference, "reference"), extractor.sizes)
+        opened.check(tuple(shape), resize)
+        return cls(extractor, opened, opened.chosen(metrics))
+
+    def run(
+        self,
+        pictures: Pictures,
+        place: epath.Path,
+        count: int | None = None,
+        what: str = "evaluate",
+        max_seconds: float = 0.0,
+        keep: bool = False,
+    ) -> dict[str, Any]:
+        """Measures pictures and compares them. Interrupted, the same call goes on where it was.
+
+        Args:
+          pictures: what is measured.
+          place: file that keeps what is measured if the call is interrupted. It stays until `done`.
+          count: how many of the first pictures; None: all.
+          what: the pictures, for progress.
+          max_seconds: measure no more after so long; 0: all of them.
+          keep: whether what is measured is kept in any case.
+
+        Returns:
+          `metrics`: the scores by name; `count`: of pictures; `protocol`: what they depend on.
+
+        Raises:
+          UserError: fewer than two pictures.
+          interruption.Preempted, interruption.Interrupted: what is measured is kept.
+        """
+        count = pictures.count if count is None else count
+        check_count(count)
+        protocol = protocol_of(pictures, self.extractor, count)
+        begun = Begun(place, json.dumps([protocol, self.pooled], sort_keys=True))
+        measured = measure(
+            pictures, self.extractor, what, self.pooled, count, begun, max_seconds=max_seconds
+        )
+        if keep:
+            distributed.first_then_all(functools.partial(begun.save, measured), lambda: None)
+        protocol |= {
+            "reference": self.reference.facts(),
+            "samples_digest": measured.digest.hex(),
+        }
+        return {"metrics": self.scores(measured), "count": measured.count, "protocol": protocol}
 
     @property
     def pooled(self) -> bool:
@@ -44,13 +124,16 @@ class Evaluator:
                 scores[name] = frechet_distance(ours.statistics(), theirs)
         if "inception_score" in self.metrics:
             scores["inception_score"] = samples.inception_score.score()
-        if self.pooled and self.reference.pictures is not None:
-            of_reference = measure(
-                self.reference.pictures, self.extractor, "reference", pooled=True
-            )
-            scores |= self._of_pictures(of_reference.features, samples.features)
+        if self.pooled:
+            scores |= self._of_pictures(self._reference_features, samples.features)
         names = [*self.metrics, *(["kid_std"] if "kid" in self.metrics else [])]
         return {name: scores[name] for name in names}
+
+    @functools.cached_property
+    def _reference_features(self) -> np.ndarray:
+        """(m, d) of the reference's pictures, measured once."""
+        assert self.reference.pictures is not None
+        return measure(self.reference.pictures, self.extractor, "reference", pooled=True).features
 
     def _of_pictures(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
         """Metrics of the features of single pictures, (m, d) and (n, d)."""
@@ -62,3 +145,9 @@ class Evaluator:
             pair = kernel_distance(samples, reference)
             scores |= dict(zip(("kid", "kid_std"), pair, strict=True))
         return scores
+
+
+def check_count(count: int) -> None:
+    """Raises `UserError` if so few pictures cannot be measured."""
+    if count < 2:
+        raise UserError("one sample has no covariance: measure at least two")

@@ -1,6 +1,7 @@
 """From pictures to the features that metrics compare, on every device of a mesh."""
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from etils import epath
 from diffit_jax.interop import inception as interop
 from diffit_jax.models import inception
 from diffit_jax.models.inception import SIDE, Inception, Taps
-from diffit_jax.runtime import backend, contents, distributed, parallel, rows
+from diffit_jax.runtime import backend, contents, distributed, hub, parallel, rows
 
 BATCH_PER_DEVICE = 32
 
@@ -71,6 +72,8 @@ class Extractor:
         batch_per_device: int = BATCH_PER_DEVICE,
     ) -> "Extractor":
         """With the weights of a file, see `interop.inception`; errors as there."""
+        if os.fspath(path) != interop.RANDOM:
+            path = hub.local(path, "inception")
         module, variables = interop.load(path, parallel.replicated(mesh))
         return cls(module, variables, mesh, rule, batch_per_device)
 

@@ -137,6 +137,7 @@ def measure(
     pooled: bool = False,
     count: int | None = None,
     begun: Begun | None = None,
+    max_seconds: float = 0.0,
     seen: Callable[[int, np.ndarray], None] = lambda start, part: None,
 ) -> Measured:
     """Extracts the features of pictures and keeps what metrics need of them.
@@ -148,6 +149,7 @@ def measure(
       pooled: whether pooled features themselves are kept.
       count: how many of the first pictures; None: all.
       begun: where to keep what is done if it is interrupted; None: it is lost.
+      max_seconds: no more batches after so long; 0: never.
       seen: called with the number of the first one and the pictures of each batch.
 
     Raises:
@@ -168,17 +170,27 @@ def measure(
     progress = Progress(what, count, done=measured.count, unit="image", shown=first)
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice, distributed.lost_processes():
-        for index, batch in enumerate(pictures.batches(size, measured.count)):
+        for batch in pictures.batches(size, measured.count):
             part = batch[: count - measured.count]
             seen(measured.count, part)
             measured.add(part, extractor(part))
             progress.advance(len(part))
             if measured.count == count:
                 break
-            if notice.reached(index):
+            if notice.reached():
                 save()
                 kept = f"{measured.count} of {count} images are measured and kept"
                 raise notice.ending(kept if begun else "nothing is kept")
+            late = max_seconds and time.monotonic() - started > max_seconds
+            if max_seconds and measured.count > 1 and distributed.agreed(bool(late)):
+                log.warning(
+                    "%s: %d of %d images were measured in the %.3g s that there are for it",
+                    what,
+                    measured.count,
+                    count,
+                    max_seconds,
+                )
+                break
             if first and time.monotonic() - saved_at > SAVE_EVERY_S:
                 if begun:
                     begun.save(measured)

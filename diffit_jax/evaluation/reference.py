@@ -119,6 +119,15 @@ class Reference:
                 log.info("without %s: %s has %s", name, self.path.name, needed)
         return [name for name in METRICS if name != "kid" and self._serves(name)]
 
+    def facts(self) -> dict[str, Any]:
+        """What a protocol says of it, JSON values by name."""
+        return {
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "pictures": self.pictures.count if self.pictures else 0,
+            "from": dict(self.protocol) or "not said in the file",
+        }
+
     def _serves(self, metric: str) -> bool:
         key = METRICS[metric]
         return not key or key in self.statistics or (key == "arr_0" and self.pictures is not None)

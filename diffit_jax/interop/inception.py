@@ -3,6 +3,8 @@
 the same names. Tensors are read, no pickle is run.
 """
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,8 @@ from diffit_jax.interop.torch_files import TorchFile
 from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.inception import BLOCKS, SIDE, STEM, Inception
 
+log = logging.getLogger(__name__)
+
 _STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
 _MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _KIND = "the FID Inception network"
@@ -27,13 +31,18 @@ _REMEDY = (
 _BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
 
+RANDOM = "random"  # in place of a path
+RANDOM_WIDTH = 1 / 8
+
+
 def load(
     path: epath.PathLike, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Inception, dict[str, Any]]:
     """Reads the network.
 
     Args:
-      path: see the top of this file.
+      path: see the top of this file; `RANDOM` is a network of an eighth of the width with random
+        weights, always the same ones, to try the way to a figure that has no meaning.
       sharding: where the arrays go; None: the default device.
 
     Returns:
@@ -43,6 +52,8 @@ def load(
       UserError: a file that cannot be read, or tensors that are missing, extra, misshapen or not
         finite (each named, at most ten).
     """
+    if os.fspath(path) == RANDOM:
+        return _random(sharding)
     path, table = epath.Path(path), names()
     pattern = "|".join(re.escape(name) for name in table)
     opened = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, pattern)
@@ -62,6 +73,24 @@ def load(
             return jax.device_put(array, sharding)
 
         return module, tensors.read(file, leaves, place, str(path))
+
+
+def _random(sharding: jax.sharding.Sharding | None) -> tuple[Inception, dict[str, Any]]:
+    """A network whose features keep about the variance of pictures."""
+    log.warning("the FID network has random weights: its figures have no meaning")
+    module, draws = Inception(width=RANDOM_WIDTH), np.random.RandomState(0)
+    pictures = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name, fan_in = path[-1].key, np.prod(leaf.shape[:-1])
+        if name in ("kernel", "logits_kernel"):
+            array = draws.standard_normal(leaf.shape) * np.sqrt(2 / fan_in)
+        else:
+            array = np.full(leaf.shape, float(name in ("scale", "var")))
+        return jax.device_put(array.astype(np.float32), sharding)
+
+    shapes = jax.eval_shape(module.init, jax.random.key(0), pictures)
+    return module, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def _width(file: Tensors) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -251,6 +252,9 @@ def gather(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+_questions = itertools.count()  # of this process, see `PreemptionNotice.reached`
+
+
 class PreemptionNotice:
     """Tells when this run is to be interrupted: a signal to any process, or the platform's notice.
     Use it as a context manager."""
@@ -266,12 +270,13 @@ class PreemptionNotice:
     def __exit__(self, *error) -> None:
         self._held.__exit__(*error)
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and end after this step; all processes get the same answer for the same
-        step. Ask at every step."""
+    def reached(self) -> bool:
+        """Whether to save and end now; all processes get the same answer to their n-th question,
+        whoever asks in whichever loop. Ask after every piece of work."""
+        number = next(_questions)
         if jax.process_count() == 1:
             return interruption.noticed()
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(number)
 
     def ending(self, what_is_kept: str) -> BaseException:
         """What to raise when everything is saved."""

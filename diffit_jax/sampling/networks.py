@@ -18,6 +18,7 @@ from diffit_jax.runtime.ranges import first_few
 from diffit_jax.sampling.sampler import Variables
 from diffit_jax.training import power_ema
 from diffit_jax.training.compiling import Opened, open_experiment
+from diffit_jax.training.saving import items_of
 from diffit_jax.training.state import TrainState
 
 
@@ -31,6 +32,8 @@ class Run:
         ema_length: float | None = None,
         checkpoint: int | None = None,
         allow_nonfinite: bool = False,
+        raw: bool = False,
+        config: Mapping[str, Any] | None = None,
     ):
         """Reads the run's config.
 
@@ -39,21 +42,25 @@ class Run:
           ema_length: asks for an average made of its snapshots, see `training.power_ema`.
           checkpoint: step of a checkpoint (with `ema_length`: of a snapshot) instead of the newest.
           allow_nonfinite: whether parameters may have NaNs or infinities.
+          raw: whether the parameters themselves are asked for, not an average.
+          config: of the run, where it is at hand and perhaps not yet in its directory.
         """
+        if raw and ema_length is not None:
+            raise UserError("--raw and --ema_length both say which weights: leave out either")
         self.directory = files.resolve(workdir, "workdir")
         self.name = f"workdir {self.directory}"
-        self.config = workdirs.read_config(self.directory)
+        self.config = workdirs.read_config(self.directory) if config is None else config
         self.config_file = self.directory / workdirs.CONFIG_FILE
         self._ema_length, self._checkpoint = ema_length, checkpoint
-        self._allow_nonfinite = allow_nonfinite
-        asked = {"ema_length": ema_length, "checkpoint": checkpoint}
+        self._allow_nonfinite, self._raw = allow_nonfinite, raw
+        asked = {"ema_length": ema_length, "checkpoint": checkpoint, "raw": raw or None}
         self.differences = {name: value for name, value in asked.items() if value is not None}
 
     def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
         """(variables, where they are from). Raises `UserError` if there is no usable checkpoint."""
         if self._ema_length is None:
             step, variables = restore_variables(
-                self.directory, opened.state, self._checkpoint, self._allow_nonfinite
+                self.directory, opened.state, self._checkpoint, self._allow_nonfinite, self._raw
             )
         else:
             lengths = opened.experiment.ema.power_lengths
@@ -67,11 +74,12 @@ class Run:
                 f"({first_few(bad)}): sample an older one by "
                 "--checkpoint, or say --allow_nonfinite"
             )
-        return variables, {
-            "workdir": str(self.directory),
-            "checkpoint": step,
-            "ema_length": self._ema_length,
-        }
+        return variables, self.origin(step)
+
+    def origin(self, step: int) -> dict[str, Any]:
+        """Where weights of a step are from, JSON values by name."""
+        of = {"workdir": str(self.directory), "checkpoint": step, "ema_length": self._ema_length}
+        return of | ({"raw": True} if self._raw else {})
 
 
 class Weights:
@@ -105,6 +113,7 @@ def restore_variables(
     state: TrainState,
     step: int | None = None,
     allow_nonfinite: bool = False,
+    raw: bool = False,
 ) -> tuple[int, Variables]:
     """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work
     directory.
@@ -114,14 +123,17 @@ def restore_variables(
       state: shapes and shardings of its state.
       step: of a checkpoint that is wanted instead.
       allow_nonfinite: whether one with NaNs or infinities is usable.
+      raw: whether the parameters themselves are wanted (for which all of the state is read).
 
     Raises:
       UserError: there is none.
     """
-    shapes = state.ema_variables
-    wanted = {"ema": shapes["params"], "constants": shapes["constants"]}
+    items = items_of(state)
+    wanted = {"constants": items.get("constants", state.constants)}
+    wanted |= {"state": items["state"]} if raw else {"ema": items["ema"]}
     step, items = _restore_items(workdir, wanted, step, allow_nonfinite)
-    return step, {"params": items["ema"], "constants": items["constants"]}
+    params = items["state"].params if raw else items["ema"]
+    return step, {"params": params, "constants": items["constants"]}
 
 
 def _restore_items(

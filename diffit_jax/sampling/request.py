@@ -69,9 +69,13 @@ class Asked:
         labels: Sequence[int] | str | None,
         overrides: Mapping[str, Any],
         decoding: Decoding | None = None,
+        opened: Opened | None = None,
     ) -> "Asked":
-        """Checks a request; arguments and errors as of `verbs.sample`."""
-        opened = open_experiment(source.config, to_train=False, config_file=source.config_file)
+        """Checks a request; arguments and errors as of `verbs.sample`. `opened`: the source's
+        experiment, if it is open already."""
+        opened = opened or open_experiment(
+            source.config, to_train=False, config_file=source.config_file
+        )
         usual, model = opened.experiment.sampling, opened.experiment.model
 
         # --- Seeds, labels, settings.
@@ -128,8 +132,11 @@ class Asked:
         Raises:
           UserError: there is no checkpoint, or weights that cannot be read or are not finite.
         """
-        variables, origin = self.source.load(self.opened)
-        weaker = None
+        return self.beside(*self.source.load(self.opened))
+
+    def beside(self, variables: Variables, origin: dict[str, Any]) -> Networks:
+        """The network of these variables, which are from there, and what is needed beside it."""
+        weaker, origin = None, dict(origin)
         if self.weaker:
             weaker, weaker_origin = self.weaker[0].load(self.weaker[1])
             origin |= {f"weaker {name}": value for name, value in weaker_origin.items()}

@@ -77,12 +77,12 @@ def open_experiment(
     return Opened(experiment, mesh, state)
 
 
-def open_training_data(experiment: Experiment) -> Source:
-    """The data set that an experiment trains on."""
+def open_training_data(experiment: Experiment, split: str = "train") -> Source:
+    """The data set that an experiment trains on; "test": the split that it does not see."""
     data, model = experiment.data, experiment.model
     scaling = {"latent_mean": data.latent_mean, "latent_scale": data.latent_scale}
     wanted = Wanted(model.sample_shape, model.num_classes, experiment.space.example, **scaling)
-    return open_dataset(data.name, "train", data.data_dir, wanted)
+    return open_dataset(data.name, split, data.data_dir, wanted)
 
 
 def compile_train_step(

@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -30,12 +31,14 @@ class Watch:
         self._flops_per_image = training_flops(experiment.model)
         self._peak = peak_flops(self._device)
         self._compilations = Compilations()
+        self._beside_s, self._began = 0.0, time.monotonic()
         self.begin_interval(0)
 
     def start(self, step: int) -> None:
         """Begins the first interval after batch number `step`; what was compiled before counts as
         start-up."""
         self.begin_interval(step)
+        self._began = self._start
         self._compilations.reset()
 
     def begin_interval(self, step: int) -> None:
@@ -49,13 +52,25 @@ class Watch:
         yield
         self._waited += time.monotonic() - started
 
+    @contextlib.contextmanager
+    def paused(self, state: Any) -> Iterator[None]:
+        """What happens in this block is no training: grids, evaluations. It counts in no interval,
+        but in `beside_share`; the updates that lead to `state` come before it."""
+        jax.block_until_ready(state)
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._start += seconds
+        self._beside_s += seconds
+
     def report(self, step: int) -> dict[str, float]:
         """Figures of the interval up to batch number `step`; the next begins.
 
         Returns:
           `steps_per_s`, `images_per_s`, `images_per_s_per_chip`, `tflops_per_s_per_chip` (of matrix
           products, three forward passes for each image), `data_wait_share`, `compilations` since
-          the run began its loop, and where they are known `mfu` (of the device's dense bfloat16
+          the run began its loop, `beside_share` (of the time since then what was no training, but
+          grids and evaluations), and where they are known `mfu` (of the device's dense bfloat16
           peak) and `device_memory_gb`, the largest so far.
         """
         seconds = time.monotonic() - self._start
@@ -68,6 +83,7 @@ class Watch:
             "tflops_per_s_per_chip": per_chip * self._flops_per_image / 1e12,
             "data_wait_share": self._waited / seconds,
             "compilations": float(self._compilations.count),
+            "beside_share": self._beside_s / max(time.monotonic() - self._began, 1e-9),
         }
         if self._peak:
             values["mfu"] = per_chip * self._flops_per_image / self._peak

@@ -1,6 +1,5 @@
 """The verb `evaluate`: from samples and a reference to the scores of ADM's suite."""
 
-import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,9 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.drawn import DrawnPictures
-from diffit_jax.evaluation.evaluator import Evaluator
-from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.measuring import Begun, measure, protocol_of
+from diffit_jax.evaluation.evaluator import Evaluator, check_count
+from diffit_jax.evaluation.features import BATCH_PER_DEVICE
 from diffit_jax.evaluation.pictures import Pictures, open_pictures
-from diffit_jax.evaluation.reference import Reference
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.networks import Run, Weights
@@ -110,39 +107,26 @@ def evaluate(
                 f"{pictures.facts['samples']} has {pictures.count} samples, --count asks for "
                 f"{count}: draw more, or ask for fewer"
             )
-        if (pictures.count if count is None else count) < 2:
-            raise UserError("one sample has no covariance: measure at least two")
+        check_count(pictures.count if count is None else count)
     distributed.first_then_all(lambda: _refuse_others(output, drawn[0], overwrite), lambda: None)
 
     # --- What they are compared with, and by which network.
     mesh = asked.opened.mesh if asked else parallel.any_mesh()
-    extractor = Extractor.load(hub.local(inception, "inception"), mesh, resize, batch_per_device)
-    opened = Reference.load(hub.local(reference, "reference"), extractor.sizes)
-    opened.check(pictures.shape, resize)
-    evaluator = Evaluator(extractor, opened, opened.chosen(metrics))
+    evaluator = Evaluator.open(
+        reference, inception, drawn[0].shape, mesh, metrics, resize, batch_per_device
+    )
     if len(drawn) > 1 and "fid" not in evaluator.metrics:
         raise UserError("of several --seeds the lowest FID counts: add fid to --metrics")
 
-    # --- Measure and compare, one set after the other.
-    of_sets, begun = [], []
-    for number, pictures in enumerate(drawn):
-        number_of = pictures.count if count is None else count
-        protocol = protocol_of(pictures, extractor, number_of)
-        protocol |= {"reference": _of_reference(opened)}
-        place = output.with_name(f"{output.name}.begun{number or ''}.npz")
-        begun.append(Begun(place, _identity(protocol, evaluator)))
-        # What is measured stays until all is: interrupted, it is not measured again.
-        measured = measure(pictures, extractor, "evaluate", evaluator.pooled, number_of, begun[-1])
-        if number + 1 < len(drawn):
-            keep = functools.partial(begun[-1].save, measured)
-            distributed.first_then_all(keep, lambda: None)
-        of_sets.append(
-            {
-                "metrics": evaluator.scores(measured),
-                "count": measured.count,
-                "protocol": protocol | {"samples_digest": measured.digest.hex()},
-            }
-        )
+    # --- Measure and compare, one set after the other. What is measured stays until all is:
+    # interrupted, it is not measured again.
+    places = [
+        output.with_name(f"{output.name}.begun{number or ''}.npz") for number in range(len(drawn))
+    ]
+    of_sets = [
+        evaluator.run(pictures, place, count, keep=place != places[-1])
+        for pictures, place in zip(drawn, places, strict=True)
+    ]
     scores = min(of_sets, key=lambda one: one["metrics"].get("fid", 0.0))
     if len(of_sets) > 1:
         scores = scores | {
@@ -158,8 +142,8 @@ def evaluate(
 
     def write() -> None:
         files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
-        for one in begun:
-            one.done()
+        for place in places:
+            place.unlink(missing_ok=True)
         log.info("wrote %s", output)
 
     distributed.first_then_all(write, lambda: None)
@@ -186,7 +170,9 @@ def table(scores: Mapping[str, Any]) -> str:
 
 
 def _refuse_others(output: epath.Path, pictures: Pictures, overwrite: bool) -> None:
-    """Raises `UserError` where the scores of other samples would be replaced."""
+    """Raises `UserError` where the scores of other samples would be replaced, or nothing can be
+    written."""
+    files.make_directory(output.parent, "output directory")
     if overwrite or not output.exists():
         return
     held = files.read_json(output) or {}
@@ -194,19 +180,3 @@ def _refuse_others(output: epath.Path, pictures: Pictures, overwrite: bool) -> N
     if theirs != pictures.facts["samples"]:
         what = f"holds the scores of {theirs}" if theirs else "holds scores of another kind"
         raise UserError(f"{output} {what}: name another --output, or say --overwrite")
-
-
-def _of_reference(reference: Reference) -> dict[str, Any]:
-    """What the protocol says of it, JSON values by name."""
-    return {
-        "path": str(reference.path),
-        "sha256": reference.sha256,
-        "pictures": reference.pictures.count if reference.pictures else 0,
-        "from": dict(reference.protocol) or "not said in the file",
-    }
-
-
-def _identity(protocol: Mapping[str, Any], evaluator: Evaluator) -> str:
-    """By which measuring that was begun is known."""
-    of_samples = {name: value for name, value in protocol.items() if name != "reference"}
-    return json.dumps([of_samples, evaluator.pooled], sort_keys=True)

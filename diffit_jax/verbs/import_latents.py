@@ -107,7 +107,7 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
         for shard in missing:
             with shards.writing(shard) as writer:
                 for number in shards.numbers(shard):
-                    if notice.reached(0):
+                    if notice.reached():
                         raise notice.ending(kept(shards))
                     moments = _read_one(read, index.names[number])
                     if moments.shape != shape[1:]:

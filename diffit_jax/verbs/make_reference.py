@@ -15,7 +15,7 @@ from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
 from diffit_jax.evaluation.measuring import measure, protocol_of
 from diffit_jax.evaluation.pictures import NpzPictures, Pictures
 from diffit_jax.evaluation.reference import COVARIANCES
-from diffit_jax.runtime import backend, distributed, files, hub, npz, parallel
+from diffit_jax.runtime import backend, distributed, files, npz, parallel
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,13 @@ def make_reference(
         )
     if pictures.count < 2:
         raise UserError("one picture has no covariance: name a data set")
-    distributed.first_then_all(
-        lambda: files.refuse_existing(output, "make_reference", overwrite), lambda: None
-    )
-    extractor = Extractor.load(
-        hub.local(inception, "inception"), parallel.any_mesh(), resize, batch_per_device
-    )
+
+    def check_place() -> None:
+        files.refuse_existing(output, "make_reference", overwrite)
+        files.make_directory(output.parent, "make_reference")
+
+    distributed.first_then_all(check_place, lambda: None)
+    extractor = Extractor.load(inception, parallel.any_mesh(), resize, batch_per_device)
 
     # --- Measure all pictures, and put some aside, since they come by once.
     chosen = np.unique(np.linspace(0, pictures.count - 1, kept).astype(np.int64))

@@ -94,7 +94,7 @@ def _write(shards: Shards, index: Index, loader: Loader, shape: tuple[int, ...])
         for shard in missing:
             with shards.writing(shard) as writer:
                 for loaded in itertools.islice(stream, len(shards.numbers(shard))):
-                    if notice.reached(0):
+                    if notice.reached():
                         raise notice.ending(kept(shards))
                     pixels = loaded.pixels
                     if pixels is None:

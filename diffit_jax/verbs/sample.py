@@ -144,7 +144,7 @@ def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
     try:
         with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
             missing = stretches(np.flatnonzero(~there), asked.sampler.batch_size)
-            for index, batch in enumerate(missing):
+            for batch in missing:
                 samples, finite = asked.draw(networks, batch)
                 if first:
                     if not finite.all():
@@ -153,7 +153,7 @@ def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
                     sample_files.write(batch[0], samples, finite)
                 progress.advance(len(samples))
                 done += len(samples)
-                if notice.reached(index) and done < count:
+                if notice.reached() and done < count:
                     raise notice.ending(kept())
     except KeyboardInterrupt as error:
         raise interruption.Interrupted(kept()) from error

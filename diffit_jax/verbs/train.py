@@ -2,36 +2,32 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from diffit_jax import models
 from diffit_jax import workdir as workdirs
-from diffit_jax.data import pixels
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source
-from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.runtime import backend, distributed, files, parallel, rows
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.console import Progress
-from diffit_jax.sampling.sampler import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.compiling import (
     Opened,
     compile_train_step,
     open_experiment,
     open_training_data,
 )
-from diffit_jax.training.saving import named, restore_state, save_state
 from diffit_jax.training.state import TrainState, all_finite, create_state
 from diffit_jax.training.step import gradient_is_finite
 from diffit_jax.training.watch import Tracer, Watch, cache_report
+from diffit_jax.verbs.run_files import Looks, RunFiles
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +43,9 @@ def train(
     """Trains a config in a work directory, from its newest checkpoint if there is one, up to
     `training.total_steps`.
 
-    The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/`
-    and checkpoints in `checkpoints/`. A run that was killed and started again ends with the same
-    parameters as one that never stopped.
+    The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/`,
+    figures in `evaluations/` and checkpoints in `checkpoints/`. A run that was killed and started
+    again ends with the same parameters as one that never stopped.
 
     Args:
       config: of the experiment.
@@ -71,9 +67,7 @@ def train(
     # --- Check everything before the first thing is written.
     workdir = files.resolve(workdir, "workdir")
     opened = open_experiment(config, devices)
-    grid_sampler = sampler_without_autoguidance(
-        opened.experiment, opened.mesh, opened.experiment.training.grid_images
-    )
+    looks = Looks.open(opened, config, workdir)
     source = distributed.first_then_all(lambda: open_training_data(opened.experiment))
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
@@ -81,12 +75,12 @@ def train(
     rows.prove_rows(opened.mesh, opened.experiment.training.batch_size)
     with distributed.first_holds(lambda: workdirs.claimed(workdir, config)):
         distributed.check_shared(workdir)
-        run = _RunFiles(opened, config, workdir, grid_sampler)
+        run = RunFiles(opened, config, workdir, looks)
         return _train(opened, source, run, profile_steps)
 
 
 def _train(
-    opened: Opened, source: Source, run: "_RunFiles", profile_steps: tuple[int, int] | None
+    opened: Opened, source: Source, run: RunFiles, profile_steps: tuple[int, int] | None
 ) -> TrainState:
     """`train` in a directory that is this run's."""
     experiment, mesh = opened.experiment, opened.mesh
@@ -109,6 +103,7 @@ def _train(
         run.leave_behind(first_step, state, restored=True)
     if first_step >= total_steps:
         run.wait()
+        run.close()
         return state
 
     # --- The update, compiled before the clock starts.
@@ -125,7 +120,7 @@ def _train(
     def every(steps: int, step: int) -> bool:
         return step % steps == 0 or step == total_steps
 
-    run.open_events(first_step)
+    run.open_events()
     watch.start(first_step)
     saved_at = time.monotonic()
     progress = Progress("train", total_steps, done=first_step, shown=distributed.is_first())
@@ -143,7 +138,7 @@ def _train(
             progress.advance()
 
             # A report waits for the devices, and so is where the clock is looked at.
-            due = every(training.checkpoint_steps, step)
+            due = every(training.checkpoint_steps, step) or run.evaluates(step)
             if every(training.log_steps, step):
                 values = {name: float(value) for name, value in collected.compute().items()}
                 values |= watch.report(step)
@@ -156,8 +151,12 @@ def _train(
                     minutes = (time.monotonic() - saved_at) / 60
                     due = distributed.agreed(minutes > training.checkpoint_minutes) or due
 
+            if run.measures_loss(step):
+                with watch.paused(state):
+                    run.measure_loss(step, state)
+
             # A checkpoint, on time or because the machine is about to go.
-            preempted = notice.reached(step) and step < total_steps
+            preempted = notice.reached() and step < total_steps
             if due or preempted:
                 run.save(state)
                 saved_at = time.monotonic()
@@ -166,101 +165,15 @@ def _train(
                 place = run.checkpoints.directory
                 raise notice.ending(f"checkpoint {step} of {total_steps} steps is saved in {place}")
 
-            run.leave_behind(step, state)
+            if run.leaves_something(step):
+                with watch.paused(state):
+                    run.leave_behind(step, state)
             tracer.after(step)
             if step % training.log_steps == 0:
-                watch.begin_interval(step)  # grids and checkpoints do not count
+                watch.begin_interval(step)  # checkpoints do not count
         run.wait()
     run.close()
     return state
-
-
-class _RunFiles:
-    """What a run leaves in its work directory while it goes on."""
-
-    def __init__(
-        self, opened: Opened, config: ConfigDict, workdir: epath.Path, grid_sampler: Sampler
-    ):
-        self.workdir, self._opened, self._config = workdir, opened, config
-        self._experiment, self._grid_sampler = opened.experiment, grid_sampler
-        training = opened.experiment.training
-        keep, keep_every = training.keep_checkpoints, training.keep_every_steps
-        self.checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep, keep_every)
-        self._snapshots: Checkpoints | None = None
-        if opened.experiment.ema.power_lengths:
-            self._snapshots = Checkpoints(workdir / workdirs.SNAPSHOTS, keep=10**6)
-        self._events: SummaryWriter | None = None
-
-    def restore(self) -> TrainState | None:
-        """The state of the newest usable checkpoint; newer ones, which are not, are set aside."""
-        state = restore_state(self.checkpoints, self._opened.state)
-        if state is not None:
-            self.checkpoints.set_aside_after(int(state.step))
-        return state
-
-    def open_events(self, first_step: int) -> None:
-        """Begins to log, on process 0. What was logged after the checkpoint is logged again: its
-        first copy is not to be shown."""
-        if distributed.is_first():
-            place = str(self.workdir / workdirs.EVENTS)
-            self._events = SummaryWriter(place, purge_step=first_step + 1)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes figures of a step."""
-        if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-
-    def save(self, state: TrainState) -> None:
-        """Begins to write a checkpoint. When it is there, so is all that was left before it."""
-        if self._snapshots:
-            self._snapshots.wait()
-        if self._events:
-            try:
-                self._events.flush()
-            except OSError as error:
-                place = self.workdir / workdirs.EVENTS
-                raise UserError(
-                    f"{place} cannot be written ({error.strerror or error}): "
-                    f"{files.remedy_for_writing(error)}; complete checkpoints are kept"
-                ) from error
-        self._put_back()
-        save_state(self.checkpoints, state, self._experiment.training.batch_size)
-
-    def _put_back(self) -> None:
-        """What was in the directory beside checkpoints, if somebody has deleted it."""
-        if self._events and not (self.workdir / workdirs.CONFIG_FILE).exists():
-            log.warning(
-                "%s was deleted while the run went on; its config and events are written anew",
-                self.workdir,
-            )
-            workdirs.write_config(files.make_directory(self.workdir, "workdir"), self._config)
-            self._events = SummaryWriter(str(self.workdir / workdirs.EVENTS))
-
-    def leave_behind(self, step: int, state: TrainState, restored: bool = False) -> None:
-        """What a step leaves behind beside checkpoints: a snapshot of averages, a grid of samples.
-        A restored step may have ended before it did; what is there stays."""
-        training, ema = self._experiment.training, self._experiment.ema
-        last, snapshots = step == training.total_steps, self._snapshots
-        due = snapshots and (step % ema.snapshot_steps == 0 or last)
-        if due and step not in snapshots.steps():
-            facts = {"step": step, "updates": step - int(state.skipped)}
-            snapshots.save(step, {"power_emas": dict(named(state.power_emas))}, facts)
-        if step % training.grid_steps == 0 or last:
-            grid = self.workdir / workdirs.GRIDS / f"{step:08d}.png"
-            if not (restored and distributed.agreed(grid.exists())):
-                _write_grid(grid, self._grid_sampler, state, self._experiment)
-
-    def wait(self) -> None:
-        """Returns when nothing is being written any more."""
-        self.checkpoints.wait()
-        if self._snapshots:
-            self._snapshots.wait()
-
-    def close(self) -> None:
-        """Ends the log."""
-        if self._events:
-            self._events.close()
 
 
 def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoints) -> UserError:
@@ -283,35 +196,12 @@ def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoint
     )
 
 
-def _write_grid(
-    path: epath.Path, sampler: Sampler, state: TrainState, experiment: Experiment
-) -> None:
-    """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps can
-    be compared.
-
-    A run does not end because there is no picture of it: one that cannot be made is a warning.
-    """
-    seeds = np.arange(experiment.training.grid_images)
-    labels = default_labels(seeds, experiment.model.num_classes)
-    try:
-        with backend.memory_for("fewer training.grid_images take less"):
-            samples = sampler.draw(state.ema_variables, seeds, labels)
-    except OutOfMemory as error:
-        log.warning("the grid %s could not be drawn: %s", path, error)
-        return
-    if not distributed.is_first():
-        return
-    bad = int((~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)).sum())
-    if bad:
-        log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
-    pixels.write_preview(path, samples, experiment.space.preview)
-
-
 def _line(values: dict[str, float]) -> str:
     return (
         f"loss {values['loss']:.4f} | gradient {values['gradient_norm']:.3f} | "
         f"rate {values['learning_rate']:.2e} | {values['steps_per_s']:.2f} steps/s | "
         f"{values['images_per_s']:.0f} images/s | waiting {values['data_wait_share']:.1%}"
         + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
+        + (f" | not training {values['beside_share']:.1%}" if values["beside_share"] else "")
         + (f" | {values['skipped']:.0f} batches skipped" if values["skipped"] else "")
     )

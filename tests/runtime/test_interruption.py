@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.configs import small_latent_config
-from support.processes import checkpoints_of, environment, write_config
+from support.processes import at_question, checkpoints_of, environment, write_config
 
 ROOT = Path(__file__).parents[2]
 # A config that takes its time: as an import does, in Python; or as a compilation does, in C, from
@@ -221,7 +221,7 @@ def test_a_run_preempted_at_a_snapshot_and_a_grid_leaves_them_behind_later(tmp_p
 
     ema = {"halflife_images": 64, "power_lengths": (0.05, 0.10), "snapshot_steps": 2}
     config = small_latent_config(ema=ema, training__checkpoint_steps=100, training__grid_steps=4)
-    monkeypatch.setattr(distributed.PreemptionNotice, "reached", lambda self, step: step == 4)
+    monkeypatch.setattr(distributed.PreemptionNotice, "reached", at_question(4))
     with pytest.raises(interruption.Preempted, match="checkpoint 4 of 6 steps"):
         loop.train(config, tmp_path)
     monkeypatch.undo()
@@ -242,7 +242,7 @@ def test_a_profile_is_written_however_the_run_ends(tmp_path, monkeypatch, caplog
     from diffit_jax.runtime import distributed, interruption
     from diffit_jax.verbs import train as loop
 
-    monkeypatch.setattr(distributed.PreemptionNotice, "reached", lambda self, step: step == 3)
+    monkeypatch.setattr(distributed.PreemptionNotice, "reached", at_question(3))
     with caplog.at_level("INFO", logger="diffit_jax"), pytest.raises(interruption.Preempted):
         loop.train(small_latent_config(), tmp_path / "run", profile_steps=(2, 100))
     assert "wrote a trace of steps 2-3" in caplog.text and list(

@@ -1,5 +1,6 @@
 """What tests need that start several processes on this machine."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -58,3 +59,9 @@ def command(verb, *flags, cwd, **more):
         arguments, capture_output=True, text=True, cwd=cwd, env=environment(**more), timeout=120
     )
     return result.returncode, result.stderr.strip()
+
+
+def at_question(number):
+    """In place of `PreemptionNotice.reached`: yes to that question, counted from 1."""
+    asked = itertools.count(1)
+    return lambda self: next(asked) == number

@@ -134,6 +134,7 @@ def test_run_leaves_its_files(run):
         "tflops_per_s_per_chip",
         "data_wait_share",
         "compilations",
+        "beside_share",
     }
     assert names == {"loss", "gradient_norm", "learning_rate", "skipped", "skipped_in_row"} | speed
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.commands import assert_one_line_error, launch
 from support.fid import save_inception, save_vae
-from support.processes import ROOT, environment, free_port
+from support.processes import ROOT, at_question, environment, free_port
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import measuring
@@ -164,7 +164,7 @@ def test_the_lowest_fid_of_several_seeds(place, run, tmp_path, monkeypatch):
     monkeypatch.setattr(Extractor, "__call__", counted)
     with monkeypatch.context() as interrupted:
         notice = distributed.PreemptionNotice
-        interrupted.setattr(notice, "reached", lambda self, step: len(calls) == 3)
+        interrupted.setattr(notice, "reached", lambda self: len(calls) == 3)
         with pytest.raises(interruption.Preempted):
             of_run(seeds=sets, output=tmp_path / "m.json")
     scores = of_run(seeds=sets, output=tmp_path / "m.json")
@@ -199,7 +199,7 @@ def test_what_was_measured_survives_an_interruption(place, tmp_path, monkeypatch
     ).batch_size
     with monkeypatch.context() as interrupted:
         notice = distributed.PreemptionNotice
-        interrupted.setattr(notice, "reached", lambda self, step: step == 1)
+        interrupted.setattr(notice, "reached", at_question(2))
         with pytest.raises(interruption.Preempted, match=f"{2 * size} of 19 images are measured"):
             measured(place, metrics=ALL, output=tmp_path / "m.json", batch_per_device=BATCH // 4)
     assert not (tmp_path / "m.json").exists()

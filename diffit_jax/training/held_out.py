@@ -1,0 +1,85 @@
+"""The loss on examples that training does not see, at noise levels and with noise that are the same
+every time: the cheap signal of a long run, whose curve has no noise but that of the parameters."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffit_jax import models
+from diffit_jax.data.sources import Source
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment
+from diffit_jax.runtime import backend, distributed, parallel, rows
+from diffit_jax.training.compiling import Opened, open_training_data
+from diffit_jax.training.step import example_keys
+
+SEED = 0  # of noise levels and noise, whatever the run's: curves of several runs compare
+
+
+class HeldOutLoss:
+    """The training loss of the first examples of a test split, each with its label and without
+    augmentation and dropout.
+
+    Attributes:
+      count: of examples.
+    """
+
+    def __init__(self, opened: Opened, source: Source):
+        """`source`: the test split, see `open_held_out`."""
+        experiment, self._mesh, self._source = opened.experiment, opened.mesh, source
+        self.count = min(experiment.evaluation.loss_examples, len(source))
+        most = experiment.training.batch_size // experiment.training.accumulation
+        self._size = rows.next_batch_size(self._mesh, min(self.count, most))
+        self._variables = experiment.space.variables
+        sharding = parallel.batch_sharding(self._mesh)
+        self._losses = jax.jit(functools.partial(losses, experiment), out_shardings=sharding)
+
+    @backend.pinned()
+    def __call__(self, networks: Mapping[str, Any]) -> dict[str, float]:
+        """The mean loss by name of networks, their variables by name. All processes call it."""
+        found: dict[str, list[np.ndarray]] = {name: [] for name in networks}
+        for start in range(0, self.count, self._size):
+            places = np.minimum(np.arange(start, start + self._size), self.count - 1)
+            mine = places[rows.local_rows(self._mesh, self._size)]
+            examples = {**self._source.read(mine), "place": mine.astype(np.int32)}
+            batch = rows.put_batch(self._mesh, examples, self._size)
+            for name, variables in networks.items():
+                with parallel.placement(self._mesh):
+                    of_batch = self._losses(variables, batch, self._variables)
+                found[name].append(distributed.gather(of_batch)[: self.count - start])
+        return {
+            name: float(np.concatenate(each).mean(dtype=np.float64)) for name, each in found.items()
+        }
+
+
+def losses(
+    experiment: Experiment, variables: Any, examples: Mapping[str, jax.Array], space_variables: Any
+) -> jax.Array:
+    """The loss of each example, (B,) float32; `examples` as of a `Source`, and `place` (B,) int32,
+    of which noise level and noise are functions."""
+    model, space = experiment.model, experiment.space.undisturbed()
+    key_B = jax.vmap(lambda place: example_keys(SEED, place, 1)[0])(examples["place"])
+    space_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+    x_BHWC, conditioning = space.enter(examples, space_key_B, space_variables)
+    if model.num_classes:
+        conditioning = {**conditioning, "label": examples["label"]}
+    network = models.as_network(model, variables)
+    return experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)[0]
+
+
+def open_held_out(experiment: Experiment) -> Source:
+    """The test split of an experiment's data set.
+
+    Raises:
+      UserError: there is none.
+    """
+    try:
+        return open_training_data(experiment, "test")
+    except UserError as error:
+        raise UserError(
+            f"config key evaluation.loss_steps needs a test split: {error}; prepare it by --split "
+            "test, or set evaluation.loss_steps to 0"
+        ) from error
