@@ -38,8 +38,10 @@ REFERENCE = cli.define_path(
 )
 INCEPTION = cli.define_path(
     "inception",
-    "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or safetensors.",
+    "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or safetensors; "
+    "random: to try the way to figures that then have no meaning.",
     to_read=True,
+    words=("random",),
 )
 METRICS = flags.DEFINE_list(
     "metrics",

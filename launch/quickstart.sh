@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # From a fresh clone to digits that a DiffiT drew: sets itself up, prepares the data, trains,
-# samples 100 digits and scores 1,000.
-#   bash launch/quickstart.sh [digits|digits_latent] [workdir]      default: digits, in runs/digits;
-#   run it again to continue
-# digits is the image-space network with EDM, digits_latent the latent network with ADM's diffusion.
+# samples and scores.
+#   bash launch/quickstart.sh [digits|digits_latent|chain] [workdir]
+#                                      default: digits, in runs/digits; run it again to continue
+# digits is the image-space network with EDM, digits_latent the latent network with ADM's diffusion;
+# chain is the way of ImageNet in small: pictures, an autoencoder, latents, and ADM's metrics.
 set -euo pipefail
 experiment=digits
 case "${1:-}" in
-  digits | digits_latent)
+  digits | digits_latent | chain)
     experiment="$1"
     shift
     ;;
@@ -17,6 +18,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup_env.sh
 python=.venv/bin/python
+
+if [ "$experiment" = chain ]; then
+  bash launch/chain.sh "$workdir"
+  exit
+fi
 $python launch/train.py --config "configs/$experiment.py" --workdir "$workdir" --fewer_devices
 $python launch/sample.py --workdir "$workdir" --seeds 0-99 --overwrite
 $python launch/sample.py --workdir "$workdir" --seeds 0-999 --overwrite

@@ -31,12 +31,14 @@ class _PathParser(flags.ArgumentParser):
     """A path as it is meant: absolute, with `~` and `file://` resolved. One to read from may be an
     address on the Hugging Face hub."""
 
-    def __init__(self, flag: str, to_read: bool):
-        self._flag, self._to_read = flag, to_read
+    def __init__(self, flag: str, to_read: bool, words: Sequence[str]):
+        self._flag, self._to_read, self._words = flag, to_read, words
 
     def parse(self, argument: str) -> str:
         from diffit_jax.runtime import files, hub  # bring etils
 
+        if argument in self._words:
+            return argument
         try:
             if self._to_read and hub.is_address(argument):
                 hub.parse(argument, self._flag)
@@ -46,10 +48,13 @@ class _PathParser(flags.ArgumentParser):
             fail(str(error))  # absl would add the flag's name and a hint of its own
 
 
-def define_path(name: str, help_text: str, to_read: bool = False) -> flags.FlagHolder:
+def define_path(
+    name: str, help_text: str, to_read: bool = False, words: Sequence[str] = ()
+) -> flags.FlagHolder:
     """A flag that takes a path, None if it is not given: the one door by which paths come in, see
-    `files.resolve`. `to_read`: whether `hf://` will do, see `hub.local`."""
-    parser = _PathParser(f"--{name}", to_read)
+    `files.resolve`. `to_read`: whether `hf://` will do, see `hub.local`; `words`: what else may
+    stand there."""
+    parser = _PathParser(f"--{name}", to_read, words)
     return flags.DEFINE(parser, name, None, help_text, serializer=flags.ArgumentSerializer())
 
 

@@ -43,6 +43,10 @@ class NetworkFlags:
             "snapshots (ema.power_lengths).",
         )
 
+        self._raw = flags.DEFINE_bool(
+            "raw", False, "With --workdir: the parameters themselves, not their average."
+        )
+
     def source(self) -> "Run | Weights":
         """The network; the command ends if the flags do not fit together."""
         from diffit_jax.runtime import hub
@@ -55,9 +59,11 @@ class NetworkFlags:
             cli.fail("--ema_length goes with --workdir: a file of weights holds one average")
         if self._checkpoint.value is not None and not workdir:
             cli.fail("--checkpoint goes with --workdir: a file of weights holds one state")
+        if self._raw.value and not workdir:
+            cli.fail("--raw goes with --workdir: a file of weights holds one average")
         if workdir:
             steps = self._ema_length.value, self._checkpoint.value
-            return Run(workdir, *steps, self._allow_nonfinite.value)
+            return Run(workdir, *steps, self._allow_nonfinite.value, self._raw.value)
         config = config_for_weights(self._config.value, str(hub.local(weights, "--weights")))
         return Weights(weights, config, self._allow_nonfinite.value)
 

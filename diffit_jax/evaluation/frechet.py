@@ -112,8 +112,18 @@ def resampled_distance(
       seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    of_reference = statistics(reference)
     subsets = (rng.choice(len(samples), len(reference), replace=False) for _ in range(resamplings))
-    return float(
-        np.mean([frechet_distance(statistics(samples[subset]), of_reference) for subset in subsets])
+    return float(np.mean([distance_between(samples[subset], reference) for subset in subsets]))
+
+
+def distance_between(one: np.ndarray, other: np.ndarray) -> float:
+    """Fréchet distance between (n, d) and (m, d) features, without a d × d matrix: with centred
+    rows over √(n - 1) as A and B, Σ₁ Σ₂ = AᵀA BᵀB has the eigenvalues of (A Bᵀ)(A Bᵀ)ᵀ, so that the
+    trace of its root is the sum of the singular values of A Bᵀ, which is n × m."""
+    means = [features.mean(axis=0, dtype=np.float64) for features in (one, other)]
+    a, b = (
+        (features - mean) / np.sqrt(len(features) - 1)
+        for features, mean in zip((one, other), means, strict=True)
     )
+    mixed = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(((means[0] - means[1]) ** 2).sum() + (a * a).sum() + (b * b).sum() - 2 * mixed)

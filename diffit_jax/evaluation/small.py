@@ -80,6 +80,11 @@ def score_images(
         "nearest_train_median": float(np.median(nearest_distances(generated, real_train))),
         "nearest_train_median_real": float(np.median(nearest_distances(real_test, real_train))),
     }
+    if not scores["nearest_train_median_real"]:
+        raise UserError(
+            "half of the data set's test images are among its training images: give it a test "
+            "split of others"
+        )
     scores["frechet_ratio"] = scores["frechet"] / scores["frechet_real"]
     scores["nearest_train_ratio"] = (
         scores["nearest_train_median"] / scores["nearest_train_median_real"]

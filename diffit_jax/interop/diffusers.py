@@ -1,5 +1,5 @@
 """Autoencoders as diffusers saves its `AutoencoderKL`: a folder with `config.json` and
-safetensors, into `Autoencoder`, number for number.
+safetensors, into `Autoencoder`, number for number, and back.
 
 Keys that a config leaves out take diffusers' defaults. Attention may be named as today (`to_q`) or
 as in files of before 2023 (`query`).
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from etils import epath
 
 from diffit_jax.errors import UserError
@@ -21,6 +22,7 @@ from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf
 from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.runtime import files
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 _DEFAULTS = {  # of AutoencoderKL's constructor, diffusers 0.42.1
@@ -98,6 +100,56 @@ def load(
             return jax.device_put(array, sharding)
 
         return module, tensors.read(file, leaves, place, str(weights_path))
+
+
+def save(folder: epath.PathLike, module: Autoencoder, variables: Mapping[str, Any]) -> None:
+    """Writes an autoencoder as a folder that diffusers and `load` read: float32, with diffusers'
+    names and shapes. Each file appears when it is complete, `config.json` last.
+
+    Args:
+      folder: local or `gs://`; it is made if need be.
+      module: the autoencoder, with what scales its latents.
+      variables: its `params`.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for name, (path, axes) in _table(module).items():
+        array = np.asarray(tensors.at(variables, path), np.float32)
+        array = array if axes is None else array.transpose(np.argsort(axes))
+        if name.endswith(("quant_conv.weight", "conv_shortcut.weight")):  # 1×1 convolutions there
+            array = array[..., None, None]
+        arrays[name] = np.ascontiguousarray(array)
+    content = safetensors.numpy.save(arrays, {"format": "pt"})
+    files.write_bytes(folder / f"{WEIGHTS}.safetensors", content)
+    config = json.dumps(_config_of(module), indent=2) + "\n"
+    files.write_bytes(folder / CONFIG, config.encode())
+
+
+def _config_of(module: Autoencoder) -> dict[str, Any]:
+    """What `read_config` reads."""
+    stages = len(module.channels)
+    config = _DEFAULTS | {
+        "_class_name": _ONLY["_class_name"][0],
+        "in_channels": module.image_channels,
+        "out_channels": module.image_channels,
+        **{key: [block] * stages for key, block in _BLOCKS.items()},
+        "block_out_channels": list(module.channels),
+        "layers_per_block": module.num_blocks,
+        "latent_channels": module.latent_channels,
+        "norm_num_groups": module.num_groups,
+        "mid_block_add_attention": module.attention,
+        "use_quant_conv": module.quant_conv,
+        "use_post_quant_conv": module.post_quant_conv,
+    }
+    mean, scale = module.latent_mean, module.latent_scale
+    if len(mean) == len(scale) == 1:
+        return config | {"shift_factor": mean[0], "scaling_factor": scale[0]}
+    channels = module.latent_channels
+    return config | {
+        "latents_mean": np.broadcast_to(mean, channels).tolist(),
+        "latents_std": (1 / np.broadcast_to(scale, channels)).tolist(),
+    }
 
 
 def read_config(path: epath.Path) -> Autoencoder:

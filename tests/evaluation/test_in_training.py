@@ -268,5 +268,5 @@ def test_the_held_out_loss_is_the_same_whatever_the_seed_of_the_run():
 def test_a_data_set_without_a_test_split_has_no_held_out_loss(tmp_path):
     config = small_config(data__name="nowhere")
     config.evaluation = ConfigDict(dict(loss_steps=2))
-    with pytest.raises(UserError, match=r"evaluation\.loss_steps needs a test split: data set 'now"):
+    with pytest.raises(UserError, match=r"evaluation\.loss_steps needs a test split: data set"):
         train(config, tmp_path / "run")

@@ -368,7 +368,7 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
 def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     """It is refused, with the tensor's name, unless it is asked for."""
     from diffit_jax.training import saving
-    from diffit_jax.verbs import train as loop
+    from diffit_jax.verbs import run_files
 
     config = small_config(training__total_steps=4)
     # A checkpoint of a version that did not look.
@@ -383,9 +383,11 @@ def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
         )
         return state.replace(ema=ema)
 
-    save = loop.save_state
+    save = run_files.save_state
     monkeypatch.setattr(
-        loop, "save_state", lambda checkpoints, state, size: save(checkpoints, poison(state), size)
+        run_files,
+        "save_state",
+        lambda checkpoints, state, size: save(checkpoints, poison(state), size),
     )
     train(config, tmp_path)
     monkeypatch.undo()

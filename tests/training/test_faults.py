@@ -225,18 +225,18 @@ CLOCK = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from support.configs import small_latent_config
-from diffit_jax.verbs import train as loop
+from diffit_jax.verbs import run_files as left, train as loop
 
 real, offset = time.time, [0.0]
 time.time = lambda: real() + offset[0]
-save = loop.save_state
+save = left.save_state
 
 def save_then_jump(*arguments):  # the first save is done when the clock jumps
     save(*arguments)
     arguments[0].wait()
     offset[0] = {jump}
 
-loop.save_state = save_then_jump
+left.save_state = save_then_jump
 loop.train(small_latent_config(training__checkpoint_minutes=10.0), {workdir!r})
 """
 
