@@ -7,11 +7,17 @@ By ADM's suite, from an npz file, a folder of pictures or a network:
     python launch/evaluate.py --samples samples_50000x256x256x3.npz \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
-`--workdir` or `--weights` in place of `--samples` draws what is measured; `--make_reference` makes
-a reference of a data set.
+`--workdir` or `--weights` in place of `--samples` draws what is measured; `--sweep
+guidance.scale=1,1.5,2` looks for the best settings first; `--make_reference` makes a reference of a
+data set.
 
 Interrupted, the same command goes on where it was.
 """
+
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
@@ -56,7 +62,9 @@ RESIZE = flags.DEFINE_enum(
     "How pictures come to 299 pixels: as ADM's suite has it.",
 )
 COUNT = flags.DEFINE_integer(
-    "count", None, "How many of the first samples; default: all, or 50,000 of a network."
+    "count",
+    None,
+    "How many of the first samples; default: all, or 50,000 of a network; 0: --sweep alone.",
 )
 SEEDS = flags.DEFINE_string(
     "seeds",
@@ -75,6 +83,13 @@ SELF_TEST = cli.define_path(
     "Instead: folder with ADM's published samples and reference, to compare figures.",
     to_read=True,
 )
+SWEEP = flags.DEFINE_string(
+    "sweep",
+    None,
+    "First find the best of some settings of a network's samples: guidance.scale=1,1.5,2, also of "
+    "several keys (…,ema_length=0.05,0.1), with few samples of each; then --count of the best.",
+)
+SWEEP_COUNT = flags.DEFINE_integer("sweep_count", 5_000, "Samples of each point of --sweep.")
 OUTPUT = cli.define_path(
     "output", "JSON file to write; default: NAME_OF_THE_SAMPLES.metrics.json beside them."
 )
@@ -97,18 +112,21 @@ def main() -> None:
         **({"dataset": DATASET.value} if MAKE_REFERENCE.value else {}),
     )
     of_networks = ["labels"] * bool(LABELS.value) + ["vae"] * bool(DECODING.decoding())
-    of_networks += ["seeds"] * bool(SEEDS.value) + list(SAMPLING.value)
+    of_networks += ["seeds"] * bool(SEEDS.value) + ["sweep"] * bool(SWEEP.value)
+    of_networks += list(SAMPLING.value)
     if of_networks and not (NETWORK.workdir.value or NETWORK.weights.value):
         cli.fail(
             f"--{of_networks[0]} goes with --workdir or --weights: samples that are there are "
             "as they are"
         )
+    if COUNT.value == 0 and not SWEEP.value:
+        cli.fail("--count 0 goes with --sweep: measure at least two samples")
     if SELF_TEST.value:
         _self_test()
     elif MAKE_REFERENCE.value:
         _make_reference()
     elif REFERENCE.value:
-        _evaluate()
+        (_sweep if SWEEP.value else _evaluate)()
     elif not SAMPLES.value:
         cli.fail("--reference is missing: the samples of a network are measured against one")
     else:
@@ -156,6 +174,68 @@ def _evaluate() -> None:
     )
     if distributed.is_first():
         print(evaluate.table(scores))
+
+
+def _sweep() -> None:
+    """The best of some settings, and their scores with all samples."""
+    from diffit_jax.runtime import distributed
+    from diffit_jax.verbs import evaluate, sweep
+
+    if SEEDS.value:
+        cli.fail("--seeds and --sweep do not go together: a sweep takes the seeds from 0 on")
+    keys = sweep.parse(SWEEP.value)
+    swept = sweep.sweep(
+        NETWORK.source,
+        keys,
+        REFERENCE.value,
+        _inception(),
+        OUTPUT.value,
+        METRICS.value,
+        SWEEP_COUNT.value,
+        OVERWRITE.value,
+        LABELS.value,
+        SAMPLING.value,
+        DECODING.decoding(),
+        INCEPTION_BATCH.value,
+        RESIZE.value,
+    )
+    best = swept.best["settings"]
+    if distributed.is_first():
+        print(sweep.table(swept))
+        print(f"the best: {_command(best)}", flush=True)
+    if COUNT.value == 0:
+        return
+    of_source = {key: best[key] for key in sweep.OF_SOURCE if key in best}
+    of_sampling = {key: value for key, value in best.items() if key not in sweep.OF_SOURCE}
+    scores = evaluate.evaluate(
+        NETWORK.source(**of_source),
+        REFERENCE.value,
+        _inception(),
+        METRICS.value,
+        RESIZE.value,
+        COUNT.value,
+        labels=LABELS.value,
+        overrides={**SAMPLING.value, **of_sampling},
+        decoding=DECODING.decoding(),
+        batch_per_device=INCEPTION_BATCH.value,
+        overwrite=OVERWRITE.value,
+    )
+    if distributed.is_first():
+        print(evaluate.table(scores))
+
+
+def _command(best: Mapping[str, Any]) -> str:
+    """This command with the best settings in place of the sweep."""
+    dropped, words, arguments = ("sweep", "sweep_count", "output", "count"), [], iter(sys.argv[1:])
+    for argument in arguments:
+        name, separator, _ = argument.lstrip("-").partition("=")
+        if name not in dropped:
+            words.append(argument)
+        elif not separator:
+            next(arguments, None)
+    words += [f"--{key}={value}" for key, value in best.items()]
+    words += [f"--count={COUNT.value}"] if COUNT.value else []
+    return shlex.join(["python", "launch/evaluate.py", *words])
 
 
 def _make_reference() -> None:

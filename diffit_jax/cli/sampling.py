@@ -47,22 +47,33 @@ class NetworkFlags:
             "raw", False, "With --workdir: the parameters themselves, not their average."
         )
 
-    def source(self) -> "Run | Weights":
-        """The network; the command ends if the flags do not fit together."""
+    def source(
+        self, ema_length: float | None = None, checkpoint: int | None = None
+    ) -> "Run | Weights":
+        """The network; the command ends if the flags do not fit together. `ema_length` and
+        `checkpoint` are in place of the flags'."""
         from diffit_jax.runtime import hub
         from diffit_jax.sampling.networks import Run, Weights, config_for_weights
 
         workdir, weights = self.workdir.value, self.weights.value
+        for name, flag, value in (
+            ("ema_length", self._ema_length, ema_length),
+            ("checkpoint", self._checkpoint, checkpoint),
+        ):
+            if value is not None and flag.value is not None:
+                cli.fail(f"--{name} and --sweep {name} both say which: leave out either")
+        ema_length = self._ema_length.value if ema_length is None else ema_length
+        checkpoint = self._checkpoint.value if checkpoint is None else checkpoint
         if workdir and self._config.value:
             cli.fail("--config goes with --weights: a work directory has a config of its own")
-        if self._ema_length.value is not None and not workdir:
+        if ema_length is not None and not workdir:
             cli.fail("--ema_length goes with --workdir: a file of weights holds one average")
-        if self._checkpoint.value is not None and not workdir:
+        if checkpoint is not None and not workdir:
             cli.fail("--checkpoint goes with --workdir: a file of weights holds one state")
         if self._raw.value and not workdir:
             cli.fail("--raw goes with --workdir: a file of weights holds one average")
         if workdir:
-            steps = self._ema_length.value, self._checkpoint.value
+            steps = ema_length, checkpoint
             return Run(workdir, *steps, self._allow_nonfinite.value, self._raw.value)
         config = config_for_weights(self._config.value, str(hub.local(weights, "--weights")))
         return Weights(weights, config, self._allow_nonfinite.value)

@@ -100,6 +100,12 @@ class Constant:
         scales = np.asarray(self._scales(time, step_sigma)).astype(np.float32)
         return np.where(np.abs(scales - 1) <= self.skip_tolerance, np.float32(1), scales)
 
+    def weights(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
+        """How much of `scale` reaches each evaluation, (E,) float32 in [0, 1]: of every kind the
+        scales are 1 + (scale - 1) weights. Arguments as in `scales`."""
+        twice = dataclasses.replace(self, scale=2.0)
+        return np.asarray(twice._scales(time, step_sigma) - 1).astype(np.float32)
+
     def _scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
         return np.full(len(time), self.scale)
 
@@ -190,12 +196,15 @@ class Guided:
       mixed: `(x, level, conditioning, scale) -> y`, the guided evaluation.
       guidance: its settings.
       time_of: (n,) float64 noise levels sigma → share t / T of the schedule.
+      scale: float32 scalar in place of the guidance's, an argument of the compiled function: one
+        program for all of them. It is guided wherever any scale would have an effect.
     """
 
     plain: Network
     mixed: Callable[[jax.Array, jax.Array, Conditioning, jax.Array], jax.Array]
     guidance: Guidance
     time_of: Callable[[np.ndarray], np.ndarray]
+    scale: jax.Array | None = None
 
     def scales(self, sigma: np.ndarray, step_sigma: np.ndarray | None = None) -> np.ndarray:
         """The guidance's scales on a grid: (E,) noise levels of the evaluations, and of the starts
@@ -210,6 +219,12 @@ class Guided:
         """Cuts a sampler's evaluations where guidance begins or ends, in order; see `scales`."""
         scales = self.scales(sigma, step_sigma)
         table = jnp.asarray(scales)
+        if self.scale is not None and isinstance(self.guidance, Constant):
+            starts = sigma if step_sigma is None else step_sigma
+            weights = self.guidance.weights(self.time_of(sigma), starts)
+            table, scales = 1 + (self.scale - 1) * jnp.asarray(weights), 1 + weights
+            tolerance = self.guidance.skip_tolerance
+            table = jnp.where(jnp.abs(table - 1) <= tolerance, jnp.float32(1), table)
 
         def mixed_at(index: jax.Array) -> Network:
             return lambda x, level, conditioning: self.mixed(x, level, conditioning, table[index])
@@ -236,6 +251,7 @@ def guide(
     time_of: Callable[[np.ndarray], np.ndarray],
     null_label: int | None = None,
     weaker: Network | None = None,
+    scale: jax.Array | None = None,
 ) -> Guided:
     """Guides an evaluation.
 
@@ -247,6 +263,7 @@ def guide(
       time_of: of the process, see `Guided`.
       null_label: the label that stands for "no label"; None if there are no labels.
       weaker: the lesser evaluation of autoguidance, with the same conditioning.
+      scale: in place of the settings', see `Guided`.
 
     Raises:
       UserError: guidance by labels without labels, or autoguidance without a weaker network.
@@ -277,7 +294,7 @@ def guide(
         mixture = lesser[..., :count] + scale * (plain[..., :count] - lesser[..., :count])
         return jnp.concatenate([mixture, plain[..., count:]], axis=-1)
 
-    return Guided(evaluate, mixed, guidance, time_of)
+    return Guided(evaluate, mixed, guidance, time_of, scale)
 
 
 _Both = Callable[[jax.Array, jax.Array, Conditioning], tuple[jax.Array, jax.Array]]

@@ -49,6 +49,7 @@ class Asked:
       sampler: that draws.
       weaker: run of the second network of autoguidance, and its experiment.
       decoder: from latents to pictures, or None.
+      scale: of the guidance, where the sampler has another one, see `Sampler.draw_batch`.
     """
 
     source: Run | Weights
@@ -60,6 +61,7 @@ class Asked:
     sampler: Sampler
     weaker: tuple[Run, Opened] | None
     decoder: Decoder | None
+    scale: float | None = None
 
     @classmethod
     def make(
@@ -107,6 +109,14 @@ class Asked:
         numbers = np.asarray(seeds, np.int64)
         return cls(source, opened, experiment, numbers, label_of, words, sampler, weaker, decoder)
 
+    def with_scale(self, scale: float) -> "Asked":
+        """The same with another scale of the guidance, drawn by the same compiled function."""
+        sampling = self.experiment.sampling
+        guidance = dataclasses.replace(sampling.guidance, scale=scale)
+        sampling = dataclasses.replace(sampling, guidance=guidance)
+        experiment = dataclasses.replace(self.experiment, sampling=sampling)
+        return dataclasses.replace(self, experiment=experiment, scale=scale)
+
     def output(self, path: epath.PathLike | None) -> epath.Path:
         """Where the samples go: a path that was asked for, or the one that the request names.
 
@@ -147,8 +157,6 @@ class Asked:
     def identity(self, networks: Networks) -> dict[str, Any]:
         """JSON values by name of all that the samples depend on: not how many are drawn at once,
         nor where the networks lie."""
-        sampling = self.experiment.sampling
-        settings = {f"sampling.{name}": value for name, value in _makes_samples(sampling).items()}
         weaker_network = None
         if self.weaker and networks.weaker is not None:
             weaker_network = _network(self.weaker[1].experiment, networks.weaker)
@@ -159,8 +167,13 @@ class Asked:
             "seeds": _digest(self.seeds),
             "labels": _digest(self.labels),
             "matmul_precision": backend.matmul_precision(),
-            **settings,
+            **self.settings(),
         }
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of sampling that samples depend on, JSON values by name."""
+        sampling = self.experiment.sampling
+        return {f"sampling.{name}": value for name, value in _makes_samples(sampling).items()}
 
     def draw(self, networks: Networks, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A batch of the samples, as they are written to files, and which of them are finite.
@@ -170,7 +183,9 @@ class Asked:
           batch: (n,) places among the seeds, n at most the sampler's batch.
         """
         seeds, labels = self.seeds[batch], self.labels[batch]
-        drawn = self.sampler.draw_batch(networks.variables, seeds, labels, networks.weaker)
+        drawn = self.sampler.draw_batch(
+            networks.variables, seeds, labels, networks.weaker, self.scale
+        )
         finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
         space = self.experiment.space
         return space.leave(drawn, space.variables), finite

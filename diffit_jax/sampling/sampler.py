@@ -61,9 +61,13 @@ class Sampler:
         self._watch = jax.jit(self._watch_batch, out_shardings=sharding, static_argnums=3)
 
     def _draw_batch(
-        self, variables: Variables, weaker: Variables | None, batch: dict[str, jax.Array]
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        scale: jax.Array | None = None,
     ) -> jax.Array:
-        return self._drawn(variables, weaker, batch).samples
+        return self._drawn(variables, weaker, batch, scale=scale).samples
 
     def _watch_batch(
         self,
@@ -80,6 +84,7 @@ class Sampler:
         weaker: Variables | None,
         batch: dict[str, jax.Array],
         frames: int = 0,
+        scale: jax.Array | None = None,
     ) -> Drawn:
         copy = _copies(self._model) and self._copy
         if copy is None:
@@ -90,7 +95,7 @@ class Sampler:
                 variables = self._copied(self._model, variables)
                 if weaker is not None and self._weaker_model is not None:
                     weaker = self._copied(self._weaker_model, weaker)
-            return self._trajectory(variables, weaker, batch, frames)
+            return self._trajectory(variables, weaker, batch, frames, scale)
 
     def _copied(self, model: Model, variables: Variables) -> Variables:
         """The variables whole on every device, those that the network casts before use in its
@@ -108,6 +113,7 @@ class Sampler:
         weaker: Variables | None,
         batch: dict[str, jax.Array],
         frames: int,
+        scale: jax.Array | None,
     ) -> Drawn:
         process, sampling = self._experiment.process, self._experiment.sampling
         num_classes = self._model.num_classes
@@ -124,6 +130,7 @@ class Sampler:
             process.time_of,
             null_label=num_classes or None,
             weaker=lesser,
+            scale=scale,
         )
         noise = samplers.seeded_noise(batch["seed"], self._model.sample_shape)
         conditioning = {"label": batch["label"]} if num_classes else {}
@@ -156,6 +163,7 @@ class Sampler:
         seeds: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
         weaker: Variables | None = None,
+        scale: float | None = None,
     ) -> np.ndarray:
         """Draws one sample per seed, for at most a batch of them.
 
@@ -165,12 +173,15 @@ class Sampler:
           labels: n labels in [0, num_classes], the last one meaning "no label"; ignored by an
             unconditional model.
           weaker: variables of the weaker network, for autoguidance.
+          scale: of the guidance in place of the experiment's; one program serves all of them. Where
+            it is given, nothing is left out for scales near 1.
 
         Returns:
           (n, H, W, C) float32 samples in the units of the training data, not clipped, in the order
           of the seeds.
         """
-        drawn = self._draw(variables, weaker, self._batch(seeds, labels))
+        at = () if scale is None else (np.float32(scale),)
+        drawn = self._draw(variables, weaker, self._batch(seeds, labels), *at)
         return distributed.gather(drawn)[: len(seeds)]
 
     @backend.pinned()
