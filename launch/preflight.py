@@ -27,9 +27,10 @@ BATCH = flags.DEFINE_integer(
 )
 PROGRAMS = flags.DEFINE_list(
     "programs",
-    ["train", "sample"],
+    None,
     "Which programs to compile: train, sample; encode, decode (of the published autoencoder), "
-    "inception (the FID network).",
+    "inception (the FID network); default: train and sample, and those of the config's section "
+    "evaluation.",
 )
 SWEEP = flags.DEFINE_string(
     "sweep",

@@ -213,6 +213,34 @@ class Chain:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluating:
+    """Evaluations of a run while it trains: all networks beside its state.
+
+    Attributes:
+      kinds: of weights that are evaluated.
+      seconds_per_image: to draw, decode and measure one sample, on all chips.
+      memory: bytes on each device: the state, the other networks, and the largest of what their
+        programs need beside.
+      limit: memory of each device.
+      run_hours: of all evaluations of the run.
+    """
+
+    kinds: int
+    seconds_per_image: float
+    memory: int
+    limit: float
+    run_hours: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.limit
+
+    def hours(self, count: int) -> float:
+        """For so many samples of each kind of weights."""
+        return self.kinds * count * self.seconds_per_image / 3600
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What was compiled, for what, and by what. `sampled_without`: what sampling leaves out, ""
     if nothing; `averages`: of the parameters; `calibrated`: whether estimates were compared with
@@ -301,6 +329,7 @@ class Report:
       train: the training step.
       sample: drawing, as this chip would.
       chain: the networks between images, latents and scores.
+      evaluating: the evaluations of its section `evaluation`, if all their programs are there.
       run: the whole run; None too if the step does not fit.
     """
 
@@ -311,6 +340,7 @@ class Report:
     train: Step | TooLarge | None
     sample: Sampling | None
     chain: Chain | None
+    evaluating: Evaluating | None
     run: Run | None
 
 

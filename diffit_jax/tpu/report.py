@@ -7,6 +7,7 @@ from diffit_jax.tpu.figures import (
     Calibration,
     Chain,
     Drawing,
+    Evaluating,
     Memory,
     Report,
     Sampling,
@@ -42,6 +43,8 @@ def render(report: Report) -> str:
         ]
     if report.chain:
         lines += _chain(report.chain)
+    if report.evaluating:
+        lines += _evaluating(report.evaluating)
     if run:
         lines += [
             "",
@@ -70,6 +73,10 @@ def shortage(report: Report) -> str:
         else:
             more = f"is too large ({program.reason})"
         parts.append(f"the {name} step {more}")
+    evaluating = report.evaluating
+    if evaluating and not evaluating.fits:
+        more = evaluating.memory - evaluating.limit
+        parts.append(f"an evaluation beside the state needs {_bytes(more)} too much")
     return "; ".join(parts)
 
 
@@ -274,6 +281,20 @@ def _chain(chain: Chain) -> list[str]:
             f"each device: {_bytes(chain.together)} of {_bytes(chain.limit)}",
         ]
     return rows
+
+
+def _evaluating(evaluating: Evaluating) -> list[str]:
+    """The rows of the evaluations of a run while it trains."""
+    hours = " and ".join(f"{evaluating.hours(count):,.2f}" for count in (10_000, 50_000))
+    return [
+        "",
+        "evaluation while training, of "
+        f"{evaluating.kinds} kind{'s' * (evaluating.kinds > 1)} of weights (estimate)",
+        f"  {'10,000 and 50,000 samples':32} {hours} hours; all of this run's: "
+        f"{evaluating.run_hours:,.1f} hours beside the steps",
+        f"  {'state, networks, temporaries':32} {_bytes(evaluating.memory)} of "
+        f"{_bytes(evaluating.limit)} on each device",
+    ]
 
 
 def _sampling(sampling: Sampling) -> list[str]:

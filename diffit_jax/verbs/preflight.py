@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment import Experiment, build
 from diffit_jax.models.flops import training_flops
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.tpu import compiler, report
@@ -47,7 +47,7 @@ from diffit_jax.training.compiling import (
     open_experiment,
 )
 from diffit_jax.training.state import TrainState
-from diffit_jax.verbs.pricing import price_chain, price_sampling
+from diffit_jax.verbs.pricing import price_chain, price_evaluating, price_sampling
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def preflight(
     config: ConfigDict,
     topology: str,
     num_slices: int = 1,
-    programs: Sequence[str] = ("train", "sample"),
+    programs: Sequence[str] | None = None,
 ) -> Report:
     """Compiles the programs of a config for a topology and says what they need and take.
 
@@ -74,7 +74,8 @@ def preflight(
       config: of the experiment; its data and weights need not be there.
       topology: chip and grid of a slice, such as `v5e:16x16`.
       num_slices: how many slices.
-      programs: which of "train" and "sample", and of `CHAIN`.
+      programs: which of "train" and "sample", and of `CHAIN`; None: these two, and those of its
+        evaluations if it has a section `evaluation`.
 
     Returns:
       What they need and take; `sample` is how this chip would draw.
@@ -83,6 +84,12 @@ def preflight(
       UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
     """
     known = ("train", "sample", *CHAIN)
+    if programs is None:
+        programs = known[:2]
+        experiment = build(config)
+        if experiment.evaluation.steps:
+            decode = ("decode",) * bool(experiment.data.autoencoder)
+            programs = (*programs, *decode, "inception")
     if not programs:
         raise UserError(f"--programs is empty: use some of {', '.join(known)}")
     for program in programs:
@@ -127,15 +134,18 @@ def preflight(
     if chained:
         log.info("compiling %s for %d chips", ", ".join(chained), chips)
         chain = price_chain(opened, chip, chips, compiled, chained, sample)
+    evaluating = price_evaluating(opened, chip, chips, held.total, sample, chain)
     fitting = train if isinstance(train, Step) else None
+    parts = train, sample and sample.batch, chain, evaluating
     return Report(
         setting=_setting(opened, topology, num_slices, chip, chips),
-        fits=all(one.fits for one in (train, sample and sample.batch, chain) if one is not None),
+        fits=all(one.fits for one in parts if one is not None),
         memory=Memory.of(chip.memory / chip.devices, held, fitting and fitting.memory),
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         train=train,
         sample=sample,
         chain=chain,
+        evaluating=evaluating,
         run=fitting and _run(experiment, chips, fitting.step_s),
     )
 

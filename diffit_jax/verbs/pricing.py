@@ -20,7 +20,15 @@ from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import AT_ONCE, Decoder, per_slice
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.tpu.chips import Chip
-from diffit_jax.tpu.figures import Chain, Compiled, Drawing, Sampling, Step, TooLarge
+from diffit_jax.tpu.figures import (
+    Chain,
+    Compiled,
+    Drawing,
+    Evaluating,
+    Sampling,
+    Step,
+    TooLarge,
+)
 from diffit_jax.training.compiling import Opened
 
 Ask = Callable[[jax.stages.Lowered], Compiled | TooLarge]
@@ -111,6 +119,53 @@ def price_chain(
     return Chain(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
 
 
+def price_evaluating(
+    opened: Opened,
+    chip: Chip,
+    chips: int,
+    state_bytes: int,
+    sampling: Sampling | None,
+    chain: Chain | None,
+) -> Evaluating | None:
+    """The evaluations that an experiment asks for while it trains; None if it asks for none, or one
+    of their programs was not priced.
+
+    Args:
+      opened: the experiment.
+      chip, chips: of the topology.
+      state_bytes: of what each device holds between steps.
+      sampling, chain: as they were priced.
+    """
+    experiment = opened.experiment
+    settings = experiment.evaluation
+    if not settings.steps or sampling is None or chain is None:
+        return None
+    wanted = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
+    steps = [sampling.batch, *(chain.programs.get(name) for name in wanted)]
+    fitting = [step for step in steps if isinstance(step, Step)]
+    if len(fitting) < len(steps):
+        return None
+    beside = max(map(_beside, fitting))
+    seconds = sum(1 / (step.images_per_s_per_chip * chips) for step in fitting)
+    kinds = 1 + len(experiment.ema.power_lengths) + settings.raw
+    total = experiment.training.total_steps
+    last = settings.final_count or settings.count
+    before = -(-total // settings.steps) - 1  # the last one comes after the last update
+    images = before * settings.count + last
+    return Evaluating(
+        kinds=kinds,
+        seconds_per_image=seconds,
+        memory=state_bytes + sum(chain.held.values()) + beside,
+        limit=chip.memory / chip.devices,
+        run_hours=kinds * images * seconds / 3600,
+    )
+
+
+def _beside(step: Step) -> int:
+    """Bytes that a program needs beside its arguments."""
+    return step.memory.outputs + step.memory.temporaries + step.memory.program
+
+
 def _variables(mesh: jax.sharding.Mesh, module: Any, example: tuple[int, ...]) -> Any:
     """Shapes of a network's variables, on every device."""
     key, shape = jax.random.key(0), jax.ShapeDtypeStruct((1, *example), jnp.float32)
@@ -138,7 +193,4 @@ def _together(
     if len(fitting) < len(steps):
         return None
     weights = fitting[0].memory.arguments + sum(held.values())
-    beside = max(
-        one.memory.outputs + one.memory.temporaries + one.memory.program for one in fitting
-    )
-    return weights + beside
+    return weights + max(map(_beside, fitting))

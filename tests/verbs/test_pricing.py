@@ -1,12 +1,14 @@
 """What preflight says of the networks between images, latents and scores, in sizes that compile in
 seconds."""
 
+import dataclasses
 import functools
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 from support.configs import small_config, small_latent_config
 from support.processes import ROOT
 
@@ -63,3 +65,41 @@ def test_too_little_memory_for_all_together():
 def test_images_have_no_autoencoder():
     with pytest.raises(UserError, match="encode or decode, but the config names no autoencoder"):
         preflight.preflight(small_config(), "v5e:2x2", programs=["decode"])
+
+
+def watched(**settings):
+    config = small_latent_config()
+    files = dict(reference="r.npz", inception="i.pth", vae="vae")
+    config.evaluation = ConfigDict(dict(steps=2, count=1000, **files) | settings)
+    return config
+
+
+def test_evaluations_of_a_run_are_priced_beside_its_state():
+    """Two evaluations of 1,000 samples and one of 5,000, of averaged and raw weights, on four
+    chips."""
+    found = preflight.preflight(
+        watched(final_count=5000), "v5e:2x2", programs=["sample", "decode", "inception"]
+    )
+    evaluating, steps = found.evaluating, found.chain.programs
+    images_per_s = [
+        4 * step.images_per_s_per_chip
+        for step in (found.sample.batch, steps["decode"], steps["inception"])
+    ]
+    seconds = sum(1 / rate for rate in images_per_s)
+    assert evaluating.kinds == 2
+    assert evaluating.hours(10_000) == pytest.approx(2 * 10_000 * seconds / 3600)
+    assert evaluating.run_hours == pytest.approx(2 * 7_000 * seconds / 3600)
+    beside = found.chain.together - found.sample.batch.memory.arguments
+    assert evaluating.memory == found.memory.held.total + beside
+    assert evaluating.fits and "evaluation while training, of 2 kinds" in report.render(found)
+    full = dataclasses.replace(evaluating, limit=evaluating.memory - 1e9)
+    lacking = dataclasses.replace(found, evaluating=full)
+    assert "an evaluation beside the state needs 1.00 GB too much" in report.shortage(lacking)
+
+
+def test_a_run_that_is_evaluated_is_priced_with_that_unless_programs_are_named():
+    found = preflight.preflight(watched(raw=False), "v5e:2x2")
+    assert found.train and found.sample and list(found.chain.programs) == ["decode", "inception"]
+    assert found.evaluating.kinds == 1
+    plain = preflight.preflight(small_latent_config(), "v5e:2x2")
+    assert plain.chain is None and plain.evaluating is None
