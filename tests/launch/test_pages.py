@@ -23,7 +23,13 @@ from diffit_jax.interop import official
 from diffit_jax.models.latent import LatentDiffiT
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "launch/README.md", "configs/README.md", "launch/PERFORMANCE.md")
+PAGES = (
+    "README.md",
+    "launch/README.md",
+    "configs/README.md",
+    "configs/REPRODUCE.md",
+    "launch/PERFORMANCE.md",
+)
 STARTS = ("bash ", "python ", ".venv/bin/python ", "for ", "pip ")
 
 # By what a line begins with; the longest that fits counts. "run": in a folder with stand-ins
@@ -32,6 +38,7 @@ STARTS = ("bash ", "python ", ".venv/bin/python ", "for ", "pip ")
 LISTS = {
     "bash launch/quickstart.sh digits_latent": "the same script as for digits, whose steps a test "
     "of its own runs",
+    "bash launch/quickstart.sh chain": "tests/launch/test_chain.py runs its steps, in short",
     "bash launch/quickstart.sh": "a test of its own runs its steps on small networks",
     "bash tests/run.sh": "it is what runs this",
     "bash launch/setup_env.sh": "installs, as tests/run.sh has done",
@@ -42,11 +49,14 @@ LISTS = {
     "python launch/train.py --config configs/cifar10.py": "parsed",
     "python launch/prepare.py": "run",
     "python launch/encode.py": "run",
+    # tests/training/test_autoencoder.py trains one.
+    "python launch/train_autoencoder.py": "parsed",
     "python launch/train.py --config … ": "a pattern, with an ellipsis for the config",
     "python launch/train.py --profile_steps": "a flag that the text names",
     "python launch/sample.py --ema_length": "a flag that the text names",
     "python launch/sample.py --workdir": "run",
     "python launch/sample.py --weights diffit_256.safetensors --vae": "parsed",
+    "python launch/sample.py --weights diffit_256.safetensors --vae sd-vae-ft-ema --labels": "run",
     "python launch/sample.py --weights": "run",
     "python launch/convert.py": "run",
     "python launch/evaluate.py": "run",
