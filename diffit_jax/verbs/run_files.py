@@ -150,6 +150,8 @@ class RunFiles:
         snapshots = self._snapshots
         if snapshots and self._snapshot_due(step) and step not in snapshots.steps():
             facts = {"step": step, "updates": step - int(state.skipped)}
+            # One after the other: Orbax's processes wait for each other under names made of steps.
+            self.checkpoints.wait()
             snapshots.save(step, {"power_emas": dict(named(state.power_emas))}, facts)
         if self._grid_due(step):
             grid = self.workdir / workdirs.GRIDS / f"{step:08d}.png"

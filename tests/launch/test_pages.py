@@ -45,6 +45,8 @@ LISTS = {
     "pip install": "installs",
     "python launch/train.py --config configs/digits.py": "run",
     "python launch/train.py --config configs/own_images.py": "run",
+    # tests/evaluation/test_in_training.py has smaller ones.
+    "python launch/train.py --config configs/digits.py --workdir runs/watched": "parsed",
     # tests/training/test_pixel_recipe.py trains it, in small.
     "python launch/train.py --config configs/cifar10.py": "parsed",
     "python launch/prepare.py": "run",
@@ -60,6 +62,8 @@ LISTS = {
     "python launch/sample.py --weights": "run",
     "python launch/convert.py": "run",
     "python launch/evaluate.py": "run",
+    # Of all digits; tests/launch/test_chain.py makes one of some.
+    "python launch/evaluate.py --dataset digits --make_reference": "parsed",
     # It draws 50,000; tests/verbs/test_evaluate.py draws six.
     "python launch/evaluate.py --weights": "parsed",
     "python launch/evaluate.py --workdir": "parsed",
