@@ -80,6 +80,9 @@ LONG = dict(
     training__checkpoint_steps=20,
     training__grid_steps=10_000,
     training__log_steps=10,
+    # Snapshots of averages at the steps of checkpoints, and a loss beside them.
+    ema={"halflife_images": 64, "power_lengths": (0.1,), "snapshot_steps": 20},
+    evaluation={"loss_steps": 500, "loss_examples": 8},
 )
 
 
@@ -103,6 +106,8 @@ def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
     statuses, texts = again.wait()
     assert statuses == [0, 0] and f"resuming at step {saved} of {saved + 3}" in texts[0], texts
     assert checkpoints_of(tmp_path / "run")[-1] == saved + 3
+    assert (tmp_path / "run" / "ema_snapshots" / str(saved + 3)).exists()
+    assert f"step {saved + 3}: held-out loss ema" in texts[0]
     assert (
         json.loads((tmp_path / "run" / "config.json").read_text())["training"]["total_steps"]
         == saved + 3
