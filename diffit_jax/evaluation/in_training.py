@@ -82,6 +82,8 @@ class Evaluated(NamedTuple):
 
     def in_words(self) -> str:
         """For people: each metric with the kinds of weights."""
+        if not self.weights:
+            return "nothing was evaluated"
         metrics = next(iter(self.weights.values()))["metrics"]
         return ", ".join(
             f"{metric} "
@@ -156,10 +158,10 @@ class InTraining:
         """Whether that of a step lies in the work directory."""
         return distributed.agreed(self._file(step).exists())
 
-    @backend.memory_for("lower evaluation.batch_per_device, or sampling.batch_per_device")
     def run(self, step: int, state: TrainState) -> Evaluated:
         """Evaluates the weights of a step. Interrupted, it goes on where it was when it is called
-        again, in another process too.
+        again, in another process too. Weights whose samples cannot be measured are left out, with a
+        warning.
 
         Raises:
           interruption.Preempted, interruption.Interrupted: what is measured is kept.
@@ -173,20 +175,26 @@ class InTraining:
         found, pictures = {}, {}
         every = list(kinds(self._opened.experiment, state, settings.raw))
         for number, kind in enumerate(every):
-            drawn = self._drawn(kind, count, step)
-            shown = min(SHOWN, count, self._ask(count).sampler.batch_size)
-            pictures[kind.name] = next(drawn.batches(shown))
             left = settings.max_minutes * 60 - (time.monotonic() - started)
             share = max(left, 1e-3) / (len(every) - number) if settings.max_minutes else 0.0
-            assert self._evaluator is not None
-            found[kind.name] = self._evaluator.run(
-                drawn,
-                self._begun(step, kind.name),
-                what=f"evaluate {kind.name}",
-                max_seconds=share,
-                keep=True,
-            )
+            try:
+                pictures[kind.name], found[kind.name] = self._measured(kind, count, step, share)
+            except UserError as error:  # such as samples that are not finite: training goes on
+                log.warning("step %d: %s weights are not evaluated: %s", step, kind.name, error)
         return Evaluated(step, time.monotonic() - started, found, pictures)
+
+    @backend.memory_for("lower evaluation.batch_per_device, or sampling.batch_per_device")
+    def _measured(
+        self, kind: Kind, count: int, step: int, max_seconds: float
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Some pictures, and what `Evaluator.run` finds."""
+        assert self._evaluator is not None
+        drawn = self._drawn(kind, count, step)
+        shown = next(drawn.batches(min(SHOWN, count, self._ask(count).sampler.batch_size)))
+        place, what = self._begun(step, kind.name), f"evaluate {kind.name}"
+        return shown, self._evaluator.run(
+            drawn, place, what=what, max_seconds=max_seconds, keep=True
+        )
 
     def finish(self, found: Evaluated) -> None:
         """Writes what was found."""

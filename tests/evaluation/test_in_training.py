@@ -27,6 +27,7 @@ from diffit_jax.evaluation.pictures import open_pictures
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.networks import Run
+from diffit_jax.sampling.request import Asked
 from diffit_jax.training.compiling import open_experiment
 from diffit_jax.training.held_out import SEED, HeldOutLoss
 from diffit_jax.training.state import create_state
@@ -189,6 +190,30 @@ def test_minutes_bound_an_evaluation(place, whole, tmp_path, caplog):
     weights = found(tmp_path / "run", 8)["weights"]
     assert {name: each["count"] for name, each in weights.items()} == {"ema": 8, "ema_0.1": 8}
     assert "evaluate ema: 8 of 40 images were measured in the " in caplog.text
+
+
+def test_weights_that_cannot_be_evaluated_do_not_end_a_run(place, tmp_path, monkeypatch, caplog):
+    """Samples of the raw weights are not finite, and then there is no memory for any."""
+    draw = Asked.draw
+
+    def poisoned(self, networks, batch):
+        samples, finite = draw(self, networks, batch)
+        return samples, finite & ("raw" not in networks.origin)
+
+    monkeypatch.setattr(Asked, "draw", poisoned)
+    config = watched(place, steps=6)
+    state = train(config, tmp_path / "run")
+    assert list(found(tmp_path / "run", 6)["weights"]) == ["ema", "ema_0.1"]
+    assert "step 6: raw weights are not evaluated: 4 of the first 4 samples are not" in caplog.text
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
+
+    monkeypatch.setattr(Asked, "draw", full)
+    config.training.total_steps = 7
+    assert int(state.step) == 6 and int(train(config, tmp_path / "run").step) == 7
+    assert found(tmp_path / "run", 7)["weights"] == {}
+    assert "ema weights are not evaluated: memory ran out" in caplog.text
 
 
 @pytest.mark.parametrize(
