@@ -195,7 +195,7 @@ def test_weights_say_how_much_of_a_scale_arrives():
         ("sampler.eta=0,1", r"--sampler\.eta has no effect with sampler ddpm"),
         ("guidance.scale=x", r"--sweep has guidance\.scale=x: it must be a number"),
         ("guidance.scale=nan", "it must be a finite number"),
-        ("guidence.scale=1", r"--sweep has 'guidence\.scale': write KEY=VALUE"),
+        ("guidance.sale=1", r"--sweep has 'guidance\.sale': write KEY=VALUE"),
         ("1,2", "--sweep has '1': write KEY=VALUE"),
     ],
 )
