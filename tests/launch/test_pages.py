@@ -51,7 +51,7 @@ LISTS = {
     "python launch/train.py --config configs/cifar10.py": "parsed",
     "python launch/prepare.py": "run",
     "python launch/encode.py": "run",
-    # tests/training/test_autoencoder.py trains one.
+    # tests/training/test_train_autoencoder.py trains one.
     "python launch/train_autoencoder.py": "parsed",
     "python launch/train.py --config … ": "a pattern, with an ellipsis for the config",
     "python launch/train.py --profile_steps": "a flag that the text names",

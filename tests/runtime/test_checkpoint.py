@@ -238,7 +238,7 @@ def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path):
         config = small_config(
             optimizer={"learning_rate": rate, "warmup_steps": 100_000}, training__grid_steps=1000
         )
-        config.training.update(total_steps=600, log_steps=20, checkpoint_steps=5)
+        config.training.update(total_steps=600, log_steps=20, checkpoint_steps=10)
         try:
             train(config, tmp_path / "run")
         except UserError as error:

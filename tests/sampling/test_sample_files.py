@@ -156,9 +156,9 @@ def interrupted(monkeypatch, after, *arguments, **request):
 def drawn_by(monkeypatch):
     draw_batch, seen = Sampler.draw_batch, []
 
-    def listening(self, variables, seeds, labels, weaker=None):
+    def listening(self, variables, seeds, labels, *more):
         seen.append(np.asarray(seeds).tolist())
-        return draw_batch(self, variables, seeds, labels, weaker)
+        return draw_batch(self, variables, seeds, labels, *more)
 
     monkeypatch.setattr(Sampler, "draw_batch", listening)
     return seen
@@ -352,8 +352,8 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
     interrupted after it."""
     draw_batch = Sampler.draw_batch
 
-    def spoiling(self, variables, seeds, labels, weaker=None):
-        drawn = draw_batch(self, variables, seeds, labels, weaker).copy()
+    def spoiling(self, variables, seeds, labels, *more):
+        drawn = draw_batch(self, variables, seeds, labels, *more).copy()
         drawn[np.asarray(seeds) == 1, 0, 0, 0] = np.inf
         return drawn
 

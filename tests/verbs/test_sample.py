@@ -199,11 +199,11 @@ def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
     whole = sample(latent_run[0], output=tmp_path / "whole.npz", **request)
     drawn, draw_batch = [], Sampler.draw_batch
 
-    def counting(self, variables, seeds, labels, weaker=None):
+    def counting(self, variables, seeds, labels, *more):
         if len(drawn) == 3:
             raise KeyboardInterrupt
         drawn.append(list(seeds))
-        return draw_batch(self, variables, seeds, labels, weaker)
+        return draw_batch(self, variables, seeds, labels, *more)
 
     monkeypatch.setattr(Sampler, "draw_batch", counting)
     with pytest.raises(KeyboardInterrupt):
