@@ -11,7 +11,8 @@ if [ "${1:-}" = --colab ]; then
   VENV=.venv-colab CONSTRAINTS=constraints-colab.txt PYTHON="$python" bash launch/setup_env.sh test
   core=(models diffusion interop sampling evaluation data test_{limits,configs,workdir}.py
     launch/test_{colab,notebook}.py runtime/test_{backend,checkpoint,contents,rows}.py
-    training/test_{training,optimizer,watch}.py verbs/test_{sample,convert,prepare,own_data}.py)
+    training/test_{training,optimizer,train_autoencoder,watch}.py
+    verbs/test_{sample,convert,prepare,own_data,sweep}.py)
   JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 2 --dist loadfile \
     "${core[@]/#/tests/}" "$@"
 fi

@@ -17,10 +17,12 @@ from diffit_jax.experiment import build
 from diffit_jax.training.compiling import open_training_data
 from diffit_jax.verbs.train import train
 
+# Made of a data set's manifest: tests/verbs/test_own_data.py and tests/launch/test_chain.py.
+OF_DATA = ("own_images", "chain")
 
-# `own_images` is made of a data set's manifest: tests/verbs/test_own_data.py.
+
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "own_images")
+    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in OF_DATA)
 )
 def test_config_can_be(name):
     config = config_of(name)
