@@ -205,8 +205,7 @@ def _sweep() -> None:
         print(f"the best: {_command(best)}", flush=True)
     if COUNT.value == 0:
         return
-    of_source = {key: best[key] for key in sweep.OF_SOURCE if key in best}
-    of_sampling = {key: value for key, value in best.items() if key not in sweep.OF_SOURCE}
+    of_source, of_sampling = sweep.divided(best)
     scores = evaluate.evaluate(
         NETWORK.source(**of_source),
         REFERENCE.value,

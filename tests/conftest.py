@@ -1,5 +1,6 @@
 """Two virtual devices, so that everything runs sharded, and two small runs that tests share."""
 
+import functools
 import gc
 import os
 import signal
@@ -46,6 +47,17 @@ def latent_run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("latent_run")
     return workdir, train(small_latent_config(), workdir)
+
+
+@pytest.fixture(scope="module")
+def one_extractor_each():
+    """One extractor for each FID network, mesh and rule: most of the time of a file that measures
+    pictures would be compiling."""
+    from diffit_jax.evaluation.features import Extractor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "load", functools.cache(Extractor.load))
+        yield
 
 
 # Long files, which begin first: at the end one core would be idle beside them.

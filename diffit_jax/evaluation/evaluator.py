@@ -82,7 +82,7 @@ class Evaluator:
 
         Args:
           pictures: what is measured.
-          place: file that keeps what is measured if the call is interrupted. It stays until `done`.
+          place: file that keeps what is measured if the call is interrupted; the caller removes it.
           count: how many of the first pictures; None: all.
           what: the pictures, for progress.
           max_seconds: measure no more after so long; 0: all of them.

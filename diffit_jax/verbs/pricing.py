@@ -13,6 +13,7 @@ import numpy as np
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.models.autoencoder import Autoencoder
 from diffit_jax.models.flops import count_multiply_adds
 from diffit_jax.models.inception import SIDE, Inception
@@ -147,17 +148,17 @@ def price_evaluating(
         return None
     beside = max(map(_beside, fitting))
     seconds = sum(1 / (step.images_per_s_per_chip * chips) for step in fitting)
-    kinds = 1 + len(experiment.ema.power_lengths) + settings.raw
+    weights = len(list(kinds(experiment, opened.state, settings.raw)))
     total = experiment.training.total_steps
     last = settings.final_count or settings.count
     before = -(-total // settings.steps) - 1  # the last one comes after the last update
     images = before * settings.count + last
     return Evaluating(
-        kinds=kinds,
+        kinds=weights,
         seconds_per_image=seconds,
         memory=state_bytes + sum(chain.held.values()) + beside,
         limit=chip.memory / chip.devices,
-        run_hours=kinds * images * seconds / 3600,
+        run_hours=weights * images * seconds / 3600,
     )
 
 

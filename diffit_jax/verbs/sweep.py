@@ -165,6 +165,12 @@ def sweep(
     return swept
 
 
+def divided(settings: Settings) -> tuple[Settings, Settings]:
+    """Settings of a point: those of its source, and those of sampling."""
+    of_source = {key: value for key, value in settings.items() if key in OF_SOURCE}
+    return of_source, {key: value for key, value in settings.items() if key not in OF_SOURCE}
+
+
 class _Asking:
     """Requests for the samples of points, which share what they can: networks, and samplers."""
 
@@ -185,7 +191,7 @@ class _Asking:
         self._loaded: tuple[str, tuple[Any, dict[str, Any]]] | None = None
 
     def _source(self, settings: Settings) -> tuple[str, Run | Weights]:
-        of_source = {key: settings[key] for key in OF_SOURCE if key in settings}
+        of_source, _ = divided(settings)
         name = json.dumps(of_source)
         if name not in self._sources:
             self._sources[name] = self._source_of(**of_source)
@@ -194,9 +200,7 @@ class _Asking:
     def point(self, settings: Settings) -> Asked:
         """The request of a point."""
         _, source = self._source(settings)
-        of_sampling = {
-            key: value for key, value in settings.items() if key not in OF_SOURCE and key != SCALE
-        }
+        _, of_sampling = divided(settings)
         if self._scales:  # the farthest from 1: it is guided
             of_sampling[SCALE] = max(self._scales, key=lambda scale: abs(scale - 1))
         name = json.dumps(of_sampling)
@@ -227,7 +231,7 @@ def _check_effect(
     """Raises `UserError` if two values of a key ask for the same samples."""
     seen: dict[str, Settings] = {}
     for settings, one in zip(combinations, asked, strict=True):
-        of_source = {key: settings[key] for key in OF_SOURCE if key in settings}
+        of_source, _ = divided(settings)
         identity = json.dumps([one.settings(), of_source], sort_keys=True, default=str)
         if identity in seen:
             other = seen[identity]

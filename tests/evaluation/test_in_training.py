@@ -1,6 +1,5 @@
 """Evaluations of a run while it trains: the verb's figures, and nothing lost."""
 
-import functools
 import json
 import shutil
 import signal
@@ -40,11 +39,7 @@ METRICS = ("fid", "precision")
 BATCH = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Extractor, "load", functools.cache(Extractor.load))
-        yield
+pytestmark = pytest.mark.usefixtures("one_extractor_each")
 
 
 @pytest.fixture(scope="module")

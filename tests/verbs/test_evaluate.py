@@ -37,12 +37,7 @@ def pictures(count, seed, side=20):
     return coarse.repeat(4, axis=1).repeat(4, axis=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """An extractor for each file, mesh and rule: most of the time here would be compiling."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Extractor, "load", functools.cache(Extractor.load))
-        yield
+pytestmark = pytest.mark.usefixtures("one_extractor_each")
 
 
 @pytest.fixture(scope="module")

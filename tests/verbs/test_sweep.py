@@ -29,11 +29,7 @@ COUNT, BATCH = 12, 4
 STEPS = {"sampler.num_steps": 3, "batch_per_device": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Extractor, "load", functools.cache(Extractor.load))
-        yield
+pytestmark = pytest.mark.usefixtures("one_extractor_each")
 
 
 @pytest.fixture(scope="module")
