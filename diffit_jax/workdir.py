@@ -4,7 +4,7 @@
     checkpoints/STEP         of the whole state; checkpoints_damaged/ those that could not be used
     ema_snapshots/STEP       of the averages of which one of any length is made
     evaluations/STEP.json    the figures of the evaluations of a run
-    events/  grids/  profile/  for people
+    events/  grids/  profile/  for people; wandb.json which run at Weights & Biases it is
 
 A key of a config may differ from that of the run which it continues if it has the mark `FREE`
 beside its field: the numbers do not depend on it.
@@ -37,6 +37,7 @@ EVALUATIONS = "evaluations"
 EVENTS = "events"
 GRIDS = "grids"
 PROFILE = "profile"
+WANDB_FILE = "wandb.json"
 
 
 @contextlib.contextmanager

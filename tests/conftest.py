@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 
+from support import warm
 from support.processes import QUICK_TO_COMPILE
 
 # Tracing makes many small objects; looking for garbage took a tenth of the time.
@@ -19,6 +20,9 @@ _CACHE = tempfile.TemporaryDirectory(prefix="diffit_jax_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("DIFFIT_JAX_TEST_CACHE", _CACHE.name)
 os.environ["DIFFIT_JAX_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one for all workers
+    warm.start(_CACHE.name)
 
 import jax
 import pytest

@@ -152,8 +152,13 @@ def define_fewer_devices() -> "Callable[[ConfigDict], Any]":
     return devices
 
 
-def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None) -> None:
-    """Parses the flags, joins the other processes if `cluster` is given, and calls `main`.
+def run(
+    main: Callable[[], None],
+    cluster: "Callable[[], Cluster] | None" = None,
+    takes_devices: Callable[[], bool] = lambda: True,
+) -> None:
+    """Parses the flags, joins the other processes if `cluster` is given, takes the devices (unless
+    it leaves them to processes of its own), and calls `main`.
 
     A mistake of the user's ends in one line on stderr and exit status 1; a preemption, after
     everything is saved, in exit status 75 (EX_TEMPFAIL), which means: run the same command again to
@@ -170,13 +175,12 @@ def run(main: Callable[[], None], cluster: "Callable[[], Cluster] | None" = None
         try:
             _import_jax()
             _cache_programs()
-            if cluster:
-                from diffit_jax.runtime.distributed import initialize
+            if takes_devices():
+                from diffit_jax.runtime import backend, distributed
 
-                initialize(cluster())
-            from diffit_jax.runtime import backend
-
-            backend.devices()  # that there are none is said before anything else
+                if cluster:
+                    distributed.initialize(cluster())
+                backend.devices()  # that there are none is said before anything else
             main()
             sys.stdout.flush()
         except UserError as error:

@@ -46,7 +46,7 @@ def write_preview(
     samples: np.ndarray,
     preview: Callable[[np.ndarray], np.ndarray],
     columns: int = 10,
-) -> None:
+) -> np.ndarray | None:
     """Writes a picture of some samples; one that cannot be drawn or written is a
     warning, since nothing depends on it.
 
@@ -55,10 +55,15 @@ def write_preview(
       samples: (n, H, W, C), see `preview`.
       preview: of a `Space`: the samples as (n, H', W', 1 or 3) uint8.
       columns: samples in a row.
+
+    Returns:
+      The picture, (height, width, 1 or 3) uint8, unless there is none.
     """
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, image_grid(preview(samples), columns))
+        grid = image_grid(preview(samples), columns)
+        write_png(path, grid)
+        return grid
     except Exception as error:
         log.warning(
             "the picture %s could not be made (%s: %s)",

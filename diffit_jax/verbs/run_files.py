@@ -7,17 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
-from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.errors import OutOfMemory
 from diffit_jax.evaluation.in_training import InTraining, kinds
 from diffit_jax.runtime import backend, distributed, files, interruption
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.sampler import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.compiling import Opened
 from diffit_jax.training.held_out import HeldOutLoss, open_held_out
+from diffit_jax.training.loggers import Loggers, check_wandb
 from diffit_jax.training.saving import named, restore_state, save_state
 from diffit_jax.training.state import TrainState
 
@@ -42,6 +42,8 @@ class Looks(NamedTuple):
         """Opens and checks everything; writes nothing. Errors as of `InTraining` and
         `open_held_out`."""
         experiment, held_out = opened.experiment, None
+        wandb = experiment.training.wandb if distributed.is_first() else ""
+        distributed.first_then_all(lambda: check_wandb(wandb))
         count = experiment.training.grid_images
         grid_sampler = sampler_without_autoguidance(experiment, opened.mesh, count)
         evaluations = InTraining(opened, config.to_dict(), workdir)
@@ -63,7 +65,7 @@ class RunFiles:
         self._snapshots: Checkpoints | None = None
         if opened.experiment.ema.power_lengths:
             self._snapshots = Checkpoints(workdir / workdirs.SNAPSHOTS, keep=10**6)
-        self._events: SummaryWriter | None = None
+        self._loggers = Loggers()
         self._first_step = 0
 
     def restore(self) -> TrainState | None:
@@ -74,47 +76,33 @@ class RunFiles:
             self.checkpoints.set_aside_after(self._first_step)
         return state
 
-    def open_events(self) -> None:
-        """Begins to log, on process 0. What was logged after the checkpoint is logged again: its
-        first copy is not to be shown."""
-        if distributed.is_first() and not self._events:
-            place = str(self.workdir / workdirs.EVENTS)
-            self._events = SummaryWriter(place, purge_step=self._first_step + 1)
+    def open_log(self) -> None:
+        """Begins to log figures and pictures, on process 0."""
+        if distributed.is_first() and not self._loggers:
+            self._loggers = Loggers.open(self.workdir, self._config, self._first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Writes figures of a step."""
-        if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        self._loggers.figures(step, values)
 
     def save(self, state: TrainState) -> None:
         """Begins to write a checkpoint. When it is there, so is all that was left before it."""
         if self._snapshots:
             self._snapshots.wait()
-        self._flush()
+        self._loggers.flush()
         self._put_back()
         save_state(self.checkpoints, state, self._experiment.training.batch_size)
 
-    def _flush(self) -> None:
-        if self._events:
-            try:
-                self._events.flush()
-            except OSError as error:
-                place = self.workdir / workdirs.EVENTS
-                raise UserError(
-                    f"{place} cannot be written ({error.strerror or error}): "
-                    f"{files.remedy_for_writing(error)}; complete checkpoints are kept"
-                ) from error
-
     def _put_back(self) -> None:
         """What was in the directory beside checkpoints, if somebody has deleted it."""
-        if self._events and not (self.workdir / workdirs.CONFIG_FILE).exists():
+        if self._loggers and not (self.workdir / workdirs.CONFIG_FILE).exists():
             log.warning(
                 "%s was deleted while the run went on; its config and events are written anew",
                 self.workdir,
             )
             workdirs.write_config(files.make_directory(self.workdir, "workdir"), self._config)
-            self._events = SummaryWriter(str(self.workdir / workdirs.EVENTS))
+            self._loggers.close()
+            self._loggers = Loggers.open(self.workdir, self._config, self._first_step)
 
     def evaluates(self, step: int) -> bool:
         """Whether samples are compared with a reference after this step."""
@@ -157,11 +145,11 @@ class RunFiles:
         if self._grid_due(step):
             grid = self.workdir / workdirs.GRIDS / f"{step:08d}.png"
             if not (restored and distributed.agreed(grid.exists())):
-                self._write_grid(grid, state)
+                self._write_grid(step, grid, state)
         if self.evaluates(step) and not (restored and self._looks.evaluations.done(step)):
             self._evaluate(step, state)
 
-    def _write_grid(self, path: epath.Path, state: TrainState) -> None:
+    def _write_grid(self, step: int, path: epath.Path, state: TrainState) -> None:
         """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps
         can be compared.
 
@@ -184,7 +172,9 @@ class RunFiles:
         if not finite.all():
             bad = int((~finite).sum())
             log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
-        pixels.write_preview(path, samples, space.preview)
+        grid = pixels.write_preview(path, samples, space.preview)
+        if grid is not None:
+            self._loggers.picture(step, "grid", grid)
 
     def measure_loss(self, step: int, state: TrainState) -> None:
         """Logs the loss on held-out examples, of the parameters and every average."""
@@ -203,13 +193,12 @@ class RunFiles:
             self.wait()
             kept = f"checkpoint {step} is saved in {self.checkpoints.directory}, and {notice}"
             raise type(notice)(kept) from notice
-        self.open_events()
+        self.open_log()
         self.log(step, found.values)
-        if self._events:
-            for name, pictures in found.pictures.items():
-                grid = pixels.image_grid(pictures, columns=8)
-                self._events.add_image(f"samples/{name}", grid, step, dataformats="HWC")
-        self._flush()
+        for name, pictures in found.pictures.items():
+            grid = pixels.image_grid(pictures, columns=8)
+            self._loggers.picture(step, f"samples/{name}", grid)
+        self._loggers.flush()
         self._looks.evaluations.finish(found)  # last: what is there is not done again
         log.info("step %d: %s; it took %.3g s", step, found.in_words(), found.seconds)
 
@@ -221,5 +210,4 @@ class RunFiles:
 
     def close(self) -> None:
         """Ends the log."""
-        if self._events:
-            self._events.close()
+        self._loggers.close()

@@ -120,7 +120,7 @@ def _train(
     def every(steps: int, step: int) -> bool:
         return step % steps == 0 or step == total_steps
 
-    run.open_events()
+    run.open_log()
     watch.start(first_step)
     saved_at = time.monotonic()
     progress = Progress("train", total_steps, done=first_step, shown=distributed.is_first())
@@ -197,11 +197,15 @@ def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoint
 
 
 def _line(values: dict[str, float]) -> str:
+    """A report on the width of a phone; everything else is in the log of figures."""
     return (
-        f"loss {values['loss']:.4f} | gradient {values['gradient_norm']:.3f} | "
-        f"rate {values['learning_rate']:.2e} | {values['steps_per_s']:.2f} steps/s | "
-        f"{values['images_per_s']:.0f} images/s | waiting {values['data_wait_share']:.1%}"
+        f"loss {values['loss']:.4f} | {values['images_per_s']:,.0f} images/s"
         + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
-        + (f" | not training {values['beside_share']:.1%}" if values["beside_share"] else "")
+        + (
+            f" | waiting {values['data_wait_share']:.0%}"
+            if values["data_wait_share"] > 0.01
+            else ""
+        )
+        + (f" | not training {values['beside_share']:.0%}" if values["beside_share"] else "")
         + (f" | {values['skipped']:.0f} batches skipped" if values["skipped"] else "")
     )

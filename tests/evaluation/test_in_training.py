@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from support import warm
 from support.configs import small_config, small_latent_config
 from support.fid import save_tiny_vae
 from support.processes import ROOT, at_question, environment, write_config
@@ -156,7 +156,7 @@ def comparable(workdir, step, elsewhere):
 def test_a_run_killed_in_an_evaluation_ends_as_if_it_had_not_been(place, whole, tmp_path):
     """SIGKILL when the first of the kinds of weights is measured at the last step."""
     config = write_config(tmp_path / "config.py", watched(place))
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(config)]
+    command = [warm.python(), str(ROOT / "launch/train.py"), "--config", str(config)]
     command += ["--workdir", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(), cwd=tmp_path)
     deadline = time.monotonic() + 120

@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
+from support import warm
 from support.processes import ROOT, environment
 
 
@@ -17,7 +17,7 @@ def test_the_short_chain_ends_with_pictures_and_numbers(tmp_path):
         text=True,
         timeout=400,
         cwd=tmp_path,
-        env=environment(1, PYTHON=sys.executable),
+        env=environment(1, PYTHON=warm.python()),
     )
     assert result.returncode == 0, result.stderr[-3000:]
     folder = tmp_path / "chain"

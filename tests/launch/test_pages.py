@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support import warm
 from support.configs import small_config, small_latent_config
 from support.fid import NARROW, inception_tensors, save_pth, save_tiny_vae
 from support.pictures import cifar10_archive, others_latents
@@ -182,9 +183,18 @@ def scratch(tmp_path_factory):
     return folder
 
 
+def with_python(bin):
+    """A folder in which `python` is the suite's."""
+    if not bin.exists():
+        bin.mkdir(parents=True)
+        (bin / "python").symlink_to(warm.python())
+    return bin
+
+
 def run(line, folder, devices=1, timeout=300):
     """A line in a shell, with the environment's Python under its usual name."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    bin = with_python(folder / "bin")
+    path = f"{bin}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = environment(devices, PATH=path, TFDS_DATA_DIR=str(folder / "data"))
     return subprocess.run(
         ["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
@@ -302,7 +312,7 @@ def test_quickstart_on_any_number_of_devices(devices, tmp_path):
     (tmp_path / "configs").mkdir()
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "launch" / "setup_env.sh").write_text("exit 0\n")
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    with_python(tmp_path / ".venv" / "bin")
     config = small_latent_config(
         training__total_steps=4, sampling__sampler__num_steps=2, sampling__batch_per_device=100
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import warm
 from support.configs import small_latent_config
 from support.processes import checkpoints_of, environment, free_port, write_config
 
@@ -54,7 +55,7 @@ class Pair:
             self.logs.append(log)
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(ROOT / "launch" / f"{command}.py"), *flags],
+                    [warm.python(), str(ROOT / "launch" / f"{command}.py"), *flags],
                     stderr=log.open("w"),
                     env=environment(),
                     cwd=tmp_path,

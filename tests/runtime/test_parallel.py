@@ -4,14 +4,13 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
-from support import pods
+from support import pods, warm
 from support.configs import config_of, small_config, small_latent_config
 from support.processes import environment, free_port
 
@@ -87,7 +86,7 @@ def mesh_runs(mesh_folder):
     """The results of mesh_worker.py on eight virtual devices."""
     output = mesh_folder / "runs.npz"
     requests = [f"{name}={numbers}" for name, numbers in (MESHES | RESUMED).items()]
-    command = [sys.executable, str(WORKER), str(output), "8", *requests]
+    command = [warm.python(), str(WORKER), str(output), "8", *requests]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=environment(8)
     )
@@ -126,7 +125,7 @@ def pod_runs(topology, processes, output, *requests):
     port = free_port()
     pod = pods.arrangement(topology)
     command = [
-        sys.executable,
+        warm.python(),
         str(WORKER),
         str(output),
         str(len(pod["places"]) // processes),

@@ -1,17 +1,22 @@
 """Running the commands of `launch/`, as people do."""
 
+import os
 import subprocess
-import sys
 
+from support import warm
 from support.processes import ROOT, write_config
 
 
-def launch(name, *arguments, config=None, tmp_path=None):
+def launch(name, *arguments, config=None, tmp_path=None, **more):
+    """The finished `launch/NAME.py`; `more` goes into its environment."""
     if config is not None:
         path = write_config(tmp_path / "config.py", config)
         arguments = ("--config", str(path), *arguments)
-    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command = [warm.python(), str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
+    env = os.environ | more
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env
+    )
 
 
 def assert_one_line_error(result, message):

@@ -4,9 +4,10 @@ import itertools
 import os
 import socket
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from support import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,7 @@ def checkpoints_of(workdir):
 def command(verb, *flags, cwd, **more):
     """(exit status, stderr) of `launch/verb.py` in a process of its own; `more` goes into its
     environment."""
-    arguments = [sys.executable, str(ROOT / "launch" / f"{verb}.py"), *map(str, flags)]
+    arguments = [warm.python(), str(ROOT / "launch" / f"{verb}.py"), *map(str, flags)]
     result = subprocess.run(
         arguments, capture_output=True, text=True, cwd=cwd, env=environment(**more), timeout=120
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import warm
 from support.configs import small_latent_config
 from support.processes import checkpoints_of, environment, write_config
 from support.trees import assert_equal_trees
@@ -33,7 +34,7 @@ def start(command, tmp_path, *flags, config=None):
     if config is not None:
         path = write_config(tmp_path / "config.py", config)
         flags = ("--config", str(path), *flags)
-    arguments = [sys.executable, str(ROOT / "launch" / f"{command}.py"), *map(str, flags)]
+    arguments = [warm.python(), str(ROOT / "launch" / f"{command}.py"), *map(str, flags)]
     return subprocess.Popen(
         arguments, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path
     )

@@ -2,9 +2,9 @@
 
 import re
 import subprocess
-import sys
 
 import numpy as np
+from support import warm
 from support.configs import config_of
 from support.pictures import cifar10_archive
 from support.processes import QUICK_TO_COMPILE, ROOT, environment, write_config
@@ -33,7 +33,7 @@ def test_the_loss_falls_inside_a_band(tmp_path):
     write_config(tmp_path / "small.py", config)
     # The suite's own flags make code that runs for minutes.
     flags = QUICK_TO_COMPILE.replace("level=0", "level=1")
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", "small.py"]
+    command = [warm.python(), str(ROOT / "launch" / "train.py"), "--config", "small.py"]
     run = subprocess.run(
         [*command, "--workdir", "run"],
         cwd=tmp_path,

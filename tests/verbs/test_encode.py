@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from support import warm
 from support.fid import save_tiny_vae
 from support.pictures import encoded, pets, picture, write_folder
 from support.processes import ROOT, command, environment, free_port
@@ -126,7 +127,7 @@ def test_a_command_that_is_killed_goes_on(place, tmp_path):
     prepare(place / "pets", "pictures", tmp_path / "data", workers=0)
     flags = ["--source", tmp_path / "data/pictures", "--name", "latents", "--vae", place / "vae"]
     flags += ["--data_dir", tmp_path / "data", "--batch_per_device", 1, "--workers", 1]
-    script = [sys.executable, ROOT / "launch/encode.py", *flags]
+    script = [warm.python(), ROOT / "launch/encode.py", *flags]
     process = subprocess.Popen(list(map(str, script)), env=environment(), cwd=tmp_path)
     folder, deadline = tmp_path / "data/latents", time.monotonic() + 90
     while not list(folder.glob(".*.partial")):

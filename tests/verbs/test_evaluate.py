@@ -3,12 +3,12 @@
 import functools
 import json
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support import warm
 from support.commands import assert_one_line_error, launch
 from support.fid import save_inception, save_vae
 from support.processes import ROOT, at_question, environment, free_port
@@ -316,7 +316,7 @@ def test_two_processes_of_four_devices(place, tmp_path):
     flags += ["--reference", place / "reference.npz", "--inception_batch", BATCH]
     flags += ["--inception", place / "inception.safetensors", "--num_processes", 2]
     flags += ["--coordinator", f"127.0.0.1:{port}", "--process_id"]
-    script = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *map(str, flags)]
+    script = [warm.python(), str(ROOT / "launch" / "evaluate.py"), *map(str, flags)]
     both = [
         subprocess.Popen([*script, str(number)], env=environment(4), stderr=subprocess.PIPE)
         for number in (0, 1)

@@ -7,13 +7,13 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support import warm
 from support.configs import small_config, small_latent_config
 from support.processes import ROOT, checkpoints_of, environment, write_config
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -90,7 +90,7 @@ def test_sigkill_after_a_checkpoint_loses_no_event_before_it(tmp_path):
         str(tmp_path / "run"),
     ]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "train.py"), *flags],
+        [warm.python(), str(ROOT / "launch" / "train.py"), *flags],
         stderr=subprocess.DEVNULL,
         env=environment(),
         cwd=tmp_path,

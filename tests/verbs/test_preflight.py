@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from support import warm
 from support.configs import config_of, small_config, small_latent_config
 from support.processes import write_config
 
@@ -69,7 +69,7 @@ def command(tmp_path, *arguments, config=None):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "HOME": str(tmp_path)
     }
-    arguments = [sys.executable, str(ROOT / "launch" / "preflight.py"), *map(str, arguments)]
+    arguments = [warm.python(), str(ROOT / "launch" / "preflight.py"), *map(str, arguments)]
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

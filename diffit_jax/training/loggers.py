@@ -1,0 +1,226 @@
+"""Where the figures and pictures of a run go: TensorBoard's events always, Weights & Biases where
+`training.wandb` names a project there."""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter, summary
+
+from diffit_jax import workdir as workdirs
+from diffit_jax.errors import UserError
+from diffit_jax.runtime import files
+
+log = logging.getLogger(__name__)
+
+
+class Logger(Protocol):
+    """One place for figures and pictures."""
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars of a step, by name."""
+        ...
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """A uint8 picture of 1 or 3 channels."""
+        ...
+
+    def flush(self) -> None:
+        """Returns when what was logged is written, where that can be waited for."""
+        ...
+
+    def close(self) -> None:
+        """Ends the log."""
+        ...
+
+
+class TensorBoard:
+    """Event files in a work directory, which TensorBoard shows with `--logdir`."""
+
+    def __init__(self, workdir: epath.Path, config: ConfigDict, first_step: int):
+        """Begins a file. What was logged after `first_step`, which a restored run does again, is
+        not to be shown."""
+        self._place = workdir / workdirs.EVENTS
+        self._writer = SummaryWriter(str(self._place), purge_step=first_step + 1)
+        for part in summary.hparams(flat(config), {"loss": 0}):
+            self._writer.file_writer.add_summary(part)
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        self._writer.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Raises `UserError` if the events cannot be written."""
+        try:
+            self._writer.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._place} cannot be written ({error.strerror or error}): "
+                f"{files.remedy_for_writing(error)}; complete checkpoints are kept"
+            ) from error
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at wandb.ai (or offline, with WANDB_MODE=offline). Its id is kept in the work
+    directory, so that a run which is continued goes on there too.
+
+    A run does not end because nobody can be told of it: when wandb fails, that is a warning, and no
+    more is sent.
+    """
+
+    def __init__(self, workdir: epath.Path, config: ConfigDict, project: str):
+        self._workdir, self._run = workdir, None
+        entity, _, name = project.rpartition("/")
+        settings = {
+            "project": name,
+            "entity": entity or None,
+            "id": self._own_id(project),
+            "resume": "allow",
+            "name": workdir.name,
+            "dir": tempfile.gettempdir() if "://" in str(workdir) else str(workdir),
+            "config": flat(config),
+        }
+        self._guarded(lambda: self._begin(settings))
+
+    def _own_id(self, project: str) -> str:
+        """That of the run in the work directory, or a new one if there is none in this project."""
+        path = self._workdir / workdirs.WANDB_FILE
+        kept = {}
+        if path.exists():
+            with contextlib.suppress(ValueError):  # half a file, of a full disk: a new run
+                kept = json.loads(path.read_text())
+        if kept.get("project") != project:
+            kept = {"project": project, "id": uuid.uuid4().hex[:8]}
+            files.write_bytes(path, json.dumps(kept).encode())
+        return kept["id"]
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        quiet = wandb.Settings(console="off", silent=True)
+        self._run = wandb.init(**settings, settings=quiet)
+        # Not wandb's own counter: a run that goes on from a checkpoint repeats some steps.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        log.info("wandb: run %s, %s", self._run.id, self._run.dir if _offline() else self._run.url)
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        self._send({"step": step, **values})
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        import wandb
+
+        image = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+        self._send({"step": step, name: wandb.Image(image)})
+
+    def flush(self) -> None:
+        """wandb sends by itself, from a process of its own."""
+
+    def close(self) -> None:
+        if run := self._run:
+            self._guarded(run.finish)
+
+    def _send(self, values: dict[str, Any]) -> None:
+        if run := self._run:
+            self._guarded(lambda: run.log(values))
+
+    def _guarded(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._run = None
+            text = " ".join(str(error).split())[:160]
+            log.warning("wandb: %s (%s); training goes on without it", type(error).__name__, text)
+
+
+class Loggers:
+    """Several loggers as one; none of them on all processes but the first."""
+
+    def __init__(self, loggers: Sequence[Logger] = ()):
+        self._loggers = loggers
+
+    @classmethod
+    def open(cls, workdir: epath.Path, config: ConfigDict, first_step: int) -> "Loggers":
+        """Those that a config asks for."""
+        project = config.training.get("wandb", "")
+        more = [WeightsAndBiases(workdir, config, project)] if project else []
+        return cls([TensorBoard(workdir, config, first_step), *more])
+
+    def __bool__(self) -> bool:
+        """Whether anything is logged."""
+        return bool(self._loggers)
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Logger`."""
+        for logger in self._loggers:
+            logger.figures(step, values)
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """See `Logger`."""
+        for logger in self._loggers:
+            logger.picture(step, name, image_HWC)
+
+    def flush(self) -> None:
+        """See `Logger`."""
+        for logger in self._loggers:
+            logger.flush()
+
+    def close(self) -> None:
+        """See `Logger`."""
+        for logger in self._loggers:
+            logger.close()
+
+
+def check_wandb(project: str) -> None:
+    """Whether a run can be logged there, before anything is written.
+
+    Raises:
+      UserError: wandb is not installed, or has no key and is not offline.
+    """
+    if not project:
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"config key training.wandb is {project!r}, but wandb is not installed: "
+            'pip install wandb, or set it to ""'
+        ) from error
+    if not _offline() and not wandb.login(prompt=False):
+        raise UserError(
+            f"config key training.wandb is {project!r}, but there is no key for wandb: run `wandb "
+            "login`, set WANDB_API_KEY, or log here only with WANDB_MODE=offline"
+        )
+
+
+def _offline() -> bool:
+    return os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
+
+
+def flat(config: ConfigDict) -> dict[str, bool | int | float | str]:
+    """A config's values by dotted name; lists as text."""
+    found: dict[str, bool | int | float | str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            found[prefix] = value if isinstance(value, (bool, int, float, str)) else str(value)
+
+    walk("", config.to_dict())
+    return found

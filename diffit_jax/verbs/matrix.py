@@ -1,0 +1,139 @@
+"""The verb `benchmark --matrix`: the training step for all combinations of a few settings."""
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffit_jax import experiment, models
+from diffit_jax.errors import UserError
+from diffit_jax.models.blocks import REMAT_POLICIES
+from diffit_jax.runtime import backend, rows
+from diffit_jax.verbs import benchmark
+
+# Ways to compute attention that are worth a try, by platform; XLA's alone elsewhere.
+ATTENTIONS = {"gpu": ("xla", "cudnn"), "tpu": ("xla", "pallas")}
+_KEYS = {"batch": "training.batch_size", "remat": "model.remat", "attention": "model.attention"}
+_UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
+
+
+def matrix(
+    config: ConfigDict,
+    steps: int,
+    batches: Sequence[int] = (),
+    remats: Sequence[str] = (),
+    attentions: Sequence[str] = (),
+    fewer_devices: bool = False,
+    show: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Times updates for every batch size × rematerialisation × way to compute attention.
+
+    Each is measured in a process of its own: what one holds the next does not lack, the memory is
+    its own, and one that is too large ends itself only. This process leaves the devices alone.
+
+    Args:
+      config: as for training; nothing is written.
+      steps: updates to time, of each.
+      batches: images per update, over all devices; none: half the config's, its own, twice it.
+      remats: names in `REMAT_POLICIES`; none: all.
+      attentions: names in `attention.BACKENDS`; none: those of this platform, see `ATTENTIONS`.
+        A network that has no such setting (the image-space one) is measured without it.
+      fewer_devices: as many devices as the batch divides over, rather than an error.
+      show: called with each line of the table when it is known, and at the end with the best.
+
+    Returns:
+      Of each combination its settings (`batch`, `remat`, `attention`), with the figures of
+        `benchmark.measure` or an `error`.
+
+    Raises:
+      UserError: a value that cannot be, or none of them can be measured.
+    """
+    known = experiment.keys_of("model", type(experiment.build(config).model))
+    own = config.training.batch_size
+    dimensions: dict[str, Sequence[Any]] = {"batch": batches or (max(own // 2, 1), own, own * 2)}
+    if "remat" in known:
+        dimensions["remat"] = remats or tuple(REMAT_POLICIES)
+    if "attention" in known:
+        dimensions["attention"] = attentions or ATTENTIONS.get(_apart(_platform), ("xla",))
+    trials = [
+        dict(zip(dimensions, values, strict=True))
+        for values in itertools.product(*dimensions.values())
+    ]
+    configs = [_varied(config, trial) for trial in trials]
+    for changed in configs:
+        experiment.build(changed)
+
+    show(" ".join(f"{name:>9}" for name in dimensions) + f" {_UNITS}")
+    found = []
+    for trial, changed in zip(trials, configs, strict=True):
+        try:
+            figures = _apart(_measure, changed.to_dict(), steps, fewer_devices)
+        except UserError as error:
+            figures = {"error": str(error)}
+        found.append(trial | figures)
+        show(_row(trial, figures))
+    measured = [one for one in found if "error" not in one]
+    if not measured:
+        raise UserError(f"none could be measured; the last: {found[-1]['error']}")
+    best = max(measured, key=lambda one: one["images_per_s"])
+    keys = " ".join(f"--config.{_KEYS[name]}={best[name]}" for name in dimensions)
+    show(f"\nbest: {best['images_per_s']:,.1f} images/s on {best['devices']} x {best['device']}")
+    show(f"with {keys}")
+    return found
+
+
+def _varied(config: ConfigDict, trial: Mapping[str, Any]) -> ConfigDict:
+    changed = ConfigDict(config.to_dict())
+    for name, value in trial.items():
+        section, _, key = _KEYS[name].partition(".")
+        changed[section][key] = value
+    return changed
+
+
+def _row(trial: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    settings = " ".join(f"{value!s:>9}" for value in trial.values())
+    if "error" in figures:
+        return f"{settings}   {figures['error']}"
+    used = f"{figures['mfu']:7.1%}" if "mfu" in figures else f"{'-':>7}"
+    return (
+        f"{settings} {figures['images_per_s']:10,.1f} {figures['step_ms_median']:9,.1f} {used} "
+        f"{figures['peak_memory_gb']:7.2f}"
+    )
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The same in a fresh process.
+
+    Raises:
+      UserError: it raised one, or was killed, as the system does where memory is short.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError("its process was killed: probably memory ran out") from error
+
+
+def _platform() -> str:
+    platform = backend.devices()[0].platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+
+
+def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[str, Any]:
+    """`benchmark.measure`, of a network whose attention is computed as its config says."""
+    given = ConfigDict(config)
+    built, wanted = experiment.build(given), config["model"].get("attention", "auto")
+    words = models.attention_in_words(built.model, _platform())
+    if wanted != "auto" and wanted != words:
+        raise UserError(f"not served here: {words}")
+    devices = None
+    if fewer_devices:
+        devices = rows.fitting_devices(
+            built.training.batch_size, built.mesh, built.training.accumulation
+        )
+    return benchmark.measure(given, steps, devices)
