@@ -10,6 +10,9 @@ import os
 # The TPU's compiler runs beside jax's CPU backend, and looks for no TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+# Else it complains, in lines of its own, that it does not know which machine this is.
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 from absl import flags
 

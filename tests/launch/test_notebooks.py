@@ -1,0 +1,142 @@
+"""The notebooks run from top to bottom, and say in one line what stops them."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+from support import warm
+from support.processes import ROOT
+
+NAMES = ("quickstart", "released_weights", "train_on_tpu")
+
+
+def read(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def is_parameters(cell):
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def executed(name, **parameters):
+    """(its pictures, all that it printed) of a notebook with other parameters."""
+    notebook = read(name)
+    (place,) = [index for index, cell in enumerate(notebook.cells) if is_parameters(cell)]
+    lines = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(lines))
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    return pictures, "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder to write to; no data, no network, and commands that start at once."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("PYTHON", warm.python())
+    return tmp_path
+
+
+def test_quickstart(alone):
+    pictures, _ = executed("quickstart", total_steps=3, workdir=str(alone / "run"))
+    assert len(pictures) == 2
+    assert (alone / "run" / "checkpoints" / "3").exists()
+
+
+def test_released_weights_without_a_network(alone):
+    """Random weights take the released ones' place, and all pictures are drawn."""
+    few = dict(per_class=2, classes="tiger,volcano", scales=(1.0, 4.4), steps=8, fast_steps=3)
+    pictures, said = executed("released_weights", output=str(alone), **few)
+    assert len(pictures) == 5
+    assert "the hub cannot be reached from here" in said and "the pictures are noise" in said
+    with np.load(alone / "classes.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 64, 64, 3) and len(set(arrays["arr_1"].tolist())) == 2
+    with np.load(alone / "class.npz") as one, np.load(alone / "scale-4.4.npz") as other:
+        np.testing.assert_array_equal(one["arr_0"], other["arr_0"])  # the release's scale
+
+
+def test_train_on_tpu_from_pictures_to_a_number(alone):
+    """The chain in its short form, then a narrow network on its pictures."""
+    small = {"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2}
+    small |= {"training.batch_size": 8, "training.log_steps": 2, "training.grid_images": 9}
+    small |= {"sampling.sampler.num_steps": 2}
+    pictures, said = executed(
+        "train_on_tpu",
+        accelerator="cpu",
+        place=str(alone),
+        short=True,
+        size=32,
+        total_steps=4,
+        overrides=[f"--config.{key}={value}" for key, value in small.items()],
+    )
+    assert len(pictures) == 5
+    assert "The autoencoder of the first part is used instead" in said
+    assert "FITS" in said and "train 4/4 steps | loss" in said
+    metrics = json.loads((alone / "samples.metrics.json").read_text())
+    assert metrics["count"] == 36 and metrics["fid"] >= 0
+    chain = alone / "chain"
+    assert "its figures have no meaning" in said
+    with np.load(chain / "samples_360x32x32x3.npz") as samples:
+        assert samples["arr_0"].shape == (360, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
+    for picture in ("samples_360x32x32x3.png", "latents/grids/00000008.png"):
+        with Image.open(chain / picture) as grid:
+            assert grid.size[0] == 10 * 33 - 1 and grid.mode == "RGB"
+    scores = json.loads((chain / "samples_360x32x32x3.metrics.json").read_text())
+    assert scores["count"] == 360 and scores["classifier_accuracy_real"] > 0.9
+    adm = json.loads((chain / "adm.metrics.json").read_text())
+    assert list(adm["metrics"]) == ["fid", "sfid", "inception_score"] and adm["count"] == 40
+    watched = json.loads((chain / "latents/evaluations/00000008.json").read_text())
+    assert watched["weights"]["ema"]["count"] == 20
+    assert "held-out loss ema" in said
+    assert str(chain / "autoencoder" / "reconstructions.png") in said
+    assert not list(Path(alone).glob("**/*.partial"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_committed_without_outputs_and_set_up_like_the_others(name):
+    cells = read(name).cells
+    assert all(not cell.get("outputs") for cell in cells), "commit the notebook without outputs"
+    first, *_ = [cell.source for cell in cells if "importlib.metadata" in cell.source]
+    usual = [cell.source for cell in read("quickstart").cells if "importlib" in cell.source]
+    shared = usual[0].partition("sys.path.insert(0, str(root / ")[0].strip()
+    assert first.startswith(shared)
+
+
+def run_cells(name, until, **parameters):
+    """Runs the code of a notebook in this process, as far as the cell with that text."""
+    space = {}
+    for cell in read(name).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, space)
+            if is_parameters(cell):
+                space.update(parameters)
+            if until in cell.source:
+                return
+
+
+def test_no_accelerator_where_one_was_asked_for(alone, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(SystemExit) as raised:
+        run_cells("train_on_tpu", "backend.devices", place=str(alone))
+    line = str(raised.value)
+    assert "\n" not in line and line.startswith("JAX_PLATFORMS is tpu, which cannot be used here")
+
+
+def test_a_drive_that_is_full(alone, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9))
+    with pytest.raises(SystemExit, match=r"has 1\.0 GB left, a run with its checkpoints needs"):
+        run_cells("train_on_tpu", "disk_usage", place=str(alone))
