@@ -1,6 +1,5 @@
 """From pictures to the features that metrics compare, on every device of a mesh."""
 
-import math
 import os
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from etils import epath
 
 from diffit_jax.interop import inception as interop
 from diffit_jax.models import inception
-from diffit_jax.models.inception import SIDE, Inception, Taps
+from diffit_jax.models.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception, Taps
 from diffit_jax.runtime import backend, contents, distributed, hub, parallel, rows
 
 BATCH_PER_DEVICE = 32
@@ -52,8 +51,8 @@ class Extractor:
         """`variables`: of the network, on every device of the mesh."""
         self.rule, self._mesh, self._variables = rule, mesh, variables
         self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
-        taps = jax.eval_shape(module.apply, variables, np.zeros((1, SIDE, SIDE, 3), np.float32))
-        self.sizes = {"mu": taps.pool.shape[1], "mu_s": math.prod(taps.spatial.shape[1:])}
+        pooled = variables["params"]["logits_kernel"].shape[0]
+        self.sizes = {"mu": pooled, "mu_s": SPATIAL_SIDE**2 * SPATIAL_CHANNELS}
 
         def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> Taps:
             pictures = inception.resized(images_BHWC, rule)

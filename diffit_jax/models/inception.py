@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 SIDE = 299  # of the pictures that the network sees
-SPATIAL_CHANNELS = 7  # of `mixed_6/conv`, that sFID is made of (Nash et al. 2021)
+# Of `mixed_6/conv`, what sFID is made of (Nash et al. 2021).
+SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 CLASSES = 1008
 _EPSILON = 1e-3  # of the batch normalisations
 

@@ -83,7 +83,7 @@ def test_train_on_tpu_from_pictures_to_a_number(alone):
     assert "The autoencoder of the first part is used instead" in said
     assert "FITS" in said and "train 4/4 steps | loss" in said
     metrics = json.loads((alone / "samples.metrics.json").read_text())
-    assert metrics["count"] == 36 and metrics["fid"] >= 0
+    assert metrics["count"] == 36 and metrics["metrics"]["fid"] >= 0
     chain = alone / "chain"
     assert "its figures have no meaning" in said
     with np.load(chain / "samples_360x32x32x3.npz") as samples:

@@ -59,7 +59,7 @@ LISTS = {
     "python launch/sample.py --ema_length": "a flag that the text names",
     "python launch/sample.py --workdir": "run",
     "python launch/sample.py --weights diffit_256.safetensors --vae": "parsed",
-    "python launch/sample.py --weights diffit_256.safetensors --vae sd-vae-ft-ema --labels": "run",
+    "python launch/sample.py --weights hf://": "parsed",  # there is no network here
     "python launch/sample.py --weights": "run",
     "python launch/convert.py": "run",
     "python launch/evaluate.py": "run",
@@ -73,7 +73,11 @@ LISTS = {
     "python launch/benchmark.py": "parsed",
     # tests/verbs/test_preflight.py runs it, for small networks.
     "python launch/preflight.py": "parsed",
-    "for attention in": "a loop of benchmarks for GPUs",
+    # tests/verbs/test_matrix.py runs a matrix of a small network.
+    "python launch/benchmark.py --config configs/imagenet256_latent.py": "parsed",
+    "python launch/benchmark.py --matrix": "a flag that the text names",
+    # tests/verbs/test_check.py trains a small network beside a curve.
+    "python launch/check.py": "parsed",
     "bash launch/local.sh": "dry",
     "bash launch/tpu_pod.sh create\\|": "a pattern of all actions",
     "bash launch/tpu_pod.sh": "dry",
@@ -229,7 +233,7 @@ PARSE = """
 import json, os, runpy, sys, traceback
 import jax
 from diffit_jax import cli, experiment
-cli.run = lambda *_: print(cli._parse(sys.argv))
+cli.run = lambda *_, **__: print(cli._parse(sys.argv))
 answers = []
 for arguments in json.loads(sys.argv[1]):
     reader, writer = os.pipe()
@@ -253,7 +257,7 @@ print(json.dumps(answers))
 def parsed(scratch):
     """{line: what its command makes of it}."""
     lines = list(dict.fromkeys(line for _, line in of_kind("parsed")))
-    arguments = [shlex.split(line.replace("$attention", "xla"))[1:] for line in lines]
+    arguments = [shlex.split(line)[1:] for line in lines]
     command = [sys.executable, "-W", "ignore", "-c", PARSE, json.dumps(arguments)]
     result = subprocess.run(
         command, cwd=scratch, env=environment(), capture_output=True, text=True, timeout=200
