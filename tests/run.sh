@@ -10,9 +10,9 @@ if [ "${1:-}" = --colab ]; then
   python="${PYTHON:-python3.13 $(echo "$HOME"/.pyenv/versions/3.13*/bin/python3.13)}"
   VENV=.venv-colab CONSTRAINTS=constraints-colab.txt PYTHON="$python" bash launch/setup_env.sh test
   core=(models diffusion interop sampling evaluation data test_{limits,configs,workdir}.py
-    launch/test_{colab,notebook}.py runtime/test_{backend,checkpoint,contents,rows}.py
-    training/test_{training,optimizer,train_autoencoder,watch}.py
-    verbs/test_{sample,convert,prepare,own_data,sweep}.py)
+    launch/test_{colab,notebooks}.py runtime/test_{backend,checkpoint,contents,rows}.py
+    training/test_{training,optimizer,train_autoencoder,watch,loggers}.py
+    verbs/test_{sample,convert,prepare,own_data,sweep,matrix,check}.py)
   JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 2 --dist loadfile \
     "${core[@]/#/tests/}" "$@"
 fi

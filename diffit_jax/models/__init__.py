@@ -42,9 +42,16 @@ def as_network(
 
 
 def attention_in_words(model: Model, platform: str) -> str:
-    """How a network computes attention on a platform ("tpu", "gpu", "cpu"), for people: "xla (why
-    it is not what was asked for)"."""
+    """How a network computes attention on a platform ("tpu", "gpu", "cpu"), and why, for people:
+    "xla (the kernel does not serve it: …)"."""
     # As devices and lowering rules name them.
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     backend, reason = model.attention_backend(platform)
-    return f"{backend} ({reason})" if reason else backend
+    if not reason and getattr(model, "attention", None) == "auto":
+        reason = {
+            "tpu": "the kernel serves this network",
+            "gpu": "auto; in bfloat16 model.attention=cudnn may be faster",
+        }.get(platform, "auto, not on a TPU")
+    elif not reason:
+        reason = "as the config says" if hasattr(model, "attention") else "its windows are small"
+    return f"{backend} ({reason})"

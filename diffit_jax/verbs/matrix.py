@@ -1,10 +1,7 @@
 """The verb `benchmark --matrix`: the training step for all combinations of a few settings."""
 
 import itertools
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +10,7 @@ from diffit_jax import experiment, models
 from diffit_jax.errors import UserError
 from diffit_jax.models.blocks import REMAT_POLICIES
 from diffit_jax.runtime import backend, rows
+from diffit_jax.runtime.apart import apart
 from diffit_jax.verbs import benchmark
 
 # Ways to compute attention that are worth a try, by platform; XLA's alone elsewhere.
@@ -58,7 +56,7 @@ def matrix(
     if "remat" in known:
         dimensions["remat"] = remats or tuple(REMAT_POLICIES)
     if "attention" in known:
-        dimensions["attention"] = attentions or ATTENTIONS.get(_apart(_platform), ("xla",))
+        dimensions["attention"] = attentions or ATTENTIONS.get(apart(_platform), ("xla",))
     trials = [
         dict(zip(dimensions, values, strict=True))
         for values in itertools.product(*dimensions.values())
@@ -71,7 +69,7 @@ def matrix(
     found = []
     for trial, changed in zip(trials, configs, strict=True):
         try:
-            figures = _apart(_measure, changed.to_dict(), steps, fewer_devices)
+            figures = apart(_measure, changed.to_dict(), steps, fewer_devices)
         except UserError as error:
             figures = {"error": str(error)}
         found.append(trial | figures)
@@ -89,8 +87,9 @@ def matrix(
 def _varied(config: ConfigDict, trial: Mapping[str, Any]) -> ConfigDict:
     changed = ConfigDict(config.to_dict())
     for name, value in trial.items():
-        section, _, key = _KEYS[name].partition(".")
-        changed[section][key] = value
+        name, _, key = _KEYS[name].partition(".")
+        section: Any = changed[name]
+        section[key] = value
     return changed
 
 
@@ -105,31 +104,18 @@ def _row(trial: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     )
 
 
-def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The same in a fresh process.
-
-    Raises:
-      UserError: it raised one, or was killed, as the system does where memory is short.
-    """
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise UserError("its process was killed: probably memory ran out") from error
-
-
 def _platform() -> str:
     platform = backend.devices()[0].platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[str, Any]:
     """`benchmark.measure`, of a network whose attention is computed as its config says."""
     given = ConfigDict(config)
     built, wanted = experiment.build(given), config["model"].get("attention", "auto")
-    words = models.attention_in_words(built.model, _platform())
-    if wanted != "auto" and wanted != words:
+    platform = _platform()
+    if wanted not in ("auto", built.model.attention_backend(platform)[0]):
+        words = models.attention_in_words(built.model, platform)
         raise UserError(f"not served here: {words}")
     devices = None
     if fewer_devices:

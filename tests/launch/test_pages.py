@@ -61,6 +61,7 @@ LISTS = {
     "python launch/sample.py --weights diffit_256.safetensors --vae": "parsed",
     "python launch/sample.py --weights hf://": "parsed",  # there is no network here
     "python launch/sample.py --weights": "run",
+    "python launch/convert.py --num_classes": "a flag that the text names",
     "python launch/convert.py": "run",
     "python launch/evaluate.py": "run",
     # Of all digits; tests/launch/test_chain.py makes one of some.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.configs import config_of, small_latent_config
+from support.configs import config_of, small_config, small_latent_config
 
 from diffit_jax import models
 from diffit_jax.experiment import build
@@ -132,6 +132,23 @@ def test_what_cannot_be_served_falls_back_and_says_why(
 ):
     backend, why = choose_backend(wanted, platform, window, width, dtype)
     assert backend == chosen and reason in why and bool(why) == bool(reason) and wanted in BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "words"),
+    [
+        ("auto", "tpu", "pallas (the kernel serves this network)"),
+        ("auto", "cuda", "xla (auto; in bfloat16 model.attention=cudnn may be faster)"),
+        ("auto", "cpu", "xla (auto, not on a TPU)"),
+        ("xla", "tpu", "xla (as the config says)"),
+        ("cudnn", "cpu", "xla (cuDNN serves bfloat16 on GPUs"),
+    ],
+)
+def test_the_first_lines_of_a_run_say_which_attention_and_why(asked, platform, words):
+    model = build(small_latent_config(**LARGE, model__attention=asked)).model
+    assert models.attention_in_words(model, platform).startswith(words)
+    image = build(small_config()).model
+    assert models.attention_in_words(image, platform) == "xla (its windows are small)"
 
 
 LARGE = dict(

@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_a_line_and_not_the_best(monkeypatch):
         speed = float(config["training"]["batch_size"])
         return dict(images_per_s=speed, step_ms_median=1.0, peak_memory_gb=1.0) | BY
 
-    monkeypatch.setattr(matrices, "_apart", apart)
+    monkeypatch.setattr(matrices, "apart", apart)
     lines = []
     found = matrices.matrix(small_latent_config(), 1, (), ["none"], ["xla"], show=lines.append)
     assert [one.get("error") for one in found] == [None, None, "memory ran out"]
@@ -52,7 +52,7 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
         asked.append((arguments[0]["training"]["batch_size"], arguments[0]["model"]))
         return dict(images_per_s=1.0, step_ms_median=1.0, peak_memory_gb=1.0) | BY
 
-    monkeypatch.setattr(matrices, "_apart", apart)
+    monkeypatch.setattr(matrices, "apart", apart)
     for platform, attentions in (  # noqa: B007
         ("gpu", {"xla", "cudnn"}),
         ("tpu", {"xla", "pallas"}),
@@ -70,7 +70,7 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
 def test_one_that_is_killed_is_a_line(monkeypatch):
     """As the system does it where memory is short."""
     with pytest.raises(UserError, match="its process was killed: probably memory ran out"):
-        matrices._apart(_die)
+        matrices.apart(_die)
 
 
 def _die():

@@ -89,7 +89,7 @@ def test_report(reported):
     assert (
         report.fits
         and setting.chips == 4
-        and setting.attention == "pallas"
+        and setting.attention == "pallas (the kernel serves this network)"
         and setting.batch_per_chip == 8
     )
     experiment = build(config)

@@ -1,0 +1,34 @@
+"""A function in a process of its own: what it holds of devices and memory goes when it ends, and
+what kills it does not kill the caller."""
+
+import importlib
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from absl import logging as absl_logging
+
+from diffit_jax.errors import UserError
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns, called in a fresh process; arguments and result are
+    pickled.
+
+    Raises:
+      UserError: it raised one, or was killed, as the system does where memory is short.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        try:
+            place = function.__module__, function.__qualname__
+            return pool.submit(_call, *place, arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError("its process was killed: probably memory ran out") from error
+
+
+def _call(module: str, name: str, arguments: Sequence[Any]) -> Any:
+    absl_logging.set_verbosity(absl_logging.ERROR)  # before Grain is imported, which has remarks
+    return getattr(importlib.import_module(module), name)(*arguments)
