@@ -244,6 +244,7 @@ def test_free_keys_are_marked_beside_their_fields():
         "training.grid_steps",
         "training.keep_checkpoints",
         "training.keep_every_steps",
+        "training.wandb",
         "training.log_steps",
         "training.max_bad_steps",
         "training.total_steps",

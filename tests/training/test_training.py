@@ -148,6 +148,7 @@ def scalar_names(content):
         names |= {
             value.tag
             for value in event_pb2.Event.FromString(content[12 : 12 + length]).summary.value
+            if value.HasField("simple_value")
         }
         content = content[16 + length :]
     return names
