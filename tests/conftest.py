@@ -65,7 +65,14 @@ def one_extractor_each():
 
 
 # Long files, which begin first: at the end one core would be idle beside them.
-_LONG = ("test_parallel", "test_distributed", "test_faults", "test_preflight", "test_pages")
+_LONG = (
+    "test_parallel",
+    "test_distributed",
+    "test_notebooks",
+    "test_faults",
+    "test_preflight",
+    "test_pages",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -39,7 +39,9 @@ def python() -> str:
 
 def start(folder: str) -> None:
     """Starts the server, and says to this process and those that it starts where it is."""
-    if not hasattr(os, "pidfd_open"):
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # not Linux, or an old one
         return
     place = os.path.join(folder, "warm")
     with open(f"{place}.python", "w") as client:
@@ -74,13 +76,12 @@ def ask(arguments: list[str]) -> None:
     if not fresh and os.path.exists(kept):
         with open(kept) as file:
             fresh = json.load(file) != _read_early(dict(os.environ))
-    if fresh or not os.path.exists(kept):
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if fresh or not os.path.exists(kept) or connection.connect_ex(place):
         os.execv(sys.executable, [sys.executable, *arguments])
     # Signals wait until there is somebody to pass them to.
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     ignored = [number for number in _FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(place)
     what = [arguments, os.getcwd(), dict(os.environ), ignored, os.umask(0)]
     socket.send_fds(connection, [b"."], [0, 1, 2])
     connection.sendall(json.dumps(what).encode() + b"\n")
@@ -92,7 +93,8 @@ def ask(arguments: list[str]) -> None:
     status = int(answers.readline())
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     os._exit(os.waitstatus_to_exitcode(status))
 
@@ -107,8 +109,9 @@ def serve(place: str) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(place)
     listener.listen(64)
-    with open(f"{place}.environment", "w") as file:
+    with open(f"{place}.begun", "w") as file:
         json.dump(early, file)
+    os.rename(f"{place}.begun", f"{place}.environment")  # it is there when it is whole
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:  # closed: the suite is over
