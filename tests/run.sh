@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --colab ]; then
   shift
-  python="${PYTHON:-python3.13 $(echo "$HOME"/.pyenv/versions/3.13*/bin/python3.13)}"
+  python="${PYTHON:-python3.13 $(echo "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13)}"
   VENV=.venv-colab CONSTRAINTS=constraints-colab.txt PYTHON="$python" bash launch/setup_env.sh test
   core=(models diffusion interop sampling evaluation data test_{limits,configs,workdir}.py
     launch/test_{colab,notebooks}.py runtime/test_{backend,checkpoint,contents,rows}.py
