@@ -1,7 +1,6 @@
 """The verb `make_reference`: from the pictures of a data set to what samples are compared with."""
 
 import json
-import logging
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from diffit_jax.evaluation.pictures import NpzPictures, Pictures
 from diffit_jax.evaluation.reference import COVARIANCES
 from diffit_jax.runtime import backend, distributed, files, npz, parallel
 
-log = logging.getLogger(__name__)
 
 PICTURES = 10_000  # in a reference, for precision and recall, as in ADM's
 
@@ -94,4 +92,3 @@ def _write(
         npz.write_rows(archive, "arr_0", np.dtype(np.uint8), shape, parts)
         for name, array in arrays.items():
             npz.write(archive, name, array)
-    log.info("wrote %s", output)

@@ -72,7 +72,7 @@ def matrix(
             figures = apart(_measure, changed.to_dict(), steps, fewer_devices)
         except UserError as error:
             figures = {"error": str(error)}
-        found.append(trial | figures)
+        found.append(figures | trial)
         show(_row(trial, figures))
     measured = [one for one in found if "error" not in one]
     if not measured:

@@ -198,8 +198,9 @@ def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoint
 
 def _line(values: dict[str, float]) -> str:
     """A report on the width of a phone; everything else is in the log of figures."""
+    speed = values["images_per_s"]
     return (
-        f"loss {values['loss']:.4f} | {values['images_per_s']:,.0f} images/s"
+        f"loss {values['loss']:.4f} | {speed:,.{0 if speed >= 10 else 2}f} images/s"
         + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
         + (
             f" | waiting {values['data_wait_share']:.0%}"

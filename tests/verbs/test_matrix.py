@@ -24,7 +24,7 @@ def test_every_combination_and_the_best(tmp_path):
     best = max(found, key=lambda one: one["images_per_s"])
     assert (
         f"with --config.training.batch_size={best['batch']} --config.model.remat=full "
-        "--config.model.attention=xla" in result.stdout
+        "--config.model.attention=xla\n" in result.stdout
     )
 
 
