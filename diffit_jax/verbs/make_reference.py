@@ -16,7 +16,6 @@ from diffit_jax.evaluation.pictures import NpzPictures, Pictures
 from diffit_jax.evaluation.reference import COVARIANCES
 from diffit_jax.runtime import backend, distributed, files, npz, parallel
 
-
 PICTURES = 10_000  # in a reference, for precision and recall, as in ADM's
 
 
