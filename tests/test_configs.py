@@ -17,7 +17,7 @@ from diffit_jax.experiment import build
 from diffit_jax.training.compiling import open_training_data
 from diffit_jax.verbs.train import train
 
-# Made of a data set's manifest: tests/verbs/test_own_data.py and tests/launch/test_chain.py.
+# Made of a data set's manifest: tests/verbs/test_own_data.py and tests/launch/test_notebooks.py.
 OF_DATA = ("own_images", "chain")
 
 

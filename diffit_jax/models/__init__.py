@@ -10,7 +10,14 @@ from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.models.model import Model
 
-__all__ = ["MODELS", "Model", "as_network", "attention_in_words", "init_variables"]
+__all__ = [
+    "MODELS",
+    "Model",
+    "as_network",
+    "attention_in_words",
+    "init_variables",
+    "platform_family",
+]
 
 MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
 
@@ -41,11 +48,15 @@ def as_network(
     )
 
 
+def platform_family(platform: str) -> str:
+    """ "tpu", "gpu" or "cpu", of a platform as devices and lowering rules name it."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+
+
 def attention_in_words(model: Model, platform: str) -> str:
     """How a network computes attention on a platform ("tpu", "gpu", "cpu"), and why, for people:
     "xla (the kernel does not serve it: …)"."""
-    # As devices and lowering rules name them.
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    platform = platform_family(platform)
     backend, reason = model.attention_backend(platform)
     if not reason and getattr(model, "attention", None) == "auto":
         reason = {

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter, summary
 
@@ -213,14 +214,8 @@ def _offline() -> bool:
 
 def flat(config: ConfigDict) -> dict[str, bool | int | float | str]:
     """A config's values by dotted name; lists as text."""
-    found: dict[str, bool | int | float | str] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            found[prefix] = value if isinstance(value, (bool, int, float, str)) else str(value)
-
-    walk("", config.to_dict())
-    return found
+    values = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in values.items()
+    }

@@ -105,8 +105,7 @@ def _row(trial: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def _platform() -> str:
-    platform = backend.devices()[0].platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return models.platform_family(backend.devices()[0].platform)
 
 
 def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[str, Any]:

@@ -39,7 +39,7 @@ STARTS = ("bash ", "python ", ".venv/bin/python ", "for ", "pip ")
 LISTS = {
     "bash launch/quickstart.sh digits_latent": "the same script as for digits, whose steps a test "
     "of its own runs",
-    "bash launch/quickstart.sh chain": "tests/launch/test_chain.py runs its steps, in short",
+    "bash launch/quickstart.sh chain": "tests/launch/test_notebooks.py runs its steps, in short",
     "bash launch/quickstart.sh": "a test of its own runs its steps on small networks",
     "bash tests/run.sh": "it is what runs this",
     "bash launch/setup_env.sh": "installs, as tests/run.sh has done",
@@ -64,7 +64,7 @@ LISTS = {
     "python launch/convert.py --num_classes": "a flag that the text names",
     "python launch/convert.py": "run",
     "python launch/evaluate.py": "run",
-    # Of all digits; tests/launch/test_chain.py makes one of some.
+    # Of all digits; tests/launch/test_notebooks.py makes one of some.
     "python launch/evaluate.py --dataset digits --make_reference": "parsed",
     # It draws 50,000; tests/verbs/test_evaluate.py draws six.
     "python launch/evaluate.py --weights": "parsed",

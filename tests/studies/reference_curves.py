@@ -9,7 +9,6 @@ About ten minutes for each on two cores. `chain` takes its data from runs/chain,
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from diffit_jax.runtime import config_files
 from diffit_jax.training.curves import Curve, read_figures
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +37,12 @@ def command(verb, *flags):
 def config_of(name):
     """(the flag's value, the config, flags of data and of decoding)."""
     more = "runs/chain" if name == "chain" else ""
-    specification = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    path = f"configs/{name}.py"
     if not more:
-        return f"configs/{name}.py", module.get_config(), ["--dataset", "digits"], []
+        return path, config_files.load(str(ROOT / path)), ["--dataset", "digits"], []
     data = ["--dataset", "digits32", "--data_dir", f"{more}/data"]
-    given = module.get_config(str(ROOT / more))
-    return f"configs/{name}.py:{more}", given, data, ["--vae", f"{more}/autoencoder"]
+    given = config_files.load(f"{ROOT / path}:{ROOT / more}")
+    return f"{path}:{more}", given, data, ["--vae", f"{more}/autoencoder"]
 
 
 def make(name):

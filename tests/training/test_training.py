@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from support.configs import small_config
 from support.trees import assert_equal_trees
-from tensorboardX.proto import event_pb2
 
 from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import EMA, Optimizer, build
 from diffit_jax.runtime import parallel, rows
+from diffit_jax.training.curves import events_in
 from diffit_jax.training.ema import ema_rate, ema_update
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.state import abstract_state, create_state
@@ -140,18 +140,13 @@ def test_run_leaves_its_files(run):
 
 
 def scalar_names(content):
-    """Names of the scalars in a TensorBoard file: records of length (8 bytes), checksum (4), event,
-    checksum (4)."""
-    names = set()
-    while content:
-        length = int.from_bytes(content[:8], "little")
-        names |= {
-            value.tag
-            for value in event_pb2.Event.FromString(content[12 : 12 + length]).summary.value
-            if value.HasField("simple_value")
-        }
-        content = content[16 + length :]
-    return names
+    """Names of the scalars in a TensorBoard file."""
+    return {
+        value.tag
+        for event in events_in(content)
+        for value in event.summary.value
+        if value.HasField("simple_value")
+    }
 
 
 def test_loss_falls():

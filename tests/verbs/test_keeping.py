@@ -5,7 +5,6 @@ import errno
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import time
 
@@ -16,7 +15,7 @@ from PIL import Image
 from support import warm
 from support.configs import small_config, small_latent_config
 from support.processes import ROOT, checkpoints_of, environment, write_config
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
@@ -24,6 +23,7 @@ from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.networks import Run
 from diffit_jax.spaces import LatentSpace, PixelSpace
+from diffit_jax.training.curves import events_in
 from diffit_jax.verbs import run_files
 from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
@@ -37,13 +37,7 @@ def events_of(workdir):
         (workdir / "events").iterdir(),
         key=lambda path: (path.name.split(".")[3], path.stat().st_mtime_ns),
     ):
-        content, at = path.read_bytes(), 0
-        while at + 12 <= len(
-            content
-        ):  # a record is its length, a checksum, the message and a checksum
-            (size,) = struct.unpack("<Q", content[at : at + 8])
-            yield Event.FromString(content[at + 12 : at + 12 + size])
-            at += size + 16
+        yield from events_in(path.read_bytes())
 
 
 def steps_shown(workdir, tag="loss"):
