@@ -1,5 +1,6 @@
 """The networks, as pure Flax modules: shapes in, shapes out."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,8 +23,12 @@ __all__ = [
 MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
-    """Fresh float32 variables of a network (use it under `jit` or `eval_shape`).
+    """Fresh float32 variables of a network.
+
+    Jitted, so that a network is traced once for everybody who asks for its variables or their
+    shapes; call it under another `jit` to have them made in their places, or under `eval_shape`.
 
     Returns:
       `params`: what training changes; `constants`: fixed arrays that belong to the model

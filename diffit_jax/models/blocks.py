@@ -255,6 +255,8 @@ def repeat_block(
         in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (its stub forgets it)
         length=num_blocks,
         unroll=unroll,
+        # There are no variables that all copies share; to look for some, Flax traces a block twice.
+        check_constancy_invariants=False,
     )
     keys_NB = None
     if dropout_key_B is not None:

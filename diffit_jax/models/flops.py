@@ -1,5 +1,6 @@
 """What an evaluation of a network costs."""
 
+import functools
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ def training_flops(model: models.Model) -> int:
     return 3 * 2 * traced_multiply_adds(model)
 
 
+@functools.cache
 def traced_multiply_adds(model: models.Model) -> int:
     """Multiply-adds of the matrix products and convolutions of one evaluation for one example,
     counted in the traced program.

@@ -2,6 +2,7 @@
 layer over Orbax."""
 
 import contextlib
+import functools
 import gc
 import logging
 import shutil
@@ -9,8 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 from diffit_jax.errors import UserError
@@ -46,6 +49,8 @@ class Checkpoints:
         """
         self.directory = files.resolve(directory, "directory of checkpoints")
         self._keep, self._keep_every, self._facts = keep, keep_every, {}
+        if keep is not None:
+            _cut_large_arrays_only()
         # Orbax would create a directory that is only read from.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self if keep is not None else None,
@@ -280,6 +285,20 @@ class Checkpoints:
         if restored["facts"]["step"] != step:
             raise ValueError(f"it is of step {restored['facts']['step']}")
         return {name: restored[name] for name in abstract_items}
+
+
+@functools.cache
+def _cut_large_arrays_only() -> None:
+    """Tells Orbax, for this process, when to divide an array that several devices hold among them
+    for writing: not below 1 MiB for each. To cut small ones takes longer than to write them (what
+    a run waits for a save of 125 on two devices: 0.32 s, without that 0.05 s)."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    loudness = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)  # that there was another one is no news
+    try:
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    finally:
+        absl_logging.set_verbosity(loudness)
 
 
 def _without_moments(items: Mapping[str, Any]) -> dict[str, Any]:

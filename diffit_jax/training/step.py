@@ -187,6 +187,7 @@ def accumulated(
         new = gradient_of(microbatch)
         return jax.tree.map(lambda sum_, one: sum_ + one / count, total, new), None
 
+    gradient_of = jax.jit(gradient_of, inline=True)  # traced once, for the shapes and the loop
     first = jax.tree.map(lambda x: x[0], microbatches)
     shapes = jax.eval_shape(gradient_of, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

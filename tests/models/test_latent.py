@@ -235,7 +235,7 @@ def test_patches_are_local_and_in_order():
 def test_shapes_dtypes_and_null_label():
     model = LatentDiffiT(**SMALL)
     x, t, _ = inputs(model)
-    fresh = jax.jit(lambda: models.init_variables(model, jax.random.key(0)))()
+    fresh = models.init_variables(model, jax.random.key(0))
     assert not evaluate(model, fresh, x, t, {}).any()  # the last layer starts at zero
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     kernel = fresh["params"]["blocks"]["mlp_in"]["kernel"]
@@ -323,9 +323,7 @@ def test_fresh_slim_parameters_have_the_released_spread():
     model = LatentDiffiT(**(SMALL | dict(hidden_size=64, depth=8)))
     spread = {}
     for slim in (False, True):
-        fresh = jax.jit(
-            lambda m=model.clone(slim_tmsa=slim): models.init_variables(m, jax.random.key(0))
-        )()
+        fresh = models.init_variables(model.clone(slim_tmsa=slim), jax.random.key(0))
         kernel = fresh["params"]["blocks"]["attention"][
             "time_qv_kernel" if slim else "time_qkv_kernel"
         ]

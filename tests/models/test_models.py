@@ -35,7 +35,7 @@ def randomise(params, seed=0, scale=0.3):
 
 
 def init(model, seed=0):
-    return jax.jit(lambda: models.init_variables(model, jax.random.key(seed))["params"])()
+    return models.init_variables(model, jax.random.key(seed))["params"]
 
 
 def jitted(model, params):

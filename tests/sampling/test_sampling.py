@@ -158,7 +158,7 @@ def test_a_copy_in_bfloat16_changes_no_sample(config):
     """Casting once before the loop is casting in every evaluation: equal to a few bfloat16
     roundings (measured: bit for bit)."""
     experiment = build(config(model__dtype="bfloat16"))
-    variables = jax.jit(lambda: models.init_variables(experiment.model, jax.random.key(0)))()
+    variables = models.init_variables(experiment.model, jax.random.key(0))
     cast = cast_before_use(experiment.model, variables)
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/"): flag
