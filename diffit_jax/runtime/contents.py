@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+_SMALL = 2**20  # bytes
+
 
 def fingerprint(tree: Any) -> str:
     """A digest of names, shapes and values of a pytree of arrays: equal for equal contents,
@@ -53,22 +55,36 @@ def _of_each(
     function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str, jax.Array]]
 ) -> list[Any]:
     """A function of each array, computed in one program, on every process's host."""
-    arrays = [leaf for _, leaf in leaves]
-    if not arrays:
+    # Small arrays of one shape, of which networks have hundreds, are computed together: one by one
+    # they take ten seconds to compile. To stack large ones would take memory.
+    alike: dict[Any, list[int]] = {}
+    for place, (_, leaf) in enumerate(leaves):
+        small = leaf.size * leaf.dtype.itemsize <= _SMALL
+        alike.setdefault((leaf.shape, leaf.dtype, None if small else place), []).append(place)
+    groups = [[leaves[place][1] for place in places] for places in alike.values()]
+    if not groups:
         return []
     everywhere = None
-    if isinstance(arrays[0], jax.Array) and isinstance(arrays[0].sharding, NamedSharding):
-        everywhere = NamedSharding(arrays[0].sharding.mesh, PartitionSpec())
-    return np.asarray(_program(function, everywhere)(arrays).addressable_data(0)).tolist()
+    first = leaves[0][1]
+    if isinstance(first, jax.Array) and isinstance(first.sharding, NamedSharding):
+        everywhere = NamedSharding(first.sharding.mesh, PartitionSpec())
+    results = np.asarray(_program(function, everywhere)(groups).addressable_data(0))
+    order = [place for places in alike.values() for place in places]
+    return results[np.argsort(order)].tolist()
 
 
 @functools.lru_cache(maxsize=16)
 def _program(
     function: Callable[[jax.Array], jax.Array], everywhere: NamedSharding | None
 ) -> Callable:
-    return jax.jit(
-        lambda arrays: jnp.stack([function(array) for array in arrays]), out_shardings=everywhere
-    )
+    def of_groups(groups: list[list[jax.Array]]) -> jax.Array:
+        stacks = [
+            jax.lax.concatenate([jax.lax.expand_dims(leaf, (0,)) for leaf in group], 0)
+            for group in groups
+        ]
+        return jnp.concatenate([jax.vmap(function)(stack) for stack in stacks])
+
+    return jax.jit(of_groups, out_shardings=everywhere)
 
 
 def _count_bad(leaf: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def _read_early(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(("JAX_", "PYTHON", "LC_", "LANG", "HF_"))
+        if name.startswith(("JAX_", "PYTHON", "LC_", "LANG"))
         and name not in ("PYTHON", "PYTHONUNBUFFERED")
     }
 
