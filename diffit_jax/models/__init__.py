@@ -28,7 +28,8 @@ def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 variables of a network.
 
     Jitted, so that a network is traced once for everybody who asks for its variables or their
-    shapes; call it under another `jit` to have them made in their places, or under `eval_shape`.
+    shapes, whatever the placement: they do not depend on it. Call it under another `jit` to have
+    them made in their places, or under `eval_shape`.
 
     Returns:
       `params`: what training changes; `constants`: fixed arrays that belong to the model

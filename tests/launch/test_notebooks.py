@@ -70,7 +70,7 @@ def test_train_on_tpu_from_pictures_to_a_number(alone):
     """The chain in its short form, then a narrow network on somebody's own pictures."""
     rng = np.random.default_rng(0)
     for number in range(24):
-        path = alone / "pictures" / "cats dogs".split()[number % 2] / f"{number}.png"
+        path = alone / "pictures" / ("cats", "dogs")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
     small = {"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2}

@@ -120,7 +120,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     process draws."""
     request = [
         "--seeds",
-        "0-199",
+        "0-119",
         "--batch_per_device",
         "1",
         "--sampler.num_steps",
@@ -133,7 +133,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     pair.processes[1].send_signal(signal.SIGUSR1)
     statuses, texts = pair.wait()
     assert statuses == [75, 75] and all(
-        "of 200 samples are saved beside" in text for text in texts
+        "of 120 samples are saved beside" in text for text in texts
     ), texts
     statuses, texts = Pair(
         tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request
@@ -141,7 +141,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     assert statuses == [0, 0], texts
     alone = sample(
         latent_run[0],
-        seeds=range(200),
+        seeds=range(120),
         overrides={"sampler.num_steps": 100},
         output=tmp_path / "alone.npz",
     )

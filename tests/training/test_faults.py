@@ -60,15 +60,17 @@ def test_four_kills_lose_nothing(tmp_path):
     A checkpoint that was there after one kill is still there, or followed by a newer one, after the
     next.
     """
-    config = small_latent_config(
-        training__total_steps=400,
-        training__checkpoint_steps=7,
-        training__grid_steps=10_000,
-        training__log_steps=50,
+    config, seldom = (
+        small_latent_config(
+            training__total_steps=400,
+            training__checkpoint_steps=steps,
+            training__grid_steps=10_000,
+            training__log_steps=50,
+        )
+        for steps in (7, 400)
     )
-    status, errors = finish(
-        start("train", tmp_path, "--workdir", tmp_path / "whole", config=config)
-    )
+    whole = start("train", tmp_path, "--workdir", tmp_path / "whole", config=seldom)
+    status, errors = finish(whole)
     assert status == 0, errors
     moments, workdir, newest, killed = random.Random(4), tmp_path / "run", 0, []
     for kill in range(4):
