@@ -255,7 +255,7 @@ def repeat_block(
         in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (its stub forgets it)
         length=num_blocks,
         unroll=unroll,
-        # Flax would trace a block twice, to look for variables that all copies share: there are none.
+        # Flax would trace a block twice to find variables that all copies share: there are none.
         check_constancy_invariants=False,
     )
     keys_NB = None
