@@ -5,6 +5,7 @@ import copy
 from collections.abc import Mapping
 
 import numpy as np
+from scipy.linalg import lapack
 
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
 BLOCK = 512  # features whose products are taken at once
@@ -82,19 +83,27 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al.
     2017).
 
-    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0. The trace of the root is the sum of
-    the square roots of the eigenvalues of the symmetric S_1^½ S_2 S_1^½, which needs no general
-    matrix square root.
+    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0. With S_1 = A Aᵀ and S_2 = B Bᵀ the
+    trace of the root is the sum of the singular values of Aᵀ B, which needs no matrix square root,
+    and is small where there are fewer samples than dimensions.
 
     Args:
       one, other: (mean, covariance) from `statistics`.
     """
     (mean_1, cov_1), (mean_2, cov_2) = one, other
-    values, vectors = np.linalg.eigh(cov_1)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    trace_root = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_2 @ root), 0, None)).sum()
+    mixed = _factor(cov_1).T @ _factor(cov_2)
+    trace_root = np.linalg.svd(mixed, compute_uv=False).sum()
     distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root
     return float(max(distance, 0.0))
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """A (d, rank) of a (d, d) covariance A Aᵀ: Cholesky's, of rows in order of what is left of
+    them (LAPACK's `pstrf`), as far as that is more than rounding."""
+    lower, order, rank, _ = lapack.dpstrf(covariance, lower=1)
+    factor = np.zeros((len(covariance), rank))
+    factor[order - 1] = np.tril(lower)[:, :rank]
+    return factor
 
 
 def resampled_distance(
