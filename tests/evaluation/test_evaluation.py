@@ -41,7 +41,7 @@ def test_frechet_equals_scipys_matrix_root():
 
 def test_frechet_of_fewer_samples_than_dimensions():
     """The same from covariances of rank 11 and 7 as from the features themselves, to 1e-11
-    (measured 1e-15; a root of eigenvalues near 0 keeps half of the digits)."""
+    (measured: equal; roots of eigenvalues near 0 would keep half of the digits)."""
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(12, 300)), rng.normal(size=(8, 300)) + 0.5
     expected = distance_between(one, other)
