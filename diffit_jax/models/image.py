@@ -59,6 +59,12 @@ class ImageDiffiT(nn.Module):
     scan_unroll: Annotated[Count, FREE] = 1
     dtype: Dtype = jnp.float32
 
+    def __post_init__(self) -> None:
+        for name in ("channels", "num_blocks"):  # jit remembers a network by its attributes
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, tuple(value))
+        super().__post_init__()
+
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of one image."""

@@ -213,6 +213,15 @@ def test_blocks_of_a_stage_start_different():
     assert kernel.shape == (2, 3, 3, 16, 16) and np.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
+def test_lists_are_as_good_as_tuples():
+    lists = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in SMALL.items()
+    }
+    assert any(isinstance(value, list) for value in lists.values())
+    model = ImageDiffiT(**lists)
+    assert model == ImageDiffiT(**SMALL) and hash(model) == hash(ImageDiffiT(**SMALL))
+
+
 def test_bfloat16_is_close_to_float32():
     x, level = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([-1.0, 0.5])
     params = randomise(init(ImageDiffiT(**SMALL)), scale=0.1)
