@@ -28,6 +28,9 @@ from diffit_jax.runtime.rollcall import roll_call
 T = TypeVar("T")
 
 HEARTBEAT_S = 30  # a process that is silent for so long is dead, and the others end
+MEETING_S = 7 * 24 * 3600  # for one that is only late they wait
+
+_meetings = itertools.count()  # of this process, see `meet`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +147,24 @@ def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
             )
 
 
+def meet() -> None:
+    """Waits until every process is here, however late it comes; returns at once with one process.
+
+    What stands between two meetings may take one process minutes: it reads, downloads, scores or
+    compiles. Devices do not wait that long: a collective's first use ends after 30 s on CPUs if a
+    process has not come, and the run with it.
+    """
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost  # takes a second
+
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"diffit_jax.meeting.{next(_meetings)}", timeout_ms=MEETING_S * 1000)
+
+
 def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:
-    """The value of every process by its number, whatever the order in which jax has gathered
-    them."""
+    """An array of each process; `process_allgather` does not say in which order they stand."""
+    meet()
     numbers = multihost_utils.process_allgather(np.array(jax.process_index()))
     return dict(
         zip(np.ravel(numbers).tolist(), multihost_utils.process_allgather(value), strict=True)
@@ -201,8 +219,8 @@ def check_shared(directory: epath.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    token = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
-    mark = directory / f".shared-{bytes(np.asarray(token, np.uint8)).hex()}"
+    token = _of_each_process(np.frombuffer(os.urandom(8), np.uint8))[0]
+    mark = directory / f".shared-{token.tobytes().hex()}"
     first_then_all(lambda: mark.write_bytes(b""), lambda: None)
     blind = [
         process
@@ -221,34 +239,28 @@ def check_shared(directory: epath.Path) -> None:
 
 def everywhere(value: bool) -> bool:
     """Whether it is so on every process."""
-    return (
-        value
-        if jax.process_count() == 1
-        else bool(multihost_utils.process_allgather(np.array(value)).all())
-    )
+    if jax.process_count() == 1:
+        return value
+    return all(bool(one) for one in _of_each_process(np.array(value)).values())
 
 
 def agreed(value: bool) -> bool:
     """What process 0 says, on every process."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+    return from_first([value])[0]
 
 
 def from_first(flags: Sequence[bool]) -> list[bool]:
     """The flags of process 0, on every process."""
     if jax.process_count() == 1:
         return list(flags)
-    return [
-        bool(flag)
-        for flag in np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags, bool)))
-    ]
+    return [bool(flag) for flag in _of_each_process(np.array(flags, bool))[0]]
 
 
 def gather(array: jax.Array) -> np.ndarray:
     """A global array on every process's host."""
     if array.is_fully_addressable:
         return np.asarray(array)
+    meet()  # they compiled apart what made it
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 

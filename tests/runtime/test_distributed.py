@@ -76,6 +76,38 @@ class Pair:
             time.sleep(0.02)
 
 
+LATE = """
+import sys, time
+from diffit_jax.runtime import distributed
+
+number = int(sys.argv[2])
+distributed.initialize(distributed.Cluster(sys.argv[1], 2, number))
+found = distributed.first_then_all(lambda: time.sleep(35), lambda: "waited")
+print(number, found, distributed.agreed(number == 0), distributed.everywhere(number == 0))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_late(tmp_path_factory):
+    """Two processes of which the first comes 35 s after the other; the tests go on beside them."""
+    script = tmp_path_factory.mktemp("late") / "late.py"
+    script.write_text(LATE)
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [warm.python(), script, address, number],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        for number in ("0", "1")
+    ]
+    yield processes
+    for process in processes:
+        process.kill()
+
+
 LONG = dict(
     training__total_steps=4000,
     training__checkpoint_steps=20,
@@ -234,6 +266,14 @@ def test_a_refusal_on_process_0_ends_all(tmp_path):
         and "holds a run with model.depth = 5" in texts[0]
         and "process 0 could not go on" in texts[1]
     ), texts
+
+
+def test_a_process_may_come_late(one_late):
+    """Later than the 30 s after which the first collective of CPUs ends: process 0 of a pod may
+    download or score for as long as it takes."""
+    texts = [process.communicate(timeout=120)[0] for process in one_late]
+    assert [process.returncode for process in one_late] == [0, 0], texts
+    assert "0 None True False" in texts[0] and "1 waited True False" in texts[1], texts
 
 
 def test_who_is_missing_is_said(tmp_path):
