@@ -183,6 +183,10 @@ def run(
                 backend.devices()  # that there are none is said before anything else
             main()
             sys.stdout.flush()
+            if takes_devices():
+                # At the end jax waits a minute for the others, and then ends all: what the first
+                # one still has to write or to send takes longer.
+                distributed.meet()
         except UserError as error:
             fail(str(error) + _preflight_command(error))
         except BrokenPipeError:  # whoever read our output has had enough

@@ -153,13 +153,17 @@ def meet() -> None:
     What stands between two meetings may take one process minutes: it reads, downloads, scores or
     compiles. Devices do not wait that long: a collective's first use ends after 30 s on CPUs if a
     process has not come, and the run with it.
+
+    Raises:
+      UserError: another process was lost.
     """
     if jax.process_count() == 1:
         return
     from orbax.checkpoint import multihost  # takes a second
 
     wait = multihost.get_barrier_sync_fn()
-    wait(key=f"diffit_jax.meeting.{next(_meetings)}", timeout_ms=MEETING_S * 1000)
+    with lost_processes():
+        wait(key=f"diffit_jax.meeting.{next(_meetings)}", timeout_ms=MEETING_S * 1000)
 
 
 def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:

@@ -18,6 +18,7 @@ from diffit_jax.runtime.distributed import Cluster, initialize
 from diffit_jax.verbs.sample import sample
 
 ROOT = Path(__file__).parents[2]
+LATE = Path(__file__).parents[1] / "late_worker.py"
 
 
 class Pair:
@@ -76,32 +77,20 @@ class Pair:
             time.sleep(0.02)
 
 
-LATE = """
-import sys, time
-from diffit_jax.runtime import distributed
-
-number = int(sys.argv[2])
-distributed.initialize(distributed.Cluster(sys.argv[1], 2, number))
-found = distributed.first_then_all(lambda: time.sleep(35), lambda: "waited")
-print(number, found, distributed.agreed(number == 0), distributed.everywhere(number == 0))
-"""
-
-
 @pytest.fixture(scope="module", autouse=True)
-def one_late(tmp_path_factory):
-    """Two processes of which the first comes 35 s after the other; the tests go on beside them."""
-    script = tmp_path_factory.mktemp("late") / "late.py"
-    script.write_text(LATE)
-    address = f"127.0.0.1:{free_port()}"
+def one_late():
+    """A command on two processes of which the first takes longer than the other, twice. It takes
+    100 s, in which the tests go on."""
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes=2"]
     processes = [
         subprocess.Popen(
-            [warm.python(), script, address, number],
+            [warm.python(), LATE, *flags, f"--process_id={number}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment(),
         )
-        for number in ("0", "1")
+        for number in (0, 1)
     ]
     yield processes
     for process in processes:
@@ -268,14 +257,6 @@ def test_a_refusal_on_process_0_ends_all(tmp_path):
     ), texts
 
 
-def test_a_process_may_come_late(one_late):
-    """Later than the 30 s after which the first collective of CPUs ends: process 0 of a pod may
-    download or score for as long as it takes."""
-    texts = [process.communicate(timeout=120)[0] for process in one_late]
-    assert [process.returncode for process in one_late] == [0, 0], texts
-    assert "0 None True False" in texts[0] and "1 waited True False" in texts[1], texts
-
-
 def test_who_is_missing_is_said(tmp_path):
     """Two of three come: both say that the third is missing, in the time allowed."""
     port = free_port()
@@ -390,3 +371,13 @@ def test_a_step_whose_tasks_do_not_come_ends_in_one_line(tmp_path):
         "Slurm's variables speak of a step of 4 tasks; for one process alone add --num_processes=1"
         in lines[0]
     )
+
+
+def test_a_process_may_come_late(one_late):
+    """Process 0 of a pod may download, score or send for as long as it takes: here longer than the
+    30 s after which the first collective of CPUs ends a run, and at the end than the minute after
+    which jax does."""
+    texts = [process.communicate(timeout=240)[0] for process in one_late]
+    assert [process.returncode for process in one_late] == [0, 0], texts
+    assert "None True False" in texts[0] and "waited True False" in texts[1], texts
+    assert "sent" in texts[0]
