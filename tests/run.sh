@@ -13,7 +13,7 @@ if [ "${1:-}" = --colab ]; then
     launch/test_{colab,notebooks}.py runtime/test_{backend,checkpoint,contents,rows}.py
     training/test_{training,optimizer,train_autoencoder,watch,loggers}.py
     verbs/test_{sample,convert,prepare,own_data,sweep,matrix,check}.py)
-  JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 2 --dist loadfile \
+  JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 3 --dist loadfile \
     "${core[@]/#/tests/}" "$@"
 fi
 bash launch/setup_env.sh test
@@ -23,5 +23,6 @@ bash launch/setup_env.sh test
 .venv/bin/shellcheck -x launch/*.sh tests/run.sh .ci/run
 .venv/bin/basedpyright --pythonpath .venv/bin/python
 # By name, not by the number of tests: files with few and long ones would come last, one core idle
-# beside them.
-JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# beside them. Three on two cores: in one of them a test mostly waits for another process (908 s
+# instead of 1084 s).
+JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
