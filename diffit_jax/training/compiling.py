@@ -97,7 +97,9 @@ def compile_train_step(
     lowered = lower_train_step(experiment, mesh, state, batch)
     distributed.check_agreement({"program": lowered.as_text})
     collected = jax.device_put(step_metrics(experiment.process).empty(), parallel.replicated(mesh))
-    return lowered.compile(), collected, time.monotonic() - started
+    step, seconds = lowered.compile(), time.monotonic() - started
+    distributed.meet()  # only the first one finds in a cache what it compiled before
+    return step, collected, seconds
 
 
 def lower_train_step(

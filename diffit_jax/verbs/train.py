@@ -114,7 +114,6 @@ def _train(
     with cache_report("training step"):
         train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
     log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, kind)
-    distributed.meet()  # only the first one finds in a cache what it compiled before
     all_finite(state)  # compiled too: each checkpoint asks
 
     # --- The loop.
