@@ -77,7 +77,13 @@ _LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else 99)
-    gc.freeze()  # what is there by now stays
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays():
+    """What jax keeps of earlier files is not looked through for garbage again: half a second, each
+    time that somebody asks for a collection."""
+    gc.freeze()
 
 
 def pytest_collection_finish():

@@ -1,5 +1,6 @@
 """What all commands in `launch/` share: flags, logging, and one-line errors."""
 
+import atexit
 import contextlib
 import errno
 import gc
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 interruption.listen()  # jax and what stands on it are imported later: they take seconds
 # Tracing makes many small objects; looking for garbage among them took 8 % of a command's start.
 gc.set_threshold(200_000, 20, 100)
+atexit.register(gc.freeze)  # at the end of a process another look takes half a second
 
 
 class _PathParser(flags.ArgumentParser):

@@ -1,6 +1,7 @@
 """From a data set to an endless, shuffled, resumable stream of batches."""
 
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,6 @@ class ShuffledBatches:
             raise ValueError(
                 f"rows {self._rows.min()} to {self._rows.max()} are not in a batch of {batch_size}"
             )
-        self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
         return 1 << 48  # updates; no run ends here
@@ -38,13 +38,20 @@ class ShuffledBatches:
         epochs, offsets = np.divmod(step * self._batch_size + self._rows, len(self._source))
         indices = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
-            indices[epochs == epoch] = self._epoch_order(epoch)[offsets[epochs == epoch]]
+            with _SHUFFLING:
+                order = _order(len(self._source), self._seed, epoch)
+            indices[epochs == epoch] = order[offsets[epochs == epoch]]
         return self._source.read(indices)
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        # Ranks of Philox's raw output, which numpy never changes, unlike that of its `permutation`.
-        raw = np.random.Philox(key=[self._seed, epoch]).random_raw(len(self._source))
-        return np.argsort(raw, kind="stable")
+
+_SHUFFLING = threading.Lock()  # threads read ahead: one makes the order that all of them need
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The examples' numbers as an epoch has them."""
+    # Ranks of Philox's raw output, which numpy never changes, unlike that of its `permutation`.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
 def batches(

@@ -83,17 +83,14 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al.
     2017).
 
-    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0. With S_1 = A Aᵀ and S_2 = B Bᵀ the
-    trace of the root is the sum of the singular values of Aᵀ B, which needs no matrix square root,
-    and is small where there are fewer samples than dimensions.
+    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0.
 
     Args:
       one, other: (mean, covariance) from `statistics`.
     """
     (mean_1, cov_1), (mean_2, cov_2) = one, other
-    mixed = _factor(cov_1).T @ _factor(cov_2)
-    trace_root = np.linalg.svd(mixed, compute_uv=False).sum()
-    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root
+    root = _trace_of_root(_factor(cov_1).T, _factor(cov_2).T)
+    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * root
     return float(max(distance, 0.0))
 
 
@@ -126,13 +123,21 @@ def resampled_distance(
 
 
 def distance_between(one: np.ndarray, other: np.ndarray) -> float:
-    """Fréchet distance between (n, d) and (m, d) features, without a d × d matrix: with centred
-    rows over √(n - 1) as A and B, Σ₁ Σ₂ = AᵀA BᵀB has the eigenvalues of (A Bᵀ)(A Bᵀ)ᵀ, so that the
-    trace of its root is the sum of the singular values of A Bᵀ, which is n × m."""
+    """Fréchet distance between (n, d) and (m, d) features, without their covariances: those are
+    AᵀA and BᵀB of the centred rows over √(n - 1)."""
     means = [features.mean(axis=0, dtype=np.float64) for features in (one, other)]
     a, b = (
         (features - mean) / np.sqrt(len(features) - 1)
         for features, mean in zip((one, other), means, strict=True)
     )
-    mixed = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + (a * a).sum() + (b * b).sum() - 2 * mixed)
+    root = _trace_of_root(a, b)
+    return float(((means[0] - means[1]) ** 2).sum() + (a * a).sum() + (b * b).sum() - 2 * root)
+
+
+def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
+    """tr (AᵀA BᵀB)^½ of (n, d) and (m, d): the sum of the singular values of A Bᵀ, whose squares
+    are the eigenvalues of A BᵀB Aᵀ, and so those of AᵀA BᵀB. No matrix square root, and a small
+    matrix where there are fewer rows than dimensions; where there are more, R of A = QR, of d rows,
+    has the same AᵀA."""
+    few = [np.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows for rows in (a, b)]
+    return float(np.linalg.svd(np.dot(few[0], np.transpose(few[1])), compute_uv=False).sum())

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf
@@ -89,7 +90,8 @@ def load(
         extra = [f"extra {name}" for theirs, name in renamed.items() if theirs not in table]
         if missing or extra:
             tensors.refuse(weights_path, _KIND, missing, extra, file.hint, _REMEDY)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), _picture(module))
+        side = module.factor
+        shapes = models.variable_shapes(module, (side, side, module.image_channels))
         leaves = [
             _as_in_file(leaf, renamed, file.shapes)
             for leaf in tensors.leaves_of(table, shapes, 0, {})
@@ -308,8 +310,3 @@ def _as_in_file(
     if len(leaf.theirs) == 2 and shape == (*leaf.theirs, 1, 1):
         return dataclasses.replace(leaf, theirs=shape, axes=(*leaf.axes, 2, 3))
     return leaf
-
-
-def _picture(module: Autoencoder) -> jax.ShapeDtypeStruct:
-    side = module.factor
-    return jax.ShapeDtypeStruct((1, side, side, module.image_channels), jnp.float32)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from diffit_jax import models
 from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf, Tensors
 from diffit_jax.interop.torch_files import TorchFile
@@ -64,8 +64,7 @@ def load(
         if missing or extra:
             tensors.refuse(path, _KIND, missing, extra, file.hint, _REMEDY)
         module = Inception(width=_width(file))
-        pictures = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), pictures)
+        shapes = models.variable_shapes(module, (SIDE, SIDE, 3))
         leaves = tensors.leaves_of(table, shapes, 0, {})
         tensors.check(path, _KIND, leaves, file, _REMEDY)
 
@@ -79,7 +78,6 @@ def _random(sharding: jax.sharding.Sharding | None) -> tuple[Inception, dict[str
     """A network whose features keep about the variance of pictures."""
     log.warning("the FID network has random weights: its figures have no meaning")
     module, draws = Inception(width=RANDOM_WIDTH), np.random.RandomState(0)
-    pictures = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, fan_in = path[-1].key, np.prod(leaf.shape[:-1])
@@ -89,7 +87,7 @@ def _random(sharding: jax.sharding.Sharding | None) -> tuple[Inception, dict[str
             array = np.full(leaf.shape, float(name in ("scale", "var")))
         return jax.device_put(array.astype(np.float32), sharding)
 
-    shapes = jax.eval_shape(module.init, jax.random.key(0), pictures)
+    shapes = models.variable_shapes(module, (SIDE, SIDE, 3))
     return module, jax.tree_util.tree_map_with_path(draw, shapes)
 
 

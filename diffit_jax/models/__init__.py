@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +19,7 @@ __all__ = [
     "attention_in_words",
     "init_variables",
     "platform_family",
+    "variable_shapes",
 ]
 
 MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
@@ -38,6 +40,17 @@ def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
     x_BHWC = jnp.zeros((1, *model.sample_shape), jnp.float32)
     variables = model.init(key, x_BHWC, jnp.zeros((1,), jnp.float32), {})
     return {"params": variables["params"], "constants": variables.get("constants", {})}
+
+
+def variable_shapes(module: nn.Module, example: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of the variables of another module (autoencoder, FID network), which takes
+    (B, *example) float32; traced once for everybody who asks, too."""
+    return jax.eval_shape(lambda: _variables_of(module, example))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _variables_of(module: nn.Module, example: tuple[int, ...]) -> Any:
+    return module.init(jax.random.key(0), jnp.zeros((1, *example), jnp.float32))
 
 
 def as_network(

@@ -21,6 +21,7 @@ SIDE = 299  # of the pictures that the network sees
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 CLASSES = 1008
 _EPSILON = 1e-3  # of the batch normalisations
+_UNSET = nn.initializers.zeros_init()  # the weights are read; to draw them takes long to trace
 
 
 class Taps(NamedTuple):
@@ -61,6 +62,7 @@ class Unit(nn.Module):
             self.stride,
             padding=self.padding,
             use_bias=False,
+            kernel_init=_UNSET,
             precision=jax.lax.Precision.HIGHEST,
             name="conv",
         )(x_BHWC)
@@ -220,9 +222,7 @@ class Inception(nn.Module):
         assert spatial is not None
         pool = x.mean((1, 2))
         # The bias is in the file, and read by whoever wants probabilities as the authors had them.
-        kernel = self.param(
-            "logits_kernel", nn.initializers.lecun_normal(), (pool.shape[-1], CLASSES)
-        )
+        kernel = self.param("logits_kernel", _UNSET, (pool.shape[-1], CLASSES))
         self.param("logits_bias", nn.initializers.zeros_init(), (CLASSES,))
         logits = jnp.dot(pool, kernel, precision=jax.lax.Precision.HIGHEST)
         return Taps(pool, spatial, logits)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 _SMALL = 2**20  # bytes
@@ -79,8 +80,7 @@ def _program(
 ) -> Callable:
     def of_groups(groups: list[list[jax.Array]]) -> jax.Array:
         stacks = [
-            jax.lax.concatenate([jax.lax.expand_dims(leaf, (0,)) for leaf in group], 0)
-            for group in groups
+            lax.concatenate([lax.expand_dims(leaf, (0,)) for leaf in group], 0) for group in groups
         ]
         return jnp.concatenate([jax.vmap(function)(stack) for stack in stacks])
 
@@ -93,22 +93,22 @@ def _count_bad(leaf: jax.Array) -> jax.Array:
 
 def _sums(leaf: jax.Array) -> jax.Array:
     """Two sums over all values of an array, each value mixed with its place: (2,) uint32."""
-    bits = jax.lax.bitcast_convert_type(
-        leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    ).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
+    unsigned = {2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
+    bits = lax.convert_element_type(lax.bitcast_convert_type(leaf, unsigned), np.uint32)
+    place = lax.full(leaf.shape, np.uint32(0))
     for axis, size in enumerate(leaf.shape):
-        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
-            jnp.uint32, leaf.shape, axis
-        )
-    mixed = _mixed(bits ^ _mixed(place + np.uint32(1)))
-    return jnp.stack(
-        [jnp.sum(each, dtype=jnp.uint32) for each in (mixed, _mixed(mixed + np.uint32(0x9E3779B1)))]
-    )
+        along = lax.broadcasted_iota(np.uint32, leaf.shape, axis)
+        place = lax.add(lax.mul(place, np.uint32(size % 2**32)), along)
+    mixed = _mixed(lax.bitwise_xor(bits, _mixed(lax.add(place, np.uint32(1)))))
+    again = _mixed(lax.add(mixed, np.uint32(0x9E3779B1)))
+    axes = tuple(range(leaf.ndim))
+    sums = [lax.reduce(each, np.uint32(0), lax.add, axes) for each in (mixed, again)]
+    return lax.concatenate([lax.expand_dims(each, (0,)) for each in sums], 0)
 
 
 def _mixed(x: jax.Array) -> jax.Array:
     """MurmurHash3's last step: each bit of the result depends on each of x."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        shifted = lax.shift_right_logical(x, np.uint32(shift))
+        x = lax.mul(lax.bitwise_xor(x, shifted), np.uint32(factor))
+    return lax.bitwise_xor(x, lax.shift_right_logical(x, np.uint32(16)))

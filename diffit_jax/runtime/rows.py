@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -143,24 +143,10 @@ def prove_rows(mesh: Mesh, batch_size: int) -> None:
       UserError: on every process; it names the first process that holds wrong rows.
     """
     share = batch_size // (mesh.shape[DATA] * mesh.shape[FSDP])
-
-    def count_wrong(row_B: jax.Array) -> jax.Array:
-        place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)
-        return jnp.sum(row_B != place * share + jnp.arange(share), keepdims=True)
-
-    everywhere = jax.shard_map(
-        count_wrong,
-        mesh=mesh,
-        in_specs=batch_sharding(mesh).spec,
-        out_specs=PartitionSpec(AXES),
-        check_vma=False,
-    )
     rows = put_batch(mesh, {"row": local_rows(mesh, batch_size).astype(np.int32)}, batch_size)[
         "row"
     ]
-    wrong = np.asarray(
-        jax.jit(everywhere, out_shardings=replicated(mesh))(rows).addressable_data(0)
-    )
+    wrong = np.asarray(_wrong_rows(mesh, share)(rows).addressable_data(0))
     for device, count in zip(mesh.devices.flat, wrong, strict=True):
         if count:
             raise UserError(
@@ -169,3 +155,21 @@ def prove_rows(mesh: Mesh, batch_size: int) -> None:
                 f"divided wrongly over the mesh {dict(mesh.shape)}; use another mesh (config "
                 "section mesh), and report this fault"
             )
+
+
+@functools.lru_cache(maxsize=8)
+def _wrong_rows(mesh: Mesh, share: int) -> Callable[[jax.Array], jax.Array]:
+    """Of row numbers (B,): how many each device, with `share` of them, should not have; on all."""
+
+    def count(row_B: jax.Array) -> jax.Array:
+        place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)
+        return jnp.sum(row_B != place * share + jnp.arange(share), keepdims=True)
+
+    of_each = jax.shard_map(
+        count,
+        mesh=mesh,
+        in_specs=batch_sharding(mesh).spec,
+        out_specs=PartitionSpec(AXES),
+        check_vma=False,
+    )
+    return jax.jit(of_each, out_shardings=replicated(mesh))

@@ -1,7 +1,7 @@
 """From seed numbers to samples: the jitted, sharded sampler."""
 
-import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,14 +12,116 @@ import numpy as np
 from diffit_jax import models
 from diffit_jax.diffusion import guidance, samplers
 from diffit_jax.diffusion.samplers import Drawn
-from diffit_jax.diffusion.seams import Network
+from diffit_jax.diffusion.seams import Network, Process
 from diffit_jax.experiment import Experiment
 from diffit_jax.models import Model
 from diffit_jax.models.casts import cast_before_use
 from diffit_jax.models.flops import count_multiply_adds
 from diffit_jax.runtime import backend, contents, distributed, parallel, rows
+from diffit_jax.sections import Sampling
 
 Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a sampler traces, and all that it follows from: equal ones are traced and compiled once.
+
+    Attributes:
+      model, process, sampling: of the experiment.
+      mesh, weaker_model, copy: as in `Sampler`.
+    """
+
+    model: Model
+    process: Process
+    sampling: Sampling
+    mesh: jax.sharding.Mesh
+    weaker_model: Model | None
+    copy: bool | None
+
+    def _draw_batch(
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        scale: jax.Array | None = None,
+    ) -> jax.Array:
+        return self._drawn(variables, weaker, batch, scale=scale).samples
+
+    def _watch_batch(
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        frames: int,
+    ) -> jax.Array:
+        return jnp.moveaxis(self._drawn(variables, weaker, batch, frames).frames, 0, 1)
+
+    def _drawn(
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        frames: int = 0,
+        scale: jax.Array | None = None,
+    ) -> Drawn:
+        copy = _copies(self.model) and self.copy
+        if copy is None:
+            memory = parallel.memory_of(parallel.local_device(self.mesh))
+            copy = copy_fits(copy_bytes(self.model, variables), memory)
+        with parallel.placement(self.mesh, whole_weights=copy):
+            if copy:
+                variables = self._copied(self.model, variables)
+                if weaker is not None and self.weaker_model is not None:
+                    weaker = self._copied(self.weaker_model, weaker)
+            return self._trajectory(variables, weaker, batch, frames, scale)
+
+    def _copied(self, model: Model, variables: Variables) -> Variables:
+        """The variables whole on every device, those that the network casts before use in its
+        dtype."""
+
+        def copy(path: tuple, leaf: jax.Array, cast: bool) -> jax.Array:
+            leaf = leaf.astype(model.dtype) if cast else leaf
+            return parallel.whole(self.mesh, contents.path_name(path), leaf)
+
+        return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
+
+    def _trajectory(
+        self,
+        variables: Variables,
+        weaker: Variables | None,
+        batch: dict[str, jax.Array],
+        frames: int,
+        scale: jax.Array | None,
+    ) -> Drawn:
+        process, sampling = self.process, self.sampling
+        num_classes = self.model.num_classes
+
+        def evaluated(model: Model, variables: Variables) -> Network:
+            return sampling.sampler.evaluated(process, models.as_network(model, variables))
+
+        plain, lesser = evaluated(self.model, variables), None
+        if weaker is not None and self.weaker_model is not None:
+            lesser = evaluated(self.weaker_model, weaker)
+        guided = guidance.guide(
+            sampling.guidance,
+            plain,
+            process.time_of,
+            null_label=num_classes or None,
+            weaker=lesser,
+            scale=scale,
+        )
+        noise = samplers.seeded_noise(batch["seed"], self.model.sample_shape)
+        conditioning = {"label": batch["label"]} if num_classes else {}
+        return sampling.sampler.draw(process, guided, noise, conditioning, frames)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(program: _Program) -> tuple[Any, Any]:
+    """(draws a batch, draws one and shows how it came about): one pair for all samplers alike."""
+    sharding = parallel.batch_sharding(program.mesh)
+    draw = jax.jit(program._draw_batch, out_shardings=sharding)
+    return draw, jax.jit(program._watch_batch, out_shardings=sharding, static_argnums=3)
 
 
 class Sampler:
@@ -53,88 +155,13 @@ class Sampler:
             uses them, while it draws a batch, instead of casting them and gathering their parts in
             every evaluation; None: where it fits, see `copy_fits`.
         """
-        self._experiment, self._model, self._mesh = experiment, experiment.model, mesh
-        self._weaker_model, self._copy = weaker_model, copy
+        self._model, self._mesh = experiment.model, mesh
         self.batch_size = batch_size(experiment, mesh, count)
-        sharding = parallel.batch_sharding(mesh)
-        self._draw = jax.jit(self._draw_batch, out_shardings=sharding)
-        self._watch = jax.jit(self._watch_batch, out_shardings=sharding, static_argnums=3)
-
-    def _draw_batch(
-        self,
-        variables: Variables,
-        weaker: Variables | None,
-        batch: dict[str, jax.Array],
-        scale: jax.Array | None = None,
-    ) -> jax.Array:
-        return self._drawn(variables, weaker, batch, scale=scale).samples
-
-    def _watch_batch(
-        self,
-        variables: Variables,
-        weaker: Variables | None,
-        batch: dict[str, jax.Array],
-        frames: int,
-    ) -> jax.Array:
-        return jnp.moveaxis(self._drawn(variables, weaker, batch, frames).frames, 0, 1)
-
-    def _drawn(
-        self,
-        variables: Variables,
-        weaker: Variables | None,
-        batch: dict[str, jax.Array],
-        frames: int = 0,
-        scale: jax.Array | None = None,
-    ) -> Drawn:
-        copy = _copies(self._model) and self._copy
-        if copy is None:
-            memory = parallel.memory_of(parallel.local_device(self._mesh))
-            copy = copy_fits(copy_bytes(self._model, variables), memory)
-        with parallel.placement(self._mesh, whole_weights=copy):
-            if copy:
-                variables = self._copied(self._model, variables)
-                if weaker is not None and self._weaker_model is not None:
-                    weaker = self._copied(self._weaker_model, weaker)
-            return self._trajectory(variables, weaker, batch, frames, scale)
-
-    def _copied(self, model: Model, variables: Variables) -> Variables:
-        """The variables whole on every device, those that the network casts before use in its
-        dtype."""
-
-        def copy(path: tuple, leaf: jax.Array, cast: bool) -> jax.Array:
-            leaf = leaf.astype(model.dtype) if cast else leaf
-            return parallel.whole(self._mesh, contents.path_name(path), leaf)
-
-        return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
-
-    def _trajectory(
-        self,
-        variables: Variables,
-        weaker: Variables | None,
-        batch: dict[str, jax.Array],
-        frames: int,
-        scale: jax.Array | None,
-    ) -> Drawn:
-        process, sampling = self._experiment.process, self._experiment.sampling
-        num_classes = self._model.num_classes
-
-        def evaluated(model: Model, variables: Variables) -> Network:
-            return sampling.sampler.evaluated(process, models.as_network(model, variables))
-
-        plain, lesser = evaluated(self._model, variables), None
-        if weaker is not None and self._weaker_model is not None:
-            lesser = evaluated(self._weaker_model, weaker)
-        guided = guidance.guide(
-            sampling.guidance,
-            plain,
-            process.time_of,
-            null_label=num_classes or None,
-            weaker=lesser,
-            scale=scale,
+        self._program = _Program(
+            *(experiment.model, experiment.process, experiment.sampling),
+            *(mesh, weaker_model, copy),
         )
-        noise = samplers.seeded_noise(batch["seed"], self._model.sample_shape)
-        conditioning = {"label": batch["label"]} if num_classes else {}
-        return sampling.sampler.draw(process, guided, noise, conditioning, frames)
+        self._draw, self._watch = _jitted(self._program)
 
     def lower(self, variables: Variables) -> jax.stages.Lowered:
         """The function that draws a batch, without autoguidance, ready to be compiled for variables
@@ -144,8 +171,7 @@ class Sampler:
     def multiply_adds(self, variables: Variables) -> int:
         """Multiply-adds of the matrix products and convolutions that draw a batch, without
         autoguidance. A kernel's are those of the products that it stands for."""
-        counted = copy.copy(self)
-        counted._model = self._model.with_xla_attention()
+        counted = dataclasses.replace(self._program, model=self._model.with_xla_attention())
         traced = jax.make_jaxpr(counted._draw_batch)(variables, None, self._batch_shapes())
         return count_multiply_adds(traced.jaxpr)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor
@@ -169,8 +170,7 @@ def _beside(step: Step) -> int:
 
 def _variables(mesh: jax.sharding.Mesh, module: Any, example: tuple[int, ...]) -> Any:
     """Shapes of a network's variables, on every device."""
-    key, shape = jax.random.key(0), jax.ShapeDtypeStruct((1, *example), jnp.float32)
-    return parallel.abstract(mesh, jax.eval_shape(module.init, key, shape))
+    return parallel.abstract(mesh, models.variable_shapes(module, example))
 
 
 def _multiply_adds(apply: Callable, variables: Any, example: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ Python, variables that are read while importing, other systems) a fresh interpre
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -106,6 +107,7 @@ def serve(place: str) -> None:
     """Waits for commands as long as the process that started it lives."""
     early = _read_early(dict(os.environ))
     import_what_takes_long()
+    gc.freeze()  # a fork that looked through this would copy all of it
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(place)
     listener.listen(64)
@@ -136,7 +138,8 @@ def _ended() -> bool:
 
 
 def import_what_takes_long() -> None:
-    """All verbs, and so all that they stand on; not `cli`, which listens to signals."""
+    """All verbs, and so all that they stand on, and what they import when they need it; not `cli`,
+    which listens to signals."""
     import importlib
     import pkgutil
 
@@ -144,6 +147,8 @@ def import_what_takes_long() -> None:
 
     for module in pkgutil.iter_modules(verbs.__path__):
         importlib.import_module(f"diffit_jax.verbs.{module.name}")
+    for name in ("sklearn.datasets", "sklearn.svm"):  # where the digits come from and are scored
+        importlib.import_module(name)
 
 
 def _attend(connection: socket.socket):

@@ -11,6 +11,7 @@ from support.configs import config_of, small_latent_config
 from support.fid import save_tiny_vae
 from support.golden import WEIGHTS
 
+from diffit_jax.diffusion import guidance
 from diffit_jax.diffusion.guidance import GUIDANCE, Interval, PowerCosine
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor
@@ -19,7 +20,6 @@ from diffit_jax.runtime import distributed, interruption
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.networks import Run, Weights
 from diffit_jax.sampling.request import Asked
-from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.verbs.make_reference import make_reference
 from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.sweep import Swept, parse, sweep, table
@@ -76,14 +76,14 @@ def swept(place, output, text, source=weights, reference="reference.npz", **more
 
 def test_it_finds_the_planted_scale(place, tmp_path):
     """With one compiled sampler for all scales; in a table, a picture and a file."""
-    compiled, draw = [], Sampler._draw_batch
+    compiled, guide = [], guidance.guide
 
-    def traced(self, *arguments, **named):
+    def traced(*arguments, **named):
         compiled.append(1)
-        return draw(self, *arguments, **named)
+        return guide(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "_draw_batch", traced)
+        patch.setattr(guidance, "guide", traced)
         found = swept(place, tmp_path / "sweep.json", "guidance.scale=100,200,300,400,500")
     assert len(compiled) == 1
     fids = [point["metrics"]["fid"] for point in found.points]
@@ -173,13 +173,13 @@ def test_a_scale_that_comes_later_gives_the_same_samples(kind):
 def test_weights_say_how_much_of_a_scale_arrives():
     """Against the scales themselves, of each kind, at scales that no weight is made for."""
     time, sigma = np.linspace(0, 0.99, 9), np.geomspace(0.01, 80, 9)
-    for guidance in (
+    for kind in (
         PowerCosine(4.4, skip_tolerance=0),
         Interval(3.0, skip_tolerance=0, sigma_low=0.3, sigma_high=10),
     ):
-        weights = guidance.weights(time, sigma)
-        expected = 1 + (guidance.scale - 1) * weights
-        np.testing.assert_allclose(guidance.scales(time, sigma), expected, rtol=1e-6)
+        weights = kind.weights(time, sigma)
+        expected = 1 + (kind.scale - 1) * weights
+        np.testing.assert_allclose(kind.scales(time, sigma), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
