@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What launch/quickstart.sh runs for `chain`: from pictures to a number, with digits enlarged to
-# 32×32 pixels in place of ImageNet. Everything lies in the work directory; run it again to continue.
+# 32×32 pixels in place of ImageNet. Everything lies in the work directory; run it again to go on.
 #   bash launch/chain.sh WORKDIR [short]      short: so little training that nothing is learnt
 set -euo pipefail
 workdir="$(realpath -m "$1")"

@@ -70,7 +70,8 @@ need_run() {
       ;;
     evaluate)
       has samples || has workdir || has weights ||
-        fail "name what is measured after --: -- --samples FILE.npz, --workdir DIR or --weights FILE"
+        fail "name what is measured after --: -- --samples FILE.npz, --workdir DIR or" \
+          "--weights FILE"
       ;;
     encode)
       has source || fail "name the pictures after --: -- --source PATH --name NAME --vae DIR"

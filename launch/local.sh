@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a verb on this machine until it is done: sets up what its accelerator needs, and goes on
 # after each preemption.
-#   bash launch/local.sh [--dry_run] [--verb train|encode|benchmark|sample|evaluate] [--extra tpu|cuda] \
-#     -- --config configs/X.py --workdir DIR …
+#   bash launch/local.sh [--dry_run] [--verb train|encode|benchmark|sample|evaluate] \
+#     [--extra tpu|cuda] -- --config configs/X.py --workdir DIR …
 # Everything after -- goes to launch/train.py, or that of the verb. Also what the launchers for pods
 # run on each host.
 set -euo pipefail
@@ -15,8 +15,9 @@ if compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/nu
 elif command -v nvidia-smi >/dev/null; then
   extra=cuda
 fi
-usage="launch/local.sh [--dry_run] [--verb train|encode|benchmark|sample|evaluate] [--extra tpu|cuda]"
-parse "$usage -- FLAGS OF launch/VERB.py" "extra" "" "$@"
+usage="launch/local.sh [--dry_run] [--verb train|encode|benchmark|sample|evaluate]"
+usage+=" [--extra tpu|cuda] -- FLAGS OF launch/VERB.py"
+parse "$usage" "extra" "" "$@"
 need_run
 command=(.venv/bin/python "launch/$verb.py" "${arguments[@]}")
 

@@ -2,7 +2,7 @@
 # A TPU pod from its request to its end, with gcloud. Actions, in the order in which they are used:
 #   create --name N --zone Z --type v5litepod-256 [--spot]   requests it, waits until it is there
 #   copy   --name N --zone Z       copies the committed code, installs it on all hosts
-#   run    --name N --zone Z [--verb train|encode|benchmark|sample|evaluate] -- FLAGS OF launch/VERB.py
+#   run    --name N --zone Z [--verb train|encode|benchmark|sample|evaluate] -- FLAGS OF THE VERB
 #   logs   --name N --zone Z       follows the log of the first host; Ctrl-C leaves the run alone
 #   stop   --name N --zone Z       lets the run save a checkpoint and end, and waits for it
 #   delete --name N --zone Z
