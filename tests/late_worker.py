@@ -1,4 +1,4 @@
-"""A command of two processes that are not done at the same time, for test_distributed.py."""
+"""A command of two processes of which one is late, three times, for test_distributed.py."""
 
 import time
 
@@ -8,11 +8,23 @@ CLUSTER = cli.define_cluster()
 
 
 def main() -> None:
-    from diffit_jax.runtime import distributed
+    import jax
+    import numpy as np
+
+    from diffit_jax.runtime import distributed, parallel, rows
 
     first = distributed.is_first()
     found = distributed.first_then_all(lambda: time.sleep(35), lambda: "waited")
     print(found, distributed.agreed(first), distributed.everywhere(first))
+
+    def total(x):  # as if the second one's compiler took long
+        time.sleep(0 if first else 35)
+        return x.sum()
+
+    mesh = parallel.make_mesh()
+    numbers = {"x": np.arange(4)[rows.local_rows(mesh, 4)]}
+    summed = jax.jit(total, out_shardings=parallel.replicated(mesh))
+    print(distributed.call_together(summed, rows.put_batch(mesh, numbers, 4)["x"]))
     if first:
         time.sleep(65)
         print("sent")

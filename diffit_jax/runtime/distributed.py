@@ -166,6 +166,16 @@ def meet() -> None:
         wait(key=f"diffit_jax.meeting.{next(_meetings)}", timeout_ms=MEETING_S * 1000)
 
 
+def call_together(function: Any, *arguments: Any) -> Any:
+    """Calls a jitted function over the devices of all processes, when all have compiled it: that
+    may take them minutes more or less, since only the first one finds in a cache what it compiled
+    before, and devices do not wait, see `meet`."""
+    if jax.process_count() > 1:
+        function.lower(*arguments).compile()
+        meet()
+    return function(*arguments)
+
+
 def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:
     """An array of each process; `process_allgather` does not say in which order they stand."""
     meet()

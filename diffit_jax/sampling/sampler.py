@@ -207,7 +207,8 @@ class Sampler:
           of the seeds.
         """
         at = () if scale is None else (np.float32(scale),)
-        drawn = self._draw(variables, weaker, self._batch(seeds, labels), *at)
+        batch = self._batch(seeds, labels)
+        drawn = distributed.call_together(self._draw, variables, weaker, batch, *at)
         return distributed.gather(drawn)[: len(seeds)]
 
     @backend.pinned()
@@ -221,7 +222,8 @@ class Sampler:
     ) -> np.ndarray:
         """How samples come about: (n, F, H, W, C) float32, the clean samples as they were estimated
         at F steps from the first to the last; arguments as of `draw_batch`."""
-        kept = self._watch(variables, weaker, self._batch(seeds, labels), frames)
+        batch = self._batch(seeds, labels)
+        kept = distributed.call_together(self._watch, variables, weaker, batch, frames)
         return distributed.gather(kept)[: len(seeds)]
 
     def _batch(

@@ -98,7 +98,7 @@ def compile_train_step(
     distributed.check_agreement({"program": lowered.as_text})
     collected = jax.device_put(step_metrics(experiment.process).empty(), parallel.replicated(mesh))
     step, seconds = lowered.compile(), time.monotonic() - started
-    distributed.meet()  # only the first one finds in a cache what it compiled before
+    distributed.meet()  # see `distributed.call_together`
     return step, collected, seconds
 
 

@@ -48,7 +48,9 @@ class HeldOutLoss:
             batch = rows.put_batch(self._mesh, examples, self._size)
             for name, variables in networks.items():
                 with parallel.placement(self._mesh):
-                    of_batch = self._losses(variables, batch, self._variables)
+                    of_batch = distributed.call_together(
+                        self._losses, variables, batch, self._variables
+                    )
                 found[name].append(distributed.gather(of_batch)[: self.count - start])
         return {
             name: float(np.concatenate(each).mean(dtype=np.float64)) for name, each in found.items()

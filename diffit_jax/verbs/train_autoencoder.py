@@ -136,17 +136,24 @@ def _train(
     restored = checkpoints.restore({"state": abstract})
     state = restored[1]["state"] if restored else jax.jit(initial, out_shardings=everywhere)()
     first, size = int(state.step), settings.batch_size
-    step = jax.jit(make_step(settings, module), out_shardings=everywhere)
+    if first == settings.steps:
+        return state
     data = batches(source, size, settings.seed, first, rows.local_rows(mesh, size))
+    batch = rows.put_batch(mesh, next(data), size)
+    update = jax.jit(make_step(settings, module), out_shardings=everywhere)
+    step = update.lower(state, batch).compile()
+    distributed.meet()  # see `distributed.call_together`
     progress = Progress(
         "train autoencoder", settings.steps, done=first, shown=distributed.is_first()
     )
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice, distributed.lost_processes():
         for number in range(first + 1, settings.steps + 1):
-            state, terms = step(state, rows.put_batch(mesh, next(data), size))
-            progress.advance()
+            state, terms = step(state, batch)
             last = number == settings.steps
+            if not last:
+                batch = rows.put_batch(mesh, next(data), size)
+            progress.advance()
             if number % LOG_STEPS == 0 or last:
                 found = {name: float(value) for name, value in terms.items()}
                 if not np.isfinite(found["error"]):

@@ -79,8 +79,8 @@ class Pair:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_late():
-    """A command on two processes of which the first takes longer than the other, twice. It takes
-    100 s, in which the tests go on."""
+    """A command on two processes that wait for each other, three times. It takes 140 s, in which
+    the tests go on."""
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes=2"]
     processes = [
         subprocess.Popen(
@@ -374,10 +374,11 @@ def test_a_step_whose_tasks_do_not_come_ends_in_one_line(tmp_path):
 
 
 def test_a_process_may_come_late(one_late):
-    """Process 0 of a pod may download, score or send for as long as it takes: here longer than the
-    30 s after which the first collective of CPUs ends a run, and at the end than the minute after
-    which jax does."""
+    """Process 0 of a pod may download, score or send for as long as it takes, and another compile:
+    here longer than the 30 s after which the first collective of CPUs ends a run, and at the end
+    than the minute after which jax does."""
     texts = [process.communicate(timeout=240)[0] for process in one_late]
     assert [process.returncode for process in one_late] == [0, 0], texts
     assert "None True False" in texts[0] and "waited True False" in texts[1], texts
+    assert all("\n6\n" in text for text in texts), texts
     assert "sent" in texts[0]
