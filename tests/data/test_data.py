@@ -2,6 +2,8 @@ import itertools
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -110,6 +112,22 @@ def test_batch_of_a_later_step_needs_no_earlier_one():
         [2, 3, 2],
         [2, 2, 3],
     )
+
+
+def test_threads_that_read_ahead_share_one_shuffle(monkeypatch):
+    """Of a million examples it takes 0.1 s, and each thread asks for it at once."""
+    shuffles, argsort = [], np.argsort
+
+    def slow(*arguments, **named):
+        shuffles.append(1)
+        time.sleep(0.1)
+        return argsort(*arguments, **named)
+
+    monkeypatch.setattr(np, "argsort", slow)
+    stream = ShuffledBatches(numbered(500), 8, seed=12)
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(lambda step: stream[step]["label"], range(4)))
+    assert len(shuffles) == 1 and len(set(np.concatenate(read).tolist())) == 32
 
 
 def test_order_is_pinned():

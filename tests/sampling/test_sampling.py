@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import jax
@@ -7,6 +8,7 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
 from diffit_jax.data import pixels
+from diffit_jax.diffusion import guidance
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.models.casts import cast_before_use
@@ -57,6 +59,27 @@ def test_samples_do_not_depend_on_batches_or_devices(lively):
     np.testing.assert_allclose(
         draw(lively, seeds[order], labels[order], 2, 2), reference[order], rtol=0, atol=2e-4
     )
+
+
+def test_samplers_alike_are_traced_once(lively, monkeypatch):
+    """Whatever else their experiments differ in."""
+    traced, guide = [], guidance.guide
+
+    def counted(*arguments, **named):
+        traced.append(1)
+        return guide(*arguments, **named)
+
+    monkeypatch.setattr(guidance, "guide", counted)
+    experiment, variables = lively
+    counts = []
+    for steps, seed in ((5, 0), (5, 1), (4, 1)):
+        sampling = experiment.sampling.overridden({"sampler.num_steps": steps})
+        other = dataclasses.replace(experiment, seed=seed).with_sampling(sampling)
+        mesh = parallel.make_mesh()
+        placed = jax.device_put(variables, parallel.replicated(mesh))
+        Sampler(other, mesh).draw(placed, [1, 2], [3, 4])
+        counts.append(len(traced))
+    assert counts == [1, 1, 2]
 
 
 def test_uint8_samples_agree(lively):
