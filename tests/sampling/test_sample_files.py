@@ -375,13 +375,9 @@ def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "all_finite", lambda _: True)
 
     def poison(state):
-        kernel = state.ema["head"]["kernel"] if "kernel" in state.ema.get("head", {}) else None
-        ema = jax.tree.map(lambda leaf: leaf, state.ema)
-        name = next(iter(ema)) if kernel is None else "head"
-        ema[name] = jax.tree.map(
-            lambda leaf: leaf.at[(0,) * leaf.ndim].set(jax.numpy.nan), ema[name]
-        )
-        return state.replace(ema=ema)
+        leaves, tree = jax.tree.flatten(state.ema)
+        leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(np.nan)
+        return state.replace(ema=tree.unflatten(leaves))
 
     save = run_files.save_state
     monkeypatch.setattr(
