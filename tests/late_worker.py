@@ -17,14 +17,18 @@ def main() -> None:
     found = distributed.first_then_all(lambda: time.sleep(35), lambda: "waited")
     print(found, distributed.agreed(first), distributed.everywhere(first))
 
-    def total(x):  # as if the second one's compiler took long
+    def total(x):  # as if the second one took long to compile it
         time.sleep(0 if first else 35)
         return x.sum()
 
     mesh = parallel.make_mesh()
     numbers = {"x": np.arange(4)[rows.local_rows(mesh, 4)]}
+    batch = rows.put_batch(mesh, numbers, 4)
     summed = jax.jit(total, out_shardings=parallel.replicated(mesh))
-    print(distributed.call_together(summed, rows.put_batch(mesh, numbers, 4)["x"]))
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    result = int(distributed.call_together(summed, batch["x"]))
+    print(result, sum(name.endswith("backend_compile_duration") for name in events), "compiled")
     if first:
         time.sleep(65)
         print("sent")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 interruption.listen()  # jax and what stands on it are imported later: they take seconds
 # Tracing makes many small objects; looking for garbage among them took 8 % of a command's start.
 gc.set_threshold(200_000, 20, 100)
-atexit.register(gc.freeze)  # at the end of a process another look takes half a second
+# At the end of a process another look takes half a second. Registered first, this comes last.
+atexit.register(gc.freeze)
 
 
 class _PathParser(flags.ArgumentParser):

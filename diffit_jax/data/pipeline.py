@@ -47,7 +47,7 @@ class ShuffledBatches:
 _SHUFFLING = threading.Lock()  # threads read ahead: one makes the order that all of them need
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # at the end of an epoch a stream needs two
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The examples' numbers as an epoch has them."""
     # Ranks of Philox's raw output, which numpy never changes, unlike that of its `permutation`.

@@ -167,11 +167,13 @@ def meet() -> None:
 
 
 def call_together(function: Any, *arguments: Any) -> Any:
-    """Calls a jitted function over the devices of all processes, when all have compiled it: that
-    may take them minutes more or less, since only the first one finds in a cache what it compiled
-    before, and devices do not wait, see `meet`."""
-    if jax.process_count() > 1:
-        function.lower(*arguments).compile()
+    """Calls a jitted function over the devices of all processes, which all call it, when all have
+    compiled it: that may take them minutes more or less, since only the first one finds in a cache
+    what it compiled before, and devices do not wait, see `meet`. Where the arguments lie on this
+    process's devices alone it is called at once."""
+    arrays = (leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
+    if not all(array.is_fully_addressable for array in arrays):
+        function.lower(*arguments).compile()  # the call finds it
         meet()
     return function(*arguments)
 

@@ -159,7 +159,7 @@ def prove_rows(mesh: Mesh, batch_size: int) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _wrong_rows(mesh: Mesh, share: int) -> Callable[[jax.Array], jax.Array]:
-    """Of row numbers (B,): how many each device, with `share` of them, should not have; on all."""
+    """Of row numbers (B,): how many of its `share` each device should not have, (devices,)."""
 
     def count(row_B: jax.Array) -> jax.Array:
         place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffit_jax import models
 from diffit_jax.diffusion import guidance, samplers
+from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.diffusion.samplers import Drawn
 from diffit_jax.diffusion.seams import Network, Process
 from diffit_jax.experiment import Experiment
@@ -18,7 +19,7 @@ from diffit_jax.models import Model
 from diffit_jax.models.casts import cast_before_use
 from diffit_jax.models.flops import count_multiply_adds
 from diffit_jax.runtime import backend, contents, distributed, parallel, rows
-from diffit_jax.sections import Sampling
+from diffit_jax.sections import SamplingMethod
 
 Variables = dict[str, Any]
 
@@ -28,16 +29,21 @@ class _Program:
     """What a sampler traces, and all that it follows from: equal ones are traced and compiled once.
 
     Attributes:
-      model, process, sampling: of the experiment.
+      model, process: of the experiment.
+      method, guidance: how it samples.
       mesh, weaker_model, copy: as in `Sampler`.
+      attention: how the networks compute it here, which what was found out before decides
+        (`parallel.try_kernel`).
     """
 
     model: Model
     process: Process
-    sampling: Sampling
+    method: SamplingMethod
+    guidance: Guidance
     mesh: jax.sharding.Mesh
     weaker_model: Model | None
     copy: bool | None
+    attention: tuple[tuple[str, str], ...]
 
     def _draw_batch(
         self,
@@ -94,17 +100,17 @@ class _Program:
         frames: int,
         scale: jax.Array | None,
     ) -> Drawn:
-        process, sampling = self.process, self.sampling
+        process, method = self.process, self.method
         num_classes = self.model.num_classes
 
         def evaluated(model: Model, variables: Variables) -> Network:
-            return sampling.sampler.evaluated(process, models.as_network(model, variables))
+            return method.evaluated(process, models.as_network(model, variables))
 
         plain, lesser = evaluated(self.model, variables), None
         if weaker is not None and self.weaker_model is not None:
             lesser = evaluated(self.weaker_model, weaker)
         guided = guidance.guide(
-            sampling.guidance,
+            self.guidance,
             plain,
             process.time_of,
             null_label=num_classes or None,
@@ -113,10 +119,10 @@ class _Program:
         )
         noise = samplers.seeded_noise(batch["seed"], self.model.sample_shape)
         conditioning = {"label": batch["label"]} if num_classes else {}
-        return sampling.sampler.draw(process, guided, noise, conditioning, frames)
+        return method.draw(process, guided, noise, conditioning, frames)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)  # each may hold its machine code in a device's memory
 def _jitted(program: _Program) -> tuple[Any, Any]:
     """(draws a batch, draws one and shows how it came about): one pair for all samplers alike."""
     sharding = parallel.batch_sharding(program.mesh)
@@ -157,9 +163,12 @@ class Sampler:
         """
         self._model, self._mesh = experiment.model, mesh
         self.batch_size = batch_size(experiment, mesh, count)
+        sampling, platform = experiment.sampling, mesh.devices.flat[0].platform
+        networks = [experiment.model, *([weaker_model] if weaker_model else [])]
         self._program = _Program(
-            *(experiment.model, experiment.process, experiment.sampling),
+            *(experiment.model, experiment.process, sampling.sampler, sampling.guidance),
             *(mesh, weaker_model, copy),
+            tuple(one.attention_backend(models.platform_family(platform)) for one in networks),
         )
         self._draw, self._watch = _jitted(self._program)
 

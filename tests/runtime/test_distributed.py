@@ -380,5 +380,5 @@ def test_a_process_may_come_late(one_late):
     texts = [process.communicate(timeout=240)[0] for process in one_late]
     assert [process.returncode for process in one_late] == [0, 0], texts
     assert "None True False" in texts[0] and "waited True False" in texts[1], texts
-    assert all("\n6\n" in text for text in texts), texts
+    assert all("\n6 1 compiled\n" in text for text in texts), texts
     assert "sent" in texts[0]

@@ -62,7 +62,7 @@ def test_samples_do_not_depend_on_batches_or_devices(lively):
 
 
 def test_samplers_alike_are_traced_once(lively, monkeypatch):
-    """Whatever else their experiments differ in."""
+    """Though their experiments differ elsewhere."""
     traced, guide = [], guidance.guide
 
     def counted(*arguments, **named):

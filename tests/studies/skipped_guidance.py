@@ -12,52 +12,42 @@ import dataclasses
 import sys
 
 import numpy as np
+from etils import epath
 
-from diffit_jax import experiment
-from diffit_jax.diffusion.guidance import Guidance
+from diffit_jax import workdir as workdirs
+from diffit_jax.diffusion.guidance import PowerCosine
 from diffit_jax.sampling.networks import restore_variables
 from diffit_jax.sampling.sampler import Sampler, default_labels
 from diffit_jax.training.compiling import open_experiment
 
 
-def never_skip(self: Guidance, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
-    """The scales of tolerance 0, with the float after 1 in place of 1."""
-    scales = SCALES(dataclasses.replace(self, skip_tolerance=0.0), time, step_sigma)
-    return np.where(scales == 1, np.nextafter(np.float32(1), np.float32(2)), scales)
+@dataclasses.dataclass(frozen=True)
+class NeverSkipped(PowerCosine):
+    """With the float after 1 in place of 1."""
 
-
-SCALES = Guidance.scales
+    def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
+        scales = super().scales(time, step_sigma)
+        return np.where(scales == 1, np.nextafter(np.float32(1), np.float32(2)), scales)
 
 
 def main() -> None:
-    workdir, scale = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 4.4
-    opened = open_experiment(experiment.read_config(workdir), to_train=False)
+    workdir, scale = epath.Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 4.4
+    opened = open_experiment(workdirs.read_config(workdir), to_train=False)
     loaded, mesh = opened.experiment, opened.mesh
     _, variables = restore_variables(workdir, opened.state)
     seeds = np.arange(64)
     labels = default_labels(seeds, loaded.model.num_classes)
     levels = loaded.process.steps("250").sqrt_recipm1_alphas_cumprod
 
-    def draw(tolerance: float) -> tuple[np.ndarray, int]:
+    def draw(guidance: PowerCosine) -> tuple[np.ndarray, int]:
         """(samples, unconditional evaluations)"""
-        settings = dataclasses.replace(
-            loaded.sampling,
-            sampler="ddpm",
-            num_steps=250,
-            guidance="power_cosine",
-            guidance_scale=scale,
-            guidance_power=4.0,
-            skip_tolerance=tolerance,
-            batch_size=64,
-        )
-        scales = settings.guide.scales(loaded.process.time_of(levels), levels)
-        return Sampler(loaded, mesh, settings).draw(variables, seeds, labels), int(
-            np.sum(scales != 1)
-        )
+        ancestral = loaded.sampling.overridden({"sampler": "ddpm", "sampler.num_steps": 250})
+        sampling = dataclasses.replace(ancestral, guidance=guidance, batch_per_device=64)
+        samples = Sampler(loaded.with_sampling(sampling), mesh).draw(variables, seeds, labels)
+        scales = guidance.scales(loaded.process.time_of(levels), levels)
+        return samples, int(np.sum(scales != 1))
 
-    Guidance.scales = never_skip
-    exact, count = draw(0.0)
-    Guidance.scales = SCALES
+    exact, count = draw(NeverSkipped(scale, skip_tolerance=0.0))
     print(
         f"scale {scale}; without skipping {count} unconditional evaluations, samples' standard "
         f"deviation {exact.std():.4f}"
@@ -67,7 +57,7 @@ def main() -> None:
         "mean square |\n|---|---|---|---|---|"
     )
     for tolerance in (0.0, 1e-3, 0.03):
-        samples, count = draw(tolerance)
+        samples, count = draw(PowerCosine(scale, skip_tolerance=tolerance))
         difference = samples - exact
         rms = np.sqrt(np.mean(difference**2))
         print(
