@@ -37,7 +37,7 @@ def main() -> None:
     _, variables = restore_variables(workdir, opened.state)
     seeds = np.arange(64)
     labels = default_labels(seeds, loaded.model.num_classes)
-    levels = loaded.process.steps("250").sqrt_recipm1_alphas_cumprod
+    levels = loaded.process.schedule_for("250").sqrt_recipm1_alphas_cumprod
 
     def draw(guidance: PowerCosine) -> tuple[np.ndarray, int]:
         """(samples, unconditional evaluations)"""
