@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of files, lines and imports holds."""
+"""What README and CONTRIBUTING.md say of files, lines and imports holds."""
 
 import ast
 import re
@@ -48,6 +48,39 @@ def test_lines_have_at_most_100_columns():
     assert not long
 
 
+def layout():
+    """README's section on how the code is laid out."""
+    return (
+        (ROOT / "README.md").read_text().split("## How the code is laid out")[1].split("\n## ")[0]
+    )
+
+
+def test_the_layout_names_every_file_of_the_package():
+    tree = layout().split("```")[1]
+    package = ROOT / "diffit_jax"
+    files = {path.relative_to(package) for path in package.rglob("*.py")}
+    for file in sorted(
+        file for file in files if file.stem != "__init__" and file.parts[0] != "configs"
+    ):
+        room = f"{file.parts[0]}/" if len(file.parts) > 1 else file.name
+        entry = re.search(
+            rf"^  {re.escape(room)}(.*?)(?=^  \S|^\S)", tree, re.DOTALL | re.MULTILINE
+        )
+        assert entry and re.search(rf"\b{file.stem}\b", room + entry[1]), file
+
+
+def test_the_walks_name_files_and_functions_that_are_there():
+    text = layout().split("```")[2]
+    sources = [*ROOT.glob("launch/*.py"), *ROOT.glob("diffit_jax/**/*.py")]
+    code = "\n".join(path.read_text() for path in sources)
+    for name in re.findall(r"`([^`]+)`", text.split("A few agreements")[0]):
+        if name.endswith(".py"):
+            assert any(str(path).endswith(f"/{name}") for path in sources), name
+        elif re.fullmatch(r"[\w.]+", name):  # not a folder or a flag
+            last = name.rpartition(".")[2]
+            assert re.search(rf"(def|class) {last}\b|\b{last}:", code), name
+
+
 def imported(path):
     """The rooms (folders and loose files of the package) that a file imports from, anywhere."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -64,8 +97,7 @@ def imported(path):
 
 
 def test_each_line_of_the_readme_imports_from_lines_above_it():
-    tree = (ROOT / "README.md").read_text().split("## How the code is laid out")[1].split("```")[1]
-    order = re.findall(r"^  (\w+)(?:/|\.py) ", tree, re.MULTILINE)
+    order = re.findall(r"^  (\w+)(?:/|\.py) ", layout().split("```")[1], re.MULTILINE)
     rooms: dict[str, set[str]] = {}
     package = ROOT / "diffit_jax"
     for path in package.rglob("*.py"):

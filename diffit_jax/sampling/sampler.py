@@ -161,14 +161,18 @@ class Sampler:
             uses them, while it draws a batch, instead of casting them and gathering their parts in
             every evaluation; None: where it fits, see `copy_fits`.
         """
-        self._model, self._mesh = experiment.model, mesh
         self.batch_size = batch_size(experiment, mesh, count)
-        sampling, platform = experiment.sampling, mesh.devices.flat[0].platform
-        networks = [experiment.model, *([weaker_model] if weaker_model else [])]
+        platform = models.platform_family(mesh.devices.flat[0].platform)
+        networks = (experiment.model, weaker_model)
         self._program = _Program(
-            *(experiment.model, experiment.process, sampling.sampler, sampling.guidance),
-            *(mesh, weaker_model, copy),
-            tuple(one.attention_backend(models.platform_family(platform)) for one in networks),
+            model=experiment.model,
+            process=experiment.process,
+            method=experiment.sampling.sampler,
+            guidance=experiment.sampling.guidance,
+            mesh=mesh,
+            weaker_model=weaker_model,
+            copy=copy,
+            attention=tuple(one.attention_backend(platform) for one in networks if one is not None),
         )
         self._draw, self._watch = _jitted(self._program)
 
@@ -180,12 +184,13 @@ class Sampler:
     def multiply_adds(self, variables: Variables) -> int:
         """Multiply-adds of the matrix products and convolutions that draw a batch, without
         autoguidance. A kernel's are those of the products that it stands for."""
-        counted = dataclasses.replace(self._program, model=self._model.with_xla_attention())
+        model = self._program.model.with_xla_attention()
+        counted = dataclasses.replace(self._program, model=model)
         traced = jax.make_jaxpr(counted._draw_batch)(variables, None, self._batch_shapes())
         return count_multiply_adds(traced.jaxpr)
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        sharding = parallel.batch_sharding(self._mesh)
+        sharding = parallel.batch_sharding(self._program.mesh)
         return {
             name: jax.ShapeDtypeStruct((self.batch_size,), dtype, sharding=sharding)
             for name, dtype in (("seed", np.uint32), ("label", np.int32))
@@ -240,13 +245,13 @@ class Sampler:
     ) -> dict[str, jax.Array]:
         """On the mesh, filled up with copies of the last sample."""
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
-        size = self.batch_size
-        mine = rows.local_rows(self._mesh, size)
+        mesh, size = self._program.mesh, self.batch_size
+        mine = rows.local_rows(mesh, size)
         padded = {
             name: np.pad(values, (0, size - len(values)), mode="edge")[mine]
             for name, values in batch.items()
         }
-        return rows.put_batch(self._mesh, padded, size)
+        return rows.put_batch(mesh, padded, size)
 
     def batches(
         self,

@@ -9,11 +9,11 @@ import zipfile
 from collections import OrderedDict
 from unittest import mock
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 from support.golden import GOLDEN
 
+from diffit_jax import models
 from diffit_jax.interop import inception as interop
 from diffit_jax.interop import tensors
 from diffit_jax.models.inception import SIDE, Inception
@@ -28,7 +28,7 @@ def inception_tensors(width=1.0):
     """Random weights by the names of pytorch-fid's file. At full width they are those of
     `golden/inception.npz`: names in order, RandomState(401), a draw for each."""
     module = Inception(width)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, SIDE, SIDE, 3), "f4"))
+    shapes = models.variable_shapes(module, (SIDE, SIDE, 3))
     draws, made = np.random.RandomState(401), {}
     for name, (path, axes) in sorted(interop.names().items()):
         ours = tensors.at(shapes, path).shape
