@@ -51,6 +51,11 @@ def arrays_of(path):
         return arrays["arr_0"]
 
 
+def assert_close(latents, expected):
+    """To a few units in the last place of the largest: an untrained network makes large ones."""
+    np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 def test_samples_that_are_there_are_not_drawn_again(before, monkeypatch):
     folder, _ = before
     monkeypatch.setattr(Sampler, "draw_batch", None)
@@ -133,7 +138,7 @@ def test_an_average_is_made_of_old_and_new_snapshots(before, tmp_path):
     folder, expected = before
     run = Run(folder / "latent", ema_length=0.07)
     latents = arrays_of(sample(run, seeds=range(4), output=tmp_path / "ema.npz"))
-    np.testing.assert_allclose(latents, expected["latents of length 0.07"], rtol=0, atol=1e-5)
+    assert_close(latents, expected["latents of length 0.07"])
 
 
 def test_exported_weights_are_read_and_written_alike(before, tmp_path):
@@ -142,7 +147,7 @@ def test_exported_weights_are_read_and_written_alike(before, tmp_path):
     config = workdirs.read_config(folder / "latent")
     weights = Weights(folder / "latent.safetensors", config)
     latents = arrays_of(sample(weights, seeds=range(4), output=tmp_path / "weights.npz"))
-    np.testing.assert_allclose(latents, expected["latents"], rtol=0, atol=1e-5)
+    assert_close(latents, expected["latents"])
     with zipfile.ZipFile(BEFORE / "work.zip") as archive:
         archive.extractall(tmp_path, [n for n in archive.namelist() if n.startswith("latent/")])
     workdir_to_weights(tmp_path / "latent", tmp_path / "again.safetensors")

@@ -54,14 +54,22 @@ def _variables_of(module: nn.Module, example: tuple[int, ...]) -> Any:
 
 
 def as_network(
-    model: Model, variables: Mapping[str, Any]
+    model: Model, variables: Mapping[str, Any], *, forward_mode: bool = False
 ) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
     """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion
     processes know.
 
     Call it inside jit with `variables` (`params` and `constants`) an argument of the jitted
     function: captured from outside, they would become constants of the program.
+
+    Args:
+      model: the network.
+      variables: of it.
+      forward_mode: whether `jax.jvp` is to go through it: attention is then computed by XLA, since
+        kernels have a backward pass only.
     """
+    if forward_mode:
+        model = model.with_xla_attention()
     return lambda x_BHWC, noise_level_B, conditioning: model.apply(
         variables, x_BHWC, noise_level_B, conditioning
     )

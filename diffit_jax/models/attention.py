@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention_kernel
-from diffit_jax.models.placement import per_shard, platform, weight
+from diffit_jax.models.placement import at_least_float32, per_shard, platform, weight
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -180,7 +180,7 @@ class TMSA(nn.Module):
     Attributes:
       num_heads: number of heads; must divide C.
       window: side of the square window, L = window².
-      dtype: dtype of the matrix products; parameters, logits and softmax are float32.
+      dtype: dtype of the matrix products; parameters, logits and softmax are float32 (at least).
       slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take
         the place of `time_qkv_kernel`, `time_qkv_bias` and `qkv_bias`.
       backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
@@ -269,7 +269,10 @@ class TMSA(nn.Module):
             if not shared_LL.all():
                 bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
             logits = jnp.einsum(
-                "bnhqd,bnhkd->bnhqk", q_BNHLD, k_BNHLD, preferred_element_type=jnp.float32
+                "bnhqd,bnhkd->bnhqk",
+                q_BNHLD,
+                k_BNHLD,
+                preferred_element_type=at_least_float32(self.dtype),
             )
             weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
             # Kept only when the caller asks for "intermediates".

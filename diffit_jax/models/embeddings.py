@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.models.placement import Dense, weight
+from diffit_jax.models.placement import Dense, at_least_float32, weight
 
 
 def sinusoidal_embedding(
@@ -25,12 +25,13 @@ def sinusoidal_embedding(
       max_period: the slowest frequency is about 1 / max_period.
 
     Returns:
-      (B, width) float32, `[cos(t w_k), sin(t w_k)]` with `w_k = max_period^(-k / (width / 2))` for
-      `k < width / 2`.
+      (B, width) float32 (float64 of such levels), `[cos(t w_k), sin(t w_k)]` with
+      `w_k = max_period^(-k / (width / 2))` for `k < width / 2`.
     """
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = noise_level_B.astype(jnp.float32)[:, None] * frequencies
+    dtype = at_least_float32(noise_level_B.dtype)
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=dtype) / half)
+    angles = noise_level_B.astype(dtype)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -22,7 +22,7 @@ from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, at_l
 from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken
 from diffit_jax.models.model import Tuning
-from diffit_jax.models.placement import Dense
+from diffit_jax.models.placement import Dense, at_least_float32
 
 
 class ImageDiffiT(nn.Module):
@@ -100,9 +100,13 @@ class ImageDiffiT(nn.Module):
         return self
 
     def check(self) -> None:
-        """Raises `UserError` if the sizes do not fit together; called before anything is allocated
-        or compiled."""
+        """Raises `UserError` for values that cannot be or sizes that do not fit together; called
+        before anything is allocated or compiled."""
         limits.check(self, "model")
+        self.check_sizes()
+
+    def check_sizes(self) -> None:
+        """Raises `UserError` if the sizes do not fit together."""
         stages = len(self.channels)
         if len(self.num_blocks) != stages:
             raise UserError(
@@ -149,7 +153,7 @@ class ImageDiffiT(nn.Module):
         Returns:
           Array like x_BHWC, float32.
         """
-        self.check()
+        self.check_sizes()
         label_B = conditioning.get("label") if self.num_classes else None
         time_BT = nn.silu(
             TimeToken(
@@ -188,9 +192,8 @@ class ImageDiffiT(nn.Module):
             x = jnp.concatenate([x, skips[stage]], axis=-1)
             x = Dense(self.channels[stage], self.dtype, name=f"merge_{stage}")(x)
             x = run_stage("decoder", x, stage)
-        x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(
-            jnp.float32
-        )
+        exact = at_least_float32(self.dtype)
+        x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(exact)
         return conv3x3(
-            self.image_channels, jnp.float32, name="head", kernel_init=nn.initializers.zeros_init()
+            self.image_channels, exact, name="head", kernel_init=nn.initializers.zeros_init()
         )(x)

@@ -19,7 +19,7 @@ from diffit_jax.models.attention import BACKENDS, choose_backend
 from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
 from diffit_jax.models.embeddings import TimeToken, position_embedding
 from diffit_jax.models.model import Tuning
-from diffit_jax.models.placement import Dense
+from diffit_jax.models.placement import Dense, at_least_float32
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
 SIZES = {
@@ -126,9 +126,13 @@ class LatentDiffiT(nn.Module):
         )
 
     def check(self) -> None:
-        """Raises `UserError` if the sizes do not fit together; called before anything is allocated
-        or compiled."""
+        """Raises `UserError` for values that cannot be or sizes that do not fit together; called
+        before anything is allocated or compiled."""
         limits.check(self, "model")
+        self.check_sizes()
+
+    def check_sizes(self) -> None:
+        """Raises `UserError` if the sizes do not fit together."""
         if self.input_size % self.patch_size:
             raise UserError(
                 f"input_size {self.input_size} is not divisible by patch_size {self.patch_size}: "
@@ -177,7 +181,7 @@ class LatentDiffiT(nn.Module):
         Returns:
           (B, input_size, input_size, output_channels) float32.
         """
-        self.check()
+        self.check_sizes()
         batch, grid, patch = len(x_BHWC), self.grid, self.patch_size
         label_B = conditioning.get("label") if self.num_classes else None
         time_BT = TimeToken(self.hidden_size, self.num_classes, dtype=self.dtype, name="time")(
@@ -207,6 +211,7 @@ class LatentDiffiT(nn.Module):
             affine_norm=False,
             attention=self.attention,
             dropout=self.dropout,
+            remat=self.remat,
             name="blocks",
         )
         # The whole grid is one window.
@@ -220,9 +225,11 @@ class LatentDiffiT(nn.Module):
             conditioning.get("dropout_key") if self.dropout else None,
         )[:, 0]
 
-        x_BLC = nn.silu(layer_norm(jnp.float32, affine=False, name="final_norm")(x_BLC))
+        exact = at_least_float32(self.dtype)
+        x_BLC = nn.silu(layer_norm(exact, affine=False, name="final_norm")(x_BLC))
         last = Dense(
             features=patch * patch * self.output_channels,
+            dtype=exact,
             kernel_init=nn.initializers.zeros_init(),
             name="final",
         )

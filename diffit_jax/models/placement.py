@@ -59,6 +59,12 @@ def nowhere() -> Iterator[None]:
         yield
 
 
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of what is not computed in a network's lower precision: float32, or float64 in a
+    network that is that."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def placed(x: jax.Array) -> jax.Array:
     """An activation whose leading axis is the batch, where it should lie."""
     return _current.get().activation(x)

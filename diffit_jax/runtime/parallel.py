@@ -298,19 +298,9 @@ def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
     """
     if mesh.shape[FSDP] == 1:
         return weight
+    # A constraint is its own transpose: backwards the two divide the gradient again.
     divided = NamedSharding(mesh, _rule_spec(mesh, name, weight.shape))
-
-    @jax.custom_vjp
-    def gather(x: jax.Array) -> jax.Array:
-        return whole(mesh, name, x)
-
-    gather.defvjp(
-        lambda x: (gather(x), None),
-        lambda _, gradient: (
-            jax.lax.with_sharding_constraint(whole(mesh, name, gradient), divided),
-        ),
-    )
-    return gather(weight)
+    return whole(mesh, name, jax.lax.with_sharding_constraint(weight, divided))
 
 
 def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
