@@ -44,8 +44,6 @@ class Space(Protocol):
     Attributes:
       example: name of the examples in a batch.
       samples: what samples are called in file names.
-      variables: arrays that `enter` and `leave` compute with (an autoencoder's), a pytree. They are
-        arguments of jitted functions, like those of networks.
       note: what is to be said where samples are written; "" is nothing.
     """
 
@@ -56,27 +54,24 @@ class Space(Protocol):
     def samples(self) -> str: ...
 
     @property
-    def variables(self) -> Any: ...
-
-    @property
     def note(self) -> str: ...
 
     def enter(
-        self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
+        self, examples: Mapping[str, jax.Array], key_B: jax.Array, frozen: Mapping[str, Any]
     ) -> tuple[jax.Array, Conditioning]:
         """Inside jit: examples as the network sees them.
 
         Args:
           examples: a batch of a `Source`.
           key_B: (B,) a key for each example, for what is drawn anew each time it is seen.
-          variables: `variables`.
+          frozen: variables by name that training does not change (an autoencoder's).
 
         Returns:
           (B, H, W, C) float32, and what the network is told of it, `augment` for instance.
         """
         ...
 
-    def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
+    def leave(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
         """Samples of the network, (n, H, W, C) float32, as they are written to files. Every process
         calls it."""
         ...
@@ -128,15 +123,11 @@ class PixelSpace:
         return "samples"
 
     @property
-    def variables(self) -> Any:
-        return {}
-
-    @property
     def note(self) -> str:
         return ""
 
     def enter(
-        self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
+        self, examples: Mapping[str, jax.Array], key_B: jax.Array, frozen: Mapping[str, Any]
     ) -> tuple[jax.Array, Conditioning]:
         images = pixels.to_model(examples["image"])
         if not self.augmentation.num_labels:
@@ -144,7 +135,7 @@ class PixelSpace:
         images, labels = augment.augment(self.augmentation, images, key_B)
         return images, {"augment": labels}
 
-    def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
+    def leave(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
         return np.asarray(pixels.to_pixels(x_BHWC, self.rounding))
 
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -154,7 +145,7 @@ class PixelSpace:
         raise UserError("the samples are images already: leave out --vae")
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
-        images = x_BHWC if x_BHWC.dtype == np.uint8 else self.leave(x_BHWC, self.variables)
+        images = x_BHWC if x_BHWC.dtype == np.uint8 else self.leave(x_BHWC)
         return images[..., : 3 if images.shape[-1] >= 3 else 1]
 
     def undisturbed(self) -> "Space":
@@ -190,17 +181,13 @@ class LatentSpace:
         return "samples" if self.decode else "latents"
 
     @property
-    def variables(self) -> Any:
-        return {}
-
-    @property
     def note(self) -> str:
         if self.decode:
             return ""
         return f"writing latents of {self.autoencoder}: --vae decodes them to images"
 
     def enter(
-        self, examples: Mapping[str, jax.Array], key_B: jax.Array, variables: Any
+        self, examples: Mapping[str, jax.Array], key_B: jax.Array, frozen: Mapping[str, Any]
     ) -> tuple[jax.Array, Conditioning]:
         if "latent" in examples:
             return examples["latent"], {}
@@ -208,7 +195,7 @@ class LatentSpace:
         mean, scale = jnp.array(self.latent_mean), jnp.array(self.latent_scale)
         return (z_BHWC - mean) * scale, {}
 
-    def leave(self, x_BHWC: jax.Array | np.ndarray, variables: Any) -> np.ndarray:
+    def leave(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
         return self.decode(np.asarray(x_BHWC)) if self.decode else np.asarray(x_BHWC)
 
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:

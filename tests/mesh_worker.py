@@ -33,7 +33,7 @@ from diffit_jax.runtime import distributed, parallel, rows
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.training.compiling import compile_train_step, open_training_data
+from diffit_jax.training.compiling import Opened, compile_train_step, open_training_data
 from diffit_jax.training.saving import restore_state, save_state
 from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.watch import Watch
@@ -81,7 +81,7 @@ def run(
     mine = rows.local_rows(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, mine)
     batch = rows.put_batch(mesh, next(data), 16)
-    step, empty, _ = compile_train_step(experiment, mesh, state, batch)
+    step, empty, _ = compile_train_step(Opened(experiment, mesh, state), state, batch)
     results = {"first": first}
     sampler = None if resume else Sampler(experiment, mesh)
 

@@ -29,16 +29,15 @@ def test_examples_of_a_source_are_those_that_the_space_expects(name):
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
         key: (value.shape, value.dtype) for key, value in expected.items()
     }
-    x_BHWC, conditioning = jax.jit(space.enter)(batch, KEYS, space.variables)
+    x_BHWC, conditioning = jax.jit(space.enter)(batch, KEYS, {})
     assert x_BHWC.shape == (4, 8, 8, 4) and x_BHWC.dtype == jnp.float32 and conditioning == {}
-    assert jax.tree.leaves(space.variables) == []
 
 
 def test_augmented_pixels_come_with_what_was_done_to_them():
     augmentation = Augmentation(probability=0.9)
     space = make_space(Data("digits"), "edm", augmentation)
     images = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
-    x_BHWC, conditioning = jax.jit(space.enter)({"image": images}, KEYS, space.variables)
+    x_BHWC, conditioning = jax.jit(space.enter)({"image": images}, KEYS, {})
     expected = augment.augment(augmentation, pixels.to_model(images), KEYS)
     # Compiled with another neighbourhood: 1e-6 was measured.
     np.testing.assert_allclose(x_BHWC, expected[0], rtol=0, atol=5e-6)
@@ -55,16 +54,16 @@ def test_latents_are_not_augmented():
 def test_pixels_come_back_as_they_went_in(rounding):
     """Of all 256 levels: exactly, by either rule."""
     space, levels = PixelSpace(rounding), np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    x_BHWC, _ = space.enter({"image": levels}, KEYS[:1], space.variables)
+    x_BHWC, _ = space.enter({"image": levels}, KEYS[:1], {})
     # ADM's rule truncates: a level that float32 leaves a bit below itself falls to the next.
-    back = space.leave(x_BHWC + (1e-6 if rounding == "adm" else 0), space.variables)
+    back = space.leave(x_BHWC + (1e-6 if rounding == "adm" else 0))
     np.testing.assert_array_equal(back, levels)
 
 
 def test_latents_leave_as_they_are():
     latents = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
     space = LatentSpace("vae")
-    np.testing.assert_array_equal(space.leave(latents, space.variables), latents)
+    np.testing.assert_array_equal(space.leave(latents), latents)
     assert space.preview(latents).shape == (2, 4, 4, 3) and "vae" in space.note
 
 
@@ -75,7 +74,7 @@ def test_previews_have_one_or_three_channels(channels):
     for space in SPACES.values():
         picture = space.preview(x)
         assert picture.shape == (2, 4, 4, shown) and picture.dtype == np.uint8
-    whole = PixelSpace().leave(x, {})
+    whole = PixelSpace().leave(x)
     np.testing.assert_array_equal(PixelSpace().preview(whole), PixelSpace().preview(x))
 
 
@@ -103,7 +102,7 @@ def test_latents_are_drawn_from_their_posteriors():
     one = moments_of(1)
     space = LatentSpace("vae", (1.0, 2.0, 3.0), (0.5, 0.25, 2.0))
     examples = {"moments": np.repeat(one, count, axis=0)}
-    x_BHWC, conditioning = jax.jit(space.enter)(examples, keys(count), space.variables)
+    x_BHWC, conditioning = jax.jit(space.enter)(examples, keys(count), {})
     assert x_BHWC.dtype == jnp.float32 and conditioning == {}
     z_BHWC = np.asarray(x_BHWC, np.float64) / space.latent_scale + space.latent_mean
     second = z_BHWC.mean((1, 2, 3)) > 5

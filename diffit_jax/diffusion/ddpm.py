@@ -19,7 +19,7 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.schedule import SCHEDULES, Schedule, sampling_grid
-from diffit_jax.diffusion.seams import Conditioning, Network
+from diffit_jax.diffusion.seams import Conditioning, Network, Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, at_least, one_of
 
@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPM:
+class DDPM(Process):
     """The process between a network and the data it denoises.
 
     Attributes:
@@ -161,49 +161,32 @@ class DDPM:
 
     # --- Training
 
-    def loss(
-        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of random steps, uniform over the schedule's.
-
-        Args:
-          network: called once.
-          x_BHWC: (B, H, W, C) float32 data.
-          conditioning: passed on to the network.
-          key_B: (B,) one key per example, so that an example's noise does not depend on how the
-            batch is split.
-
-        Returns:
-          (B,) float32 loss and its terms, see `loss_at`.
-        """
+    def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
+        """x_k at random steps, uniform over the schedule's; see `Process.noise`."""
         step_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
         num_steps = len(self.schedule_for(self.respacing))
         k_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(step_key_B)
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
-        return self.loss_at(network, x_BHWC, conditioning, k_B, noise_BHWC)
+        return self.noised_at(x_BHWC, k_B, noise_BHWC)
 
-    def loss_at(
-        self,
-        network: Network,
-        x_BHWC: jax.Array,
-        conditioning: Conditioning,
-        k_B: jax.Array,
-        noise_BHWC: jax.Array,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of given steps and noise: means over H, W and C.
+    def noised_at(self, x_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array) -> Noised:
+        """`noise` at given steps (B,) of the schedule (respaced by `respacing`), with given
+        standard normal noise."""
+        schedule = self.schedule_for(self.respacing)
+        timestep_B = jnp.asarray(schedule.timesteps, jnp.int32)[k_B]
+        draws = {"step": k_B, "noise": noise_BHWC, "clean": x_BHWC}
+        noisy = self.diffuse(x_BHWC, k_B, noise_BHWC, schedule)
+        return Noised(noisy, timestep_B, noise_BHWC, jnp.ones(len(k_B)), draws)
 
-        Args:
-          network, x_BHWC, conditioning: as in `loss`.
-          k_B: (B,) int steps in [0, K) of the schedule (respaced by `respacing`).
-          noise_BHWC: standard normal, like x_BHWC.
+    def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss by `loss_type`, means over H, W and C.
 
         Returns:
           (B,) float32 loss, and its terms by name: `mse` of epsilon, and `vb` in bits per dimension
           where the loss contains it.
         """
-        schedule = self.schedule_for(self.respacing)
-        noisy = self.diffuse(x_BHWC, k_B, noise_BHWC, schedule)
-        y_BHWC = network(noisy, jnp.asarray(schedule.timesteps, jnp.int32)[k_B], conditioning)
+        schedule, k_B = self.schedule_for(self.respacing), noised.draws["step"]
+        x_BHWC, noisy, noise_BHWC = noised.draws["clean"], noised.x_BHWC, noised.target_BHWC
         epsilon = y_BHWC[..., : x_BHWC.shape[-1]].astype(jnp.float32)
         terms = {"mse": _mean((noise_BHWC - epsilon) ** 2)}
         if self.loss_type == "mse":

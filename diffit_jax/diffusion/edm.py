@@ -18,12 +18,12 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.schedule import Schedule, sampling_grid
-from diffit_jax.diffusion.seams import Conditioning, Network
+from diffit_jax.diffusion.seams import Conditioning, Network, Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, NoiseLevel, at_least
 
 
-class Preconditioned:
+class Preconditioned(Process):
     """A process as EDM's Table 1 writes them: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise),
     trained at noise levels drawn from a distribution, with a weight for each level."""
 
@@ -59,48 +59,35 @@ class Preconditioned:
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
 
-        def per_image(c_B: jax.Array) -> jax.Array:
-            return c_B[:, None, None, None]
+        f_BHWC = network(_per_image(c_in) * x_BHWC, c_noise, conditioning)
+        return _combined(c_skip, x_BHWC, c_out, f_BHWC)
 
-        f_BHWC = network(per_image(c_in) * x_BHWC, c_noise, conditioning).astype(jnp.float32)
-        f_BHWC = f_BHWC[..., : x_BHWC.shape[-1]]
-        return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
+    def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
+        """x + n with sigma drawn and n ~ N(0, sigma²), EDM Eq. 8; see `Process.noise`."""
+        sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+        sigma_B = jax.vmap(self.draw_sigma)(sigma_key_B)
+        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
+        return self.noised_at(x_BHWC, sigma_B, noise_BHWC)
 
-    def loss(
-        self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """lambda(sigma) ‖D(x + n; sigma) - x‖² with sigma drawn, n ~ N(0, sigma²), EDM Eq. 8.
+    def noised_at(self, x_BHWC: jax.Array, sigma_B: jax.Array, noise_BHWC: jax.Array) -> Noised:
+        """`noise` at given noise levels (B,), with given standard normal noise."""
+        noisy = x_BHWC + _per_image(sigma_B) * noise_BHWC
+        _, _, c_in, c_noise = self.preconditioning(sigma_B)
+        draws = {"sigma": sigma_B, "noise": noise_BHWC, "noisy": noisy}
+        return Noised(_per_image(c_in) * noisy, c_noise, x_BHWC, self.loss_weight(sigma_B), draws)
 
-        Args:
-          network: F.
-          x_BHWC: (B, H, W, C) float32 clean images in [-1, 1].
-          conditioning: passed on to the network.
-          key_B: (B,) one key per example, so that an example's noise does not depend on how the
-            batch is split.
+    def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """lambda(sigma) ‖D(x + n; sigma) - x‖², EDM Eq. 8.
 
         Returns:
           (B,) float32 loss, the weighted squared error *averaged* over H, W and C. EDM's code sums
           over them and averages over the batch, which is H·W·C times as much: Adam does not see the
           constant, beside its epsilon. And a dict of further (B,) values to report, empty here.
         """
-        sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        sigma_B = jax.vmap(self.draw_sigma)(sigma_key_B)
-        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
-        return self.loss_at(network, x_BHWC, sigma_B, noise_BHWC, conditioning), {}
-
-    def loss_at(
-        self,
-        network: Network,
-        x_BHWC: jax.Array,
-        sigma_B: jax.Array,
-        noise_BHWC: jax.Array,
-        conditioning: Conditioning,
-    ) -> jax.Array:
-        """(B,) float32, the loss at given noise levels (B,), with given standard normal noise."""
-        denoised = self.denoise(
-            network, x_BHWC + sigma_B[:, None, None, None] * noise_BHWC, sigma_B, conditioning
-        )
-        return self.loss_weight(sigma_B) * jnp.mean((denoised - x_BHWC) ** 2, axis=(1, 2, 3))
+        c_skip, c_out, _, _ = self.preconditioning(noised.draws["sigma"])
+        denoised = _combined(c_skip, noised.draws["noisy"], c_out, y_BHWC)
+        error_B = jnp.mean((denoised - noised.target_BHWC) ** 2, axis=(1, 2, 3))
+        return noised.weight_B * error_B, {}
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -128,6 +115,19 @@ class Preconditioned:
         """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level
         sigma: for guidance that asks for it."""
         return Schedule.make("linear", 1000).timestep_of(sigma) / 1000
+
+
+def _per_image(c_B: jax.Array) -> jax.Array:
+    """(B,) numbers, shaped to multiply images."""
+    return c_B[:, None, None, None]
+
+
+def _combined(
+    c_skip: jax.Array, x_BHWC: jax.Array, c_out: jax.Array, f_BHWC: jax.Array
+) -> jax.Array:
+    """c_skip x + c_out F, of whose channels the first C count, float32."""
+    f_BHWC = f_BHWC.astype(jnp.float32)[..., : x_BHWC.shape[-1]]
+    return _per_image(c_skip) * x_BHWC + _per_image(c_out) * f_BHWC
 
 
 @dataclasses.dataclass(frozen=True)

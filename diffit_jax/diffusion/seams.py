@@ -8,7 +8,7 @@ Shape suffixes: B batch, H, W, C height, width and channels of a sample.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -29,8 +29,31 @@ Denoiser = Network
 Noise = Callable[[jax.Array | int], jax.Array]
 
 
+class Noised(NamedTuple):
+    """Noisy data at which a network is evaluated, and what its loss is made of.
+
+    Attributes:
+      x_BHWC: what the network sees, float32.
+      level_B: what it is told of the noise.
+      target_BHWC: what the loss compares with: the clean data, or their noise.
+      weight_B: of each example's loss.
+      draws: what was drawn to make them, by name: `noise` (B, H, W, C), and `sigma` (B,) with
+        `noisy`, data plus noise, or `step` (B,) with `clean`.
+    """
+
+    x_BHWC: jax.Array
+    level_B: jax.Array
+    target_BHWC: jax.Array
+    weight_B: jax.Array
+    draws: Mapping[str, jax.Array]
+
+
 class Process(Protocol):
-    """A diffusion process: a frozen, hashable object that sees no parameters, meshes or configs."""
+    """A diffusion process: a frozen, hashable object that sees no parameters, meshes or configs.
+
+    In training it gives its example in two halves, `noise` before the network is evaluated and
+    `loss_of` after it.
+    """
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -46,22 +69,27 @@ class Process(Protocol):
         """How many channels a network must return for data with `channels`."""
         ...
 
+    def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
+        """Adds noise to clean data, at levels of the process's choice.
+
+        Args:
+          x_BHWC: (B, H, W, C) float32 data.
+          key_B: (B,) one key per example, so that an example's noise does not depend on how the
+            batch is split.
+        """
+        ...
+
+    def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The training loss of what a network returned for `noised.x_BHWC` and `noised.level_B`:
+        (B,) float32, and its `loss_terms`, (B,) each."""
+        ...
+
     def loss(
         self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The training loss of clean data at noise levels of the process's choice.
-
-        Args:
-          network: called once.
-          x_BHWC: (B, H, W, C) float32 data.
-          conditioning: passed on to the network.
-          key_B: (B,) one key per example, so that an example's noise does not depend on how the
-            batch is split.
-
-        Returns:
-          (B,) float32 loss, and its `loss_terms`, (B,) each.
-        """
-        ...
+        """`loss_of` what a network makes of `noise`, with the same conditioning for all."""
+        noised = self.noise(x_BHWC, key_B)
+        return self.loss_of(noised, network(noised.x_BHWC, noised.level_B, conditioning))
 
     def denoise(
         self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning

@@ -132,7 +132,7 @@ def restore_variables(
     wanted = {"constants": items.get("constants", state.constants)}
     wanted |= {"state": items["state"]} if raw else {"ema": items["ema"]}
     step, items = _restore_items(workdir, wanted, step, allow_nonfinite)
-    params = items["state"].params if raw else items["ema"]
+    params = items["state"]["params"] if raw else items["ema"]
     return step, {"params": params, "constants": items["constants"]}
 
 

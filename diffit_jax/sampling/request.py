@@ -188,7 +188,7 @@ class Asked:
         )
         finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
         space = self.experiment.space
-        return space.leave(drawn, space.variables), finite
+        return space.leave(drawn), finite
 
     def _differences(self) -> Iterator[tuple[str, Any]]:
         """What of the request differs from the default one, in words."""

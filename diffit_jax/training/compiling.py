@@ -15,6 +15,7 @@ from diffit_jax.data.sources import Source, Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build, class_name
 from diffit_jax.runtime import distributed, parallel, rows
+from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.state import TrainState, abstract_state
 from diffit_jax.training.step import Batch, make_train_step, step_metrics
 
@@ -28,11 +29,13 @@ class Opened:
       mesh: the devices.
       state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that
         samples are drawn with.
+      objective: what training minimises.
     """
 
     experiment: Experiment
     mesh: Mesh
     state: TrainState
+    objective: Objective = DENOISING
 
 
 def open_experiment(
@@ -40,6 +43,7 @@ def open_experiment(
     devices: Sequence[Any] | None = None,
     to_train: bool = True,
     config_file: epath.PathLike | None = None,
+    objective: Objective = DENOISING,
 ) -> Opened:
     """Checks everything about a config that can be checked before anything is allocated, compiled
     or written: what every verb begins with.
@@ -51,6 +55,7 @@ def open_experiment(
       to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a
         mesh that does not fit the devices gives way to one that does.
       config_file: of the work directory that the config was read from, see `experiment.build`.
+      objective: what training minimises.
 
     Raises:
       UserError: a config, mesh or batch that cannot be.
@@ -72,9 +77,9 @@ def open_experiment(
         mesh = parallel.any_mesh(devices, experiment.mesh)
     if experiment.model.tries_kernel:
         parallel.try_kernel(mesh)
-    state = abstract_state(experiment, mesh)
+    state = abstract_state(experiment, mesh, objective)
     parallel.check_axes(mesh, state.params)
-    return Opened(experiment, mesh, state)
+    return Opened(experiment, mesh, state, objective)
 
 
 def open_training_data(experiment: Experiment, split: str = "train") -> Source:
@@ -86,7 +91,7 @@ def open_training_data(experiment: Experiment, split: str = "train") -> Source:
 
 
 def compile_train_step(
-    experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
+    opened: Opened, state: TrainState, batch: Batch
 ) -> tuple[jax.stages.Compiled, metrics.Collection, float]:
     """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took).
 
@@ -94,25 +99,27 @@ def compile_train_step(
     memory is not scarce and XLA's in-place updates make a small network's step 1.3 times as long.
     """
     started = time.monotonic()
-    lowered = lower_train_step(experiment, mesh, state, batch)
+    lowered = lower_train_step(opened, state, batch)
     distributed.check_agreement({"program": lowered.as_text})
-    collected = jax.device_put(step_metrics(experiment.process).empty(), parallel.replicated(mesh))
+    empty = step_metrics(opened.experiment.process, opened.objective).empty()
+    collected = jax.device_put(empty, parallel.replicated(opened.mesh))
     step, seconds = lowered.compile(), time.monotonic() - started
     distributed.meet()  # see `distributed.call_together`
     return step, collected, seconds
 
 
-def lower_train_step(
-    experiment: Experiment, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
-) -> jax.stages.Lowered:
+def lower_train_step(opened: Opened, state: TrainState, batch: Batch) -> jax.stages.Lowered:
     """The update for a mesh, ready to be compiled: `make_train_step`'s. State and batch may be
     shapes with shardings."""
-    collected = parallel.abstract(mesh, jax.eval_shape(step_metrics(experiment.process).empty))
+    experiment, mesh, objective = opened.experiment, opened.mesh, opened.objective
+    empty = step_metrics(experiment.process, objective).empty
+    collected = parallel.abstract(mesh, jax.eval_shape(empty))
     donated = () if mesh.devices.flat[0].platform == "cpu" else (0, 1)
     shardings = parallel.shardings(mesh, state), parallel.replicated(mesh)
-    jitted = jax.jit(make_train_step(experiment), donate_argnums=donated, out_shardings=shardings)
+    step = make_train_step(experiment, objective)
+    jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
     with parallel.placement(mesh):
-        return jitted.lower(state, collected, batch, experiment.space.variables)
+        return jitted.lower(state, collected, batch, objective.frozen)
 
 
 def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:

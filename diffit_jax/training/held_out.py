@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax import models
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.runtime import backend, distributed, parallel, rows
 from diffit_jax.training.compiling import Opened, open_training_data
+from diffit_jax.training.objective import DENOISING
 from diffit_jax.training.step import example_keys
 
 SEED = 0  # of noise levels and noise, whatever the run's: curves of several runs compare
@@ -33,7 +34,6 @@ class HeldOutLoss:
         self.count = min(experiment.evaluation.loss_examples, len(source))
         most = experiment.training.batch_size // experiment.training.accumulation
         self._size = rows.next_batch_size(self._mesh, min(self.count, most))
-        self._variables = experiment.space.variables
         sharding = parallel.batch_sharding(self._mesh)
         self._losses = jax.jit(functools.partial(losses, experiment), out_shardings=sharding)
 
@@ -48,28 +48,18 @@ class HeldOutLoss:
             batch = rows.put_batch(self._mesh, examples, self._size)
             for name, variables in networks.items():
                 with parallel.placement(self._mesh):
-                    of_batch = distributed.call_together(
-                        self._losses, variables, batch, self._variables
-                    )
+                    of_batch = distributed.call_together(self._losses, variables, batch)
                 found[name].append(distributed.gather(of_batch)[: self.count - start])
         return {
             name: float(np.concatenate(each).mean(dtype=np.float64)) for name, each in found.items()
         }
 
 
-def losses(
-    experiment: Experiment, variables: Any, examples: Mapping[str, jax.Array], space_variables: Any
-) -> jax.Array:
-    """The loss of each example, (B,) float32; `examples` as of a `Source`, and `place` (B,) int32,
-    of which noise level and noise are functions."""
-    model, space = experiment.model, experiment.space.undisturbed()
+def losses(experiment: Experiment, variables: Any, examples: Mapping[str, jax.Array]) -> jax.Array:
+    """The process's loss of each example, (B,) float32; `examples` as of a `Source`, and `place`
+    (B,) int32, of which noise level and noise are functions."""
     key_B = jax.vmap(lambda place: example_keys(SEED, place, 1)[0])(examples["place"])
-    space_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-    x_BHWC, conditioning = space.enter(examples, space_key_B, space_variables)
-    if model.num_classes:
-        conditioning = {**conditioning, "label": examples["label"]}
-    network = models.as_network(model, variables)
-    return experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)[0]
+    return DENOISING(experiment, variables, {}, examples, key_B, jnp.int32(0), False)[0]
 
 
 def open_held_out(experiment: Experiment) -> Source:

@@ -32,21 +32,26 @@ def restore_state(
         return None
     _, items = restored
     power_emas = tuple(items["power_emas"][name] for name, _ in named(abstract.power_emas))
-    constants = items.get("constants", abstract.constants)
-    return dataclasses.replace(
-        items["state"], ema=items["ema"], power_emas=power_emas, constants=constants
-    )
+    apart = {
+        "ema": items["ema"],
+        "power_emas": power_emas,
+        "constants": items.get("constants", abstract.constants),
+        "objective": items.get("objective", {}),
+    }
+    return TrainState(**items["state"] | apart)
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
-    items = {
-        "state": dataclasses.replace(state, ema=None, power_emas=(), constants=None),
-        "ema": state.ema,
-    }
+    kept = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    kept |= {"ema": None, "power_emas": (), "constants": None}
+    del kept["objective"]  # as checkpoints have it since there is such
+    items: dict[str, Any] = {"state": kept, "ema": state.ema}
     if state.constants:
         items["constants"] = state.constants
     if state.power_emas:
         items["power_emas"] = dict(named(state.power_emas))
+    if state.objective:
+        items["objective"] = state.objective
     return items
 
 

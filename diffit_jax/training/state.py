@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from diffit_jax import models
 from diffit_jax.experiment import Experiment
 from diffit_jax.runtime import backend, parallel
+from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.optimizer import make_optimizer
 
 
@@ -28,6 +29,7 @@ class TrainState:
       opt_state: state of the optax optimizer.
       ema: moving average of `params`.
       power_emas: one more average for each of `ema.power_lengths`.
+      objective: `params` and `opt_state` of the objective's own parameters; {} if it has none.
     """
 
     step: jax.Array
@@ -38,6 +40,7 @@ class TrainState:
     opt_state: Any
     ema: Any
     power_emas: tuple[Any, ...]
+    objective: Any = struct.field(default_factory=dict)
 
     @property
     def ema_variables(self) -> dict[str, Any]:
@@ -46,22 +49,27 @@ class TrainState:
 
 
 @backend.pinned()
-def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+def abstract_state(
+    experiment: Experiment, mesh: Mesh, objective: Objective = DENOISING
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
-    return parallel.abstract(mesh, jax.eval_shape(lambda: _init(experiment)))
+    return parallel.abstract(mesh, jax.eval_shape(lambda: _init(experiment, objective)))
 
 
 @backend.pinned()
-def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+def create_state(
+    experiment: Experiment, mesh: Mesh, objective: Objective = DENOISING
+) -> TrainState:
     """A fresh state, made by one jitted function straight into its shardings."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
-    return jax.jit(lambda: _init(experiment), out_shardings=shardings)()
+    abstract = abstract_state(experiment, mesh, objective)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: _init(experiment, objective), out_shardings=shardings)()
 
 
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
     """Whether parameters and averages have no NaN or infinity, a bool scalar."""
-    leaves = jax.tree.leaves((state.params, state.ema, state.power_emas))
+    leaves = jax.tree.leaves((state.params, state.ema, state.power_emas, state.objective))
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
@@ -83,6 +91,11 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
     )
 
 
-def _init(experiment: Experiment) -> TrainState:
+def _init(experiment: Experiment, objective: Objective) -> TrainState:
     key = jax.random.key(experiment.seed, impl="threefry2x32")
-    return fresh_state(models.init_variables(experiment.model, key), experiment)
+    state = fresh_state(models.init_variables(experiment.model, key), experiment)
+    params = objective.init(experiment, jax.random.fold_in(key, 1))
+    if not params:
+        return state
+    optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
+    return state.replace(objective={"params": params, "opt_state": optimizer.init(params)})

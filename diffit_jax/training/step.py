@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 
-from diffit_jax import models
-from diffit_jax.diffusion import guidance
 from diffit_jax.diffusion.seams import Process
 from diffit_jax.experiment import Experiment
 from diffit_jax.training.ema import ema_rate, ema_update
+from diffit_jax.training.objective import AVERAGE, DENOISING, Objective
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.power_ema import gamma_of, power_rate
 from diffit_jax.training.state import TrainState
@@ -22,18 +21,21 @@ Batch = dict[str, Any]  # of global arrays, or their shapes
 
 
 @functools.cache
-def step_metrics(process: Process) -> type[metrics.Collection]:
-    """A class of metrics for each process, as clu has it: means over the updates since the last
-    report, kept on the device until then."""
+def _metrics_of(terms: tuple[str, ...]) -> type[metrics.Collection]:
     averages = {
-        name: metrics.Average.from_output(name)
-        for name in ("loss", *process.loss_terms, "gradient_norm")
+        name: metrics.Average.from_output(name) for name in ("loss", *terms, "gradient_norm")
     }
     last = {
         name: metrics.LastValue.from_output(name)
         for name in ("learning_rate", "skipped", "skipped_in_row")
     }
     return metrics.Collection.create(**averages, **last)
+
+
+def step_metrics(process: Process, objective: Objective = DENOISING) -> type[metrics.Collection]:
+    """A class of metrics for each process and objective, as clu has it: means over the updates
+    since the last report, kept on the device until then."""
+    return _metrics_of(objective.terms(process))
 
 
 def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
@@ -43,45 +45,68 @@ def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
     return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(jnp.arange(batch_size))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_norm(experiment: Experiment, state: TrainState) -> jax.Array:
+    keys = example_keys(experiment.seed, state.step, 8)
+
+    def random(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if shape.dtype == jnp.uint8:
+            return jax.random.bits(keys[0], shape.shape, jnp.uint8)
+        if shape.dtype == jnp.int32:  # labels
+            return jnp.zeros(shape.shape, jnp.int32)
+        return jax.random.normal(keys[0], shape.shape, shape.dtype)
+
+    examples = jax.tree.map(random, experiment.space.batch(8, experiment.model.sample_shape))
+
+    def loss(params: Any) -> jax.Array:
+        variables = {"params": params, "constants": state.constants}
+        return jnp.mean(DENOISING(experiment, variables, {}, examples, keys, state.step, False)[0])
+
+    return optax.tree.norm(jax.grad(loss)(state.params))
+
+
 def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
-    """Whether the parameters give a finite gradient on examples without fault: what tells a network
-    that blew up from bad data."""
-    model, keys = experiment.model, example_keys(experiment.seed, state.step, 8)
-
-    def norm(params: Any) -> jax.Array:
-        def loss(params: Any) -> jax.Array:
-            x_BHWC = jax.vmap(lambda key: jax.random.normal(key, model.sample_shape))(keys)
-            network = models.as_network(model, {"params": params, "constants": state.constants})
-            return jnp.mean(experiment.process.loss(network, x_BHWC, {}, keys)[0])
-
-        return optax.tree.norm(jax.grad(loss)(params))
-
-    return bool(jnp.isfinite(jax.jit(norm)(state.params)))
+    """Whether the parameters give a finite gradient of the process's loss on examples without
+    fault: what tells a network that blew up from bad data."""
+    return bool(jnp.isfinite(_gradient_norm(experiment, state)))
 
 
 def make_train_step(
-    experiment: Experiment,
+    experiment: Experiment, objective: Objective = DENOISING
 ) -> Callable[[TrainState, metrics.Collection, Batch, Any], tuple[TrainState, metrics.Collection]]:
     """The update as a pure function, ready for `jit` (donate the state and the metrics).
 
     Returns:
-      `step(state, metrics, batch, space_variables) -> (state, metrics)`. The batch is that of a
-      `Source`, the last argument `experiment.space.variables`.
+      `step(state, metrics, batch, frozen) -> (state, metrics)`. The batch is that of a `Source`,
+      the last argument the variables that training does not change, see `Objective`.
     """
-    gradient_of = jax.value_and_grad(functools.partial(mean_loss, experiment), has_aux=True)
     optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
     gammas = [gamma_of(length) for length in experiment.ema.power_lengths]
 
     def train_step(
-        state: TrainState, collected: metrics.Collection, batch: Batch, space_variables: Any
+        state: TrainState, collected: metrics.Collection, batch: Batch, frozen: Mapping[str, Any]
     ) -> tuple[TrainState, metrics.Collection]:
         # --- The gradient.
-        batch_size = len(batch["label"])
+        batch_size, num_updates = len(batch["label"]), state.step - state.skipped
         examples = {**batch, "key": example_keys(experiment.seed, state.step, batch_size)}
+        if AVERAGE in objective.uses:
+            frozen = {**frozen, AVERAGE: state.ema_variables}
+
+        def mean_loss(
+            trained: Mapping[str, Any], part: Mapping[str, jax.Array]
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            variables = {"constants": state.constants, **trained}
+            part = dict(part)
+            key_B = part.pop("key")
+            loss_B, terms = objective(experiment, variables, frozen, part, key_B, num_updates, True)
+            return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)
+
+        trained = {"params": state.params}
+        if state.objective:
+            trained["objective"] = state.objective["params"]
+        gradient_of = jax.value_and_grad(mean_loss, has_aux=True)
         (loss, terms), gradient = accumulated(
-            lambda part: gradient_of(state.params, state.constants, part, space_variables),
-            examples,
-            experiment.training.accumulation,
+            lambda part: gradient_of(trained, part), examples, experiment.training.accumulation
         )
         if experiment.optimizer.replace_nonfinite:
             gradient = jax.tree.map(
@@ -91,9 +116,14 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         # --- The update, and every average of the parameters.
-        num_updates = state.step - state.skipped
-        update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        update, opt_state = optimizer.update(gradient["params"], state.opt_state, state.params)
         params = optax.apply_updates(state.params, update)
+        ours = state.objective
+        if ours:
+            update, moments = optimizer.update(
+                gradient["objective"], ours["opt_state"], ours["params"]
+            )
+            ours = {"params": optax.apply_updates(ours["params"], update), "opt_state": moments}
         ema = ema_update(state.ema, params, ema_rate(experiment.ema, num_updates, batch_size))
         power_emas = tuple(
             ema_update(one, params, power_rate(gamma, num_updates))
@@ -113,10 +143,11 @@ def make_train_step(
             opt_state=if_finite(opt_state, state.opt_state),
             ema=if_finite(ema, state.ema),
             power_emas=if_finite(power_emas, state.power_emas),
+            objective=if_finite(ours, state.objective),
         )
 
         # --- What the log shows: averages are over updates that were made; the counts go on.
-        measured = step_metrics(experiment.process).single_from_model_output(
+        measured = step_metrics(experiment.process, objective).single_from_model_output(
             loss=loss,
             **terms,
             gradient_norm=norm,
@@ -130,40 +161,6 @@ def make_train_step(
         )
 
     return train_step
-
-
-def mean_loss(
-    experiment: Experiment,
-    params: Any,
-    constants: Any,
-    examples: Mapping[str, jax.Array],
-    space_variables: Any,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of some examples and its terms, float32 scalars.
-
-    Args:
-      experiment: model, process, space and label dropout. A model with classes learns to work
-        without a label too, see `guidance.drop_labels`.
-      params, constants: of the network.
-      examples: of a `Source`, with `key` (n,), a key for each.
-      space_variables: `experiment.space.variables`.
-    """
-    model = experiment.model
-    # `split` gives what `fold_in` gives for 0 and 1: space and dropout have numbers of their own.
-    space_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 2))(examples["key"])
-    x_BHWC, conditioning = experiment.space.enter(examples, space_key_B, space_variables)
-    label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(examples["key"])
-    if model.num_classes:
-        dropout = experiment.training.label_dropout
-        labels = {"label": examples["label"]}
-        labels = guidance.drop_labels(labels, label_key_B, dropout, model.num_classes)
-        conditioning = {**conditioning, **labels}
-    if model.dropout:
-        dropout_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 3))(examples["key"])
-        conditioning = {**conditioning, "dropout_key": dropout_key_B}
-    network = models.as_network(model, {"params": params, "constants": constants})
-    loss_B, terms = experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)
-    return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)
 
 
 def accumulated(

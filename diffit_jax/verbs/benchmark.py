@@ -52,7 +52,7 @@ def measure(
     data = batches(source, size, experiment.seed, rows=rows.local_rows(mesh, size))
     state = create_state(experiment, mesh)
     batch = rows.put_batch(mesh, next(data), size)
-    train_step, collected, compile_s = compile_train_step(experiment, mesh, state, batch)
+    train_step, collected, compile_s = compile_train_step(opened, state, batch)
 
     times, waits = [], []
     with (
@@ -61,7 +61,7 @@ def measure(
     ):
         for _ in range(steps + 3):
             start = time.perf_counter()
-            state, collected = train_step(state, collected, batch, experiment.space.variables)
+            state, collected = train_step(state, collected, batch, opened.objective.frozen)
             asked = time.perf_counter()
             host_batch = next(data)
             waits.append(time.perf_counter() - asked)

@@ -112,7 +112,7 @@ def preflight(
     train = sample = None
     if "train" in programs:
         log.info("compiling the train step for %d chips", chips)
-        train = compiled(lower_train_step(experiment, mesh, state, batch_shapes(experiment, mesh)))
+        train = compiled(lower_train_step(opened, state, batch_shapes(experiment, mesh)))
         if isinstance(train, Compiled):
             batch_size = experiment.training.batch_size
             # Every device's share of the gradient crosses from slice to slice, in bfloat16, there

@@ -163,7 +163,7 @@ class RunFiles:
                 samples = sampler.draw(state.ema_variables, seeds, labels)
                 finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
                 if self._looks.evaluations.decoder:
-                    samples = space.leave(samples, space.variables)
+                    samples = space.leave(samples)
         except OutOfMemory as error:
             log.warning("the grid %s could not be drawn: %s", path, error)
             return

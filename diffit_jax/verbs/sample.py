@@ -195,7 +195,7 @@ def _draw_trajectory(picture: epath.Path, asked: Asked, networks: Networks, fram
         watched = asked.sampler.watch_batch(
             networks.variables, seeds, labels, frames, networks.weaker
         )
-        rows.append(space.leave(watched.reshape(-1, *watched.shape[2:]), space.variables))
+        rows.append(space.leave(watched.reshape(-1, *watched.shape[2:])))
     samples = np.concatenate(rows)
 
     def write() -> None:

@@ -24,6 +24,7 @@ from diffit_jax.training.compiling import (
     open_experiment,
     open_training_data,
 )
+from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.state import TrainState, all_finite, create_state
 from diffit_jax.training.step import gradient_is_finite
 from diffit_jax.training.watch import Tracer, Watch, cache_report
@@ -39,6 +40,8 @@ def train(
     workdir: epath.PathLike,
     profile_steps: tuple[int, int] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    objective: Objective = DENOISING,
 ) -> TrainState:
     """Trains a config in a work directory, from its newest checkpoint if there is one, up to
     `training.total_steps`.
@@ -54,6 +57,7 @@ def train(
         Perfetto; None: no trace.
       devices: to train on; None: all of all processes. `rows.fitting_devices` leaves out those
         that the batch does not divide over.
+      objective: what is minimised.
 
     Returns:
       The final state.
@@ -66,7 +70,7 @@ def train(
     """
     # --- Check everything before the first thing is written.
     workdir = files.resolve(workdir, "workdir")
-    opened = open_experiment(config, devices)
+    opened = open_experiment(config, devices, objective=objective)
     looks = Looks.open(opened, config, workdir)
     source = distributed.first_then_all(lambda: open_training_data(opened.experiment))
     distributed.check_agreement(
@@ -84,14 +88,14 @@ def _train(
 ) -> TrainState:
     """`train` in a directory that is this run's."""
     experiment, mesh = opened.experiment, opened.mesh
-    training, space = experiment.training, experiment.space
+    training, frozen = experiment.training, opened.objective.frozen
     batch_size, total_steps = training.batch_size, training.total_steps
     platform, kind = mesh.devices.flat[0].platform, mesh.devices.flat[0].device_kind
 
     # --- State: fresh, or that of the newest usable checkpoint.
     state = run.restore()
     if state is None:
-        state = create_state(experiment, mesh)
+        state = create_state(experiment, mesh, opened.objective)
     first_step = int(state.step)
     parameters = f"{parameter_overview.count_parameters(state.params):,}"
     log.info("model %s: %s parameters", type(experiment.model).__name__, parameters)
@@ -112,7 +116,7 @@ def _train(
     batch = rows.put_batch(mesh, next(data), batch_size)
     watch = Watch(experiment, mesh)
     with cache_report("training step"):
-        train_step, collected, seconds = compile_train_step(experiment, mesh, state, batch)
+        train_step, collected, seconds = compile_train_step(opened, state, batch)
     log.info("compiled the training step in %.1f s for %d x %s", seconds, mesh.size, kind)
     all_finite(state)  # compiled too: each checkpoint asks
 
@@ -130,7 +134,7 @@ def _train(
         for step in range(first_step + 1, total_steps + 1):
             # The devices begin with this update, and meanwhile the next batch is read.
             tracer.before(step)
-            state, collected = train_step(state, collected, batch, space.variables)
+            state, collected = train_step(state, collected, batch, frozen)
             if step < total_steps:
                 with watch.data_wait():
                     host_batch = next(data)

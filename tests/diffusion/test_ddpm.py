@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.golden import WEIGHTS, golden
+from support.golden import WEIGHTS, golden, loss_at
 
 from diffit_jax import models
 from diffit_jax.diffusion.ddpm import DDPM
@@ -125,7 +125,7 @@ def test_scalar_golden():
     np.testing.assert_allclose(
         flat(p.log_variance), [-4.5995351527, -9.3439018773, -9.4528942773], rtol=1e-6
     )
-    _, parts = PROCESS.loss_at(lambda *_: constant, x0, {}, k, noise)
+    _, parts = loss_at(PROCESS, lambda *_: constant, x0, k, noise, {})
     # The first is a difference of nearly equal numbers: (m_1 - m_2)² / variance / 2, where m has 7
     # digits.
     np.testing.assert_allclose(parts["vb"][1:], [0.0746870673, 1.5566440339], rtol=2e-5)
@@ -167,12 +167,13 @@ def test_losses_golden(network_a, name, process):
     data = golden("train_losses.npz")
     k = data["t25" if name == "spaced25" else "t"]
     loss, parts = jax.jit(
-        lambda variables: process.loss_at(
+        lambda variables: loss_at(
+            process,
             models.as_network(network_a[0], variables),
             jnp.asarray(data["x0"]),
-            {"label": data["y"]},
             jnp.asarray(k),
             jnp.asarray(data["noise"]),
+            {"label": data["y"]},
         )
     )(network_a[1])
     np.testing.assert_allclose(loss, data[f"{name}_loss"], rtol=1e-5)
@@ -190,12 +191,13 @@ def test_hybrid_gradient_golden(network_a):
 
     def mean_loss(params):
         network = models.as_network(module, variables | {"params": params})
-        loss, _ = PROCESS.loss_at(
+        loss, _ = loss_at(
+            PROCESS,
             network,
             jnp.asarray(data["x0"]),
-            {"label": data["y"]},
             jnp.asarray(data["t"]),
             jnp.asarray(data["noise"]),
+            {"label": data["y"]},
         )
         return loss.mean()
 
@@ -224,9 +226,8 @@ def test_bound_trains_the_variance_alone():
     y = jax.random.normal(jax.random.key(2), (4, 2, 2, 2)) * 0.3
 
     def bound(y):
-        return process.loss_at(lambda *_: y, x0, {}, jnp.array([0, 1, 500, 999]), noise)[1][
-            "vb"
-        ].sum()
+        k = jnp.array([0, 1, 500, 999])
+        return loss_at(process, lambda *_: y, x0, k, noise, {})[1]["vb"].sum()
 
     gradient = jax.grad(bound)(y)
     assert not gradient[..., 0].any() and np.abs(gradient[..., 1]).min() > 0

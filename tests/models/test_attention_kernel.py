@@ -20,8 +20,7 @@ from diffit_jax.models.placement import Placement, under
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.tpu import compiler
-from diffit_jax.training.compiling import lower_train_step
-from diffit_jax.training.state import abstract_state
+from diffit_jax.training.compiling import lower_train_step, open_experiment
 
 
 def inputs(window, width, batch, heads, dtype=np.float32):
@@ -230,14 +229,13 @@ def test_training_step_contains_the_kernel_only_where_it_is_asked_for(monkeypatc
 
     monkeypatch.setattr(attention_kernel, "attention", counted)
     for backend, there in (("auto", False), ("pallas", True)):
-        experiment = build(small_latent_config(**LARGE, model__attention=backend))
-        mesh = parallel.make_mesh()
-        sharding = parallel.batch_sharding(mesh)
+        opened = open_experiment(small_latent_config(**LARGE, model__attention=backend))
+        sharding = parallel.batch_sharding(opened.mesh)
         batch = {
             "latent": jax.ShapeDtypeStruct((8, 32, 32, 4), jnp.float32, sharding=sharding),
             "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding),
         }
-        lower_train_step(experiment, mesh, abstract_state(experiment, mesh), batch)
+        lower_train_step(opened, opened.state, batch)
         assert bool(calls) == there
 
 

@@ -115,7 +115,7 @@ def programs(config) -> dict[str, str]:
                     raise
         experiment, mesh, state = opened.experiment, opened.mesh, opened.state
         lowered = {
-            "step": lower_train_step(experiment, mesh, state, batch_shapes(experiment, mesh)),
+            "step": lower_train_step(opened, state, batch_shapes(experiment, mesh)),
             "sampler": sampler_without_autoguidance(experiment, mesh).lower(state.ema_variables),
         }
         for what, program in lowered.items():

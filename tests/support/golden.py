@@ -27,6 +27,12 @@ def golden_tensors(name):
     return load_file(GOLDEN / name)
 
 
+def loss_at(process, network, x, draw, noise, conditioning):
+    """The loss at given noise levels (or steps), with given noise, and its terms."""
+    noised = process.noised_at(x, draw, noise)
+    return process.loss_of(noised, network(noised.x_BHWC, noised.level_B, conditioning))
+
+
 def evaluate(module, variables, *inputs):
     """The network, compiled."""
     return jax.jit(lambda variables, *inputs: models.as_network(module, variables)(*inputs))(

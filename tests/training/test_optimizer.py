@@ -14,8 +14,8 @@ from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Optimizer, build
 from diffit_jax.runtime import parallel, rows
-from diffit_jax.training import step as step_module
 from diffit_jax.training.compiling import open_training_data
+from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.optimizer import decays, learning_rate, make_optimizer
 from diffit_jax.training.state import create_state
 from diffit_jax.training.step import make_train_step, step_metrics
@@ -123,11 +123,12 @@ def test_long_gradients_are_shortened():
     np.testing.assert_allclose(adam.mu["kernel"], 0.1 * np.array([0.6, 0.8]), rtol=1e-6)
 
 
-def run_steps(config, batches_of):
+def run_steps(config, batches_of, objective=DENOISING):
     """State after one step for each batch, from a fresh one."""
     experiment, mesh = build(config), parallel.make_mesh()
     state = create_state(experiment, mesh)
-    step, collected = jax.jit(make_train_step(experiment)), step_metrics(experiment.process).empty()
+    step = jax.jit(make_train_step(experiment, objective))
+    collected = step_metrics(experiment.process, objective).empty()
     for batch in batches_of:
         state, collected = step(
             state, collected, rows.put_batch(mesh, batch, len(batch["label"])), {}
@@ -162,7 +163,7 @@ def test_a_bad_batch_moves_the_data_on_and_nothing_else():
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_gradients_that_are_not_finite_are_replaced_only_if_asked_for(replace, monkeypatch):
+def test_gradients_that_are_not_finite_are_replaced_only_if_asked_for(replace):
     """With a finite loss: EDM's code makes them 0 and ±100,000, ours skips the update."""
 
     @jax.custom_vjp
@@ -174,12 +175,13 @@ def test_gradients_that_are_not_finite_are_replaced_only_if_asked_for(replace, m
         lambda shape, g: (jnp.resize(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 2.0]), shape),),
     )
 
-    def loss(experiment, params, *_):
-        return spoiled(params["final"]["bias"]), {"mse": jnp.zeros(()), "vb": jnp.zeros(())}
+    class Spoiled(Objective):
+        def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+            loss_B = jnp.full(len(key_B), spoiled(variables["params"]["final"]["bias"]))
+            return loss_B, {"mse": jnp.zeros(len(key_B)), "vb": jnp.zeros(len(key_B))}
 
-    monkeypatch.setattr(step_module, "mean_loss", loss)
     config = small_latent_config(optimizer__replace_nonfinite=replace, optimizer__warmup_steps=0)
-    state, _ = run_steps(config, synthetic(config, 1))
+    state, _ = run_steps(config, synthetic(config, 1), Spoiled())
     assert int(state.skipped) == (not replace)
     (adam,) = [
         part

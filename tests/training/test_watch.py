@@ -13,7 +13,7 @@ from diffit_jax.experiment import build
 from diffit_jax.models.flops import traced_multiply_adds
 from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.runtime import parallel, rows
-from diffit_jax.training.compiling import compile_train_step, open_training_data
+from diffit_jax.training.compiling import compile_train_step, open_experiment, open_training_data
 from diffit_jax.training.state import create_state
 from diffit_jax.training.watch import Compilations, Watch
 from diffit_jax.verbs.train import train
@@ -65,11 +65,12 @@ def test_report(monkeypatch):
 def test_steady_state_moves_nothing_and_compiles_nothing(config):
     """Ten updates under a transfer guard: batches go to the devices explicitly, nothing comes back,
     and no program is built."""
-    experiment, mesh = build(config), parallel.make_mesh()
+    opened = open_experiment(config)
+    experiment, mesh = opened.experiment, opened.mesh
     state = create_state(experiment, mesh)
     data = batches(open_training_data(experiment), experiment.training.batch_size, 0)
     batch = rows.put_batch(mesh, next(data), 8)
-    step, collected, _ = compile_train_step(experiment, mesh, state, batch)
+    step, collected, _ = compile_train_step(opened, state, batch)
     state, collected = step(state, collected, batch, {})
     compilations = Compilations()
     with (

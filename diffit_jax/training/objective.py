@@ -1,0 +1,90 @@
+"""What training minimises, as one function: the update, the loss on held-out examples and the check
+of gradients call it.
+
+Shape suffixes: B batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from diffit_jax import models
+from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.seams import Process
+from diffit_jax.experiment import Experiment
+
+AVERAGE = "average"  # name, in `uses`, of the network's variables with the averaged parameters
+
+
+class Objective:
+    """The process's own loss; others are made of it, or in its place.
+
+    Attributes:
+      uses: names of variables of the run that it is given as `frozen`: `AVERAGE`.
+      frozen: further variables by name that training does not change, a teacher's or an
+        autoencoder's.
+    """
+
+    uses: tuple[str, ...] = ()
+    frozen: Mapping[str, Any] = {}
+
+    def terms(self, process: Process) -> tuple[str, ...]:
+        """Names of what it reports beside the loss."""
+        return process.loss_terms
+
+    def init(self, experiment: Experiment, key: jax.Array) -> Any:
+        """Fresh parameters of its own (a projection head), which are trained and saved with the
+        network's but neither averaged nor exported; {} if it has none. Called inside jit."""
+        return {}
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        variables: Mapping[str, Any],
+        frozen: Mapping[str, Any],
+        examples: Mapping[str, jax.Array],
+        key_B: jax.Array,
+        update: jax.Array,
+        training: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of some examples.
+
+        Args:
+          experiment: model, process, space and label dropout. A model with classes learns to work
+            without a label too, see `guidance.drop_labels`.
+          variables: `params` and `constants` of the network, and in training `objective`: what
+            `init` has made.
+          frozen: variables by name, of which no gradient is taken.
+          examples: of a `Source`.
+          key_B: (B,) a key for each example.
+          update: number of the update, from 0; an int32 scalar.
+          training: whether examples are augmented, labels dropped, and values in the network.
+
+        Returns:
+          (B,) float32 loss, and its `terms`, (B,) each.
+        """
+        model = experiment.model
+        space = experiment.space if training else experiment.space.undisturbed()
+        label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+        # `split` gives what `fold_in` gives for 0 and 1: space and dropout have numbers of their
+        # own.
+        space_key_B = _numbered(key_B, 2) if training else label_key_B
+        x_BHWC, conditioning = space.enter(examples, space_key_B, frozen)
+        if model.num_classes:
+            labels = {"label": examples["label"]}
+            if training:
+                rate = experiment.training.label_dropout
+                labels = guidance.drop_labels(labels, label_key_B, rate, model.num_classes)
+            conditioning = {**conditioning, **labels}
+        if model.dropout and training:
+            conditioning = {**conditioning, "dropout_key": _numbered(key_B, 3)}
+        network = models.as_network(model, variables)
+        return experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)
+
+
+DENOISING = Objective()
+
+
+def _numbered(key_B: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(key_B)
