@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from diffit_jax.data.records import IMAGES, Manifest, read_manifest
+from diffit_jax.data.records import MOMENTS, Manifest, read_manifest
 from diffit_jax.data.sources import data_folder
 from diffit_jax.errors import UserError
 from diffit_jax.models.latent import named_size
@@ -43,7 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ema = ConfigDict(dict(halflife_images=500_000, rampup_ratio=0.05))  # EDM's
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
     guidance = dict(kind="constant", scale=1.5) if num_classes else dict(kind="none")
-    if manifest.kind == IMAGES:
+    if MOMENTS not in manifest.arrays:
         _pixels(config, manifest, num_classes, guidance)
     else:
         _latents(config, manifest, num_classes, guidance, size or "S/2")

@@ -144,7 +144,7 @@ def _of_split(paths: Sequence[epath.Path], split: str) -> Sequence[epath.Path]:
 def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     """Of a data set that `prepare` wrote."""
     source = records.open_records(folder, split)
-    if source.manifest.kind != records.IMAGES:
+    if records.IMAGE not in source.manifest.arrays:
         raise UserError(f"{folder} holds latents, not pictures: name their source")
     counts = [shard.count for shard in source.manifest.shards]
     files = tuple(str(folder / shard.file) for shard in source.manifest.shards)
@@ -152,7 +152,7 @@ def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     classes = () if unlabelled else source.manifest.classes
     labels = source.read_labels() if classes else None
     names = [f"{split}:{number}" for number in range(len(rows))]
-    shape = source.manifest.shape
+    shape = source.manifest.arrays[records.IMAGE].shape
     return Index(
         "record",
         files,
@@ -173,8 +173,8 @@ def _tfrecords(path: epath.Path) -> UserError:
 
 # --- Loading
 
-# Number and name of a picture, its place or pixels, and the shape of a record.
-_Task = tuple[int, str, Place | np.ndarray, tuple[int, ...]]
+# Number and name of a picture, and its place or pixels.
+_Task = tuple[int, str, Place | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Loader:
     def _task(self, number: int) -> _Task:
         index = self._index
         place = index.place(number) if index.pixels is None else index.pixels[number]
-        return number, index.names[number], place, index.shape
+        return number, index.names[number], place
 
     def _load_here(self, number: int) -> Loaded:
         return _load(self._task(number), self._framing)
@@ -286,12 +286,12 @@ def _load_chunk(tasks: Sequence[_Task], framing: Framing) -> list[Loaded]:
 
 
 def _load(task: _Task, framing: Framing) -> Loaded:
-    number, name, place, shape = task
+    number, name, place = task
     try:
         if isinstance(place, np.ndarray):
             content = place
         elif place.kind == "record":
-            _, content = records.read_record(place.path, place.first, shape, np.dtype(np.uint8))
+            content = records.read_record(place.path, place.first)[records.IMAGE]
         else:
             content = places.read(place)
         if isinstance(content, np.ndarray):

@@ -1,12 +1,13 @@
-"""Prepared data sets: ArrayRecord shards of arrays with labels, and a manifest beside them.
+"""Prepared data sets: ArrayRecord shards of named arrays, and a manifest beside them.
 
     DATA_DIR/NAME/train.manifest.json
     DATA_DIR/NAME/train-00000-of-00157.array_record …
 
-A record is a label, int32, and an array, both little-endian; its shape and dtype stand in the
-manifest. Arrays are images (H, W, C) uint8, or moments of latents (orientations, h, w, 2c) float16
-or float32: mean and log variance of an autoencoder's posterior, unscaled, of the picture and of its
-mirror image.
+A record is a mapping of arrays: their bytes, little-endian, one after the other; names, shapes and
+dtypes stand in the manifest, in that order. The first one is `label`, int32. Beside it there is
+`image` (H, W, C) uint8, or `moments` of latents (orientations, h, w, 2c) float16 or float32: mean
+and log variance of an autoencoder's posterior, unscaled, of the picture and of its mirror image; or
+both, and any others (features, captions' tokens), which come to the training step as they are.
 
 Imported by the processes that decode beside the chips: no jax here.
 """
@@ -15,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,11 +28,10 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 
-IMAGES, MOMENTS = "images", "moments"
-FORMAT = 1
+LABEL, IMAGE, MOMENTS = "label", "image", "moments"
+FORMAT = 2  # 1: a label and one array, whose `kind`, `shape` and `dtype` stood in the manifest
 WRITER_OPTIONS = "group_size:1,uncompressed"  # a record is read alone; pixels and floats stay big
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's, for random access
-_LABEL = np.dtype("<i4")
 READS_AT_ONCE = 64  # of a batch: `gs://` answers after 60 ms, however many ask
 _NEAR_S = 1e-3  # a record that comes sooner is near: there, threads cost more than they save
 _READS_NEAR = 2
@@ -52,12 +53,40 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype, by its name, of one of a record's arrays."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def decoded(self, data: np.ndarray) -> np.ndarray:
+        """(n, size) uint8 → (n, *shape) of its dtype, a copy."""
+        dtype = np.dtype(self.dtype)
+        rows = np.ascontiguousarray(data).view(dtype.newbyteorder("<"))
+        return rows.reshape(-1, *self.shape).astype(dtype)
+
+
+def layout(**arrays: ArraySpec) -> dict[str, ArraySpec]:
+    """A record of a label and these arrays."""
+    return {LABEL: ArraySpec((), "int32"), **arrays}
+
+
+def record_size(arrays: Mapping[str, ArraySpec]) -> int:
+    """Bytes of a record."""
+    return sum(spec.size for spec in arrays.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a data set holds.
 
     Attributes:
-      kind: `IMAGES` or `MOMENTS`.
-      shape, dtype: of the arrays.
+      arrays: of a record, by name, in its order.
       classes: names of the labels; none for data without labels.
       count: of examples.
       class_counts: of each class.
@@ -71,9 +100,7 @@ class Manifest:
       format: of all this.
     """
 
-    kind: str
-    shape: tuple[int, ...]
-    dtype: str
+    arrays: Mapping[str, ArraySpec]
     classes: tuple[str, ...]
     count: int
     class_counts: tuple[int, ...]
@@ -89,10 +116,10 @@ class Manifest:
     @property
     def example_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of an image, or of a latent."""
-        if self.kind == IMAGES:
-            height, width, channels = self.shape
+        if MOMENTS not in self.arrays:
+            height, width, channels = self.arrays[IMAGE].shape
             return height, width, channels
-        _, height, width, channels = self.shape
+        _, height, width, channels = self.arrays[MOMENTS].shape
         return height, width, channels // 2
 
     def to_json(self) -> str:
@@ -102,17 +129,32 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """The inverse. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
-        given = dict(json.loads(text))
-        if given.get("format") != FORMAT:
-            raise ValueError(f"its format is {given.get('format')!r}, known is {FORMAT}")
+        given: dict[str, Any] = dict(json.loads(text))
+        if given["format"] == 1:
+            name = {"images": IMAGE, "moments": MOMENTS}[given.pop("kind")]
+            one = ArraySpec(tuple(given.pop("shape")), given.pop("dtype"))
+            arrays = layout(**{name: one})
+        elif given["format"] == FORMAT:
+            arrays = {
+                name: ArraySpec(tuple(spec["shape"]), np.dtype(spec["dtype"]).name)
+                for name, spec in given.pop("arrays").items()
+            }
+        else:
+            raise ValueError(f"its format is {given['format']!r}, known are 1 and {FORMAT}")
         shards = tuple(Shard(**shard) for shard in given.pop("shards"))
-        for name in ("shape", "classes", "class_counts"):
+        for name in ("classes", "class_counts"):
             given[name] = tuple(given[name])
         given["skipped"] = tuple((name, reason) for name, reason in given["skipped"])
-        manifest = cls(**given, shards=shards)
-        sides = {IMAGES: 3, MOMENTS: 4}[manifest.kind]
-        if len(manifest.shape) != sides or sum(shard.count for shard in shards) != manifest.count:
-            raise ValueError("its shape or its counts do not fit together")
+        manifest = cls(**{**given, "format": FORMAT}, arrays=arrays, shards=shards)
+        sides = {name: len(spec.shape) for name, spec in arrays.items()}
+        if (
+            next(iter(arrays), "") != LABEL
+            or not {IMAGE, MOMENTS} & arrays.keys()
+            or sides.get(IMAGE, 3) != 3
+            or sides.get(MOMENTS, 4) != 4
+            or sum(shard.count for shard in shards) != manifest.count
+        ):
+            raise ValueError("its arrays or its counts do not fit together")
         return manifest
 
 
@@ -126,23 +168,40 @@ def shard_name(split: str, number: int, total: int) -> str:
     return f"{split}-{number:05d}-of-{total:05d}.array_record"
 
 
-def encode_record(label: int, array: np.ndarray) -> bytes:
-    """A record's bytes."""
-    return np.array(label, _LABEL).tobytes() + array.astype(array.dtype.newbyteorder("<")).tobytes()
+def encode_record(arrays: Mapping[str, ArraySpec], values: Mapping[str, np.ndarray]) -> bytes:
+    """A record's bytes. Raises `ValueError` for other arrays than its own."""
+    parts = []
+    if arrays.keys() != values.keys():
+        raise ValueError(f"a record has {', '.join(arrays)}, not {', '.join(values)}")
+    for name, spec in arrays.items():
+        value = np.asarray(values[name], spec.dtype)
+        if value.shape != spec.shape:
+            raise ValueError(f"{name} is {value.shape}, not {spec.shape}")
+        parts.append(value.astype(value.dtype.newbyteorder("<")).tobytes())
+    return b"".join(parts)
 
 
-def decode_record(record: bytes, shape: Sequence[int], dtype: np.dtype) -> tuple[int, np.ndarray]:
-    """Label and array of a record. Raises `ValueError` if it has another size."""
-    label = int(np.frombuffer(record, _LABEL, 1)[0])
-    return label, np.frombuffer(record, dtype.newbyteorder("<"), -1, _LABEL.itemsize).reshape(shape)
+def decode_records(arrays: Mapping[str, ArraySpec], records: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of n records, (n, bytes) uint8, by name: (n, …) each."""
+    ends = np.cumsum([spec.size for spec in arrays.values()])
+    return {
+        name: spec.decoded(records[:, end - spec.size : end])
+        for (name, spec), end in zip(arrays.items(), ends, strict=True)
+    }
 
 
-def read_record(
-    path: str, row: int, shape: Sequence[int], dtype: np.dtype
-) -> tuple[int, np.ndarray]:
-    """One record of a shard."""
+def read_record(path: str, row: int) -> dict[str, np.ndarray]:
+    """One record of a shard, by the manifest beside it."""
+    arrays = _arrays_beside(path)
     (record,) = _reader(path).read([row])
-    return decode_record(record, shape, dtype)
+    values = decode_records(arrays, np.frombuffer(record, np.uint8)[None])
+    return {name: value[0] for name, value in values.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _arrays_beside(path: str) -> Mapping[str, ArraySpec]:
+    shard = epath.Path(path)
+    return read_manifest(shard.parent, shard.name.rsplit("-", 3)[0]).arrays
 
 
 def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
@@ -191,7 +250,6 @@ class RecordSource:
         self._paths = [str(folder / shard.file) for shard in manifest.shards]
         counts = [shard.count for shard in manifest.shards]
         self._ends = np.cumsum(counts)
-        self._dtype = np.dtype(manifest.dtype)
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._record_s = float("inf")  # that a record took at least
@@ -208,8 +266,7 @@ class RecordSource:
         return self.manifest.count
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """(n,) ints in [0, len) → `label` (n,) int32, and `image` (n, H, W, C) uint8 or `moments`
-        (n, orientations, h, w, 2c) of the manifest's dtype.
+        """(n,) ints in [0, len) → the manifest's arrays by name, (n, …) each.
 
         Raises:
           UserError: a shard is damaged or cannot be read; it is named.
@@ -217,8 +274,7 @@ class RecordSource:
         indices = np.asarray(indices, np.int64)
         files = np.searchsorted(self._ends, indices, side="right")
         rows = indices - np.concatenate([[0], self._ends])[files]
-        size = int(np.prod(self.manifest.shape)) * self._dtype.itemsize
-        records = np.empty((len(indices), _LABEL.itemsize + size), np.uint8)
+        records = np.empty((len(indices), record_size(self.manifest.arrays)), np.uint8)
 
         def fill(places: np.ndarray) -> None:
             for file in np.unique(files[places]).tolist():
@@ -239,11 +295,7 @@ class RecordSource:
         order = np.argsort(files, kind="stable")
         parts = np.array_split(order, max(1, min(len(order), reads)))
         self._record_s = min(self._pool().map(timed, parts))
-        labels = records[:, : _LABEL.itemsize].copy().view(_LABEL)[:, 0].astype(np.int32)
-        arrays = np.ascontiguousarray(records[:, _LABEL.itemsize :])
-        arrays = arrays.view(self._dtype.newbyteorder("<")).reshape(-1, *self.manifest.shape)
-        name = "image" if self.manifest.kind == IMAGES else "moments"
-        return {name: arrays.astype(self._dtype, copy=False), "label": labels}
+        return decode_records(self.manifest.arrays, records)
 
     def read_labels(self) -> np.ndarray:
         """(len,) int32: of all examples."""

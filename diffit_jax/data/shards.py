@@ -26,7 +26,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from diffit_jax.data import records
-from diffit_jax.data.records import Manifest, Shard
+from diffit_jax.data.records import ArraySpec, Manifest, Shard
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files
 
@@ -79,7 +79,7 @@ class Shards:
         folder: epath.Path,
         split: str,
         count: int,
-        record_bytes: int,
+        arrays: Mapping[str, ArraySpec],
         identity: Mapping[str, Any],
         per_shard: int = 0,
     ):
@@ -89,14 +89,17 @@ class Shards:
           folder: of the data set; it need not be there.
           split: of it.
           count: examples of the source.
-          record_bytes: of one of them.
+          arrays: of a record, see `records.layout`.
           identity: JSON values by name of all that records depend on.
           per_shard: examples of a shard; 0: as many as `MOST_BYTES` hold.
         """
-        self.folder, self.count, self._split = folder, count, split
-        self._per_shard = per_shard or max(1, MOST_BYTES // record_bytes)
+        self.folder, self.count, self._split, self._arrays = folder, count, split, arrays
+        self._per_shard = per_shard or max(1, MOST_BYTES // records.record_size(arrays))
         self.total = -(-count // self._per_shard)
         self._identity = {**identity, "examples": count, "examples of a shard": self._per_shard}
+        if len(arrays) > 2:  # of a label and one array, the identity says enough
+            specs = {name: dataclasses.asdict(spec) for name, spec in arrays.items()}
+            self._identity["arrays"] = specs
         self._lines = folder / records.lines_name(split)
 
     def begin(self) -> None:
@@ -167,7 +170,7 @@ class Shards:
         scratch = Path(place / f".{name}.{secrets.token_hex(4)}.partial")
         writer = None
         try:
-            writer = ShardWriter(scratch)
+            writer = ShardWriter(scratch, self._arrays)
             yield writer
             line = writer.close()
             line.file = name
@@ -195,16 +198,13 @@ class Shards:
 
     def finish(
         self,
-        kind: str,
-        shape: tuple[int, ...],
-        dtype: str,
         classes: tuple[str, ...],
         facts: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
     ) -> Manifest:
         """Writes the manifest, when all shards are finished.
 
         Args:
-          kind, shape, dtype, classes: see `Manifest`.
+          classes: see `Manifest`.
           facts: `source`, `crop` … of the manifest, without what the lines say; from the sums of
             all lines, float64 by name.
         """
@@ -219,9 +219,7 @@ class Shards:
             for name, values in line.sums.items():
                 sums[name] = sums.get(name, 0) + np.array(values, np.float64)
         manifest = Manifest(
-            kind=kind,
-            shape=shape,
-            dtype=dtype,
+            arrays=self._arrays,
             classes=classes,
             count=sum(line.count for line in lines),
             class_counts=tuple(labels[str(number)] for number in range(len(classes))),
@@ -252,14 +250,15 @@ class ShardWriter:
       line: what is to be known of it.
     """
 
-    def __init__(self, path: Path):
-        self._path, self.line = path, Line()
+    def __init__(self, path: Path, arrays: Mapping[str, ArraySpec]):
+        self._path, self.line, self._arrays = path, Line(), arrays
         self._last = b""
         self._writer: Any = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
 
-    def add(self, label: int, array: np.ndarray) -> None:
+    def add(self, label: int, **values: np.ndarray) -> None:
         """Writes an example; a label of -1 is none."""
-        self._last = records.encode_record(max(label, 0), array)
+        values[records.LABEL] = np.array(max(label, 0))
+        self._last = records.encode_record(self._arrays, values)
         self._writer.write(self._last)
         self.line.count += 1
         if label >= 0:

@@ -37,8 +37,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), and one of
-        three.
+        """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), one of three,
+        and whatever else a record has.
 
         `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model
           takes it; `moments`: (n, orientations, H, W, 2C) float16 or float32, mean and log variance
@@ -206,7 +206,7 @@ def _open_prepared(
         )
     source = records.open_records(folder, split)
     manifest = source.manifest
-    kind = {records.IMAGES: "image", records.MOMENTS: "latent"}[manifest.kind]
+    kind = "latent" if records.MOMENTS in manifest.arrays else "image"
     if wanted.example not in (None, kind):
         named = {"image": "pictures: encode them", "latent": "latents: name pictures"}[kind]
         other = {"image": 'data.autoencoder=""', "latent": "data.autoencoder to their name"}[kind]

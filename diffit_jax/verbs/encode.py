@@ -17,7 +17,7 @@ from diffit_jax.data import latent_statistics, records
 from diffit_jax.data.decoding import Framing
 from diffit_jax.data.images import Loaded, Loader, default_workers, open_images
 from diffit_jax.data.places import Index
-from diffit_jax.data.records import Manifest
+from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
@@ -112,7 +112,7 @@ def encode(
         image = loader.first_shape()
         _check_image(index, image, encoder)
         shape = encoder.shape_of(image)
-        size = 4 + int(np.prod(shape)) * np.dtype(encoding.stored).itemsize
+        arrays = records.layout(moments=ArraySpec(shape, encoding.stored))
         crop = dict(index.crop) or dataclasses.asdict(framing)
         identity = {
             "source": index.digest(),
@@ -121,16 +121,13 @@ def encode(
             "stored": encoding.stored,
             "autoencoder": encoder.identity(),
         }
-        shards = Shards(folder, split, len(index), size, identity)
+        shards = Shards(folder, split, len(index), arrays, identity)
         distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.first_holds(lambda: lock.owned(folder, "data set")):
             distributed.first_then_all(shards.begin, lambda: None)
             _write(shards, index, loader, encoder, encoding.stored, image)
             if distributed.is_first():
                 shards.finish(
-                    records.MOMENTS,
-                    shape,
-                    encoding.stored,
                     index.classes,
                     lambda sums: {
                         "source": facts_of(index, source, split) | {"image_shape": list(image)},
@@ -227,7 +224,7 @@ def _write(
                         _check_finite(moments, good, index)
                         writer.line.add_sums(**latent_statistics.sums_of(moments))
                         for loaded, array in zip(good, moments.astype(stored), strict=True):
-                            writer.add(label_of(index, loaded.number), array)
+                            writer.add(label_of(index, loaded.number), moments=array)
                     encoded += len(good)
                     # Other processes are about as far.
                     progress.advance(len(group) * jax.process_count())

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import containers, latent_statistics, records
-from diffit_jax.data.records import Manifest
+from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
@@ -73,15 +73,13 @@ def import_latents(
             )
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
-        shards = Shards(folder, split, len(index), 4 + moments.size * 4, digest)
+        arrays = records.layout(moments=ArraySpec(shape, "float32"))
+        shards = Shards(folder, split, len(index), arrays, digest)
         files.make_directory(folder, "data_dir")
         with lock.owned(folder, "data set"):
             shards.begin()
             _write(shards, index, read, shape)
             manifest = shards.finish(
-                records.MOMENTS,
-                shape,
-                "float32",
                 index.classes,
                 lambda sums: {
                     "source": {
@@ -116,7 +114,7 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
                             f"{shape[1:]}: all must have one size"
                         )
                     writer.line.add_sums(**latent_statistics.sums_of(moments[None, None]))
-                    writer.add(label_of(index, number), moments[None])
+                    writer.add(label_of(index, number), moments=moments[None])
                     progress.advance()
 
 

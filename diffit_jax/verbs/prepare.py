@@ -12,7 +12,7 @@ from diffit_jax.data import records
 from diffit_jax.data.decoding import Framing
 from diffit_jax.data.images import Loader, default_workers, open_images
 from diffit_jax.data.places import Index
-from diffit_jax.data.records import Manifest
+from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
@@ -64,7 +64,7 @@ def prepare(
             folder,
             split,
             len(index),
-            4 + shape[0] * shape[1] * shape[2],
+            records.layout(image=ArraySpec(shape, "uint8")),
             {"source": index.digest(), "crop": dataclasses.asdict(framing), "shape": list(shape)},
         )
         files.make_directory(folder, "data_dir")
@@ -72,9 +72,6 @@ def prepare(
             shards.begin()
             _write(shards, index, loader, shape)
             manifest = shards.finish(
-                records.IMAGES,
-                shape,
-                "uint8",
                 index.classes,
                 lambda sums: {
                     "source": facts_of(index, source, split),
@@ -101,7 +98,7 @@ def _write(shards: Shards, index: Index, loader: Loader, shape: tuple[int, ...])
                         writer.line.skipped.append((index.names[loaded.number], loaded.reason))
                     else:
                         check_shape(index.names[loaded.number], pixels.shape, shape)
-                        writer.add(label_of(index, loaded.number), pixels)
+                        writer.add(label_of(index, loaded.number), image=pixels)
                         writer.remark(list(loaded.remarks))
                     progress.advance()
 
@@ -151,7 +148,9 @@ def report(manifest: Manifest, folder: epath.Path, index: Index) -> None:
 def summary(manifest: Manifest, folder: epath.Path, said: tuple[str, ...] = ()) -> Iterator[str]:
     """A manifest in a few lines."""
     classes = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    what = f"{manifest.count} examples of {manifest.shape} {manifest.dtype}, {classes}"
+    specs = [spec for name, spec in manifest.arrays.items() if name != records.LABEL]
+    arrays = ", ".join(f"{spec.shape} {spec.dtype}" for spec in specs)
+    what = f"{manifest.count} examples of {arrays}, {classes}"
     yield f"{folder}: {what}, in {len(manifest.shards)} shards"
     yield from said
     empty = [n for n, c in zip(manifest.classes, manifest.class_counts, strict=True) if not c]

@@ -5,12 +5,16 @@ import threading
 
 import numpy as np
 import pytest
+from support.configs import small_latent_config
 from support.processes import ROOT
 
 from diffit_jax.data import records, shards
 from diffit_jax.data.pipeline import batches
-from diffit_jax.data.records import RecordSource, open_records
+from diffit_jax.data.records import ArraySpec, RecordSource, open_records
+from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
+from diffit_jax.training.objective import Objective
+from diffit_jax.verbs.train import train
 
 COUNT, SHAPE = 300, (2, 4, 4, 8)
 
@@ -23,15 +27,16 @@ def moments(number):
 def folder(tmp_path_factory):
     """300 moments in ten shards, written without a source."""
     folder = tmp_path_factory.mktemp("data") / "latents"
-    plan = shards.Shards(folder, "train", COUNT, 1, {}, per_shard=30)
+    arrays = records.layout(moments=ArraySpec(SHAPE, "float16"))
+    plan = shards.Shards(folder, "train", COUNT, arrays, {}, per_shard=30)
     plan.begin()
     for shard in range(plan.total):
         with plan.writing(shard) as writer:
             for number in plan.numbers(shard):
-                writer.add(number % 5, moments(number))
+                writer.add(number % 5, moments=moments(number))
     classes = tuple("abcde")
     facts = {"source": {}, "crop": {}}
-    plan.finish(records.MOMENTS, SHAPE, "float16", classes, lambda sums: facts)
+    plan.finish(classes, lambda sums: facts)
     return folder
 
 
@@ -121,9 +126,10 @@ def test_a_shard_of_other_records_is_named(folder, tmp_path):
     for path in folder.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    other = shards.ShardWriter(tmp_path / "train-00004-of-00010.array_record")
+    path = tmp_path / "train-00004-of-00010.array_record"
+    other = shards.ShardWriter(path, records.layout(image=ArraySpec((3,), "uint8")))
     for _ in range(30):
-        other.add(0, np.zeros(3, np.uint8))
+        other.add(0, image=np.zeros(3, np.uint8))
     other.close()
     source = open_records(tmp_path, "train")
     assert len(source.read(np.arange(100))["label"]) == 100
@@ -139,3 +145,54 @@ def test_processes_that_decode_import_no_jax():
     for name in ("decoding", "places", "records", "images"):
         text = (ROOT / f"diffit_jax/data/{name}.py").read_text()
         assert "import jax" not in text and "from jax" not in text
+
+
+def test_a_record_may_have_three_arrays(tmp_path):
+    """Latents, features and tokens of captions beside a label: all come to the training step."""
+    rng, count = np.random.default_rng(0), 20
+    values = {
+        "moments": rng.normal(size=(count, 1, 8, 8, 8)).astype(np.float16),
+        "features": rng.normal(size=(count, 4, 6)).astype(np.float32),
+        "tokens": rng.integers(0, 30_000, (count, 7)),
+    }
+    arrays = records.layout(
+        **{name: ArraySpec(value.shape[1:], value.dtype.name) for name, value in values.items()}
+    )
+    plan = shards.Shards(tmp_path / "many", "train", count, arrays, {}, per_shard=6)
+    plan.begin()
+    for shard in range(plan.total):
+        with plan.writing(shard) as writer:
+            for number in plan.numbers(shard):
+                writer.add(number % 10, **{name: value[number] for name, value in values.items()})
+    facts = {"source": {}, "crop": {}, "autoencoder": {}}
+    plan.finish(tuple("abcdefghij"), lambda sums: facts)
+    source = open_dataset("many", "train", tmp_path)
+    order = rng.permutation(count)
+    batch = source.read(order)
+    assert set(batch) == {"label", *values} and source.image_shape == (8, 8, 4)
+    for name, value in values.items():
+        np.testing.assert_array_equal(batch[name], value[order])
+        assert batch[name].dtype == value.dtype and batch[name].flags.writeable
+
+    class OfFeatures(Objective):
+        def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+            assert {"features", "tokens"} <= set(examples)
+            loss_B, terms = super().__call__(
+                experiment, variables, frozen, examples, key_B, update, training
+            )
+            return loss_B + examples["features"].mean((1, 2)), terms
+
+    config = small_latent_config(data__name="many", training__total_steps=2)
+    config.data.data_dir = str(tmp_path)
+    assert int(train(config, tmp_path / "run", objective=OfFeatures()).skipped) == 0
+
+
+def test_other_arrays_than_the_plans_are_refused(tmp_path):
+    arrays = records.layout(image=ArraySpec((2, 2, 3), "uint8"))
+    writer = shards.ShardWriter(tmp_path / "shard", arrays)
+    for values in ({}, {"moments": np.zeros(3)}, {"image": np.zeros((2, 3, 3), np.uint8)}):
+        with pytest.raises(
+            ValueError, match=r"a record has label, image, not|image is \(2, 3, 3\)"
+        ):
+            writer.add(0, **values)
+    writer.abandon()

@@ -72,13 +72,14 @@ def measure_decode(_: Path) -> None:
 
 def measure_far(folder: Path) -> None:
     count, shape = 2_000, (2, 32, 32, 16)  # 64 KiB
-    plan = shards.Shards(folder / "far", "train", count, 2**16, {}, per_shard=100)
+    arrays = records.layout(moments=records.ArraySpec(shape, "float16"))
+    plan = shards.Shards(folder / "far", "train", count, arrays, {}, per_shard=100)
     plan.begin()
     for shard in range(plan.total):
         with plan.writing(shard) as writer:
             for _ in plan.numbers(shard):
-                writer.add(0, np.zeros(shape, np.float16))
-    plan.finish(records.MOMENTS, shape, "float16", ("x",), lambda _: {"source": {}, "crop": {}})
+                writer.add(0, moments=np.zeros(shape, np.float16))
+    plan.finish(("x",), lambda _: {"source": {}, "crop": {}})
     fetch = RecordSource._fetch
 
     def far(source: RecordSource, path: str, rows: list[int]) -> list[bytes]:

@@ -19,7 +19,7 @@ from support.processes import ROOT, command, environment, free_port
 
 from diffit_jax.data import latent_statistics, records, shards
 from diffit_jax.data.decoding import Framing
-from diffit_jax.data.records import Manifest, Shard, open_records
+from diffit_jax.data.records import ArraySpec, Manifest, Shard, open_records
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import parallel
@@ -108,10 +108,10 @@ def test_an_encode_that_is_cut_at_five_points_gives_the_same_bytes(place, whole,
     for limit in itertools.chain([0, 6, 3, 5, 9], itertools.repeat(100)):
         left = iter(range(limit))
 
-        def add_or_end(writer, *arguments, left=left):
+        def add_or_end(writer, *arguments, left=left, **arrays):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            add(writer, *arguments)
+            add(writer, *arguments, **arrays)
 
         monkeypatch.setattr(shards.ShardWriter, "add", add_or_end)
         try:
@@ -198,7 +198,7 @@ def test_two_processes_of_four_devices_write_the_same_data_set(place, whole, tmp
 
 def test_one_orientation_is_half_of_two(place, whole, tmp_path):
     manifest = encode_pets(place, tmp_path, orientations=1, stored="float32")
-    assert manifest.shape == (1, 8, 8, 8) and manifest.dtype == "float32"
+    assert manifest.arrays["moments"] == ArraySpec((1, 8, 8, 8), "float32")
     both = open_records(whole, "train").read(np.arange(20))["moments"]
     one = open_records(tmp_path / "pets", "train").read(np.arange(20))["moments"]
     np.testing.assert_array_equal(one[:, 0].astype(np.float16), both[:, 0])
@@ -232,9 +232,7 @@ def test_latents_of_another_autoencoder_do_not_go_into_the_same_data_set(place, 
 
 def manifest_of(statistics, **changes):
     facts = dict(
-        kind=records.MOMENTS,
-        shape=(2, 32, 32, 8),
-        dtype="float16",
+        arrays=records.layout(moments=ArraySpec((2, 32, 32, 8), "float16")),
         classes=tuple(map(str, range(1000))),
         count=1_281_167,
         class_counts=(),

@@ -14,7 +14,7 @@ from support.processes import ROOT, command, environment
 
 from diffit_jax.data import records, shards
 from diffit_jax.data.decoding import Framing
-from diffit_jax.data.records import open_records
+from diffit_jax.data.records import ArraySpec, open_records
 from diffit_jax.data.sources import Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.verbs.prepare import prepare
@@ -38,7 +38,8 @@ def many(monkeypatch):
 def test_what_is_prepared_is_read_back_bit_for_bit(tmp_path, many):
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
     manifest = prepare(source, "pets", tmp_path / "data", workers=0)
-    assert (manifest.count, manifest.shape, manifest.classes) == (23, (8, 8, 3), ("cat", "dog"))
+    assert (manifest.count, manifest.classes) == (23, ("cat", "dog"))
+    assert manifest.arrays["image"] == ArraySpec((8, 8, 3), "uint8")
     assert manifest.class_counts == (12, 11) and [s.count for s in manifest.shards] == [7, 7, 7, 2]
     read = open_dataset("pets", "train", tmp_path / "data", Wanted((8, 8, 3), 2, "image"))
     order = [*range(0, 23, 2), *range(1, 23, 2)]  # by name: cats first
@@ -61,10 +62,10 @@ def test_processes_and_interruptions_leave_the_same_files(tmp_path, many, monkey
     while interruptions < 9:
         left = iter(range(8))  # a shard, and one example of the next
 
-        def add_or_end(writer, *arguments, left=left):
+        def add_or_end(writer, *arguments, left=left, **arrays):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            add(writer, *arguments)
+            add(writer, *arguments, **arrays)
 
         monkeypatch.setattr(shards.ShardWriter, "add", add_or_end)
         try:
@@ -206,9 +207,9 @@ def test_a_disk_that_is_full_for_real(tmp_path):
     """The library says so itself, on the device that is always full."""
     writer = shards.ShardWriter.__new__(shards.ShardWriter)
     with pytest.raises((OSError, RuntimeError), match="No space left"):
-        writer.__init__("/dev/full")
+        writer.__init__("/dev/full", records.layout(image=ArraySpec((64, 64, 3), "uint8")))
         for _ in range(100):
-            writer.add(0, np.zeros((64, 64, 3), np.uint8))
+            writer.add(0, image=np.zeros((64, 64, 3), np.uint8))
         writer.close()
 
 
@@ -247,7 +248,7 @@ def test_what_an_experiment_expects_is_checked(tmp_path):
     with pytest.raises(UserError, match=r"there is no data set .*test.manifest.json: it has train"):
         open_dataset("pets", "test", tmp_path / "data")
     assert json.loads((tmp_path / "data/pets/train.manifest.json").read_text())["count"] == 12
-    assert records.read_manifest(tmp_path / "data/pets", "train").kind == "images"
+    assert list(records.read_manifest(tmp_path / "data/pets", "train").arrays) == ["label", "image"]
 
 
 def test_a_bucket_gets_the_same_files(tmp_path, many, monkeypatch):
