@@ -54,8 +54,13 @@ def _variables_of(module: nn.Module, example: tuple[int, ...]) -> Any:
 
 
 def as_network(
-    model: Model, variables: Mapping[str, Any], *, forward_mode: bool = False
-) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+    model: Model,
+    variables: Mapping[str, Any],
+    *,
+    forward_mode: bool = False,
+    capture: int | None = None,
+    inner: bool = False,
+) -> Callable[[jax.Array, jax.Array, Any], Any]:
     """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion
     processes know.
 
@@ -67,12 +72,20 @@ def as_network(
       variables: of it.
       forward_mode: whether `jax.jvp` is to go through it: attention is then computed by XLA, since
         kernels have a backward pass only.
+      capture: number of a block, from 0 (in the U: of the encoder), after which its tokens are
+        wanted: the function returns (y_BHWC, tokens).
+      inner: whether the output of a model's inner head is wanted: it returns (y_BHWC, y_inner). A
+        model that has one returns both; everybody else sees y_BHWC.
     """
     if forward_mode:
         model = model.with_xla_attention()
-    return lambda x_BHWC, noise_level_B, conditioning: model.apply(
-        variables, x_BHWC, noise_level_B, conditioning
-    )
+    settings = {} if capture is None else {"capture": capture}
+
+    def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
+        found: Any = model.apply(variables, x_BHWC, noise_level_B, conditioning, **settings)
+        return found[0] if isinstance(found, tuple) and not (inner or settings) else found
+
+    return network
 
 
 def platform_family(platform: str) -> str:

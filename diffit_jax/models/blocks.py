@@ -5,6 +5,7 @@ W height and width of an image.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 
+from diffit_jax.errors import UserError
 from diffit_jax.models.attention import TMSA, Tile, dense_tile, merge, partition
 from diffit_jax.models.placement import Dense, placed, platform
 
@@ -229,25 +231,28 @@ def repeat_block(
     x: jax.Array,
     time_BT: jax.Array,
     num_blocks: int,
-    unroll: int,
+    *,
+    unroll: int = 1,
     remat: str = "none",
     dropout_key_B: jax.Array | None = None,
-) -> jax.Array:
+    capture: int | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Runs `num_blocks` copies of a block one after the other, as one scanned layer.
 
     Args:
       block: module that maps (x, time_BT, dropout_key_B) to an array like x. Its parameters get a
         leading axis of `num_blocks`.
       x: input of the first copy.
-      time_BT: (B, T) time token, the same for every copy.
+      time_BT: (B, T) time token, the same for every copy, or (num_blocks, B, T), one for each.
       num_blocks: how many copies.
       unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks`
         shows the compiler all of them at once, which is faster for a small network on a CPU.
       remat: a name in `REMAT_POLICIES`.
       dropout_key_B: (B,) keys, from which each copy gets its own; None: nothing is dropped.
+      capture: number of a copy whose output is wanted too.
 
     Returns:
-      The output of the last copy, shaped like x.
+      The output of the last copy, shaped like x, and that of copy `capture`, or None.
     """
 
     def run(
@@ -259,11 +264,20 @@ def repeat_block(
         # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled
         # they could.
         run = nn.remat(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+
+    def run_and_keep(
+        block: nn.Module, carry: Any, time_BT: jax.Array, key_B: Any, number: Any
+    ) -> tuple[Any, None]:
+        x, kept = carry
+        x = run(block, x, time_BT, key_B)
+        # A scan that is cut in two there would have to copy the parameters of both parts.
+        return (x, None if kept is None else jnp.where(number == capture, x, kept)), None
+
     scan = nn.scan(
-        lambda block, x, time_BT, key_B: (run(block, x, time_BT, key_B), None),
+        run_and_keep,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (its stub forgets it)
+        in_axes=(0 if time_BT.ndim == 3 else nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType] (its stub forgets it)
         length=num_blocks,
         unroll=unroll,
         # Flax would trace a block twice to find variables that all copies share: there are none.
@@ -274,4 +288,14 @@ def repeat_block(
         keys_NB = jax.vmap(
             lambda number: jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout_key_B)
         )(jnp.arange(num_blocks))
-    return scan(block, x, time_BT, keys_NB)[0]
+    numbers = None if capture is None else jnp.arange(num_blocks)
+    kept = None if capture is None else jnp.zeros_like(x)
+    return scan(block, (x, kept), time_BT, keys_NB, numbers)[0]
+
+
+def check_capture(capture: int | None, num_blocks: int) -> None:
+    """Raises `UserError` for a number that no block has."""
+    if capture is not None and not 0 <= capture < num_blocks:
+        raise UserError(
+            f"there is no block {capture} to capture: the blocks are 0 to {num_blocks - 1}"
+        )

@@ -19,7 +19,14 @@ import jax.numpy as jnp
 from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, at_least, share
-from diffit_jax.models.blocks import DiffiTResBlock, Upsample, conv3x3, group_norm, repeat_block
+from diffit_jax.models.blocks import (
+    DiffiTResBlock,
+    Upsample,
+    check_capture,
+    conv3x3,
+    group_norm,
+    repeat_block,
+)
 from diffit_jax.models.embeddings import TimeToken
 from diffit_jax.models.model import Tuning
 from diffit_jax.models.placement import Dense, at_least_float32
@@ -138,8 +145,12 @@ class ImageDiffiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]
-    ) -> jax.Array:
+        self,
+        x_BHWC: jax.Array,
+        noise_level_B: jax.Array,
+        conditioning: Mapping[str, jax.Array],
+        capture: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """One evaluation of the network.
 
         Args:
@@ -149,11 +160,13 @@ class ImageDiffiT(nn.Module):
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
             does an absent key. `augment`: (B, augment_labels) float32, 0 where nothing was done, as
             is an absent key. `dropout_key`: (B,) keys, in training.
+          capture: number of a block of the encoder, from 0, whose output is wanted too.
 
         Returns:
-          Array like x_BHWC, float32.
+          Array like x_BHWC, float32; with `capture` also (B, H, W, C) of the block's stage.
         """
         self.check_sizes()
+        check_capture(capture, sum(self.num_blocks))
         label_B = conditioning.get("label") if self.num_classes else None
         time_BT = nn.silu(
             TimeToken(
@@ -165,7 +178,7 @@ class ImageDiffiT(nn.Module):
             )(noise_level_B, label_B, conditioning.get("augment"))
         )
         dropout_key_B = conditioning.get("dropout_key") if self.dropout else None
-        run_number = itertools.count()
+        run_number, captured = itertools.count(), []
 
         def run_stage(name: str, x: jax.Array, stage: int) -> jax.Array:
             heads = self.channels[stage] // self.head_width
@@ -176,9 +189,20 @@ class ImageDiffiT(nn.Module):
             key_B, number = dropout_key_B, next(run_number)
             if key_B is not None:  # each stage its own
                 key_B = jax.vmap(lambda key: jax.random.fold_in(key, number))(key_B)
-            return repeat_block(
-                block, x, time_BT, self.num_blocks[stage], self.scan_unroll, dropout_key_B=key_B
+            inside = name == "encoder" and capture in range(firsts[stage], firsts[stage + 1])
+            x, kept = repeat_block(
+                block,
+                x,
+                time_BT,
+                self.num_blocks[stage],
+                unroll=self.scan_unroll,
+                dropout_key_B=key_B,
+                capture=capture - firsts[stage] if capture is not None and inside else None,
             )
+            captured.append(kept)
+            return x
+
+        firsts = [0, *itertools.accumulate(self.num_blocks)]  # of each stage's blocks
 
         x = conv3x3(self.channels[0], self.dtype, name="tokenizer")(x_BHWC.astype(self.dtype))
         skips = []
@@ -194,6 +218,8 @@ class ImageDiffiT(nn.Module):
             x = run_stage("decoder", x, stage)
         exact = at_least_float32(self.dtype)
         x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(exact)
-        return conv3x3(
+        y_BHWC = conv3x3(
             self.image_channels, exact, name="head", kernel_init=nn.initializers.zeros_init()
         )(x)
+        kept = next((one for one in captured if one is not None), None)
+        return y_BHWC if kept is None else (y_BHWC, kept)

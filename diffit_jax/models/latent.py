@@ -16,7 +16,13 @@ from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, one_of, share
 from diffit_jax.models.attention import BACKENDS, choose_backend
-from diffit_jax.models.blocks import REMAT_POLICIES, DiffiTBlock, layer_norm, repeat_block
+from diffit_jax.models.blocks import (
+    REMAT_POLICIES,
+    DiffiTBlock,
+    check_capture,
+    layer_norm,
+    repeat_block,
+)
 from diffit_jax.models.embeddings import TimeToken, position_embedding
 from diffit_jax.models.model import Tuning
 from diffit_jax.models.placement import Dense, at_least_float32
@@ -167,8 +173,12 @@ class LatentDiffiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]
-    ) -> jax.Array:
+        self,
+        x_BHWC: jax.Array,
+        noise_level_B: jax.Array,
+        conditioning: Mapping[str, jax.Array],
+        capture: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """One evaluation of the network.
 
         Args:
@@ -177,11 +187,14 @@ class LatentDiffiT(nn.Module):
             as it is.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
             does an absent key. `dropout_key`: (B,) keys, in training.
+          capture: number of a block, from 0, whose tokens are wanted too.
 
         Returns:
-          (B, input_size, input_size, output_channels) float32.
+          (B, input_size, input_size, output_channels) float32; with `capture` also (B, L, C) of the
+          model's dtype.
         """
         self.check_sizes()
+        check_capture(capture, self.depth)
         batch, grid, patch = len(x_BHWC), self.grid, self.patch_size
         label_B = conditioning.get("label") if self.num_classes else None
         time_BT = TimeToken(self.hidden_size, self.num_classes, dtype=self.dtype, name="time")(
@@ -215,15 +228,17 @@ class LatentDiffiT(nn.Module):
             name="blocks",
         )
         # The whole grid is one window.
-        x_BLC = repeat_block(
+        x_BNLC, captured = repeat_block(
             block,
             x_BLC[:, None],
             time_BT,
             self.depth,
-            self.scan_unroll,
-            self.remat,
-            conditioning.get("dropout_key") if self.dropout else None,
-        )[:, 0]
+            unroll=self.scan_unroll,
+            remat=self.remat,
+            dropout_key_B=conditioning.get("dropout_key") if self.dropout else None,
+            capture=capture,
+        )
+        x_BLC = x_BNLC[:, 0]
 
         exact = at_least_float32(self.dtype)
         x_BLC = nn.silu(layer_norm(exact, affine=False, name="final_norm")(x_BLC))
@@ -234,4 +249,5 @@ class LatentDiffiT(nn.Module):
             name="final",
         )
         x = last(x_BLC).reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(batch, self.input_size, self.input_size, self.output_channels)
+        y_BHWC = x.reshape(batch, self.input_size, self.input_size, self.output_channels)
+        return y_BHWC if captured is None else (y_BHWC, captured[:, 0])

@@ -79,6 +79,6 @@ class Model(Protocol):
         """Flax's."""
         ...
 
-    def apply(self, variables: Mapping[str, Any], *inputs: Any) -> jnp.ndarray:
+    def apply(self, variables: Mapping[str, Any], *inputs: Any, **settings: Any) -> jnp.ndarray:
         """Flax's."""
         ...
