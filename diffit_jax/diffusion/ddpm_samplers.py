@@ -5,7 +5,7 @@ Shape suffixes: B batch, H, W, C height, width and channels of a sample.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,15 @@ import numpy as np
 from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM, Prediction
 from diffit_jax.diffusion.guidance import Guided
-from diffit_jax.diffusion.samplers import Drawn, Steps, descend, watched
+from diffit_jax.diffusion.samplers import (
+    Carry,
+    Drawn,
+    Steps,
+    at_level,
+    descend,
+    tree_map,
+    watched,
+)
 from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.diffusion.seams import Conditioning, Network, Noise, Process
 from diffit_jax.errors import UserError
@@ -77,17 +85,18 @@ class Ancestral:
         update = self.update(schedule)
         timesteps = jnp.asarray(schedule.timesteps, jnp.int32)
 
-        def body(
-            index: jax.Array, x_BHWC: jax.Array, network: Network
-        ) -> tuple[jax.Array, jax.Array]:
-            k = len(schedule) - 1 - index
-            y_BHWC = network(x_BHWC, jnp.full(len(x_BHWC), timesteps[k]), conditioning)
-            k_B = jnp.full(len(x_BHWC), k)
-            prediction = process.predict(y_BHWC, x_BHWC, k_B, schedule, self.clip_denoised)
-            return update(prediction, x_BHWC, k, noise(index + 1)), prediction.x0
+        def body(index: jax.Array, carry: Carry, network: Network) -> tuple[Carry, Any]:
+            (x,), k = carry, len(schedule) - 1 - index
+            y, k_B = network(x, at_level(x, timesteps[k]), conditioning), at_level(x, k)
+            predictions = tree_map(
+                lambda x, y: process.predict(y, x, k_B, schedule, self.clip_denoised), x, y
+            )
+            x = tree_map(lambda x, p, z: update(p, x, k, z), x, predictions, noise(index + 1))
+            return (x,), tree_map(lambda x, p: p.x0, x, predictions)
 
         sigma, seen = schedule.sqrt_recipm1_alphas_cumprod[::-1], watched(len(schedule), frames)
-        return Drawn(*descend(guided, body, noise(0), sigma, seen))
+        carry, kept = descend(guided, body, (noise(0),), sigma, seen)
+        return Drawn(carry[0], kept)
 
     def update(self, schedule: Schedule) -> Update:
         """The step from x_k to x_{k-1}."""

@@ -14,7 +14,7 @@ Shape suffixes: B batch, H, W, C height, width and channels; E evaluations.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,17 @@ import numpy as np
 from diffit_jax import limits
 from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
-from diffit_jax.diffusion.samplers import Churning, Drawn, OfDenoiser, StepsOfGrid, descend, watched
+from diffit_jax.diffusion.samplers import (
+    Carry,
+    Churning,
+    Drawn,
+    OfDenoiser,
+    StepsOfGrid,
+    at_level,
+    descend,
+    tree_map,
+    watched,
+)
 from diffit_jax.diffusion.schedule import sampling_grid
 from diffit_jax.diffusion.seams import Conditioning, Denoiser, Noise, Process
 from diffit_jax.errors import UserError
@@ -194,33 +204,38 @@ class General(Churning, OfDenoiser):
                 )
         evaluations = 2 if self.solver == "heun" else 1
 
-        x_BHWC = noise(0)
-        dtype = x_BHWC.dtype
+        x = noise(0)
+        dtype = jax.tree.leaves(x)[0].dtype
         table = jnp.asarray(rows, dtype)
 
-        def body(
-            index: jax.Array, carry: tuple[jax.Array, ...], network: Denoiser
-        ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-            x_BHWC, start_BHWC, first_slope = carry
+        def body(index: jax.Array, carry: Carry, network: Denoiser) -> tuple[Carry, Any]:
+            x, start, first_slope = carry
             predicts, stretch, fresh, shrink, level, of_x, of_denoised, by_first, by_slope = table[
                 index
             ]
-            x_BHWC = stretch * x_BHWC
+            x = tree_map(lambda x: stretch * x, x)
             if self.churn_amount:
-                x_BHWC = x_BHWC + fresh * noise(index // evaluations + 1)
-            start_BHWC = jnp.where(predicts == 1, x_BHWC, start_BHWC)
-            denoised = network(shrink * x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
-            slope = of_x * x_BHWC - of_denoised * denoised
-            x_BHWC = start_BHWC + by_first * first_slope + by_slope * slope
-            return (x_BHWC, start_BHWC, slope), denoised
+                x = tree_map(lambda x, z: x + fresh * z, x, noise(index // evaluations + 1))
+            start = tree_map(lambda x, start: jnp.where(predicts == 1, x, start), x, start)
+            shrunk = tree_map(lambda x: shrink * x, x)
+            denoised = network(shrunk, at_level(x, level), conditioning)
+            slope = tree_map(lambda x, clean: of_x * x - of_denoised * clean, x, denoised)
+            x = tree_map(
+                lambda start, one, two: start + by_first * one + by_slope * two,
+                start,
+                first_slope,
+                slope,
+            )
+            return (x, start, slope), denoised
 
         first = t[:1]
-        x_BHWC = x_BHWC * jnp.asarray((path.sigma(first) * path.scale(first))[0], dtype)
-        carry = x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)
+        scale = jnp.asarray((path.sigma(first) * path.scale(first))[0], dtype)
+        x = tree_map(lambda x: x * scale, x)
+        carry = x, x, tree_map(jnp.zeros_like, x)
         step_sigma = np.repeat(sigma, evaluations)[: len(rows)]
         seen = watched(self.num_steps, frames, evaluations)
         levels = np.array(rows)[:, 4]
-        carry, kept = descend(guided, body, carry, levels, seen, step_sigma)
+        carry, kept = descend(guided, body, carry, levels, seen, step_sigma=step_sigma)
         return Drawn(carry[0], kept)
 
 

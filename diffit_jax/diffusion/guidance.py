@@ -18,8 +18,8 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +201,7 @@ class Guided:
     """
 
     plain: Network
-    mixed: Callable[[jax.Array, jax.Array, Conditioning, jax.Array], jax.Array]
+    mixed: Callable[[Any, jax.Array, Conditioning, jax.Array], Any]
     guidance: Guidance
     time_of: Callable[[np.ndarray], np.ndarray]
     scale: jax.Array | None = None
@@ -251,7 +251,9 @@ def guide(
     time_of: Callable[[np.ndarray], np.ndarray],
     null_label: int | None = None,
     weaker: Network | None = None,
+    *,
     scale: jax.Array | None = None,
+    acts_on: Mapping[str, int] | None = None,
 ) -> Guided:
     """Guides an evaluation.
 
@@ -264,6 +266,9 @@ def guide(
       null_label: the label that stands for "no label"; None if there are no labels.
       weaker: the lesser evaluation of autoguidance, with the same conditioning.
       scale: in place of the settings', see `Guided`.
+      acts_on: of samples that are pytrees, the paths (`contents.path_name`'s form: "a/b") of the
+        leaves that are guided, and how many of their first channels, 0 for all; the other leaves
+        are the plain evaluation's. None: every leaf, and the settings' channels of it.
 
     Raises:
       UserError: guidance by labels without labels, or autoguidance without a weaker network.
@@ -286,28 +291,29 @@ def guide(
 
         both = _by_two_networks(evaluate, weaker)
 
-    def mixed(
-        x_BHWC: jax.Array, level_B: jax.Array, conditioning: Conditioning, scale: jax.Array
-    ) -> jax.Array:
-        plain, lesser = both(x_BHWC, level_B, conditioning)
-        count = guidance.channels or x_BHWC.shape[-1]
-        mixture = lesser[..., :count] + scale * (plain[..., :count] - lesser[..., :count])
-        return jnp.concatenate([mixture, plain[..., count:]], axis=-1)
+    def mixed(x: Any, level_B: jax.Array, conditioning: Conditioning, scale: jax.Array) -> Any:
+        def of_leaf(path: tuple, x: jax.Array, plain: jax.Array, lesser: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if acts_on is not None and name not in acts_on:
+                return plain
+            channels = guidance.channels if acts_on is None else acts_on[name]
+            count = channels or x.shape[-1]
+            mixture = lesser[..., :count] + scale * (plain[..., :count] - lesser[..., :count])
+            return jnp.concatenate([mixture, plain[..., count:]], axis=-1)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, x, *both(x, level_B, conditioning))
 
     return Guided(evaluate, mixed, guidance, time_of, scale)
 
 
-_Both = Callable[[jax.Array, jax.Array, Conditioning], tuple[jax.Array, jax.Array]]
+_Both = Callable[[Any, jax.Array, Conditioning], tuple[Any, ...]]
 
 
 def _by_two_networks(evaluate: Network, weaker: Network) -> _Both:
     """Both evaluations with the same conditioning."""
 
-    def both(
-        x_BHWC: jax.Array, level_B: jax.Array, conditioning: Conditioning
-    ) -> tuple[jax.Array, jax.Array]:
-        plain = evaluate(x_BHWC, level_B, conditioning)
-        return plain, weaker(x_BHWC, level_B, conditioning)
+    def both(x: Any, level_B: jax.Array, conditioning: Conditioning) -> tuple[Any, ...]:
+        return evaluate(x, level_B, conditioning), weaker(x, level_B, conditioning)
 
     return both
 
@@ -315,14 +321,13 @@ def _by_two_networks(evaluate: Network, weaker: Network) -> _Both:
 def _with_and_without_label(evaluate: Network, null_label: int) -> _Both:
     """Both evaluations by one call with twice the batch."""
 
-    def both(
-        x_BHWC: jax.Array, level_B: jax.Array, conditioning: Conditioning
-    ) -> tuple[jax.Array, jax.Array]:
+    def both(x: Any, level_B: jax.Array, conditioning: Conditioning) -> tuple[Any, ...]:
         pairs = {name: jnp.repeat(value, 2, axis=0) for name, value in conditioning.items()}
         pairs["label"] = pairs["label"].at[1::2].set(null_label)
-        y = evaluate(jnp.repeat(x_BHWC, 2, axis=0), jnp.repeat(level_B, 2, axis=0), pairs)
-        y = y.reshape(-1, 2, *y.shape[1:])
-        return y[:, 0], y[:, 1]
+        twice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), x)
+        y = evaluate(twice, jnp.repeat(level_B, 2, axis=0), pairs)
+        y = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), y)
+        return tuple(jax.tree.map(lambda leaf, n=n: leaf[:, n], y) for n in (0, 1))
 
     return both
 

@@ -3,6 +3,9 @@ jit compiles once.
 
 They serve every process; those that belong to discrete-time diffusion are in `ddpm_samplers`.
 
+What is sampled is an array (B, H, W, C), or a pytree of arrays with the batch in front, of which
+networks and denoisers then make pytrees of the same structure.
+
 A sample's randomness is a function of its seed number alone: one key per sample (`sample_keys`),
 from which its initial noise and the noise of each step are derived by number. It does not depend on
 the batch, its order or the devices.
@@ -13,6 +16,7 @@ Shape suffixes: B batch, H, W, C height, width and channels.
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -25,7 +29,9 @@ from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.seams import Conditioning, Denoiser, Network, Noise, Process
 from diffit_jax.limits import at_least
 
-T = TypeVar("T")
+T = TypeVar("T", bound=tuple)
+Carry = tuple[Any, ...]  # of a sampler's loop
+tree_map = jax.tree.map
 Steps = Annotated[int, at_least(1, most=100_000)]
 Rounding = Callable[[np.ndarray], np.ndarray]  # of noise levels, float64
 StepsOfGrid = Annotated[int, at_least(2, most=100_000)]  # the grid has two ends
@@ -35,12 +41,13 @@ class Drawn(NamedTuple):
     """What a sampler makes.
 
     Attributes:
-      samples: (B, H, W, C) float32, in the units of the training data and not clipped.
-      frames: (F, B, H, W, C) float32, the clean samples as they were estimated at F of its steps.
+      samples: (B, H, W, C) float32 (or a pytree), in the units of the training data and not
+        clipped.
+      frames: the same with F in front: the clean samples as they were estimated at F of its steps.
     """
 
-    samples: jax.Array
-    frames: jax.Array
+    samples: Any
+    frames: Any
 
 
 class SamplingMethod(Protocol):
@@ -98,10 +105,33 @@ def step_noise(key_B: jax.Array, index: jax.Array | int, shape: tuple[int, ...])
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(key_B)
 
 
-def seeded_noise(seed_B: jax.Array, shape: tuple[int, ...]) -> Noise:
-    """The noise of samples with seed numbers seed_B, (B,) uint32, and of a shape (H, W, C)."""
+def seeded_noise(seed_B: jax.Array, shapes: Any) -> Noise:
+    """The noise of samples with seed numbers seed_B, (B,) uint32.
+
+    Args:
+      seed_B: seed numbers.
+      shapes: of a sample, (H, W, C), or a pytree of such, each leaf of which has keys of its own: a
+        function of the seed and the leaf's path.
+    """
     key_B = sample_keys(seed_B)
-    return lambda index: step_noise(key_B, index, shape)
+
+    def of_leaf(path: tuple, shape: tuple[int, ...], index: jax.Array | int) -> jax.Array:
+        number = zlib.crc32(jax.tree_util.keystr(path).encode())
+        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, number))(key_B) if path else key_B
+        return step_noise(keys_B, index, shape)
+
+    return lambda index: jax.tree_util.tree_map_with_path(
+        lambda path, shape: of_leaf(path, shape, index), shapes, is_leaf=_is_shape
+    )
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(size, int) for size in node)
+
+
+def at_level(x: Any, level: jax.Array) -> jax.Array:
+    """(B,) the same noise level for each of the samples x."""
+    return jnp.full(len(jax.tree.leaves(x)[0]), level)
 
 
 def watched(steps: int, frames: int, evaluations: int = 1) -> np.ndarray:
@@ -112,19 +142,20 @@ def watched(steps: int, frames: int, evaluations: int = 1) -> np.ndarray:
 
 def descend(
     guided: Guided,
-    body: Callable[[jax.Array, T, Network], tuple[T, jax.Array]],
+    body: Callable[[jax.Array, T, Network], tuple[T, Any]],
     carry: T,
     sigma: np.ndarray,
     watched: np.ndarray,
+    *,
     step_sigma: np.ndarray | None = None,
-) -> tuple[T, jax.Array]:
+) -> tuple[T, Any]:
     """A sampler's loop: `carry, denoised = body(e, carry, network)` for each evaluation e of its
     grid.
 
     Args:
       guided: what is evaluated.
       body: calls `network`, which is guided as e asks for, once.
-      carry: pytree that the loop starts from; its first array is x, (B, H, W, C) float32.
+      carry: tuple that the loop starts from; its first entry is x, like `denoised`.
       sigma, step_sigma: (E,) static grid, see `Guided.scales`.
       watched: (F,) static, evaluations whose `denoised` is kept.
 
@@ -132,8 +163,7 @@ def descend(
       The last carry, and what was kept. The program holds one loop for each stretch of evaluations
       with, or without, guidance.
     """
-    x_BHWC = jax.tree.leaves(carry)[0]
-    empty = jnp.zeros((len(watched), *x_BHWC.shape))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(watched), *leaf.shape)), carry[0])
     state = carry, empty if len(watched) else None  # nothing is carried along for no frames
     for stretch in guided.stretches(sigma, step_sigma):
 
@@ -142,7 +172,11 @@ def descend(
             carry, denoised = body(index, carry, network(index))
             if frames is not None:
                 here = jnp.asarray(watched) == index
-                frames = jnp.where(here.reshape(-1, 1, 1, 1, 1), denoised, frames)
+                frames = jax.tree.map(
+                    lambda kept, new: jnp.where(here.reshape(-1, *(1,) * new.ndim), new, kept),
+                    frames,
+                    denoised,
+                )
             return carry, frames
 
         state = jax.lax.fori_loop(stretch.start, stretch.stop, step, state)
@@ -196,7 +230,8 @@ class _InNoiseLevels(OfDenoiser):
         frames: int = 0,
     ) -> Drawn:
         sigmas = process.sigmas(self.num_steps)
-        return self.solve(guided, noise, conditioning, sigmas, frames, process.round_sigma)
+        rounding = process.round_sigma
+        return self.solve(guided, noise, conditioning, sigmas, frames=frames, round_sigma=rounding)
 
     def solve(
         self,
@@ -204,6 +239,7 @@ class _InNoiseLevels(OfDenoiser):
         noise: Noise,
         conditioning: Conditioning,
         sigmas: np.ndarray,
+        *,
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
     ) -> Drawn:
@@ -249,6 +285,7 @@ class Heun(Churning, _InNoiseLevels):
         noise: Noise,
         conditioning: Conditioning,
         sigmas: np.ndarray,
+        *,
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
     ) -> Drawn:
@@ -263,26 +300,32 @@ class Heun(Churning, _InNoiseLevels):
         #   evaluation 2i     predicts: from x at t̂ along the slope there;
         #   evaluation 2i + 1 corrects: from the same start along the mean of the slopes at t̂ and
         #                     at the predicted x.
-        def body(
-            index: jax.Array, carry: tuple[jax.Array, ...], network: Denoiser
-        ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-            x_BHWC, start_BHWC, first_slope = carry
+        def body(index: jax.Array, carry: Carry, network: Denoiser) -> tuple[Carry, Any]:
+            x, start, first_slope = carry
             step, corrects = index // 2, index % 2 == 1
             level, target, fresh = grid[step]
             if self.churn_amount:
-                x_BHWC = x_BHWC + jnp.where(corrects, 0.0, fresh * noise(step + 1))
-            start_BHWC = jnp.where(corrects, start_BHWC, x_BHWC)
+                x = tree_map(
+                    lambda x, z: x + jnp.where(corrects, 0.0, fresh * z), x, noise(step + 1)
+                )
+            start = tree_map(lambda start, x: jnp.where(corrects, start, x), start, x)
             here = jnp.where(corrects, target, level)
-            denoised = network(x_BHWC, jnp.full(len(x_BHWC), here), conditioning)
-            slope = (x_BHWC - denoised) / here
-            combined = jnp.where(corrects, (first_slope + slope) / 2, slope)
-            return (start_BHWC + (target - level) * combined, start_BHWC, slope), denoised
+            denoised = network(x, at_level(x, here), conditioning)
+            slope = tree_map(lambda x, clean: (x - clean) / here, x, denoised)
+            combined = tree_map(
+                lambda first, slope: jnp.where(corrects, (first + slope) / 2, slope),
+                first_slope,
+                slope,
+            )
+            x = tree_map(lambda start, way: start + (target - level) * way, start, combined)
+            return (x, start, slope), denoised
 
-        x_BHWC = jnp.float32(sigmas[0]) * noise(0)
+        x = tree_map(lambda z: jnp.float32(sigmas[0]) * z, noise(0))
         levels = np.stack([sigma_hat, next_sigma], axis=1).ravel()[:-1]
-        carry = x_BHWC, x_BHWC, jnp.zeros_like(x_BHWC)
+        carry = x, x, tree_map(jnp.zeros_like, x)
         seen = watched(len(sigma), frames, evaluations=2)
-        carry, kept = descend(denoise, body, carry, levels, seen, np.repeat(sigma, 2)[:-1])
+        starts = np.repeat(sigma, 2)[:-1]
+        carry, kept = descend(denoise, body, carry, levels, seen, step_sigma=starts)
         return Drawn(carry[0], kept)
 
 
@@ -313,6 +356,7 @@ class DPMSolver(_InNoiseLevels):
         noise: Noise,
         conditioning: Conditioning,
         sigmas: np.ndarray,
+        *,
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
     ) -> Drawn:
@@ -325,17 +369,22 @@ class DPMSolver(_InNoiseLevels):
         table = np.stack([sigma, ratio, 1 - ratio, extrapolation], axis=1)
         grid = jnp.asarray(table, jnp.float32)
 
-        def body(
-            step: jax.Array, carry: tuple[jax.Array, jax.Array], network: Denoiser
-        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            x_BHWC, previous = carry
+        def body(step: jax.Array, carry: Carry, network: Denoiser) -> tuple[Carry, Any]:
+            x, previous = carry
             level, of_x, of_denoised, extrapolate = grid[step]
-            denoised = network(x_BHWC, jnp.full(len(x_BHWC), level), conditioning)
-            x_BHWC = of_x * x_BHWC + of_denoised * (denoised + extrapolate * (denoised - previous))
-            return (x_BHWC, denoised), denoised
+            denoised = network(x, at_level(x, level), conditioning)
+            x = tree_map(
+                lambda x, clean, before: (
+                    of_x * x + of_denoised * (clean + extrapolate * (clean - before))
+                ),
+                x,
+                denoised,
+                previous,
+            )
+            return (x, denoised), denoised
 
-        x_BHWC = jnp.float32(sigmas[0]) * noise(0)
-        carry = x_BHWC, jnp.zeros_like(x_BHWC)
+        x = tree_map(lambda z: jnp.float32(sigmas[0]) * z, noise(0))
+        carry = x, tree_map(jnp.zeros_like, x)
         carry, kept = descend(denoise, body, carry, sigma, watched(len(sigma), frames))
         return Drawn(carry[0], kept)
 

@@ -8,7 +8,7 @@ Shape suffixes: B batch, H, W, C height, width and channels of a sample.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -16,17 +16,17 @@ import numpy as np
 # What a network is told beside its input, by name: `label` (B,) int. An absent key means none.
 Conditioning = Mapping[str, jax.Array]
 
-# (x_BHWC, level_B, conditioning) → y_BHWC', float32. What the level (B,) is, a timestep or EDM's
-# `c_noise`, is the affair of the process.
-Network = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
+# (x_BHWC, level_B, conditioning) → y_BHWC', float32; or pytrees of arrays in place of x and y, of
+# one structure. What the level (B,) is, a timestep or EDM's `c_noise`, is the process's affair.
+Network = Callable[[Any, jax.Array, Conditioning], Any]
 
 # The same with EDM's noise level sigma in place of the network's own: D(x; sigma), an estimate of
 # the clean sample.
 Denoiser = Network
 
-# (number) → (B, H, W, C) float32 standard normal noise. Number 0 is the initial noise of a sampler,
-# i + 1 that of its step i.
-Noise = Callable[[jax.Array | int], jax.Array]
+# (number) → (B, H, W, C) float32 standard normal noise, or a pytree of such, like the samples.
+# Number 0 is the initial noise of a sampler, i + 1 that of its step i.
+Noise = Callable[[jax.Array | int], Any]
 
 
 class Noised(NamedTuple):
