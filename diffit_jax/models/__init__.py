@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffit_jax.models import placement
 from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.models.model import Model
@@ -18,6 +19,7 @@ __all__ = [
     "as_network",
     "attention_in_words",
     "init_variables",
+    "parameter_facts",
     "platform_family",
     "variable_shapes",
 ]
@@ -40,6 +42,17 @@ def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
     x_BHWC = jnp.zeros((1, *model.sample_shape), jnp.float32)
     variables = model.init(key, x_BHWC, jnp.zeros((1,), jnp.float32), {})
     return {"params": variables["params"], "constants": variables.get("constants", {})}
+
+
+@functools.cache
+def parameter_facts(model: Model) -> Mapping[str, placement.Fact]:
+    """How each parameter is divided over a mesh, and whether it decays, by its path: what is said
+    where it is made."""
+    x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    level_B = jax.ShapeDtypeStruct((1,), jnp.float32)
+    with placement.collected_facts() as facts, placement.nowhere():
+        jax.eval_shape(lambda x, t: model.init(jax.random.key(0), x, t, {}), x_BHWC, level_B)
+    return facts
 
 
 def variable_shapes(module: nn.Module, example: tuple[int, ...]) -> Any:

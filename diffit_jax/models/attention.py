@@ -19,7 +19,7 @@ equations above):
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention_kernel
-from diffit_jax.models.placement import at_least_float32, per_shard, platform, weight
+from diffit_jax.models.placement import (
+    FSDP,
+    TENSOR,
+    Param,
+    at_least_float32,
+    param,
+    per_shard,
+    platform,
+)
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -207,9 +215,9 @@ class TMSA(nn.Module):
         head_width = channels // self.num_heads
         spatial, time, bias_table = self._input_projections(channels, time_BT.shape[-1])
         x_BNLC = x_BNLC.astype(self.dtype)
-        spatial_kernel = weight(self, "qkv_kernel", spatial.kernel, self.dtype)
-        time_kernel = weight(self, time.name, time.kernel, self.dtype)
-        query, value = 0, time.kernel.shape[1] - 1  # a slim time projection has no key between
+        spatial_kernel = spatial.kernel.ready(self.dtype)
+        time_kernel = time.kernel.ready(self.dtype)
+        query, value = 0, time_kernel.shape[1] - 1  # a slim time projection has no key between
 
         def from_time(share: int) -> jax.Array:
             projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, share])
@@ -240,21 +248,33 @@ class TMSA(nn.Module):
         # Without the key's share, the bounds of a fresh time projection stay those of the released
         # shape.
         slim_scale = (time_width + shares * channels) / (time_width + 3 * channels)
-        zeros, biases = nn.initializers.zeros_init(), (shares, heads, head_width)
-        spatial_kernel = self.param(
-            "qkv_kernel", _xavier_to_heads(), (channels, 3, heads, head_width)
-        )
-        spatial_bias = self.param(f"{letters}_bias", zeros, biases)
-        time_name = f"time_{letters}_kernel"
-        time_kernel = self.param(time_name, _xavier_to_heads(slim_scale), (time_width, *biases))
-        time_bias = self.param(f"time_{letters}_bias", zeros, biases)
-        bias_table = self.param(
+        over = (FSDP, None, TENSOR, None)  # (C, shares, heads, head width)
+
+        def projection(prefix: str, width: int, count: int, kernel: str, init: Any) -> _Projection:
+            biases = (shares, heads, head_width)
+            return _Projection(
+                param(self, f"{prefix}{kernel}_kernel", init, (width, count, *biases[1:]), over),
+                param(
+                    self,
+                    f"{prefix}{letters}_bias",
+                    nn.initializers.zeros_init(),
+                    biases,
+                    (None, TENSOR, None),
+                    decays=False,
+                ).value,
+            )
+
+        spatial = projection("", channels, 3, "qkv", _xavier_to_heads())
+        time = projection("time_", time_width, shares, letters, _xavier_to_heads(slim_scale))
+        bias_table = param(
+            self,
             "relative_position_bias",
             nn.initializers.truncated_normal(0.02),
             ((2 * self.window - 1) ** 2, heads),
+            (None, TENSOR),
+            decays=False,
         )
-        spatial = _Projection("qkv_kernel", spatial_kernel, spatial_bias)
-        return spatial, _Projection(time_name, time_kernel, time_bias), bias_table
+        return spatial, time, bias_table.value
 
     def _attend(
         self, q_BNHLD: jax.Array, k_BNHLD: jax.Array, v_BNHLD: jax.Array, bias_table: jax.Array
@@ -286,13 +306,15 @@ class TMSA(nn.Module):
     def _project_out(self, out_BNHLD: jax.Array, channels: int) -> jax.Array:
         """The heads together: (B, N, L, C)."""
         heads, head_width = out_BNHLD.shape[2], out_BNHLD.shape[-1]
-        kernel = self.param(
+        kernel = param(
+            self,
             "out_kernel",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2),
             (heads, head_width, channels),
-        )
-        bias = self.param("out_bias", nn.initializers.zeros_init(), (channels,))
-        kernel = weight(self, "out_kernel", kernel, self.dtype)
+            (TENSOR, None, FSDP),
+        ).ready(self.dtype)
+        zeros = nn.initializers.zeros_init()
+        bias = param(self, "out_bias", zeros, (channels,), decays=False).value
         return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, kernel) + bias.astype(self.dtype)
 
 
@@ -300,11 +322,9 @@ class _Projection(NamedTuple):
     """A projection to the shares (q, k, v or q, v) of every head.
 
     Attributes:
-      name: of the kernel.
       kernel: (C or T, shares, H, D).
       bias: (shares, H, D).
     """
 
-    name: str
-    kernel: jax.Array
+    kernel: Param
     bias: jax.Array

@@ -15,7 +15,16 @@ from jax.extend.random import threefry_2x32
 
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import TMSA, Tile, dense_tile, merge, partition
-from diffit_jax.models.placement import Dense, placed, platform
+from diffit_jax.models.placement import (
+    FSDP,
+    TENSOR,
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    placed,
+    platform,
+)
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -125,9 +134,11 @@ class DiffiTBlock(nn.Module):
         )
         x_BNLC = x_BNLC + checkpoint_name(attention(normed, time_BT), "attention_out")
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
-        hidden = Dense(self.mlp_ratio * channels, self.dtype, name="mlp_in")(normed)
+        hidden = Dense(self.mlp_ratio * channels, self.dtype, axes=(FSDP, TENSOR), name="mlp_in")(
+            normed
+        )
         hidden = gelu(checkpoint_name(hidden, "mlp_in"), self.remat == "none")
-        hidden = Dense(channels, self.dtype, name="mlp_out")(hidden)
+        hidden = Dense(channels, self.dtype, axes=(TENSOR, FSDP), name="mlp_out")(hidden)
         if dropout_key_B is not None and self.dropout:
             hidden = dropped(hidden, dropout_key_B, self.dropout)
         return x_BNLC + hidden
@@ -171,23 +182,23 @@ class DiffiTResBlock(nn.Module):
         return x_BHWC + merge(hidden, height, width, tile)
 
 
-def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> LayerNorm:
     """Layer normalisation over the channels, statistics in float32; `affine` gives it a learned
     scale and shift."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name)
+    return LayerNorm(epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name)
 
 
-def group_norm(channels: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
+def group_norm(channels: int, dtype: jnp.dtype, name: str) -> GroupNorm:
     """Group normalisation with groups of at least four channels, at most 32 groups (as EDM's
     networks have)."""
-    return nn.GroupNorm(num_groups=min(32, channels // 4), epsilon=1e-6, dtype=dtype, name=name)
+    return GroupNorm(num_groups=min(32, channels // 4), epsilon=1e-6, dtype=dtype, name=name)
 
 
 def conv3x3(
     channels: int, dtype: jnp.dtype, name: str, stride: int = 1, kernel_init=XAVIER
-) -> nn.Conv:
+) -> Conv:
     """3×3 convolution to `channels`, padded by one pixel on each side."""
-    return nn.Conv(
+    return Conv(
         channels, (3, 3), stride, padding=1, kernel_init=kernel_init, dtype=dtype, name=name
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffit_jax.models.placement import Dense, at_least_float32, weight
+from diffit_jax.models.placement import FSDP, Dense, Embed, at_least_float32, param
 
 
 def sinusoidal_embedding(
@@ -91,7 +91,7 @@ class TimeToken(nn.Module):
         if self.num_classes:
             if label_B is None:
                 label_B = jnp.full(noise_level_B.shape, self.num_classes, jnp.int32)
-            table = nn.Embed(
+            table = Embed(
                 self.num_classes + 1,
                 self.width,
                 embedding_init=init,
@@ -101,8 +101,8 @@ class TimeToken(nn.Module):
             token_BT = token_BT + table(label_B)
         if self.augment_labels:
             # Without a bias, as EDM has it: nothing done adds nothing.
-            kernel = self.param("augment_kernel", init, (self.augment_labels, self.width))
+            shape = (self.augment_labels, self.width)
+            kernel = param(self, "augment_kernel", init, shape, (None, FSDP))
             if augment_BA is not None:
-                kernel = weight(self, "augment_kernel", kernel, self.dtype)
-                token_BT = token_BT + augment_BA.astype(self.dtype) @ kernel
+                token_BT = token_BT + augment_BA.astype(self.dtype) @ kernel.ready(self.dtype)
         return token_BT

@@ -10,11 +10,16 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+
+# Axes of a mesh over which a parameter's dimensions may be divided, see `runtime.parallel`.
+FSDP, TENSOR = "fsdp", "tensor"
+Axes = tuple[str | None, ...]  # of the last dimensions; those before are not divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +28,8 @@ class Placement:
 
     Attributes:
       activation: an activation whose leading axis is the batch → the same, where it should lie.
-      weight: (path of a parameter, such as "blocks/mlp_in/kernel", its value) → the same, whole, as
-        far as the product that follows needs it. A stacked parameter comes as one of its layers.
+      weight: (axes of a parameter, its value) → the same, whole, as far as the product that follows
+        needs it. A stacked parameter comes as one of its layers.
       per_shard: a function of arrays (B, H, …), (B, H, …), (B, H, …), (…, H) → the same function,
         computed by every device for its own examples and heads. For what the compiler cannot divide
         by itself.
@@ -32,7 +37,7 @@ class Placement:
     """
 
     activation: Callable[[jax.Array], jax.Array] = lambda x: x
-    weight: Callable[[str, jax.Array], jax.Array] = lambda _, x: x
+    weight: Callable[[Axes, jax.Array], jax.Array] = lambda _, x: x
     per_shard: Callable[[Callable], Callable] = lambda function: function
     platform: str | None = None
 
@@ -70,17 +75,98 @@ def placed(x: jax.Array) -> jax.Array:
     return _current.get().activation(x)
 
 
-def weight(module: nn.Module, name: str, value: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A parameter in the dtype of the product that follows, ready for it. Cast first: half as much
-    has to be moved.
+class Fact(NamedTuple):
+    """What is said of a parameter where it is made.
+
+    Attributes:
+      axes: that divide it.
+      decays: whether weight decay acts on it.
+    """
+
+    axes: Axes
+    decays: bool
+
+
+_facts: contextvars.ContextVar[dict[str, Fact] | None] = contextvars.ContextVar(
+    "facts", default=None
+)
+
+
+@contextlib.contextmanager
+def collected_facts() -> Iterator[dict[str, Fact]]:
+    """The facts of the parameters that are made in this block, by their paths."""
+    found: dict[str, Fact] = {}
+    token = _facts.set(found)
+    try:
+        yield found
+    finally:
+        _facts.reset(token)
+
+
+class Param(NamedTuple):
+    """A parameter: its value, and the axes that divide it."""
+
+    value: jax.Array
+    axes: Axes
+
+    def ready(self, dtype: jnp.dtype) -> jax.Array:
+        """It in the dtype of the product that follows, whole as far as that needs it. Cast first:
+        half as much has to be moved."""
+        return _current.get().weight(self.axes, self.value.astype(dtype))
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: Axes = (),
+    *,
+    decays: bool = True,
+) -> Param:
+    """Makes a parameter of a module, and says how it is divided and treated.
 
     Args:
-      module: whose parameter it is; its own path is the name by which rules know the parameter.
+      module: whose parameter it is.
       name: of the parameter within the module.
-      value: of the parameter.
-      dtype: of the product.
+      init: initialiser of its value.
+      shape: of it.
+      axes: that divide its last dimensions.
+      decays: whether weight decay acts on it.
     """
-    return _current.get().weight("/".join((*module.path, name)), value.astype(dtype))
+    _note(module, name, axes, decays)
+    return Param(module.param(name, init, shape), axes)
+
+
+def _note(module: nn.Module, name: str, axes: Axes, decays: bool) -> None:
+    found = _facts.get()
+    if found is not None:
+        found["/".join((*module.path, name))] = Fact(axes, decays)
+
+
+class _Noted(nn.Module):
+    """A module of Flax, whose kernel or table is divided over its last dimension; kernels decay."""
+
+    def param(self, name: str, *arguments: Any, **settings: Any) -> Any:
+        matrix = name in ("kernel", "embedding")
+        _note(self, name, (FSDP,) if matrix else (), name == "kernel")
+        return super().param(name, *arguments, **settings)
+
+
+class Conv(_Noted, nn.Conv):
+    """`nn.Conv`, see `_Noted`."""
+
+
+class Embed(_Noted, nn.Embed):
+    """`nn.Embed`, see `_Noted`."""
+
+
+class LayerNorm(_Noted, nn.LayerNorm):
+    """`nn.LayerNorm`, see `_Noted`."""
+
+
+class GroupNorm(_Noted, nn.GroupNorm):
+    """`nn.GroupNorm`, see `_Noted`."""
 
 
 class Dense(nn.Module):
@@ -90,20 +176,25 @@ class Dense(nn.Module):
       features: channels of the output.
       dtype: of the matrix product; parameters are float32.
       kernel_init: of the kernel.
+      axes: that divide the kernel (C, features).
     """
 
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: Callable = nn.initializers.xavier_uniform()
+    axes: Axes = (None, FSDP)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (…, C) to (…, features)."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        kernel = weight(self, "kernel", kernel, kernel.dtype)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        shape, zeros = (x.shape[-1], self.features), nn.initializers.zeros_init()
+        kernel = param(self, "kernel", self.kernel_init, shape, self.axes)
+        of_bias = (TENSOR,) if self.axes[-1] == TENSOR else ()
+        bias = param(self, "bias", zeros, (self.features,), of_bias, decays=False).value
+        x, value, bias = promote_dtype(x, kernel.value, bias, dtype=self.dtype)
+        y = jax.lax.dot_general(
+            x, kernel._replace(value=value).ready(value.dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        )
         return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 

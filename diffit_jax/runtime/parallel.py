@@ -12,8 +12,8 @@ import dataclasses
 import functools
 import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import jax
@@ -25,32 +25,17 @@ from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
 from diffit_jax.models import attention_kernel
-from diffit_jax.models.placement import Placement, under
+from diffit_jax.models.placement import FSDP, TENSOR, Axes, Fact, Placement, under
 from diffit_jax.runtime import backend, contents
 
 log = logging.getLogger(__name__)
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+DATA = "data"
+AXES = (DATA, FSDP, TENSOR)
 
 # With so many parts of XL/2's state, 9 GB, what each device keeps is small beside its activations;
 # more parts only mean longer messages.
 _FSDP_FILL = 16
-
-# How parameters, and whatever is shaped like them, are divided: (pattern of the path, axes of the
-# *last* dimensions). The first pattern that is found counts; dimensions before (the layers of a
-# stack) are not divided, and neither are those that `fsdp` does not divide.
-PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # (C, shares, heads, head width)
-    (r"attention/(time_)?qk?v_kernel$", (FSDP, None, TENSOR, None)),
-    (r"attention/(time_)?qk?v_bias$", (None, TENSOR, None)),
-    (r"attention/relative_position_bias$", (None, TENSOR)),  # (offsets, heads)
-    (r"attention/out_kernel$", (TENSOR, None, FSDP)),  # (heads, head width, C)
-    (r"mlp_in/kernel$", (FSDP, TENSOR)),
-    (r"mlp_in/bias$", (TENSOR,)),
-    (r"mlp_out/kernel$", (TENSOR, FSDP)),
-    # Convolutions, other matrices and tables: their last dimension.
-    (r"(kernel|embedding)$", (FSDP,)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,34 +168,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of every leaf of a pytree (of arrays or shapes) by `PARAMETER_RULES`; what no
-    rule knows is copied to each device.
+Facts = Mapping[str, Fact]  # of parameters by their paths, see `models.parameter_facts`
+
+
+def shardings(mesh: Mesh, tree: Any, facts: Facts) -> Any:
+    """The sharding of every leaf of a pytree (of arrays or shapes).
+
+    Args:
+      mesh: the devices.
+      tree: parameters, or whatever is shaped like them: a leaf is divided as the parameter is with
+        whose path its own ends, dimensions that an axis does not divide are not, and what is like
+        no parameter is copied to each device.
+      facts: of the parameters.
 
     Raises:
       UserError: `tensor` does not divide the heads or channels of an array that it should.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape)), tree
+        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape, facts)), tree
     )
 
 
-def abstract(mesh: Mesh, tree: Any) -> Any:
+def abstract(mesh: Mesh, tree: Any, facts: Facts = MappingProxyType({})) -> Any:
     """Shapes and dtypes of a pytree (of arrays, or from `eval_shape`) as `ShapeDtypeStruct`s that
     lie as `shardings` says."""
 
     def lay(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(lay, tree, shardings(mesh, tree))
+    return jax.tree.map(lay, tree, shardings(mesh, tree, facts))
 
 
-def check_axes(mesh: Mesh, params: Any) -> None:
+def check_axes(mesh: Mesh, params: Any, facts: Facts) -> None:
     """Raises `UserError` if `fsdp` or `tensor` has several devices but divides no parameter, or
     `tensor` does not divide one."""
     used = {
         axis
-        for sharding in jax.tree.leaves(shardings(mesh, params))
+        for sharding in jax.tree.leaves(shardings(mesh, params, facts))
         for axis in jax.tree.leaves(tuple(sharding.spec))
     }
     for axis in (FSDP, TENSOR):
@@ -267,7 +261,7 @@ def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
             function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False
         )
 
-    def kept_whole(_: str, weight: jax.Array) -> jax.Array:
+    def kept_whole(_: Axes, weight: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(weight)
 
     value = Placement(
@@ -280,16 +274,15 @@ def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
         yield
 
 
-def whole(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
-    """Inside jit: a parameter, by its path, of which every device has all that `fsdp` would
-    divide."""
-    spec = PartitionSpec(
-        *(None if axis == FSDP else axis for axis in _rule_spec(mesh, name, weight.shape))
-    )
+def whole(mesh: Mesh, axes: Axes, weight: jax.Array) -> jax.Array:
+    """Inside jit: a parameter, by the axes that divide it, of which every device has all that
+    `fsdp` would divide."""
+    kept = tuple(None if axis == FSDP else axis for axis in axes)
+    spec = _divided(mesh, kept, weight.shape)
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
 
 
-def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
+def _gathered(mesh: Mesh, axes: Axes, weight: jax.Array) -> jax.Array:
     """A weight whose parts over `fsdp` are put together before it is used; its gradient is divided
     again at once.
 
@@ -299,24 +292,34 @@ def _gathered(mesh: Mesh, name: str, weight: jax.Array) -> jax.Array:
     if mesh.shape[FSDP] == 1:
         return weight
     # A constraint is its own transpose: backwards the two divide the gradient again.
-    divided = NamedSharding(mesh, _rule_spec(mesh, name, weight.shape))
-    return whole(mesh, name, jax.lax.with_sharding_constraint(weight, divided))
+    divided = NamedSharding(mesh, _divided(mesh, axes, weight.shape))
+    return whole(mesh, axes, jax.lax.with_sharding_constraint(weight, divided))
 
 
-def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-    return _rule_spec(mesh, contents.path_name(path), shape)
+def axes_of(path: tuple, facts: Facts) -> tuple[str, Axes]:
+    """(path as text, the axes of the parameter with whose path it ends, () if there is none)."""
+    name = contents.path_name(path)
+    ends = name.split("/")
+    tails = ("/".join(ends[start:]) for start in range(len(ends)))
+    fact = next((facts[tail] for tail in tails if tail in facts), None)
+    return name, fact.axes if fact else ()
 
 
-def _rule_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    axes = next((axes for pattern, axes in PARAMETER_RULES if re.search(pattern, name)), ())
-    axes = (None,) * (len(shape) - len(axes)) + axes
-    for size, axis in zip(shape, axes, strict=True):
-        if axis == TENSOR and size % mesh.shape[TENSOR]:
+def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...], facts: Facts) -> PartitionSpec:
+    name, axes = axes_of(path, facts)
+    if axes and TENSOR in axes:
+        size = shape[len(shape) - len(axes) + axes.index(TENSOR)]
+        if size % mesh.shape[TENSOR]:
             raise UserError(
                 f"config key mesh.tensor is {mesh.shape[TENSOR]}, which does not divide the {size} "
                 f"heads or channels of {name} {shape}: "
                 "change mesh.tensor, or the number of heads"
             )
+    return _divided(mesh, axes, shape)
+
+
+def _divided(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+    axes = (None,) * (len(shape) - len(axes)) + axes
     return PartitionSpec(
         *(
             axis if axis and size % mesh.shape[axis] == 0 else None

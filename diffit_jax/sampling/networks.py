@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -12,7 +13,7 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
-from diffit_jax.runtime import checkpoint, config_files, contents, distributed, files, hub, parallel
+from diffit_jax.runtime import checkpoint, config_files, contents, distributed, files, hub
 from diffit_jax.runtime.console import Progress
 from diffit_jax.runtime.ranges import first_few
 from diffit_jax.sampling.sampler import Variables
@@ -101,7 +102,7 @@ class Weights:
 
     def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
         """(variables, where they are from)."""
-        shardings = parallel.shardings(opened.mesh, opened.state.ema_variables)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, opened.state.ema_variables)
         _, variables = official.load(
             self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite
         )

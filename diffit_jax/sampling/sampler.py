@@ -18,7 +18,7 @@ from diffit_jax.experiment import Experiment
 from diffit_jax.models import Model
 from diffit_jax.models.casts import cast_before_use
 from diffit_jax.models.flops import count_multiply_adds
-from diffit_jax.runtime import backend, contents, distributed, parallel, rows
+from diffit_jax.runtime import backend, distributed, parallel, rows
 from diffit_jax.sections import SamplingMethod
 
 Variables = dict[str, Any]
@@ -88,7 +88,8 @@ class _Program:
 
         def copy(path: tuple, leaf: jax.Array, cast: bool) -> jax.Array:
             leaf = leaf.astype(model.dtype) if cast else leaf
-            return parallel.whole(self.mesh, contents.path_name(path), leaf)
+            _, axes = parallel.axes_of(path, models.parameter_facts(model))
+            return parallel.whole(self.mesh, axes, leaf)
 
         return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
 

@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffit_jax import models
 from diffit_jax.data.sources import Source, Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build, class_name
@@ -78,7 +79,7 @@ def open_experiment(
     if experiment.model.tries_kernel:
         parallel.try_kernel(mesh)
     state = abstract_state(experiment, mesh, objective)
-    parallel.check_axes(mesh, state.params)
+    parallel.check_axes(mesh, state.params, models.parameter_facts(experiment.model))
     return Opened(experiment, mesh, state, objective)
 
 
@@ -115,7 +116,8 @@ def lower_train_step(opened: Opened, state: TrainState, batch: Batch) -> jax.sta
     empty = step_metrics(experiment.process, objective).empty
     collected = parallel.abstract(mesh, jax.eval_shape(empty))
     donated = () if mesh.devices.flat[0].platform == "cpu" else (0, 1)
-    shardings = parallel.shardings(mesh, state), parallel.replicated(mesh)
+    laid = jax.tree.map(lambda leaf: leaf.sharding, opened.state)
+    shardings = laid, parallel.replicated(mesh)
     step = make_train_step(experiment, objective)
     jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
     with parallel.placement(mesh):

@@ -1,13 +1,15 @@
 """The optimiser and its learning rate."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from diffit_jax import models
+from diffit_jax.models.placement import Fact
 from diffit_jax.runtime import contents
 from diffit_jax.sections import Optimizer
 
@@ -29,15 +31,15 @@ def learning_rate(settings: Optimizer, update: jax.Array | int) -> jax.Array:
 
 
 def make_optimizer(
-    settings: Optimizer, stacked: Sequence[str] = ()
+    settings: Optimizer, model: models.Model | None = None
 ) -> optax.GradientTransformation:
     """Adam, AdamW or LAMB as an optax transformation; its state is two arrays like each parameter
     and the number of updates.
 
     Args:
       settings: section `optimizer`.
-      stacked: names of the parameters (at the top of the tree) whose leading axis counts layers.
-        LAMB measures each layer by itself.
+      model: whose parameters they are: what it says of them decides what decays, and of what LAMB
+        measures each layer by itself.
     """
     chain = (
         [optax.clip_by_global_norm(settings.max_gradient_norm)]
@@ -46,20 +48,24 @@ def make_optimizer(
     )
     chain.append(optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon))
     if settings.weight_decay:
-        chain.append(optax.add_decayed_weights(settings.weight_decay, mask=decays))
+        mask = functools.partial(decays, facts=models.parameter_facts(model) if model else {})
+        chain.append(optax.add_decayed_weights(settings.weight_decay, mask=mask))
     if settings.name == "lamb":
-        chain.append(scale_by_layer_trust_ratio(stacked))
+        chain.append(scale_by_layer_trust_ratio(model.stacked if model else ()))
     rate: Any = functools.partial(learning_rate, settings)
     chain.append(optax.scale_by_learning_rate(rate))
     return optax.chain(*chain)
 
 
-def decays(params: Any) -> Any:
-    """Which parameters weight decay acts on, a tree of bools: matrices and convolutions, by their
-    name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: _names(path)[-1].endswith("kernel"), params
-    )
+def decays(params: Any, facts: Mapping[str, Fact]) -> Any:
+    """Which parameters weight decay acts on, a tree of bools, as is said where they are made; of
+    those of which nothing is said (an objective's), those that are called kernels."""
+
+    def decaying(path: tuple, _: Any) -> bool:
+        name = contents.path_name(path)
+        return facts[name].decays if name in facts else name.endswith("kernel")
+
+    return jax.tree_util.tree_map_with_path(decaying, params)
 
 
 def scale_by_layer_trust_ratio(stacked: Sequence[str]) -> optax.GradientTransformation:

@@ -53,7 +53,10 @@ def abstract_state(
     experiment: Experiment, mesh: Mesh, objective: Objective = DENOISING
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
-    return parallel.abstract(mesh, jax.eval_shape(lambda: _init(experiment, objective)))
+    shapes = jax.eval_shape(lambda: _init(experiment, objective))
+    facts = models.parameter_facts(experiment.model)
+    ours = parallel.abstract(mesh, shapes.objective)  # a copy on each device
+    return parallel.abstract(mesh, shapes.replace(objective={}), facts).replace(objective=ours)
 
 
 @backend.pinned()
@@ -76,7 +79,7 @@ def all_finite(state: TrainState) -> jax.Array:
 def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainState:
     """The state before the first update, from the variables of the experiment's network."""
     params, constants = variables["params"], variables["constants"]
-    optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
+    optimizer = make_optimizer(experiment.optimizer, experiment.model)
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(experiment.ema.power_lengths))]
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -97,5 +100,5 @@ def _init(experiment: Experiment, objective: Objective) -> TrainState:
     params = objective.init(experiment, jax.random.fold_in(key, 1))
     if not params:
         return state
-    optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
+    optimizer = make_optimizer(experiment.optimizer, experiment.model)
     return state.replace(objective={"params": params, "opt_state": optimizer.init(params)})

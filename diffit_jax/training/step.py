@@ -80,7 +80,7 @@ def make_train_step(
       `step(state, metrics, batch, frozen) -> (state, metrics)`. The batch is that of a `Source`,
       the last argument the variables that training does not change, see `Objective`.
     """
-    optimizer = make_optimizer(experiment.optimizer, experiment.model.stacked)
+    optimizer = make_optimizer(experiment.optimizer, experiment.model)
     gammas = [gamma_of(length) for length in experiment.ema.power_lengths]
 
     def train_step(

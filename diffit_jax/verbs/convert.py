@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
+from diffit_jax import models
 from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
@@ -127,7 +128,9 @@ def workdir_to_workdir(
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     if slim is not None and slim != opened.experiment.model.slim_tmsa:
         state = (to_slim if slim else to_released)(state)
-        state = jax.device_put(state, parallel.shardings(opened.mesh, state))
+        other: Any = opened.experiment.model
+        facts = models.parameter_facts(other.clone(slim_tmsa=slim))
+        state = jax.device_put(state, parallel.shardings(opened.mesh, state, facts))
         config["model"]["slim_tmsa"] = slim
     _write(target, config, opened.experiment, state)
 

@@ -1,4 +1,4 @@
-"""Networks say by name which weight they need: every name is a parameter's path."""
+"""Networks say of each weight how it is divided, and ask for it where it is needed."""
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_path_asked_for_is_a_parameters_path(name):
-    """And every matrix is asked for: one that is not would not be gathered before its product."""
+def test_every_matrix_is_asked_for_with_its_axes(name):
+    """One that is not would not be gathered before its product."""
     model = build(CONFIGS[name]).model
     variables = jax.eval_shape(lambda: models.init_variables(model, jax.random.key(0)))
-    asked, placed = set(), []
+    asked, placed = [], []
 
-    def weight(path, value):
-        asked.add(path)
+    def weight(axes, value):
+        asked.append((value.shape, axes))
         return value
 
     def activation(x):
@@ -44,11 +44,15 @@ def test_every_path_asked_for_is_a_parameters_path(name):
         jax.eval_shape(
             lambda v, x: models.as_network(model, v)(x, level_B, label_B), variables, x_BHWC
         )
-    shapes = dict(contents.named(variables["params"]))
-    assert asked <= shapes.keys(), asked - shapes.keys()
-    convolutions = {path for path, leaf in shapes.items() if leaf.shape[-4:-2] == (3, 3)}
-    matrices = {path for path in shapes if path.endswith("kernel")} - convolutions
-    assert asked == matrices
+    facts, shapes = models.parameter_facts(model), dict(contents.named(variables["params"]))
+    assert facts.keys() == shapes.keys()
+    matrices = []
+    for path, leaf in shapes.items():
+        stacked = path.split("/")[0] in model.stacked
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        if path.endswith("kernel") and shape[:2] != (3, 3):
+            matrices.append((shape, facts[path].axes))
+    assert sorted(map(str, set(asked))) == sorted(map(str, set(matrices)))
     assert placed and all(shape[0] == 2 for shape in placed)
 
 

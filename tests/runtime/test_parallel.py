@@ -16,6 +16,7 @@ from support.processes import environment, free_port
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
+from diffit_jax.models.placement import Fact
 from diffit_jax.runtime import parallel, rows
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.state import TrainState, abstract_state
@@ -272,11 +273,12 @@ def test_an_axis_that_divides_nothing_is_refused():
         "norm": {"scale": jax.ShapeDtypeStruct((15,), np.float32)},
         "out": {"kernel": jax.ShapeDtypeStruct((3, 15), np.float32)},
     }
+    facts = {"out/kernel": Fact(("fsdp", "tensor"), True)}
     for axis, mesh in (("fsdp", abstract_mesh(1, 2, 1)), ("tensor", abstract_mesh(1, 1, 2))):
         with pytest.raises(
             UserError, match=f"mesh.{axis} is 2, but no rule divides a parameter over it"
         ):
-            parallel.check_axes(mesh, params)
+            parallel.check_axes(mesh, params, facts)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

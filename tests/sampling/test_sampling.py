@@ -193,7 +193,9 @@ def test_a_copy_in_bfloat16_changes_no_sample(config):
         if "relative_position_bias" in name or name.split("/")[1] in ("final", "head")
     )
     mesh = parallel.make_mesh(shape=parallel.MeshShape(data=1, fsdp=2))
-    variables = jax.device_put(variables, parallel.shardings(mesh, variables))
+    variables = jax.device_put(
+        variables, parallel.shardings(mesh, variables, models.parameter_facts(experiment.model))
+    )
     with_copy, without = (
         Sampler(experiment, mesh, copy=copy).draw(variables, [1, 2, 3], [0, 1, 2])
         for copy in (True, False)

@@ -10,10 +10,12 @@ import optax
 import pytest
 from support.configs import small_config, small_latent_config
 
+from diffit_jax import models
 from diffit_jax.data.pipeline import ShuffledBatches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Optimizer, build
-from diffit_jax.runtime import parallel, rows
+from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.runtime import contents, parallel, rows
 from diffit_jax.training.compiling import open_training_data
 from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.optimizer import decays, learning_rate, make_optimizer
@@ -33,8 +35,8 @@ def test_cosine_schedule():
         Optimizer(learning_rate=1e-3, warmup_steps=10, schedule="cosine")
 
 
-def one_update(settings, gradient, params, stacked=()):
-    optimizer = make_optimizer(settings, stacked)
+def one_update(settings, gradient, params, model=None):
+    optimizer = make_optimizer(settings, model)
     update, _ = optimizer.update(gradient, optimizer.init(params), params)
     return jax.tree.map(np.asarray, update)
 
@@ -58,7 +60,9 @@ def test_weight_decay_is_adamws_and_spares_what_is_no_matrix():
 def test_what_decays(config):
     experiment = build(config)
     params = jax.eval_shape(lambda: create_state(experiment, parallel.make_mesh())).params
-    for path, decaying in jax.tree_util.tree_leaves_with_path(decays(params)):
+    facts = models.parameter_facts(experiment.model)
+    assert facts.keys() == dict(contents.named(params)).keys()
+    for path, decaying in jax.tree_util.tree_leaves_with_path(decays(params, facts)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert decaying == name.endswith("kernel"), name
         assert not (decaying and ("bias" in name or "norm" in name or "embedding" in name))
@@ -78,7 +82,10 @@ def test_lamb_measures_each_layer_by_itself():
     )
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
     ours = one_update(
-        Optimizer(**PLAIN, name="lamb", epsilon=1e-12), gradient, params, stacked=("blocks",)
+        Optimizer(**PLAIN, name="lamb", epsilon=1e-12),
+        gradient,
+        params,
+        LatentDiffiT(8, hidden_size=8, depth=1, num_heads=1),
     )
     sign = lambda g: np.sign(np.asarray(g))
     for layer in range(3):
