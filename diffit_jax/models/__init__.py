@@ -92,7 +92,7 @@ def as_network(
     """
     if forward_mode:
         model = model.with_xla_attention()
-    settings = {} if capture is None else {"capture": capture}
+    settings: dict[str, Any] = {} if capture is None else {"capture": capture}
 
     def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
         found: Any = model.apply(variables, x_BHWC, noise_level_B, conditioning, **settings)
@@ -111,11 +111,11 @@ def attention_in_words(model: Model, platform: str) -> str:
     "xla (the kernel does not serve it: …)"."""
     platform = platform_family(platform)
     backend, reason = model.attention_backend(platform)
-    if not reason and getattr(model, "attention", None) == "auto":
+    if not reason and model.attention == "auto":
         reason = {
             "tpu": "the kernel serves this network",
             "gpu": "auto; in bfloat16 model.attention=cudnn may be faster",
         }.get(platform, "auto, not on a TPU")
     elif not reason:
-        reason = "as the config says" if hasattr(model, "attention") else "its windows are small"
+        reason = "as the config says"
     return f"{backend} ({reason})"

@@ -14,7 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import TMSA, Tile, dense_tile, merge, partition
+from diffit_jax.models.attention import (
+    TMSA,
+    Tile,
+    choose_backend,
+    dense_tile,
+    merge,
+    partition,
+)
 from diffit_jax.models.placement import (
     FSDP,
     TENSOR,
@@ -148,7 +155,7 @@ class DiffiTResBlock(nn.Module):
     """Eq. 9-10: `x̂ = Conv3×3(Swish(GN(x)))`, then `DiffiTBlock(x̂, x_t) + x`, on an image.
 
     Attributes:
-      num_heads, window, mlp_ratio, dtype, dropout: as in `DiffiTBlock`.
+      num_heads, window, mlp_ratio, dtype, dropout, attention, remat: as in `DiffiTBlock`.
     """
 
     num_heads: int
@@ -156,6 +163,8 @@ class DiffiTResBlock(nn.Module):
     mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
     dropout: float = 0.0
+    attention: str = "xla"
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -165,7 +174,12 @@ class DiffiTResBlock(nn.Module):
         C)."""
         _, height, width, channels = x_BHWC.shape
         tile = (self.window, self.window)
-        if platform() == "tpu" and not self.is_mutable_collection("intermediates"):
+        width_of_head = channels // self.num_heads
+        chosen = choose_backend(self.attention, platform(), self.window, width_of_head, self.dtype)[
+            0
+        ]
+        watched = self.is_mutable_collection("intermediates")
+        if platform() == "tpu" and chosen == "xla" and not watched:
             tile = dense_tile(height, width, self.window)
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
         hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
@@ -174,8 +188,10 @@ class DiffiTResBlock(nn.Module):
             self.window,
             self.mlp_ratio,
             self.dtype,
+            attention=self.attention,
             dropout=self.dropout,
             tile=tile,
+            remat=self.remat,
             name="transformer",
         )
         hidden = block(partition(hidden, tile), time_BT, dropout_key_B)

@@ -16,9 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, at_least, share
+from diffit_jax.limits import Count, CountOrZero, Side, Width, at_least
+from diffit_jax.models.attention import choose_backend
 from diffit_jax.models.blocks import (
     DiffiTResBlock,
     Upsample,
@@ -28,11 +28,11 @@ from diffit_jax.models.blocks import (
     repeat_block,
 )
 from diffit_jax.models.embeddings import TimeToken
-from diffit_jax.models.model import Tuning
+from diffit_jax.models.model import Model
 from diffit_jax.models.placement import Dense, at_least_float32
 
 
-class ImageDiffiT(nn.Module):
+class ImageDiffiT(Model):
     """The image-space DiffiT, unconditional or class-conditional.
 
     Attributes:
@@ -43,13 +43,9 @@ class ImageDiffiT(nn.Module):
       window: side of the attention window in pixels; a stage smaller than that attends as a whole.
       time_width: width of the time token (paper Table 3: 512).
       head_width: channels per attention head (not stated in the paper).
-      num_classes: number of labels; 0 makes the model unconditional.
       mlp_ratio: width of the blocks' MLP in multiples of their channels.
       augment_labels: how many numbers tell the network what was done to an image in training: those
         of the section `augmentation`.
-      dropout: of the blocks in training, see `DiffiTBlock`.
-      scan_unroll: blocks per iteration of a stage's scan, see `repeat_block`.
-      dtype: dtype of the matrix products; parameters are float32.
     """
 
     image_size: Side
@@ -59,12 +55,8 @@ class ImageDiffiT(nn.Module):
     window: Count = 4
     time_width: Width = 512
     head_width: Count = 64
-    num_classes: CountOrZero = 0
     mlp_ratio: Count = 4
     augment_labels: CountOrZero = 0
-    dropout: Annotated[float, share(below_one=True)] = 0.0
-    scan_unroll: Annotated[Count, FREE] = 1
-    dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_blocks"):  # jit remembers a network by its attributes
@@ -78,11 +70,6 @@ class ImageDiffiT(nn.Module):
         return self.image_size, self.image_size, self.image_channels
 
     @property
-    def output_channels(self) -> int:
-        """Channels of what the network returns."""
-        return self.image_channels
-
-    @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the parameters whose leading axis counts layers."""
         return tuple(
@@ -91,26 +78,9 @@ class ImageDiffiT(nn.Module):
             for stage in range(len(self.channels))
         )
 
-    @property
-    def tuning(self) -> Tuning:
-        return Tuning(remat="none", num_heads=None, head_width=None)
-
-    @property
-    def tries_kernel(self) -> bool:
-        return False
-
     def attention_backend(self, platform: str) -> tuple[str, str]:
-        """Its windows are small: XLA everywhere."""
-        return "xla", ""
-
-    def with_xla_attention(self) -> "ImageDiffiT":
-        return self
-
-    def check(self) -> None:
-        """Raises `UserError` for values that cannot be or sizes that do not fit together; called
-        before anything is allocated or compiled."""
-        limits.check(self, "model")
-        self.check_sizes()
+        window = min(self.window, self.image_size)
+        return choose_backend(self.attention, platform, window, self.head_width, self.dtype)
 
     def check_sizes(self) -> None:
         """Raises `UserError` if the sizes do not fit together."""
@@ -184,7 +154,14 @@ class ImageDiffiT(nn.Module):
             heads = self.channels[stage] // self.head_width
             window = min(self.window, self.image_size >> stage)
             block = DiffiTResBlock(
-                heads, window, self.mlp_ratio, self.dtype, self.dropout, name=f"{name}_{stage}"
+                heads,
+                window,
+                self.mlp_ratio,
+                self.dtype,
+                self.dropout,
+                attention=self.attention,
+                remat=self.remat,
+                name=f"{name}_{stage}",
             )
             key_B, number = dropout_key_B, next(run_number)
             if key_B is not None:  # each stage its own
@@ -196,6 +173,7 @@ class ImageDiffiT(nn.Module):
                 time_BT,
                 self.num_blocks[stage],
                 unroll=self.scan_unroll,
+                remat=self.remat,
                 dropout_key_B=key_B,
                 capture=capture - firsts[stage] if capture is not None and inside else None,
             )

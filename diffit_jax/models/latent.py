@@ -5,26 +5,24 @@ Shape suffixes: B batch, L tokens, C channels; H, W height and width of the late
 a patch.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, Side, Width, one_of, share
-from diffit_jax.models.attention import BACKENDS, choose_backend
+from diffit_jax.limits import Count, CountOrZero, Side, Width
+from diffit_jax.models.attention import choose_backend
 from diffit_jax.models.blocks import (
-    REMAT_POLICIES,
     DiffiTBlock,
     check_capture,
     layer_norm,
     repeat_block,
 )
 from diffit_jax.models.embeddings import TimeToken, position_embedding
-from diffit_jax.models.model import Tuning
+from diffit_jax.models.model import Model
 from diffit_jax.models.placement import Dense, at_least_float32
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
@@ -47,7 +45,7 @@ def named_size(name: str) -> dict[str, int]:
     return dict(SIZES[name])
 
 
-class LatentDiffiT(nn.Module):
+class LatentDiffiT(Model):
     """The latent DiffiT, unconditional or class-conditional. `LatentDiffiT(32,
     **named_size("XL/2"))` is the one of ImageNet-256.
 
@@ -60,16 +58,9 @@ class LatentDiffiT(nn.Module):
       num_heads: attention heads; 9 of width 128 fill a TPU's lanes better than the released 16 of
         width 72, at the same parameter count.
       mlp_ratio: width of the blocks' MLP in multiples of C.
-      num_classes: number of labels; 0 makes the model unconditional.
       learn_sigma: whether the output has twice the channels of the input: epsilon and the
         variance's interpolation.
-      dropout: of the blocks in training, see `DiffiTBlock`.
       slim_tmsa: leave out the parameters that can never change the output, see `TMSA`.
-      scan_unroll: blocks per iteration of the scan, see `repeat_block`.
-      remat: what the backward pass keeps, a name in `REMAT_POLICIES`.
-      attention: how attention is computed, a name in `attention.BACKENDS`.
-      dtype: dtype of the matrix products of the blocks; parameters, softmax, normalisation and the
-        last layer are float32.
     """
 
     input_size: Side = 32
@@ -79,14 +70,9 @@ class LatentDiffiT(nn.Module):
     depth: Count = 28
     num_heads: Count = 16
     mlp_ratio: Count = 4
-    num_classes: CountOrZero = 1000
     learn_sigma: bool = True
-    dropout: Annotated[float, share(below_one=True)] = 0.0
     slim_tmsa: bool = False
-    scan_unroll: Annotated[Count, FREE] = 1
-    remat: Annotated[str, one_of(*REMAT_POLICIES), FREE] = "none"
-    attention: Annotated[str, one_of(*BACKENDS), FREE] = "xla"
-    dtype: Dtype = jnp.float32
+    num_classes: CountOrZero = dataclasses.field(default=1000, kw_only=True)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -99,11 +85,6 @@ class LatentDiffiT(nn.Module):
         return self.input_channels * (2 if self.learn_sigma else 1)
 
     @property
-    def augment_labels(self) -> int:
-        """Latents are not augmented."""
-        return 0
-
-    @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the parameters whose leading axis counts layers."""
         return ("blocks",)
@@ -114,28 +95,14 @@ class LatentDiffiT(nn.Module):
         return self.input_size // self.patch_size
 
     @property
-    def tuning(self) -> Tuning:
-        return Tuning(self.remat, self.num_heads, self.hidden_size // self.num_heads)
-
-    @property
-    def tries_kernel(self) -> bool:
-        return self.attention == "auto"
-
-    def with_xla_attention(self) -> "LatentDiffiT":
-        return self.clone(attention="xla")
+    def heads(self) -> tuple[int, int]:
+        """(attention heads, their width)."""
+        return self.num_heads, self.hidden_size // self.num_heads
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
-        """How attention is computed on a platform, and why not as asked for:
-        `attention.choose_backend`."""
         return choose_backend(
             self.attention, platform, self.grid, self.hidden_size // self.num_heads, self.dtype
         )
-
-    def check(self) -> None:
-        """Raises `UserError` for values that cannot be or sizes that do not fit together; called
-        before anything is allocated or compiled."""
-        limits.check(self, "model")
-        self.check_sizes()
 
     def check_sizes(self) -> None:
         """Raises `UserError` if the sizes do not fit together."""
@@ -149,27 +116,6 @@ class LatentDiffiT(nn.Module):
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} "
                 "and of 4: change hidden_size or num_heads"
             )
-
-    def multiply_adds(self) -> dict[str, int]:
-        """Multiply-adds of the matrix products of one evaluation for one latent, by part (the
-        paper's Table 9 counts these).
-
-        The equations are counted as written: the released parametrisation includes the key's time
-        projection, which is never computed.
-        """
-        tokens, width, depth = self.grid**2, self.hidden_size, self.depth
-        patch = self.patch_size**2
-        return {
-            "embeddings": tokens * patch * self.input_channels * width
-            + 256 * width
-            + width * width,
-            "qkv": depth * tokens * 3 * width * width,
-            "time_qkv": depth * (2 if self.slim_tmsa else 3) * width * width,
-            "attention": depth * 2 * tokens * tokens * width,
-            "attention_out": depth * tokens * width * width,
-            "mlp": depth * tokens * 2 * self.mlp_ratio * width * width,
-            "final": tokens * width * patch * self.output_channels,
-        }
 
     @nn.compact
     def __call__(

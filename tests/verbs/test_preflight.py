@@ -14,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from support import warm
 from support.configs import config_of, small_config, small_latent_config
+from support.counts import multiply_adds
 from support.processes import write_config
 
 from diffit_jax import models
@@ -93,7 +94,7 @@ def test_report(reported):
         and setting.batch_per_chip == 8
     )
     experiment = build(config)
-    work = 3 * 2 * sum(experiment.model.multiply_adds().values()) * 32
+    work = 3 * 2 * sum(multiply_adds(experiment.model).values()) * 32
     assert train.flops == pytest.approx(work, rel=0.01)
     assert train.mfu == pytest.approx(train.flops / train.step_s / 4 / 197e12)
     assert train.step_s == max(train.compute_s, train.collectives_s) and train.between_slices_s == 0
