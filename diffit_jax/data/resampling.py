@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffit_jax import platforms
 from diffit_jax.models.placement import platform
 
 
@@ -41,18 +42,12 @@ def resampled(x_BHWC: jax.Array, inverse_B23: jax.Array) -> jax.Array:
     # along y.
     from_x_BPW = _weights(source_B2P[:, 0], width)
     from_y_BPH = _weights(source_B2P[:, 1], height)
-    einsum = functools.partial(jnp.einsum, precision=_precision())
+    einsum = functools.partial(jnp.einsum, precision=platforms.of(platform()).resampling)
     across_BPWC = einsum("bph,bhwc->bpwc", from_y_BPH, x_BHWC)
     fine_BPC = jnp.sum(from_x_BPW[..., None] * across_BPWC, axis=2)
     fine = fine_BPC.reshape(len(x_BHWC), len(rows), len(columns), -1)
     down = einsum("ip,bpqc->biqc", jnp.float32(_coarse(height)), fine)
     return einsum("jq,biqc->bijc", jnp.float32(_coarse(width)), down)
-
-
-def _precision() -> jax.lax.Precision:
-    """On TPUs three products of bfloat16 in place of six: 1.5e-5 off the golden pictures of EDM's
-    code, by emulation. (Elsewhere that name would mean less.)"""
-    return jax.lax.Precision.HIGH if platform() == "tpu" else jax.lax.Precision.HIGHEST
 
 
 # Low-pass of the symlet of 6 vanishing moments.
@@ -102,4 +97,6 @@ def _weights(source_BP: jax.Array, length: int) -> jax.Array:
     matrix = _fine(length)
     row_BP = 2 * source_BP + len(matrix) / 2 - 1
     hat = jnp.maximum(1 - jnp.abs(row_BP[..., None] - jnp.arange(len(matrix))), 0)
-    return jnp.einsum("bpm,mw->bpw", hat, jnp.float32(matrix), precision=_precision())
+    return jnp.einsum(
+        "bpm,mw->bpw", hat, jnp.float32(matrix), precision=platforms.of(platform()).resampling
+    )

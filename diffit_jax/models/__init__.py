@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffit_jax import platforms
 from diffit_jax.models import placement
 from diffit_jax.models.image import ImageDiffiT
 from diffit_jax.models.latent import LatentDiffiT
@@ -20,7 +21,6 @@ __all__ = [
     "attention_in_words",
     "init_variables",
     "parameter_facts",
-    "platform_family",
     "variable_shapes",
 ]
 
@@ -101,21 +101,12 @@ def as_network(
     return network
 
 
-def platform_family(platform: str) -> str:
-    """ "tpu", "gpu" or "cpu", of a platform as devices and lowering rules name it."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
-
-
 def attention_in_words(model: Model, platform: str) -> str:
-    """How a network computes attention on a platform ("tpu", "gpu", "cpu"), and why, for people:
+    """How a network computes attention on a platform, as devices name it, and why, for people:
     "xla (the kernel does not serve it: …)"."""
-    platform = platform_family(platform)
     backend, reason = model.attention_backend(platform)
     if not reason and model.attention == "auto":
-        reason = {
-            "tpu": "the kernel serves this network",
-            "gpu": "auto; in bfloat16 model.attention=cudnn may be faster",
-        }.get(platform, "auto, not on a TPU")
+        reason = platforms.of(platform).auto_reason
     elif not reason:
         reason = "as the config says"
     return f"{backend} ({reason})"

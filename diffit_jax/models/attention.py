@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from diffit_jax import platforms
 from diffit_jax.errors import UserError
 from diffit_jax.models import attention_kernel
 from diffit_jax.models.placement import (
@@ -136,9 +137,10 @@ def choose_backend(
       ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on
       other platforms than TPUs only if it is asked for by name, emulated and slow.
     """
+    here = platforms.of(platform)
     if wanted in ("auto", "pallas"):
-        if wanted == "auto" and platform != "tpu":
-            return "xla", ""
+        if wanted == "auto" and here.auto_attention != "pallas":
+            return here.auto_attention, ""
         reason = attention_kernel.supports(window)
         if reason:
             return "xla", f"the kernel does not serve it: {reason}"
@@ -147,7 +149,7 @@ def choose_backend(
             ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
         )
     if wanted == "cudnn" and (
-        platform != "gpu" or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128
+        not here.has_cudnn or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128
     ):
         return (
             "xla",
@@ -168,7 +170,11 @@ def _softmax_attention(
     if backend == "pallas":
         strips = attention_kernel.bias_strips(table, window)
         return attention_kernel.attention(
-            q_BHLD, k_BHLD, v_BHLD, strips, interpret=platform() != "tpu"
+            q_BHLD,
+            k_BHLD,
+            v_BHLD,
+            strips,
+            interpret=not platforms.of(platform()).compiles_kernel,
         )
     bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q_BHLD.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLD, k_BHLD, v_BHLD))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from diffit_jax import limits
+from diffit_jax import limits, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, Dtype, Width, at_least
 from diffit_jax.models.placement import Dense
@@ -346,9 +346,9 @@ def _batch_in_tiles(x_HWBC: jax.Array) -> jax.Array:
     rows of pixels there for the sake of the first and the last convolution, of three channels, and
     copies everything on the way."""
     layout = Layout(major_to_minor=(0, 1, 2, 3))
-    return jax.lax.platform_dependent(
-        x_HWBC, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
-    )
+    return platforms.where(
+        "tiles_last_axes", lambda x: (with_layout_constraint(x, layout),), x_HWBC
+    )[0]
 
 
 def _batch_third(x_BHWC: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 
+from diffit_jax import platforms
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import (
     TMSA,
@@ -39,9 +40,7 @@ XAVIER = nn.initializers.xavier_uniform()
 def _computed_once(*arrays: jax.Array):
     """The arrays, computed once. XLA's CPU compiler would otherwise fuse their computation into
     each of their consumers, and repeat it."""
-    return jax.lax.platform_dependent(
-        *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=lambda *xs: xs
-    )
+    return platforms.where("repeats_fusions", lambda *xs: jax.lax.optimization_barrier(xs), *arrays)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -179,7 +178,7 @@ class DiffiTResBlock(nn.Module):
             0
         ]
         watched = self.is_mutable_collection("intermediates")
-        if platform() == "tpu" and chosen == "xla" and not watched:
+        if platforms.of(platform()).dense_tiles and chosen == "xla" and not watched:
             tile = dense_tile(height, width, self.window)
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
         hidden = conv3x3(channels, self.dtype, name="conv")(hidden)

@@ -205,6 +205,5 @@ def per_shard(function: Callable) -> Callable:
 
 
 def platform() -> str:
-    """What the network is traced for: "tpu", "gpu" or "cpu"."""
-    name = _current.get().platform or jax.default_backend()
-    return "gpu" if name in ("cuda", "rocm") else name
+    """What the network is traced for, see `platforms.of`."""
+    return _current.get().platform or jax.default_backend()

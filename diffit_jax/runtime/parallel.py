@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffit_jax import limits
+from diffit_jax import limits, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
 from diffit_jax.models import attention_kernel
@@ -230,7 +230,7 @@ def try_kernel(mesh: Mesh) -> None:
     """On TPUs, finds out whether their compiler takes the attention kernel, see
     `attention_kernel.try_to_compile`."""
     devices = list(mesh.devices.flat)
-    if devices[0].platform == "tpu":
+    if platforms.of_mesh(mesh).compiles_kernel:
         local = (device for device in devices if device.process_index == jax.process_index())
         attention_kernel.try_to_compile(next(local, devices[0]))
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from diffit_jax import platforms
 from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.interop import diffusers
@@ -65,15 +66,14 @@ def per_slice(function: Jitted, mesh: jax.sharding.Mesh, size: int) -> Any:
 
 
 def slice_size(mesh: jax.sharding.Mesh, count: int, at_once: int | None = None) -> int:
-    """Examples of a slice of `count` for each device. On a CPU it is one: more would not be faster,
-    and sums would come in another order.
+    """Examples of a slice of `count` for each device, one where the platform says so.
 
     Args:
       mesh: the devices.
       count: examples of a device.
       at_once: how many are wanted; None: `AT_ONCE`.
     """
-    return 1 if _on_cpu(mesh) else min(at_once or AT_ONCE, count)
+    return 1 if platforms.of_mesh(mesh).decodes_one else min(at_once or AT_ONCE, count)
 
 
 def batch_sizes(
@@ -82,13 +82,8 @@ def batch_sizes(
     """(examples of a slice, of a call over all devices) where each device shall work through
     `per_device` at least; `at_once` as of `slice_size`."""
     size = slice_size(mesh, per_device, at_once)
-    # On a CPU a slice is a call: convolutions in a loop are over fifteen times as slow there.
-    slices = 1 if _on_cpu(mesh) else -(-per_device // size)
+    slices = 1 if platforms.of_mesh(mesh).decodes_one else -(-per_device // size)
     return size, rows.next_batch_size(mesh, slices * size * mesh.size)
-
-
-def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 class Decoder:

@@ -163,7 +163,7 @@ class Sampler:
             every evaluation; None: where it fits, see `copy_fits`.
         """
         self.batch_size = batch_size(experiment, mesh, count)
-        platform = models.platform_family(mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
         networks = (experiment.model, weaker_model)
         self._program = _Program(
             model=experiment.model,

@@ -6,15 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffit_jax import experiment, models
+from diffit_jax import experiment, models, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.models.blocks import REMAT_POLICIES
 from diffit_jax.runtime import backend, rows
 from diffit_jax.runtime.apart import apart
 from diffit_jax.verbs import benchmark
 
-# Ways to compute attention that are worth a try, by platform; XLA's alone elsewhere.
-ATTENTIONS = {"gpu": ("xla", "cudnn"), "tpu": ("xla", "pallas")}
 _KEYS = {"batch": "training.batch_size", "remat": "model.remat", "attention": "model.attention"}
 _UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
 
@@ -38,7 +36,7 @@ def matrix(
       steps: updates to time, of each.
       batches: images per update, over all devices; none: half the config's, its own, twice it.
       remats: names in `REMAT_POLICIES`; none: all.
-      attentions: names in `attention.BACKENDS`; none: those of this platform, see `ATTENTIONS`.
+      attentions: names in `attention.BACKENDS`; none: those of this platform, see `platforms`.
         A network that has no such setting (the image-space one) is measured without it.
       fewer_devices: as many devices as the batch divides over, rather than an error.
       show: called with each line of the table when it is known, and at the end with the best.
@@ -56,7 +54,7 @@ def matrix(
     if "remat" in known:
         dimensions["remat"] = remats or tuple(REMAT_POLICIES)
     if "attention" in known:
-        dimensions["attention"] = attentions or ATTENTIONS.get(apart(_platform), ("xla",))
+        dimensions["attention"] = attentions or platforms.of(apart(_platform)).attentions
     trials = [
         dict(zip(dimensions, values, strict=True))
         for values in itertools.product(*dimensions.values())
@@ -105,7 +103,7 @@ def _row(trial: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def _platform() -> str:
-    return models.platform_family(backend.devices()[0].platform)
+    return backend.devices()[0].platform
 
 
 def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What differs between CPUs, GPUs and TPUs, in one table, whose entries tests may replace."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """Decisions for a kind of device.
+
+    Attributes:
+      auto_attention: what `attention: auto` means, in `attention.BACKENDS`.
+      auto_reason: why, for people.
+      attentions: ways to compute attention that a matrix of benchmarks tries.
+      compiles_kernel: whether the Pallas kernel is compiled; elsewhere it is emulated, and slow.
+      has_cudnn: whether cuDNN's attention is there.
+      dense_tiles: whether windows are attended to together, masked to themselves: a TPU's vector
+        unit holds more tokens than a window has.
+      repeats_fusions: whether XLA fuses a computation into each of its consumers, and repeats it.
+      tiles_last_axes: whether the two last axes of an array lie in tiles.
+      resampling: precision of the products of an augmentation. On TPUs "high" is three products of
+        bfloat16 in place of six: 1.5e-5 off the golden pictures of EDM's code, by emulation.
+        (Elsewhere that name would mean less.)
+      donates: whether a step takes over the memory of its state. On CPUs memory is not scarce, and
+        XLA's in-place updates make a small network's step 1.3 times as long.
+      decodes_one: whether an autoencoder works through examples one by one: on a CPU more would not
+        be faster, and sums would come in another order; convolutions in a loop are over fifteen
+        times as slow there.
+    """
+
+    auto_attention: str = "xla"
+    auto_reason: str = "auto, not on a TPU"
+    attentions: tuple[str, ...] = ("xla",)
+    compiles_kernel: bool = False
+    has_cudnn: bool = False
+    dense_tiles: bool = False
+    repeats_fusions: bool = False
+    tiles_last_axes: bool = False
+    resampling: str = "highest"
+    donates: bool = True
+    decodes_one: bool = False
+
+
+PLATFORMS = {
+    "cpu": Platform(repeats_fusions=True, donates=False, decodes_one=True),
+    "gpu": Platform(
+        auto_reason="auto; in bfloat16 model.attention=cudnn may be faster",
+        attentions=("xla", "cudnn"),
+        has_cudnn=True,
+    ),
+    "tpu": Platform(
+        auto_attention="pallas",
+        auto_reason="the kernel serves this network",
+        attentions=("xla", "pallas"),
+        compiles_kernel=True,
+        dense_tiles=True,
+        tiles_last_axes=True,
+        resampling="high",
+    ),
+}
+_OTHERS = {"gpu": ("cuda", "rocm")}  # names that devices and lowering rules have for it
+
+
+def of(name: str) -> Platform:
+    """The entry of a platform, as devices and lowering rules name it; of one that nobody knows, no
+    decision is taken."""
+    known = {other: family for family, others in _OTHERS.items() for other in others}
+    return PLATFORMS.get(known.get(name, name), Platform())
+
+
+def of_mesh(mesh: jax.sharding.Mesh) -> Platform:
+    """The entry of a mesh's devices."""
+    return of(mesh.devices.flat[0].platform)
+
+
+def where(decision: str, function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`function(*arrays)` where a program runs on a platform of which `decision` is true, and the
+    arrays as they are elsewhere."""
+    names = [name for name, entry in PLATFORMS.items() if getattr(entry, decision)]
+    names = [one for name in names for one in _OTHERS.get(name, (name,))]
+    branches = {name: lambda *xs: tuple(function(*xs)) for name in names}
+    return jax.lax.platform_dependent(*arrays, **branches, default=lambda *xs: xs)
