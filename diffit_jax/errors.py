@@ -12,3 +12,8 @@ class UserError(ValueError):
 
 class OutOfMemory(UserError):
     """A program that does not fit the devices' memory, or the host's."""
+
+
+def one_line(error: object, most: int | None = None) -> str:
+    """The text of an error (or of anything) as one line, of at most so many characters."""
+    return " ".join(str(error).split())[:most]

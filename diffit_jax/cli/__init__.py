@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.errors import OutOfMemory, UserError, one_line
 from diffit_jax.runtime import interruption
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def fail(message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit status 1."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + one_line(message), file=sys.stderr)
     sys.exit(1)
 
 

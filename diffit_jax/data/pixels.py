@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from diffit_jax.errors import one_line
 from diffit_jax.runtime.files import write_bytes
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def write_preview(
             "the picture %s could not be made (%s: %s)",
             path,
             type(error).__name__,
-            " ".join(str(error).split())[:160],
+            one_line(error, 160),
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data.decoding import Broken
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 
 _OPEN_FILES = 16  # of a process at once
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's entry, APPNOTE.TXT 4.3.7
@@ -224,7 +224,7 @@ def tfds_builder(folder: str) -> Any:
 
         return tfds.builder_from_directory(folder)
     except Exception as error:  # its generated code and the installed protobuf, or damaged metadata
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(
             f"{folder} cannot be opened by tensorflow-datasets ({reason}): prepare it again, or "
             "name the original pictures"

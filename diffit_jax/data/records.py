@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 
 LABEL, IMAGE, MOMENTS = "label", "image", "moments"
 FORMAT = 2  # 1: a label and one array, whose `kind`, `shape` and `dtype` stood in the manifest
@@ -226,7 +226,7 @@ def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {reason}): delete it, and run the command "
             "that made it again; finished shards are kept"
@@ -309,7 +309,7 @@ class RecordSource:
         try:
             return _reader(path).read(rows)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            raise _damaged(path, " ".join(str(error).split())[:120]) from error
+            raise _damaged(path, one_line(error, 120)) from error
 
     def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
         with self._lock:

@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from diffit_jax.data import records
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.runtime import files, hub, lock
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def _open_digits(split: str, data_dir: str, wanted: Wanted) -> Source:
     except (
         Exception
     ) as error:  # its generated code and the installed protobuf do not fit together, say
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         log.info(
             "data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)",
             reason,

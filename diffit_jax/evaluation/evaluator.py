@@ -103,7 +103,7 @@ class Evaluator:
             pictures, self.extractor, what, self.pooled, count, begun, max_seconds=max_seconds
         )
         if keep:
-            distributed.first_then_all(functools.partial(begun.save, measured), lambda: None)
+            distributed.on_primary(functools.partial(begun.save, measured))
         protocol |= {
             "reference": self.reference.facts(),
             "samples_digest": measured.digest.hex(),

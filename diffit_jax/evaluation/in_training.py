@@ -206,7 +206,7 @@ class InTraining:
             for name in found.weights:
                 self._begun(found.step, name).unlink(missing_ok=True)
 
-        distributed.first_then_all(write, lambda: None)
+        distributed.on_primary(write)
 
     def _begun(self, step: int, name: str) -> epath.Path:
         """What is measured of weights, until all are."""

@@ -165,7 +165,7 @@ def measure(
 
     def save() -> None:
         if begun:
-            distributed.first_then_all(lambda: begun.save(measured), lambda: None)
+            distributed.on_primary(lambda: begun.save(measured))
 
     progress = Progress(what, count, done=measured.count, unit="image", shown=first)
     notices = distributed.PreemptionNotice(ctrl_c=True)

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Name of a storage's type → (numpy's dtype, as safetensors names it).
@@ -164,7 +164,7 @@ class TorchFile:
         return content
 
     def _refuse(self, error: Exception) -> NoReturn:
-        text = " ".join(str(error).split())[:100]
+        text = one_line(error, 100)
         raise UserError(
             f"weights {self._path} are no state dict of PyTorch that can be read ({text}): fetch "
             "them again, or convert them to safetensors"

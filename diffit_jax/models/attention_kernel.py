@@ -23,6 +23,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from diffit_jax.errors import one_line
+
 # Queries that are worked on at once: the lanes of a vector register, to which slices of the strips
 # must be aligned.
 BLOCK = 128
@@ -69,7 +71,7 @@ def try_to_compile(device: jax.Device) -> None:
         jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))).lower(*arrays).compile()
         _tried[device.device_kind] = ""
     except Exception as error:  # whatever the library says
-        _tried[device.device_kind] = " ".join(str(error).split())[:120] or type(error).__name__
+        _tried[device.device_kind] = one_line(error, 120) or type(error).__name__
 
 
 def bias_strips(table: jax.Array, window: int) -> jax.Array:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
-from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.errors import OutOfMemory, UserError, one_line
 
 try:
     from jax import enable_x64
@@ -33,7 +33,7 @@ def devices() -> list[jax.Device]:
         ValueError,
         KeyError,
     ) as error:  # AssertionError: CUDA's plugin is not installed
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if re.search(
             r"(?i)already in use|in use by|libtpu_lockfile|lockfile|device or resource busy", text
         ):
@@ -108,7 +108,7 @@ def memory_for(remedy: str) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if not isinstance(error, MemoryError) and not re.search(
             r"(?i)RESOURCE_EXHAUSTED|out of memory|ran out of|allocation failure|\bOOM\b", text
         ):

@@ -235,7 +235,7 @@ class Checkpoints:
                 ).rename(target)
                 log.warning("checkpoint %d was moved to %s", newer, target)
 
-        distributed.first_then_all(move, lambda: None)
+        distributed.on_primary(move)
         self._manager.reload()
 
     def _differences(self, step: int, abstract_items: Mapping[str, Any]) -> str:

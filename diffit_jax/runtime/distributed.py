@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -219,11 +219,16 @@ def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None)
     return result
 
 
+def on_primary(action: Callable[[], T]) -> T:
+    """Runs `action` on process 0 while the others wait; they get None. If it fails, all fail."""
+    return first_then_all(action, lambda: cast(T, None))
+
+
 @contextlib.contextmanager
 def first_holds(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
     """Process 0 enters a context (a lock, say) for all in this block; if it cannot, all fail."""
     with contextlib.ExitStack() as stack:
-        first_then_all(lambda: stack.enter_context(context()), lambda: None)
+        on_primary(lambda: stack.enter_context(context()))
         yield
 
 
@@ -237,7 +242,7 @@ def check_shared(directory: epath.Path) -> None:
         return
     token = _of_each_process(np.frombuffer(os.urandom(8), np.uint8))[0]
     mark = directory / f".shared-{token.tobytes().hex()}"
-    first_then_all(lambda: mark.write_bytes(b""), lambda: None)
+    on_primary(lambda: mark.write_bytes(b""))
     blind = [
         process
         for process, sees in sorted(_of_each_process(np.array(mark.exists())).items())

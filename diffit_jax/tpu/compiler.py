@@ -21,7 +21,7 @@ from unittest import mock
 import jax
 from jax.experimental import topologies
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.models import attention_kernel
 from diffit_jax.runtime import files
 from diffit_jax.tpu.chips import KNOWN_TOPOLOGIES, chip_of
@@ -62,7 +62,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **more).devices
     except Exception as error:  # the compiler's own errors, of several types
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"--topology {topology} is unknown to the TPU compiler ({reason}): use "
             f"{KNOWN_TOPOLOGIES}"
@@ -179,7 +179,7 @@ def shortage_in(message: str) -> TooLarge:
         rf"temporaries \({size}\) exceeds available HBM \({size}\)", message
     ) or re.search(rf"Used {size} of {size} hbm", message)
     if not found:
-        return TooLarge(reason=" ".join(message.split())[:200])
+        return TooLarge(reason=one_line(message)[:200])
     needed, available = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
     return TooLarge(needed=needed, available=available)
 

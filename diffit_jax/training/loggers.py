@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter, summary
 
 from diffit_jax import workdir as workdirs
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.runtime import files
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class WeightsAndBiases:
             act()
         except Exception as error:
             self._run = None
-            text = " ".join(str(error).split())[:160]
+            text = one_line(error, 160)
             log.warning("wandb: %s (%s); training goes on without it", type(error).__name__, text)
 
 

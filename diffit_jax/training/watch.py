@@ -13,6 +13,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from diffit_jax.errors import one_line
 from diffit_jax.experiment import Experiment
 from diffit_jax.models.flops import training_flops
 from diffit_jax.runtime import parallel
@@ -188,7 +189,7 @@ class Tracer:
                 jax.profiler.start_trace(str(self._directory))
                 self._first = step
             except (RuntimeError, OSError) as error:  # a notebook's own trace is under way, say
-                log.warning("no trace is written (%s)", " ".join(str(error).split())[:160])
+                log.warning("no trace is written (%s)", one_line(error, 160))
                 self._steps = None
         self._last = step
 
@@ -205,7 +206,5 @@ class Tracer:
                     "wrote a trace of steps %d-%d to %s", self._first, self._last, self._directory
                 )
             except (RuntimeError, OSError) as error:
-                log.warning(
-                    "the trace could not be written (%s)", " ".join(str(error).split())[:160]
-                )
+                log.warning("the trace could not be written (%s)", one_line(error, 160))
         self._steps = None

@@ -124,7 +124,7 @@ def encode(
         shards = Shards(folder, split, len(index), arrays, identity)
         distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.first_holds(lambda: lock.owned(folder, "data set")):
-            distributed.first_then_all(shards.begin, lambda: None)
+            distributed.on_primary(shards.begin)
             _write(shards, index, loader, encoder, encoding.stored, image)
             if distributed.is_first():
                 shards.finish(
@@ -136,7 +136,7 @@ def encode(
                         "statistics": latent_statistics.of_sums(sums),
                     },
                 )
-            distributed.first_then_all(lambda: index_file.unlink(missing_ok=True), lambda: None)
+            distributed.on_primary(lambda: index_file.unlink(missing_ok=True))
     manifest = records.read_manifest(folder, split)
     report(manifest, folder, index)
     latent_statistics.say(manifest)

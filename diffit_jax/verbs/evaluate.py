@@ -108,7 +108,7 @@ def evaluate(
                 f"{count}: draw more, or ask for fewer"
             )
         check_count(pictures.count if count is None else count)
-    distributed.first_then_all(lambda: _refuse_others(output, drawn[0], overwrite), lambda: None)
+    distributed.on_primary(lambda: _refuse_others(output, drawn[0], overwrite))
 
     # --- What they are compared with, and by which network.
     mesh = asked.opened.mesh if asked else parallel.any_mesh()
@@ -146,7 +146,7 @@ def evaluate(
             place.unlink(missing_ok=True)
         log.info("wrote %s", output)
 
-    distributed.first_then_all(write, lambda: None)
+    distributed.on_primary(write)
     return scores
 
 

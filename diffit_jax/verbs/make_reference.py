@@ -59,7 +59,7 @@ def make_reference(
         files.refuse_existing(output, "make_reference", overwrite)
         files.make_directory(output.parent, "make_reference")
 
-    distributed.first_then_all(check_place, lambda: None)
+    distributed.on_primary(check_place)
     extractor = Extractor.load(inception, parallel.any_mesh(), resize, batch_per_device)
 
     # --- Measure all pictures, and put some aside, since they come by once.
@@ -77,7 +77,7 @@ def make_reference(
         for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
             arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
         shape = (len(chosen), *pictures.shape)
-        distributed.first_then_all(lambda: _write(output, arrays, aside, shape), lambda: None)
+        distributed.on_primary(lambda: _write(output, arrays, aside, shape))
     return output
 
 

@@ -76,9 +76,7 @@ def sample(
     asked = Asked.make(source, seeds, labels, overrides or {}, decoding)
     _check_pictures(asked, by_class, frames)
     output = asked.output(output)
-    distributed.first_then_all(
-        lambda: files.make_directory(output.parent, "output directory"), lambda: None
-    )
+    distributed.on_primary(lambda: files.make_directory(output.parent, "output directory"))
 
     # --- The networks, and with them what the request is known by.
     networks = asked.load()
@@ -93,7 +91,7 @@ def sample(
 
     # --- Draw them, unless that is done already.
     sample_files = SampleFiles(output, request, overwrite)
-    record = distributed.first_then_all(sample_files.finished, lambda: None)
+    record = distributed.on_primary(sample_files.finished)
     if distributed.agreed(record is not None):
         log.info("%s holds these samples already", output)
     else:
@@ -103,9 +101,7 @@ def sample(
     space = asked.experiment.space
     if by_class:
         picture = output.with_suffix(".classes.png")
-        distributed.first_then_all(
-            lambda: _draw_classes(picture, output, asked.labels, space), lambda: None
-        )
+        distributed.on_primary(lambda: _draw_classes(picture, output, asked.labels, space))
     if frames:
         _draw_trajectory(output.with_suffix(".trajectory.png"), asked, networks, frames)
     return _conclude(output, record)
@@ -127,7 +123,7 @@ def _make(asked: Asked, sample_files: SampleFiles, networks: Networks) -> dict[s
     with distributed.first_holds(lambda: sample_files):
         _draw(asked, sample_files, networks)
         with interruption.held():  # what is complete need not be begun again
-            return distributed.first_then_all(lambda: _assemble(asked, sample_files), lambda: None)
+            return distributed.on_primary(lambda: _assemble(asked, sample_files))
 
 
 def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
@@ -202,7 +198,7 @@ def _draw_trajectory(picture: epath.Path, asked: Asked, networks: Networks, fram
         pixels.write_preview(picture, samples, space.preview, frames)
         log.info("wrote %s", picture)
 
-    distributed.first_then_all(write, lambda: None)
+    distributed.on_primary(write)
 
 
 def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:

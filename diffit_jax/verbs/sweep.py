@@ -156,7 +156,7 @@ def sweep(
             point = {"settings": settings, **evaluator.run(pictures, begun, what=words)}
             held[json.dumps(settings, sort_keys=True)] = point
             write = functools.partial(_write, path, what | {"points": list(held.values())}, begun)
-            distributed.first_then_all(write, lambda: None)
+            distributed.on_primary(write)
         assert point is not None
         points.append(point)
     swept = Swept(keys, evaluator.metrics[0], points)

@@ -96,9 +96,9 @@ def train_autoencoder(
     mesh = parallel.any_mesh()
     rows.check_batch_size(mesh, settings.batch_size, "--batch_size")
     facts = {"dataset": dataset, "image": list(train.image_shape), **dataclasses.asdict(settings)}
-    distributed.first_then_all(lambda: files.make_directory(workdir, "workdir"), lambda: None)
+    distributed.on_primary(lambda: files.make_directory(workdir, "workdir"))
     with distributed.first_holds(lambda: lock.owned(workdir, "workdir")):
-        distributed.first_then_all(lambda: _claim(workdir, facts), lambda: None)
+        distributed.on_primary(lambda: _claim(workdir, facts))
         state = _train(settings, module, train, mesh, workdir)
         return _finish(module, state.variables, train, test, mesh, workdir)
 
@@ -199,7 +199,7 @@ def _finish(
         latent_mean=tuple(found["mean"]),
         latent_scale=tuple(1 / deviation for deviation in found["std"]),
     )
-    distributed.first_then_all(lambda: diffusers.save(workdir, module, variables), lambda: None)
+    distributed.on_primary(lambda: diffusers.save(workdir, module, variables))
     images, encoded = moments(test, MEASURED)
     mean = np.split(encoded[:, 0], 2, axis=-1)[0]
     decoder = Decoder(module, variables, mesh, 32, rounding="edm")
