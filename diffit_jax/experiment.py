@@ -263,18 +263,30 @@ class _Here:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UserError:
-    """What is said of a key that its section does not have: its new name, or one that is like it.
+    """What is said of a key that its section does not have: one that is like it, there or in a
+    section of its own.
 
     Args:
       key: dotted.
       known: names in its section.
     """
     section, _, name = key.rpartition(".")
-    if section == "sampling" and name in sections.OLD_KEYS:
-        return UserError(f"config key {key} is now sampling.{sections.OLD_KEYS[name]}: write that")
-    close = difflib.get_close_matches(name, known, n=1)
     dot = "." if section else ""
-    hint = f"did you mean {section}{dot}{close[0]}?" if close else f"known are {', '.join(known)}"
+    deeper = {
+        f"{below}.{field}".removeprefix(f"{section}{dot}")
+        for below, (_, classes) in CHOICES.items()
+        if below.startswith(f"{section}{dot}")
+        for cls in classes.values()
+        for field in keys_of(below, cls)
+    }
+    names = {full: full for full in (*known, *sorted(deeper))}
+    ends = {full.rpartition(".")[2]: full for full in names}
+    close = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(
+        name, ends, n=1
+    )
+    hint = f"known are {', '.join(known)}"
+    if close:
+        hint = f"did you mean {section}{dot}{(ends | names)[close[0]]}?"
     return UserError(f"config key {key} is unknown: {hint}")
 
 
@@ -321,8 +333,7 @@ def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
 def _make(section: str, given: Any, cls: Any, wrong: _Here) -> Any:
     """The object of a section, and those of the sections in it."""
     if not isinstance(given, Mapping):
-        written = f" now: write {CHOICES[section][0]}={given!r} in it" * (section in _WERE_TEXT)
-        raise UserError(f"config key {section} is {given!r}: it must be a section{written}")
+        raise UserError(f"config key {section} is {given!r}: it must be a section")
     arguments = dict(given)
     if section in CHOICES:
         key, choices = CHOICES[section]
@@ -339,9 +350,6 @@ def _make(section: str, given: Any, cls: Any, wrong: _Here) -> Any:
         elif isinstance(value, list):  # of JSON, where Flax wants hashable tuples
             arguments[name] = tuple(value)
     return cls(**arguments)
-
-
-_WERE_TEXT = ("sampling.sampler", "sampling.guidance")
 
 
 def _check_keys(

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import limits, sections
+from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build, class_name
 from diffit_jax.runtime import files, lock
@@ -139,11 +139,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a config ({error}): restore it or choose another workdir"
         ) from error
-    config = cast(dict[str, Any], read)
-    sampling = config.get("sampling")
-    if isinstance(sampling, Mapping):
-        config["sampling"] = sections.lift_old_keys(cast(Mapping[str, Any], sampling))
-    return config
+    return cast(dict[str, Any], read)
 
 
 def number_settings(section: str, value: Any) -> dict[str, Any]:

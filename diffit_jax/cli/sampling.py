@@ -1,7 +1,7 @@
 """Flags of the commands that draw samples: which network, how, and what decodes its latents."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -144,9 +144,6 @@ class SamplingFlags:
                     of.append(kind)
             for key, (of, declared, text) in keys.items():
                 define(f"{field.name}.{key}", declared, f"Of {', '.join(of)}: {text}")
-        for old, new in sections.OLD_KEYS.items():
-            if old not in self._holders:
-                flags.DEFINE_flag(_OldFlag(old, new))
 
     @property
     def value(self) -> dict[str, Any]:
@@ -154,14 +151,3 @@ class SamplingFlags:
         return {
             name: holder.value for name, holder in self._holders.items() if holder.value is not None
         }
-
-
-class _OldFlag(flags.Flag):
-    """A flag that has another name now."""
-
-    def __init__(self, old: str, new: str):
-        self._new = new
-        super().__init__(flags.ArgumentParser(), None, old, None, f"now --{new}")
-
-    def parse(self, argument: Any) -> NoReturn:
-        cli.fail(f"--{self.name} is now --{self._new}: write that")
