@@ -30,14 +30,14 @@ for split in train test; do
   $python launch/encode.py --source "$workdir/data/digits32" --split "$split" \
     --name digit_latents "${data[@]}" --vae "$workdir/autoencoder" --orientations 1
 done
-[ -e "$workdir/reference.npz" ] || $python launch/evaluate.py --dataset digits32 "${data[@]}" \
-  --make_reference "$workdir/reference.npz" --inception random
+[ -e "$workdir/reference.npz" ] || $python launch/make_reference.py --dataset digits32 \
+  "${data[@]}" --output "$workdir/reference.npz" --inception random
 $python launch/train.py --config "configs/chain.py:$workdir" --workdir "$workdir/latents" \
   --fewer_devices "${train[@]}"
 samples="$workdir/samples_${count}x32x32x3"
 $python launch/sample.py --workdir "$workdir/latents" --vae "$workdir/autoencoder" \
   --seeds "0-$((count - 1))" --output "$samples.npz" --overwrite "${sample[@]}"
-$python launch/evaluate.py --samples "$samples.npz" --dataset digits32 "${data[@]}" --overwrite
+$python launch/score.py --samples "$samples.npz" --dataset digits32 "${data[@]}" --overwrite
 $python launch/evaluate.py --samples "$samples.npz" --reference "$workdir/reference.npz" \
   --inception random --output "$workdir/adm.metrics.json" --overwrite "${adm[@]}"
 

@@ -1,41 +1,6 @@
-"""Does this installation train as it should? The first 300 updates beside a reference curve:
+"""`diffit check`, in a checkout."""
 
-python launch/check.py
-"""
-
-from absl import flags
-
-from diffit_jax import cli
-
-CURVE = cli.define_path("curve", "Reference curve, a file of configs/curves; default: digits.json.")
-CONFIG = cli.define_config("File with get_config(), where the curve's data lie elsewhere.")
-STEPS = flags.DEFINE_integer("steps", 300, "Updates to train.", lower_bound=1)
-WORKDIR = cli.define_path("workdir", "Directory of the run; default: one that is deleted.")
-FEWER_DEVICES = cli.define_fewer_devices()
-
-
-def main() -> None:
-    from pathlib import Path
-
-    from diffit_jax.training.curves import Curve
-    from diffit_jax.verbs.check import check, table
-
-    path = CURVE.value or Path(__file__).parents[1] / "configs" / "curves" / "digits.json"
-    curve = Curve.read(path)
-    checked = check(curve, CONFIG.value, STEPS.value, WORKDIR.value, FEWER_DEVICES)
-    print(table(checked))
-    if checked.from_same_seed is not None:
-        print(f"at most {checked.from_same_seed:.2%} from the curve of the same seed")
-    if checked.outside:
-        first = checked.outside[0]
-        cli.fail(
-            f"after {checked.updates[first]} updates the loss is {checked.loss[first]:.4f}, not in "
-            f"{checked.low[first]:.4f} to {checked.high[first]:.4f}: something here computes "
-            "otherwise; compare the versions with constraints.txt, try JAX_PLATFORMS=cpu, and "
-            "JAX_DEFAULT_MATMUL_PRECISION=highest"
-        )
-    print(f"inside the band at all {len(checked.updates)} reports")
-
+from diffit_jax.__main__ import launch
 
 if __name__ == "__main__":
-    cli.run(main)
+    launch("check")

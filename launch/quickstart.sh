@@ -26,7 +26,7 @@ fi
 $python launch/train.py --config "configs/$experiment.py" --workdir "$workdir" --fewer_devices
 $python launch/sample.py --workdir "$workdir" --seeds 0-99 --overwrite
 $python launch/sample.py --workdir "$workdir" --seeds 0-999 --overwrite
-$python launch/evaluate.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits --overwrite
+$python launch/score.py --samples "$workdir/samples_1000x8x8x1.npz" --dataset digits --overwrite
 
 echo
 echo "100 digits, a column for each class: $workdir/samples_100x8x8x1.png"

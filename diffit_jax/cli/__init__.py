@@ -305,7 +305,7 @@ def _parse(argv: list[str]) -> list[str]:
     )
     if wanted and wanted.startswith("-") and "--" not in argv[1 : argv.index(wanted)]:
         with contextlib.suppress(BrokenPipeError):
-            app.usage(shorthelp=not wanted.endswith("full"), writeto_stdout=True)
+            _print_help(of_all=wanted.endswith("full"))
         sys.exit(0)
     try:
         rest = flags.FLAGS([argv[0], *(_config.take_from(argv[1:]) if _config else argv[1:])])
@@ -316,6 +316,19 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         fail(f"argument {rest[1]!r} is not a flag: write --name=value")
     return rest
+
+
+def _print_help(of_all: bool) -> None:
+    """What a command does, and its flags; `of_all`: those of its libraries too."""
+    print((sys.modules["__main__"].__doc__ or "").strip() + "\n\nflags:")
+    by_module = flags.FLAGS.flags_by_module_dict()
+    names = [name for name in by_module if of_all or name.startswith("diffit_jax.")]
+    shown: set[str] = set()
+    for flag in sorted((f for name in names for f in by_module[name]), key=lambda f: f.name):
+        if flag.name not in shown:
+            shown.add(flag.name)
+            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            print(f"  --{flag.name}: {flag.help}{default}")
 
 
 def fail(message: str) -> NoReturn:

@@ -84,7 +84,7 @@ class Reference:
         if not pictured and not set(held) & set(COVARIANCES):
             raise UserError(
                 f"--reference {path} has none of mu, mu_s and arr_0: name a file of statistics, or "
-                "make one by --make_reference"
+                "make one by launch/make_reference.py"
             )
         statistics = {
             name: _statistics(path, held, name, size)
@@ -138,7 +138,7 @@ class Reference:
             return ""
         return (
             f" (its {self.pictures.count} pictures are for precision and recall; statistics are of "
-            "a whole data set, see --make_reference)"
+            "a whole data set, see launch/make_reference.py)"
         )
 
     def check(self, shape: tuple[int, ...], resize: str) -> None:

@@ -44,9 +44,9 @@ def make_reference(
       UserError: one picture only, a reference in place of pictures, weights that cannot be read, or
         an output that cannot be written.
     """
-    output = files.resolve(output, "make_reference")
+    output = files.resolve(output, "output")
     if output.suffix != ".npz" or output.is_dir():
-        raise UserError(f"--make_reference {output} must be a file that ends in .npz: change it")
+        raise UserError(f"--output {output} must be a file that ends in .npz: change it")
     if isinstance(pictures, NpzPictures) and pictures.has("mu"):
         raise UserError(
             f"{pictures.facts['samples']} is a reference already: its {pictures.count} pictures "
@@ -56,8 +56,8 @@ def make_reference(
         raise UserError("one picture has no covariance: name a data set")
 
     def check_place() -> None:
-        files.refuse_existing(output, "make_reference", overwrite)
-        files.make_directory(output.parent, "make_reference")
+        files.refuse_existing(output, "output", overwrite)
+        files.make_directory(output.parent, "output")
 
     distributed.on_primary(check_place)
     extractor = Extractor.load(inception, parallel.any_mesh(), resize, batch_per_device)

@@ -62,7 +62,7 @@ def self_test(
     Raises:
       UserError: none of the files are there.
     """
-    folder = hub.local(folder, "self_test")
+    folder = hub.local(folder, "folder")
     there = [
         one
         for one in published
@@ -71,7 +71,7 @@ def self_test(
     if not there:
         wanted = " and ".join(published[0][:2])
         raise UserError(
-            f"--self_test {folder} has no published samples: fetch {wanted} from "
+            f"--folder {folder} has no published samples: fetch {wanted} from "
             "openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256"
         )
     rows = []

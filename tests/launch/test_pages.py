@@ -63,13 +63,17 @@ LISTS = {
     "python launch/sample.py --weights": "run",
     "python launch/convert.py --num_classes": "a flag that the text names",
     "python launch/convert.py": "run",
+    "python launch/score.py": "run",
     "python launch/evaluate.py": "run",
+    "python launch/sweep.py": "parsed",
+    "python launch/make_reference.py": "run",
     # Of all digits; tests/launch/test_notebooks.py makes one of some.
-    "python launch/evaluate.py --dataset digits --make_reference": "parsed",
+    "python launch/make_reference.py --dataset digits": "parsed",
+    "python launch/make_reference.py --dataset cifar10": "parsed",
     # It draws 50,000; tests/verbs/test_evaluate.py draws six.
     "python launch/evaluate.py --weights": "parsed",
     "python launch/evaluate.py --workdir": "parsed",
-    "python launch/evaluate.py --self_test": "parsed",
+    "python launch/self_test.py": "parsed",
     "python launch/benchmark.py --config configs/digits.py": "run",
     "python launch/benchmark.py": "parsed",
     # tests/verbs/test_preflight.py runs it, for small networks.
@@ -287,6 +291,8 @@ def test_lines_that_are_run(scratch):
         "sample.py --weights",
         "convert.py --weights",
         "convert",
+        "score",
+        "make_reference",
         "evaluate",
         "benchmark",
     )

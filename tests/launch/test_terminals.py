@@ -28,7 +28,7 @@ def digits_npz(tmp_path):
         arr_0=rng.integers(0, 256, (360, 8, 8, 1), np.uint8),
         arr_1=rng.integers(0, 10, 360),
     )
-    return f"{sys.executable} {ROOT}/launch/evaluate.py --samples s.npz --overwrite"
+    return f"{sys.executable} {ROOT}/launch/score.py --samples s.npz --overwrite"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

@@ -197,7 +197,7 @@ def test_benchmark_and_evaluate_on_two_processes(tmp_path):
         arr_1=rng.integers(0, 10, 360),
     )
     statuses, texts = Pair(
-        tmp_path, command="evaluate", arguments=["--samples", tmp_path / "s.npz"]
+        tmp_path, command="score", arguments=["--samples", tmp_path / "s.npz"]
     ).wait()
     assert (
         statuses == [0, 0] and json.loads((tmp_path / "s.metrics.json").read_text())["count"] == 360

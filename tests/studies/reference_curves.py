@@ -66,7 +66,7 @@ def make(name):
             if not measured.exists():
                 chosen = ["--checkpoint", step, "--seeds", f"0-{SAMPLES - 1}"]
                 command("sample", "--workdir", workdir, *chosen, "--output", place, *decoding)
-                command("evaluate", "--samples", place, *data, "--output", measured)
+                command("score", "--samples", place, *data, "--output", measured)
             figures = json.loads(measured.read_text())
             for score in SCORES:
                 scores[score][seed].append(round(figures[score], 4))

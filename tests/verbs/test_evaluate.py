@@ -332,7 +332,7 @@ def test_two_processes_of_four_devices(place, tmp_path):
 def test_flags_that_do_not_go_together(place, tmp_path):
     flags = ["--samples", place / "samples.npz", "--reference", place / "reference.npz"]
     both = launch("evaluate", *flags, "--workdir", tmp_path, tmp_path=tmp_path)
-    assert_one_line_error(both, "exactly one of --samples, --workdir, --weights, --self_test")
+    assert_one_line_error(both, "exactly one of --samples, --workdir, --weights is needed")
     assert_one_line_error(launch("evaluate", *flags, tmp_path=tmp_path), "--inception is missing")
     drawn = launch("evaluate", *flags, "--guidance.scale", "2", tmp_path=tmp_path)
     assert_one_line_error(drawn, "--guidance.scale goes with --workdir or --weights")

@@ -1,4 +1,4 @@
-"""`evaluate --sweep`: it finds what was planted."""
+"""`sweep`: it finds what was planted."""
 
 import functools
 import json

@@ -1,0 +1,1 @@
+"""The flags of each verb: `diffit VERB` and launch/VERB.py call a module's `run`."""

@@ -1,0 +1,104 @@
+"""Converts weights and work directories.
+
+released file → work directory, to sample from or to train on (--num_classes 37: on other data):
+    python launch/convert.py --weights diffit_256.safetensors --to_workdir runs/imagenet256
+work directory → a file that the released code loads (averages of the newest checkpoint):
+    python launch/convert.py --workdir runs/imagenet256 --to_weights diffit.safetensors
+work directory → one with the other parametrisation of TMSA, optimizer state and all:
+    python launch/convert.py --workdir runs/256 --to_workdir runs/slim --parametrisation slim
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+
+WEIGHTS = cli.define_path(
+    "weights",
+    "Released weights to convert (safetensors: a file or hf://owner/name/path).",
+    to_read=True,
+)
+WORKDIR = cli.define_path("workdir", "Work directory to convert.")
+TO_WORKDIR = cli.define_path("to_workdir", "Work directory to write; it must not hold a run.")
+TO_WEIGHTS = cli.define_path("to_weights", "File of weights to write.")
+CONFIG = cli.define_config(
+    "With --weights: config of the new run; its model takes the file's sizes. Default: "
+    "configs/imagenet{256,512}_latent.py."
+)
+INPUT_SIZE = flags.DEFINE_integer(
+    "input_size",
+    None,
+    "With --weights: side of the latents of the new run, if not that of the file.",
+)
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes",
+    None,
+    "With --weights: classes of the new run, for training on other data: its label table is a new "
+    "one.",
+    lower_bound=1,
+)
+PARAMETRISATION = flags.DEFINE_enum(
+    "parametrisation", None, ["released", "slim"], "Of the new work directory; default: as it was."
+)
+ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow_nonfinite", False, "Convert weights that have NaNs or infinities."
+)
+OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "With --to_weights: replace a file that is there."
+)
+INDEX_BUFFERS = flags.DEFINE_bool(
+    "index_buffers", False, "With --to_weights: write the released code's index buffers too."
+)
+
+
+def main() -> None:
+    from diffit_jax.runtime import hub
+    from diffit_jax.sampling.networks import config_for_weights
+    from diffit_jax.verbs import convert
+
+    cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
+    cli.require_one(to_workdir=TO_WORKDIR.value, to_weights=TO_WEIGHTS.value)
+    slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
+    if TO_WEIGHTS.value and WEIGHTS.value:
+        cli.fail(
+            "--weights to --to_weights would copy a file: name --to_workdir, or convert a --workdir"
+        )
+    if TO_WEIGHTS.value and PARAMETRISATION.value:
+        cli.fail(
+            "--parametrisation goes with --to_workdir: a file of weights is always in the released "
+            "one"
+        )
+    if TO_WORKDIR.value and INDEX_BUFFERS.value:
+        cli.fail("--index_buffers goes with --to_weights")
+    changes = INPUT_SIZE.value is not None or NUM_CLASSES.value is not None
+    if (changes or CONFIG.value) and not WEIGHTS.value:
+        cli.fail(
+            "--input_size, --num_classes and --config go with --weights: a work directory keeps "
+            "its own"
+        )
+    if TO_WEIGHTS.value:
+        convert.workdir_to_weights(
+            WORKDIR.value,
+            TO_WEIGHTS.value,
+            INDEX_BUFFERS.value,
+            ALLOW_NONFINITE.value,
+            OVERWRITE.value,
+        )
+    elif WEIGHTS.value:
+        weights = str(hub.local(WEIGHTS.value, "--weights"))
+        config = config_for_weights(CONFIG.value, weights, INPUT_SIZE.value)
+        convert.weights_to_workdir(
+            weights,
+            TO_WORKDIR.value,
+            config,
+            INPUT_SIZE.value,
+            bool(slim),
+            ALLOW_NONFINITE.value,
+            NUM_CLASSES.value,
+        )
+    else:
+        convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim, ALLOW_NONFINITE.value)
+    print(f"wrote {TO_WORKDIR.value or TO_WEIGHTS.value}")
+
+
+def run() -> None:
+    cli.run(main)

@@ -1,0 +1,61 @@
+"""Makes a data set of latents, to train latent models on:
+
+    python launch/encode.py --source ILSVRC2012_img_train.tar --crop adm --size 256 \\
+        --vae hf://stabilityai/sd-vae-ft-ema --name imagenet256_latents
+
+The source may be what launch/prepare.py wrote. On a pod every host runs the same command, and
+encodes shards of its own.
+
+Interrupted, the same command goes on where it was.
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.preparing import SourceFlags
+
+SOURCE = SourceFlags()
+VAE = cli.define_path(
+    "vae",
+    "Folder of the autoencoder (diffusers' AutoencoderKL), or hf://owner/name.",
+    to_read=True,
+)
+VAE_DTYPE = flags.DEFINE_enum(
+    "vae_dtype", "float32", ["float32", "bfloat16"], "Of the autoencoder's convolutions."
+)
+STORED = flags.DEFINE_enum("stored", "float16", ["float16", "float32"], "Of moments on disk.")
+ORIENTATIONS = flags.DEFINE_enum(
+    "orientations",
+    "2",
+    ["1", "2"],
+    "2: of each picture and its mirror image, which training draws between; 1: half the space.",
+)
+BATCH_PER_DEVICE = flags.DEFINE_integer(
+    "batch_per_device", 32, "Pictures that each device encodes in a call.", lower_bound=1
+)
+VAE_AT_ONCE = flags.DEFINE_integer(
+    "vae_at_once",
+    None,
+    "How many of them an accelerator encodes at once, 8 if not said; a CPU encodes one.",
+    lower_bound=1,
+)
+CLUSTER = cli.define_cluster()
+flags.mark_flag_as_required("vae")
+
+
+def main() -> None:
+    from diffit_jax.verbs.encode import Encoding, encode
+
+    encoding = Encoding(
+        VAE.value,
+        VAE_DTYPE.value,
+        STORED.value,
+        int(ORIENTATIONS.value),
+        BATCH_PER_DEVICE.value,
+        VAE_AT_ONCE.value,
+    )
+    encode(encoding=encoding, **SOURCE.value)
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

@@ -1,0 +1,72 @@
+"""Measures samples by ADM's suite: an npz file, a folder of pictures, or those of a network.
+
+    python launch/evaluate.py --samples samples_50000x256x256x3.npz \\
+        --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+
+`--workdir` or `--weights` in place of `--samples` draws what is measured. Small data sets are
+scored without a network by launch/score.py; launch/make_reference.py makes a reference,
+launch/sweep.py looks for the best settings.
+
+Interrupted, the same command goes on where it was.
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.measuring import InceptionFlags, ScoreFlags, define_samples
+from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
+
+SAMPLES = define_samples(
+    "npz file with arr_0 (images), as launch/sample.py writes it, or folder of pictures."
+)
+NETWORK = NetworkFlags()  # or a network, whose samples are drawn and measured
+SCORES = ScoreFlags("NAME_OF_THE_SAMPLES.metrics.json beside them", "the scores of other samples")
+INCEPTION = InceptionFlags()
+COUNT = flags.DEFINE_integer(
+    "count", None, "How many of the first samples; default: all, or 50,000 of a network."
+)
+SEEDS = flags.DEFINE_string(
+    "seeds",
+    None,
+    "Seed numbers of a network's samples: 0-49999, or several ranges (0-49999,50000-99999), each "
+    "of which is measured by itself; the lowest FID counts.",
+)
+DECODING = DecodingFlags()
+CLUSTER = cli.define_cluster()
+
+SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
+
+
+def main() -> None:
+    from diffit_jax.runtime import distributed
+    from diffit_jax.runtime.ranges import parse_ranges
+    from diffit_jax.verbs import evaluate
+
+    of_network = NETWORK.workdir.value, NETWORK.weights.value
+    cli.require_one(samples=SAMPLES.value, workdir=of_network[0], weights=of_network[1])
+    given = ["labels"] * bool(SCORES.labels.value) + ["vae"] * bool(DECODING.decoding())
+    given += ["seeds"] * bool(SEEDS.value) + list(SAMPLING.value)
+    if given and not any(of_network):
+        cli.fail(
+            f"--{given[0]} goes with --workdir or --weights: samples that are there are as they are"
+        )
+    if not SCORES.reference.value:
+        cli.fail(
+            "--reference is missing: samples are measured against one; those of a small data set "
+            "are scored without by launch/score.py"
+        )
+    scores = evaluate.evaluate(
+        SAMPLES.value or NETWORK.source(),
+        **SCORES.value,
+        **INCEPTION.value,
+        count=COUNT.value,
+        overrides=SAMPLING.value,
+        decoding=DECODING.decoding(),
+        seeds=parse_ranges("--seeds", SEEDS.value) if SEEDS.value else None,
+    )
+    if distributed.is_first():
+        print(evaluate.table(scores))
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

@@ -1,0 +1,42 @@
+"""Measures all pictures of a data set, as the reference that samples are compared with.
+
+    python launch/make_reference.py --dataset cifar10 --output cifar10.npz \\
+        --inception pt_inception-2015-12-05-6726825d.pth
+
+Interrupted, the same command goes on where it was.
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.measuring import InceptionFlags, define_data_dir, define_samples
+
+SAMPLES = define_samples("npz file with arr_0 (images), or folder of pictures.")
+DATASET = flags.DEFINE_string("dataset", None, "Or the name of a data set.")
+DATA_DIR = define_data_dir()
+OUTPUT = cli.define_path("output", "npz file for the statistics.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a file that is there.")
+INCEPTION = InceptionFlags()
+CLUSTER = cli.define_cluster()
+flags.mark_flag_as_required("output")
+
+
+def main() -> None:
+    from diffit_jax.data.sources import open_dataset
+    from diffit_jax.evaluation.pictures import DatasetPictures, open_pictures
+    from diffit_jax.runtime import distributed, hub
+    from diffit_jax.verbs.make_reference import make_reference
+
+    cli.require_one(samples=SAMPLES.value, dataset=DATASET.value)
+    if SAMPLES.value:
+        pictures = open_pictures(hub.local(SAMPLES.value, "samples"))
+    else:
+        source = open_dataset(DATASET.value, "train", DATA_DIR.value or "")
+        pictures = DatasetPictures(source, f"data set {DATASET.value}, train")
+    path = make_reference(pictures, OUTPUT.value, **INCEPTION.value, overwrite=OVERWRITE.value)
+    if distributed.is_first():
+        print(f"wrote {path}")
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

@@ -1,0 +1,65 @@
+"""Draws samples from a run or from released weights:
+
+    python launch/sample.py --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
+    python launch/sample.py --weights diffit_256.safetensors --labels "golden retriever,88" \\
+        --vae sd-vae-ft-ema
+
+Interrupted, the same command goes on where it was.
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
+
+NETWORK = NetworkFlags()
+SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one sample each: 7, 0-63 or 0-9,20-29.")
+LABELS = flags.DEFINE_string(
+    "labels",
+    None,
+    "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo "
+    "the number of classes.",
+)
+OUTPUT = cli.define_path(
+    "output",
+    "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights, "
+    "with what differs from the default.",
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace files of another request.")
+DECODING = DecodingFlags()
+GRID = flags.DEFINE_bool(
+    "grid", False, "Draw NAME.classes.png too: a row of ten for each of the first twenty labels."
+)
+TRAJECTORY = flags.DEFINE_integer(
+    "trajectory",
+    0,
+    "Draw NAME.trajectory.png too, in so many columns: the clean image as it is estimated along "
+    "the way, for the first eight samples.",
+    lower_bound=0,
+)
+CLUSTER = cli.define_cluster()
+
+SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
+
+
+def main() -> None:
+    from diffit_jax.runtime.ranges import parse_numbers
+    from diffit_jax.verbs.sample import sample
+
+    cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
+    path = sample(
+        NETWORK.source(),
+        parse_numbers("--seeds", SEEDS.value),
+        LABELS.value,
+        OUTPUT.value,
+        OVERWRITE.value,
+        SAMPLING.value,
+        DECODING.decoding(),
+        GRID.value,
+        TRAJECTORY.value,
+    )
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

@@ -1,0 +1,43 @@
+"""Scores samples of a small data set without a network, by a classifier and Fréchet distances.
+
+python launch/score.py --samples runs/digits/samples_1000x8x8x1.npz --dataset digits
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.measuring import define_data_dir, define_samples
+
+SAMPLES = define_samples("npz file with images and labels, as launch/sample.py writes it.")
+DATASET = flags.DEFINE_string("dataset", "digits", "Data set that the samples imitate.")
+DATA_DIR = define_data_dir()
+OUTPUT = cli.define_path(
+    "output", "JSON file to write; default: NAME_OF_THE_SAMPLES.metrics.json beside them."
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the scores of other samples.")
+CLUSTER = cli.define_cluster()
+
+
+def main() -> None:
+    from diffit_jax.evaluation.small import score_table
+    from diffit_jax.runtime import distributed
+    from diffit_jax.verbs.score import score
+
+    cli.require_one(samples=SAMPLES.value)
+    data_dir = DATA_DIR.value or ""
+    # They are a matter of seconds for one process; of several the others wait.
+    found = distributed.on_primary(
+        lambda: score(
+            SAMPLES.value,
+            DATASET.value,
+            data_dir,
+            output=OUTPUT.value,
+            overwrite=OVERWRITE.value,
+        )
+    )
+    if found:
+        print(score_table(found))
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

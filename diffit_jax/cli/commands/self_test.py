@@ -1,0 +1,34 @@
+"""Measures ADM's published samples and compares the figures with the published ones.
+
+python launch/self_test.py --folder ref_batches --inception pt_inception-2015-12-05-6726825d.pth
+"""
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.measuring import InceptionFlags
+
+FOLDER = cli.define_path(
+    "folder", "Folder with ADM's published samples and reference.", to_read=True
+)
+INCEPTION = InceptionFlags()
+CLUSTER = cli.define_cluster()
+flags.mark_flag_as_required("folder")
+
+
+def main() -> None:
+    from diffit_jax.runtime import distributed
+    from diffit_jax.verbs import self_test
+
+    asked = INCEPTION.value
+    rows = self_test.self_test(
+        FOLDER.value, asked["inception"], batch_per_device=asked["batch_per_device"]
+    )
+    if distributed.is_first():
+        print(self_test.table(rows))
+    if not all(row["passed"] for row in rows):
+        cli.fail("the figures are not the published ones (see above)")
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

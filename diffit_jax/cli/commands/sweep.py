@@ -1,0 +1,86 @@
+"""Finds the best settings of a network's samples, by ADM's suite, and measures those.
+
+    python launch/sweep.py --workdir runs/imagenet256 --sweep guidance.scale=1,1.5,2 \\
+        --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
+
+Interrupted, the same command goes on where it was; with more values it only adds those.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from diffit_jax import cli
+from diffit_jax.cli.measuring import InceptionFlags, ScoreFlags
+from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
+
+NETWORK = NetworkFlags()
+SWEEP = flags.DEFINE_string(
+    "sweep",
+    None,
+    "What is varied: guidance.scale=1,1.5,2, also several keys (…,ema_length=0.05,0.1).",
+)
+SWEEP_COUNT = flags.DEFINE_integer("sweep_count", 5_000, "Samples of each point.")
+COUNT = flags.DEFINE_integer(
+    "count", None, "Samples of the best point at the end; default: 50,000; 0: none."
+)
+SCORES = ScoreFlags("sweep.json in the directory of the network", "another sweep")
+INCEPTION = InceptionFlags()
+DECODING = DecodingFlags()
+CLUSTER = cli.define_cluster()
+
+SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
+flags.mark_flag_as_required("sweep")
+
+
+def main() -> None:
+    from diffit_jax.runtime import distributed
+    from diffit_jax.verbs import evaluate, sweep
+
+    cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
+    if not SCORES.reference.value:
+        cli.fail("--reference is missing: the samples of a network are measured against one")
+    asked = SCORES.value | INCEPTION.value | {"decoding": DECODING.decoding()}
+    swept = sweep.sweep(
+        NETWORK.source,
+        sweep.parse(SWEEP.value),
+        **asked,
+        count=SWEEP_COUNT.value,
+        overrides=SAMPLING.value,
+    )
+    best = swept.best["settings"]
+    if distributed.is_first():
+        print(sweep.table(swept))
+        print(f"the best: {_command(best)}", flush=True)
+    if COUNT.value == 0:
+        return
+    of_source, of_sampling = sweep.divided(best)
+    scores = evaluate.evaluate(
+        NETWORK.source(**of_source),
+        **asked | {"output": None},
+        count=COUNT.value,
+        overrides={**SAMPLING.value, **of_sampling},
+    )
+    if distributed.is_first():
+        print(evaluate.table(scores))
+
+
+def _command(best: Mapping[str, Any]) -> str:
+    """The command that measures the best settings."""
+    dropped, words, arguments = ("sweep", "sweep_count", "output", "count"), [], iter(sys.argv[1:])
+    for argument in arguments:
+        name, separator, _ = argument.lstrip("-").partition("=")
+        if name not in dropped:
+            words.append(argument)
+        elif not separator:
+            next(arguments, None)
+    words += [f"--{key}={value}" for key, value in best.items()]
+    words += [f"--count={COUNT.value}"] if COUNT.value else []
+    return shlex.join(["python", "launch/evaluate.py", *words])
+
+
+def run() -> None:
+    cli.run(main, CLUSTER)

@@ -1,0 +1,6 @@
+"""`diffit make_reference`, in a checkout."""
+
+from diffit_jax.__main__ import launch
+
+if __name__ == "__main__":
+    launch("make_reference")

@@ -1,0 +1,6 @@
+"""`diffit sweep`, in a checkout."""
+
+from diffit_jax.__main__ import launch
+
+if __name__ == "__main__":
+    launch("sweep")
