@@ -103,9 +103,9 @@ def test_a_partial_measurement_is_completed(before, tmp_path, monkeypatch):
     np.savez(reference, mu=np.zeros(256), sigma=np.eye(256))
     scores = evaluate(
         samples,
-        reference,
-        save_inception(tmp_path / "fid.safetensors"),
-        ["inception_score"],
+        reference=reference,
+        inception=save_inception(tmp_path / "fid.safetensors"),
+        metrics=["inception_score"],
         batch_per_device=1,
     )
     assert sum(measured) == (2 if jax.__version__ == jaxs else 6)
@@ -175,7 +175,7 @@ def test_a_data_set_that_was_begun_is_completed(before, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MOST_BYTES", 5 * (4 + 8 * 8 * 3))
     source = write_folder(tmp_path / "pets", pets(12, width=8, height=8))
     there = (folder / "data/begun/train-00000-of-00003.array_record").stat().st_mtime_ns
-    prepare(source, "begun", folder / "data", workers=0)
+    prepare(source, name="begun", data_dir=folder / "data", workers=0)
     for whole in sorted((folder / "data/pets").glob("*.array_record")):
         assert whole.read_bytes() == (folder / "data/begun" / whole.name).read_bytes()
     again = (folder / "data/begun/train-00000-of-00003.array_record").stat().st_mtime_ns

@@ -190,38 +190,8 @@ def run(
                 # At the end jax waits a minute for the others, and then ends all: what the first
                 # one still has to write or to send takes longer.
                 distributed.meet()
-        except UserError as error:
-            fail(str(error) + _preflight_command(error))
-        except BrokenPipeError:  # whoever read our output has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except OSError as error:
-            if error.filename is None and error.errno in (
-                errno.ENOSPC,
-                errno.EIO,
-                errno.EBADF,
-            ):  # `print`, to a file on a full disk, say
-                fail(
-                    f"the output could not be printed ({error.strerror}); what was asked for is "
-                    "done"
-                )
-            raise
-        except MemoryError:
-            fail("the host's memory ran out: ask for less at once, or use a machine with more")
-        except interruption.Preempted as notice:
-            interruption.finished(interruption.EXIT_RESUME)
-            print(f"preempted: {notice}; run the same command again to go on", file=sys.stderr)
-            sys.exit(interruption.EXIT_RESUME)
-        except KeyboardInterrupt as notice:
-            line = f"interrupted: {notice}; run the same command again to go on".replace(
-                ": ; ", ": "
-            )
-            if interruption.pressed() != 1:
-                # Does not wait for saves under way, as `sys.exit` would.
-                interruption.end(interruption.EXIT_INTERRUPTED, line)
-            interruption.finished(interruption.EXIT_INTERRUPTED)
-            print(line, file=sys.stderr, flush=True)
-            sys.exit(interruption.EXIT_INTERRUPTED)
+        except (Exception, KeyboardInterrupt) as error:
+            _end_with(error)
         interruption.finished()
 
     _mend_streams()
@@ -231,6 +201,39 @@ def run(
         interruption.end(
             interruption.EXIT_INTERRUPTED, "interrupted: run the same command again to go on"
         )
+
+
+def _end_with(error: BaseException) -> NoReturn:
+    """Ends the command as an error or an interruption asks for; what is neither is raised again."""
+    try:
+        raise error
+    except UserError as error:
+        fail(str(error) + _preflight_command(error))
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno in (
+            errno.ENOSPC,
+            errno.EIO,
+            errno.EBADF,
+        ):  # `print`, to a file on a full disk, say
+            fail(f"the output could not be printed ({error.strerror}); what was asked for is done")
+        raise
+    except MemoryError:
+        fail("the host's memory ran out: ask for less at once, or use a machine with more")
+    except interruption.Preempted as notice:
+        interruption.finished(interruption.EXIT_RESUME)
+        print(f"preempted: {notice}; run the same command again to go on", file=sys.stderr)
+        sys.exit(interruption.EXIT_RESUME)
+    except KeyboardInterrupt as notice:
+        line = f"interrupted: {notice}; run the same command again to go on".replace(": ; ", ": ")
+        if interruption.pressed() != 1:
+            # Does not wait for saves under way, as `sys.exit` would.
+            interruption.end(interruption.EXIT_INTERRUPTED, line)
+        interruption.finished(interruption.EXIT_INTERRUPTED)
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(interruption.EXIT_INTERRUPTED)
 
 
 def _mend_streams() -> None:

@@ -73,8 +73,13 @@ class NetworkFlags:
         if self._raw.value and not workdir:
             cli.fail("--raw goes with --workdir: a file of weights holds one average")
         if workdir:
-            steps = ema_length, checkpoint
-            return Run(workdir, *steps, self._allow_nonfinite.value, self._raw.value)
+            return Run(
+                workdir,
+                ema_length=ema_length,
+                checkpoint=checkpoint,
+                allow_nonfinite=self._allow_nonfinite.value,
+                raw=self._raw.value,
+            )
         config = config_for_weights(self._config.value, str(hub.local(weights, "--weights")))
         return Weights(weights, config, self._allow_nonfinite.value)
 

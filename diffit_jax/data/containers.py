@@ -51,7 +51,15 @@ def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
             f"{folder} has folders without a picture ({first_few(sorted(empty))}), which would be "
             "classes: delete them, or say --unlabelled"
         )
-    return index_members(str(folder), "file", paths, members, labels, unlabelled, whole=True)
+    return index_members(
+        str(folder),
+        "file",
+        files=paths,
+        members=members,
+        given=labels,
+        unlabelled=unlabelled,
+        whole=True,
+    )
 
 
 def index_zip(path: epath.Path, unlabelled: bool) -> Index:
@@ -68,7 +76,14 @@ def index_zip(path: epath.Path, unlabelled: bool) -> Index:
                     )
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path} is not a whole zip file ({error}): fetch it again") from error
-    return index_members(str(path), "zip", (str(path),), members.values(), labels, unlabelled)
+    return index_members(
+        str(path),
+        "zip",
+        files=(str(path),),
+        members=members.values(),
+        given=labels,
+        unlabelled=unlabelled,
+    )
 
 
 def index_tars(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
@@ -90,12 +105,21 @@ def index_tars(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
         for member in scan.members:
             named = member._replace(name=prefix + member.name)
             members[named.name] = named
-    return index_members(source, "range", files, members.values(), None, unlabelled, whole=inner)
+    return index_members(
+        source,
+        "range",
+        files=files,
+        members=members.values(),
+        given=None,
+        unlabelled=unlabelled,
+        whole=inner,
+    )
 
 
 def index_members(
     source: str,
     kind: str,
+    *,
     files: tuple[str, ...],
     members: Iterable[Member],
     given: Mapping[str, int] | None,

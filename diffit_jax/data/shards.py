@@ -78,6 +78,7 @@ class Shards:
         self,
         folder: epath.Path,
         split: str,
+        *,
         count: int,
         arrays: Mapping[str, ArraySpec],
         identity: Mapping[str, Any],

@@ -56,29 +56,39 @@ def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
                 "it again"
             ) from error
     names = [f"{paths[file].name}:{group}:{row}" for file, group, row in rows]
-    found = np.concatenate(labels) if labels else None
+    found = np.concatenate(labels) if labels and not unlabelled else None
     said = []
-    if unlabelled:
-        found = None
-    elif found is None:
+    if found is None and not unlabelled:
         said.append("no labels: its tables have no column of them")
-    elif found.min() < 0:
-        if found.max() >= 0:
-            raise UserError(
-                f"{paths[0].parent} has rows without a label (-1) among others: say --unlabelled"
-            )
+    elif found is not None and found.max() < 0:
         said.append("no labels: all are -1, as in test splits")
         found = None
-    if found is None:
+    elif found is not None and found.min() < 0:
+        raise UserError(
+            f"{paths[0].parent} has rows without a label (-1) among others: say --unlabelled"
+        )
+    return _index_of(paths, rows, names, found, classes=classes, said=said)
+
+
+def _index_of(
+    paths: Sequence[epath.Path],
+    rows: Sequence[tuple[int, int, int]],
+    names: list[str],
+    labels: np.ndarray | None,
+    *,
+    classes: tuple[str, ...],
+    said: Sequence[str],
+) -> Index:
+    if labels is None:
         classes = ()
     elif not classes:
-        classes = tuple(str(number) for number in range(int(found.max()) + 1))
+        classes = tuple(str(number) for number in range(int(labels.max()) + 1))
     return Index(
         "table",
         tuple(map(str, paths)),
         np.array(rows, np.int64).reshape(-1, 3),
         names,
-        None if found is None else found.astype(np.int32),
+        None if labels is None else labels.astype(np.int32),
         classes,
         tuple(said),
     )

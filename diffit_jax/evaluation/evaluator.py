@@ -45,6 +45,7 @@ class Evaluator:
         reference: epath.PathLike,
         inception: epath.PathLike,
         shape: tuple[int, ...],
+        *,
         mesh: jax.sharding.Mesh,
         metrics: Sequence[str] | None = None,
         resize: str = "tf1",
@@ -73,6 +74,7 @@ class Evaluator:
         self,
         pictures: Pictures,
         place: epath.Path,
+        *,
         count: int | None = None,
         what: str = "evaluate",
         max_seconds: float = 0.0,
@@ -100,7 +102,13 @@ class Evaluator:
         protocol = protocol_of(pictures, self.extractor, count)
         begun = Begun(place, json.dumps([protocol, self.pooled], sort_keys=True))
         measured = measure(
-            pictures, self.extractor, what, self.pooled, count, begun, max_seconds=max_seconds
+            pictures,
+            self.extractor,
+            what,
+            pooled=self.pooled,
+            count=count,
+            begun=begun,
+            max_seconds=max_seconds,
         )
         if keep:
             distributed.on_primary(functools.partial(begun.save, measured))

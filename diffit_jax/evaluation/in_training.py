@@ -139,8 +139,8 @@ class InTraining:
                     settings.reference,
                     settings.inception,
                     shape,
-                    opened.mesh,
-                    settings.metrics or None,
+                    mesh=opened.mesh,
+                    metrics=settings.metrics or None,
                     batch_per_device=settings.batch_per_device,
                 )
             if self.decoder:
@@ -230,10 +230,17 @@ class InTraining:
         if count not in self._asked:
             run = Run(self._workdir, config=self._config)
             decoding = self._decoding() if self._settings.vae else None
-            self._asked[count] = Asked.make(run, range(count), None, {}, decoding, self._opened)
+            self._asked[count] = Asked.make(
+                run,
+                seeds=range(count),
+                labels=None,
+                overrides={},
+                decoding=decoding,
+                opened=self._opened,
+            )
         return self._asked[count]
 
     def _drawn(self, kind: Kind, count: int, step: int) -> DrawnPictures:
-        source = Run(self._workdir, kind.ema_length, raw=kind.raw, config=self._config)
+        source = Run(self._workdir, ema_length=kind.ema_length, raw=kind.raw, config=self._config)
         asked = dataclasses.replace(self._ask(count), source=source)
         return DrawnPictures(asked, asked.beside(kind.variables, source.origin(step)))

@@ -134,6 +134,7 @@ def measure(
     pictures: Pictures,
     extractor: Extractor,
     what: str,
+    *,
     pooled: bool = False,
     count: int | None = None,
     begun: Begun | None = None,

@@ -89,7 +89,9 @@ def load(
         missing = [f"missing {name}" for name in table if name not in renamed]
         extra = [f"extra {name}" for theirs, name in renamed.items() if theirs not in table]
         if missing or extra:
-            tensors.refuse(weights_path, _KIND, missing, extra, file.hint, _REMEDY)
+            tensors.refuse(
+                weights_path, _KIND, missing, others=extra, hint=file.hint, remedy=_REMEDY
+            )
         side = module.factor
         shapes = models.variable_shapes(module, (side, side, module.image_channels))
         leaves = [
@@ -237,59 +239,74 @@ def _places(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     return path / CONFIG, weights
 
 
-def _table(module: Autoencoder) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+_Table = dict[str, tuple[str, tuple[int, ...] | None]]
+
+
+def _layer(theirs: str, ours: str, axes: tuple[int, ...]) -> _Table:
+    return {
+        f"{theirs}.weight": (f"params/{ours}/kernel", axes),
+        f"{theirs}.bias": (f"params/{ours}/bias", _SAME),
+    }
+
+
+def _norm(theirs: str, ours: str) -> _Table:
+    return {
+        f"{theirs}.weight": (f"params/{ours}/scale", _SAME),
+        f"{theirs}.bias": (f"params/{ours}/bias", _SAME),
+    }
+
+
+def _block(theirs: str, ours: str, shortcut: bool) -> _Table:
+    table: _Table = {}
+    for number in (1, 2):
+        table |= _norm(f"{theirs}.norm{number}", f"{ours}/norm_{number}")
+        table |= _layer(f"{theirs}.conv{number}", f"{ours}/conv_{number}", _CONV)
+    return table | (
+        _layer(f"{theirs}.conv_shortcut", f"{ours}/shortcut", _LINEAR) if shortcut else {}
+    )
+
+
+def _table(module: Autoencoder) -> _Table:
     """Name in the file → (path of ours, axes of theirs in the order of ours)."""
-    table: dict[str, tuple[str, tuple[int, ...] | None]] = {}
-
-    def layer(theirs: str, ours: str, axes: tuple[int, ...]) -> None:
-        table[f"{theirs}.weight"] = (f"params/{ours}/kernel", axes)
-        table[f"{theirs}.bias"] = (f"params/{ours}/bias", _SAME)
-
-    def norm(theirs: str, ours: str) -> None:
-        table[f"{theirs}.weight"] = (f"params/{ours}/scale", _SAME)
-        table[f"{theirs}.bias"] = (f"params/{ours}/bias", _SAME)
-
-    def block(theirs: str, ours: str, shortcut: bool) -> None:
-        for number in (1, 2):
-            norm(f"{theirs}.norm{number}", f"{ours}/norm_{number}")
-            layer(f"{theirs}.conv{number}", f"{ours}/conv_{number}", _CONV)
-        if shortcut:
-            layer(f"{theirs}.conv_shortcut", f"{ours}/shortcut", _LINEAR)
-
-    channels, stages = tuple(module.channels), len(module.channels)
+    table: _Table = {}
     for half in ("encoder", "decoder"):
-        layer(f"{half}.conv_in", f"{half}/conv_in", _CONV)
+        table |= _layer(f"{half}.conv_in", f"{half}/conv_in", _CONV)
         for number in (0, 1):
-            block(f"{half}.mid_block.resnets.{number}", f"{half}/middle/block_{number}", False)
+            ours = f"{half}/middle/block_{number}"
+            table |= _block(f"{half}.mid_block.resnets.{number}", ours, False)
         if module.attention:
             theirs, ours = f"{half}.mid_block.attentions.0", f"{half}/middle/attention"
-            norm(f"{theirs}.group_norm", f"{ours}/norm")
+            table |= _norm(f"{theirs}.group_norm", f"{ours}/norm")
             for name, other in zip(("q", "k", "v", "out"), _OLDER.values(), strict=True):
-                layer(f"{theirs}.{other}", f"{ours}/{name}", _LINEAR)
-        norm(f"{half}.conv_norm_out", f"{half}/norm_out")
-        layer(f"{half}.conv_out", f"{half}/conv_out", _CONV)
-    for stage in range(stages):
-        down, up = f"encoder.down_blocks.{stage}", f"decoder.up_blocks.{stages - 1 - stage}"
-        entering = {
-            "encoder": channels[max(stage - 1, 0)],
-            "decoder": channels[min(stage + 1, stages - 1)],
-        }
-        for half, theirs, count in (
-            ("encoder", down, module.num_blocks),
-            ("decoder", up, module.num_blocks + 1),
-        ):
-            for number in range(count):
-                changes = number == 0 and entering[half] != channels[stage]
-                ours = f"{half}/stage_{stage}_block_{number}"
-                block(f"{theirs}.resnets.{number}", ours, changes)
-        if stage < stages - 1:
-            layer(f"{down}.downsamplers.0.conv", f"encoder/down_{stage + 1}/conv", _CONV)
-        if stage:
-            layer(f"{up}.upsamplers.0.conv", f"decoder/up_{stage}/conv", _CONV)
+                table |= _layer(f"{theirs}.{other}", f"{ours}/{name}", _LINEAR)
+        table |= _norm(f"{half}.conv_norm_out", f"{half}/norm_out")
+        table |= _layer(f"{half}.conv_out", f"{half}/conv_out", _CONV)
+    for stage in range(len(module.channels)):
+        table |= _stage(module, stage)
     if module.quant_conv:
-        layer("quant_conv", "encoder/quant", _LINEAR)
+        table |= _layer("quant_conv", "encoder/quant", _LINEAR)
     if module.post_quant_conv:
-        layer("post_quant_conv", "decoder/quant", _LINEAR)
+        table |= _layer("post_quant_conv", "decoder/quant", _LINEAR)
+    return table
+
+
+def _stage(module: Autoencoder, stage: int) -> _Table:
+    """Of one resolution, on the way down and up."""
+    channels, last = tuple(module.channels), len(module.channels) - 1
+    down, up = f"encoder.down_blocks.{stage}", f"decoder.up_blocks.{last - stage}"
+    table: _Table = {}
+    for half, theirs, count, entering in (
+        ("encoder", down, module.num_blocks, channels[max(stage - 1, 0)]),
+        ("decoder", up, module.num_blocks + 1, channels[min(stage + 1, last)]),
+    ):
+        for number in range(count):
+            changes = number == 0 and entering != channels[stage]
+            ours = f"{half}/stage_{stage}_block_{number}"
+            table |= _block(f"{theirs}.resnets.{number}", ours, changes)
+    if stage < last:
+        table |= _layer(f"{down}.downsamplers.0.conv", f"encoder/down_{stage + 1}/conv", _CONV)
+    if stage:
+        table |= _layer(f"{up}.upsamplers.0.conv", f"decoder/up_{stage}/conv", _CONV)
     return table
 
 

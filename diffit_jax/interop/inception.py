@@ -62,7 +62,7 @@ def load(
         missing = [f"missing {name}" for name in table if name not in found]
         extra = [f"extra {name}" for name in tensors.in_order(found - table.keys())]
         if missing or extra:
-            tensors.refuse(path, _KIND, missing, extra, file.hint, _REMEDY)
+            tensors.refuse(path, _KIND, missing, others=extra, hint=file.hint, remedy=_REMEDY)
         module = Inception(width=_width(file))
         shapes = models.variable_shapes(module, (SIDE, SIDE, 3))
         leaves = tensors.leaves_of(table, shapes, 0, {})

@@ -290,7 +290,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         )
     ]
     if missing or extra:
-        tensors.refuse(path, _KIND, missing, extra, file.hint)
+        tensors.refuse(path, _KIND, missing, others=extra, hint=file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """What most tensors say: (pattern, rank, their shape → the size)."""

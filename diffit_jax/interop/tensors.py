@@ -156,6 +156,7 @@ def refuse(
     path: epath.PathLike,
     kind: str,
     problems: Sequence[str],
+    *,
     others: Sequence[str] = (),
     hint: str = "",
     remedy: str = RELEASED,

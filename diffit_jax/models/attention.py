@@ -163,6 +163,7 @@ def _softmax_attention(
     k_BHLD: jax.Array,
     v_BHLD: jax.Array,
     table: jax.Array,
+    *,
     window: int,
     backend: str,
 ) -> jax.Array:

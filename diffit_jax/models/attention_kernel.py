@@ -227,20 +227,22 @@ def _forward_kernel(q_ref, k_ref, v_ref, strips_ref, out_ref):
             )
 
 
-def _backward_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    strips_ref,
-    gradient_ref,
-    q_out_ref,
-    k_out_ref,
-    v_out_ref,
-    strips_out_ref,
-    k_sum_ref,
-    v_sum_ref,
-):
+def _backward_kernel(*references):
     """One head of a few examples; the gradient of the strips is added up over the batch."""
+    # Inputs, results, and sums in fast memory.
+    (
+        q_ref,
+        k_ref,
+        v_ref,
+        strips_ref,
+        gradient_ref,
+        q_out_ref,
+        k_out_ref,
+        v_out_ref,
+        strips_out_ref,
+        k_sum_ref,
+        v_sum_ref,
+    ) = references
 
     @pl.when(pl.program_id(1) == 0)
     def _():

@@ -18,6 +18,7 @@ class Progress:
         self,
         what: str,
         total: int,
+        *,
         done: int = 0,
         unit: str = "step",
         every_s: float = 30.0,

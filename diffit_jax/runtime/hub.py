@@ -2,19 +2,20 @@
 fetched into the hub's own cache, and compared with the hub's checksums."""
 
 import fnmatch
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.runtime import files
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,6 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
     address = parse(text, flag)
     try:
         import huggingface_hub
-        from huggingface_hub import errors
     except ImportError as error:
         raise UserError(
             f"{flag} {text} cannot be fetched without the library huggingface_hub: pip install "
@@ -114,50 +114,91 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
         names = [address.path]
         if not _is_file(address.path):
             names = _listed(huggingface_hub, address, common, wanted)
-        places = []
+        root = _snapshot(huggingface_hub, common, names)
         for name in names:
-            places.append(Path(huggingface_hub.hf_hub_download(filename=name, **common)))
-            _check(places[-1], f"{text.partition('@')[0]}: {name}" if len(names) > 1 else text)
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{flag} {text} is for those who have accepted its terms: accept them on "
-            f"{_page(huggingface_hub, address)}, then log in by `hf auth login` or set HF_TOKEN"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{flag} {text}: there is no such {address.kind} {address.repository}, or it is "
-            "private: correct the name, or log in by `hf auth login` or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"{flag} {text}: {address.repository} has no revision {address.revision}: correct it"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _no_network(flag, text) from error
-    except (errors.RemoteEntryNotFoundError, FileNotFoundError) as error:
-        raise UserError(
-            f"{flag} {text}: {address.repository} has no file {address.path}: see "
-            f"{_page(huggingface_hub, address)}"
-        ) from error
+            if not (root / name).exists():
+                raise FileNotFoundError(name)
+            _check(root / name, f"{text.partition('@')[0]}: {name}" if len(names) > 1 else text)
     except UserError:
         raise
-    except OSError as error:
-        if _is_connection(error):
-            raise _no_network(flag, text) from error
-        raise UserError(
-            f"{flag} {text} cannot be fetched ({' '.join(str(error).split())[:120]}): "
-            f"{files.remedy_for_writing(error) or 'try again later'}"
-        ) from error
-    except Exception as error:  # of the library's own client of HTTP, whose name has changed twice
-        if _is_connection(error):
-            raise _no_network(flag, text) from error
-        raise
-    return _local_path(places, names, address.path)
+    except Exception as error:  # its client of HTTP has errors of its own, renamed twice
+        told = _told(error, address, huggingface_hub)
+        if told is None:
+            raise
+        raise UserError(f"{flag} {text}{told}") from error
+    return str(root / address.path) if address.path else str(root)
+
+
+def _snapshot(library: Any, common: Mapping[str, Any], names: Sequence[str]) -> Path:
+    """The folder of a commit in the cache, with files of it; without a network, as far as they are
+    there."""
+    patterns = [glob.escape(name) for name in names]
+    try:
+        return Path(library.snapshot_download(**common, allow_patterns=patterns))
+    except Exception:
+        try:
+            root = _held(library, common, patterns)
+        except Exception:  # nothing is there: the first error says more
+            root = None
+        if root is None or not all((root / name).exists() for name in names):
+            raise
+        return root
+
+
+def _held(library: Any, common: Mapping[str, Any], patterns: Sequence[str]) -> Path:
+    """The folder of a commit, of which all files that fit the patterns are in the cache."""
+    local = {"local_files_only": True, "allow_patterns": list(patterns)}
+    return Path(library.snapshot_download(**common, **local))
+
+
+def _told(error: Exception, address: Address, library: Any) -> str | None:
+    """What an error of the library means, in words that follow the address; None: nothing that a
+    person can mend."""
+    from huggingface_hub import errors
+
+    page = f"{library.constants.ENDPOINT}/{'datasets/' * (address.kind == 'dataset')}"
+    page += address.repository
+    repository, login = address.repository, "log in by `hf auth login` or set HF_TOKEN"
+    no_network = (
+        " cannot be fetched: the hub cannot be reached from here, and the file is not in its "
+        "cache; look at the network, or fetch it elsewhere (`hf download`) and name the file"
+    )
+    meanings: tuple[tuple[Any, str], ...] = (
+        (
+            errors.GatedRepoError,
+            f" is for those who have accepted its terms: accept them on {page}, then {login}",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f": there is no such {address.kind} {repository}, or it is private: correct the name, "
+            f"or {login}",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f": {repository} has no revision {address.revision}: correct it",
+        ),
+        ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), no_network),
+        (
+            (errors.RemoteEntryNotFoundError, FileNotFoundError),
+            f": {repository} has no file {address.path}: see {page}",
+        ),
+    )
+    told = next((text for kinds, text in meanings if isinstance(error, kinds)), None)
+    if told is None and _is_connection(error):
+        return no_network
+    if told is None and isinstance(error, OSError):
+        remedy = files.remedy_for_writing(error) or "try again later"
+        return f" cannot be fetched ({one_line(error, 120)}): {remedy}"
+    return told
 
 
 def _is_file(path: str) -> bool:
     """Whether a path names one file: it has a suffix, and no pattern."""
-    return bool(re.search(r"\.\w+$", path)) and not re.search(r"[*?\[]", path)
+    return bool(re.search(r"\.\w+$", path)) and not _is_pattern(path)
+
+
+def _is_pattern(path: str) -> bool:
+    return bool(re.search(r"[*?\[]", path))
 
 
 def _listed(
@@ -169,11 +210,13 @@ def _listed(
     except Exception as error:
         if not _is_connection(error) and type(error).__name__ != "OfflineModeIsEnabled":
             raise
-        root = Path(library.snapshot_download(**common, local_files_only=True))
+        prefix = f"{address.path}/" if address.path else ""
+        folder = [f"{glob.escape(prefix)}{pattern}" for pattern in wanted]
+        root = _held(library, common, folder if not _is_pattern(address.path) else [address.path])
         names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     if address.path in names:
         return [address.path]
-    if re.search(r"[*?\[]", address.path):
+    if _is_pattern(address.path):
         found = [name for name in names if _matches(name, address.path)]
     else:
         prefix = f"{address.path}/" if address.path else ""
@@ -192,13 +235,6 @@ def _matches(name: str, pattern: str) -> bool:
     """Whether a name fits a pattern, part by part: `*` does not stand for `/`."""
     parts, patterns = name.split("/"), pattern.split("/")
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
-
-
-def _local_path(places: Sequence[Path], names: Sequence[str], path: str) -> str:
-    """Where in the cache what was named lies: a file, a folder, or a pattern there."""
-    depth = names[0].count("/") + 1
-    root = places[0].parents[depth - 1]
-    return str(root / path) if path else str(root)
 
 
 def _check(place: Path, what: str) -> None:
@@ -234,23 +270,10 @@ def _check(place: Path, what: str) -> None:
             log.debug("%s cannot be written", note)
 
 
-def _page(library: Any, address: Address) -> str:
-    kind = "datasets/" if address.kind == "dataset" else ""
-    return f"{library.constants.ENDPOINT}/{kind}{address.repository}"
-
-
 def _is_connection(error: BaseException) -> bool:
     """Whether an error, or what it came from, is one of the network."""
     return any(
         isinstance(each, ConnectionError | TimeoutError)
         or re.search(r"Connect|Timeout|NetworkError|ProtocolError", type(each).__name__)
         for each in files.causes_of(error)
-    )
-
-
-def _no_network(flag: str, text: str) -> UserError:
-    return UserError(
-        f"{flag} {text} cannot be fetched: the hub cannot be reached from here, and the file is "
-        "not in its cache; look at the network, or fetch it elsewhere (`hf download`) and name the "
-        "file"
     )

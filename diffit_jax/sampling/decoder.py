@@ -42,7 +42,15 @@ class Decoding:
         path = hub.local(self.path, "vae", VAE_FILES)
         module, variables = diffusers.load(path, self.dtype, parallel.replicated(mesh))
         per_device = batch_size // mesh.size
-        return Decoder(module, variables, mesh, per_device, self.at_once, rounding, path)
+        return Decoder(
+            module,
+            variables,
+            mesh,
+            batch_per_device=per_device,
+            at_once=self.at_once,
+            rounding=rounding,
+            path=path,
+        )
 
 
 def per_slice(function: Jitted, mesh: jax.sharding.Mesh, size: int) -> Any:
@@ -101,6 +109,7 @@ class Decoder:
         module: Autoencoder,
         variables: dict[str, Any],
         mesh: jax.sharding.Mesh,
+        *,
         batch_per_device: int,
         at_once: int | None = None,
         rounding: str = "adm",

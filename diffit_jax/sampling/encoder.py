@@ -31,6 +31,7 @@ class Encoder:
         module: Autoencoder,
         variables: dict[str, Any],
         mesh: jax.sharding.Mesh,
+        *,
         batch_per_device: int,
         orientations: int = 2,
         at_once: int | None = None,

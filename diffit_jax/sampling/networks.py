@@ -30,6 +30,7 @@ class Run:
     def __init__(
         self,
         workdir: epath.PathLike,
+        *,
         ema_length: float | None = None,
         checkpoint: int | None = None,
         allow_nonfinite: bool = False,

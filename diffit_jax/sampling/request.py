@@ -67,6 +67,7 @@ class Asked:
     def make(
         cls,
         source: Run | Weights,
+        *,
         seeds: Sequence[int],
         labels: Sequence[int] | str | None,
         overrides: Mapping[str, Any],

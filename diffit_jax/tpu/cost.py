@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from diffit_jax.tpu.program import Instruction, Program, parts, type_bytes
 
@@ -109,7 +109,7 @@ class Cost:
       async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside
         other operations.
       unpriced: name of a custom kernel or call without a known price → how often it runs.
-      even_conditionals: conditionals of which it was not said how often each branch is taken; all
+      even_conditionals: conditionals, of which nobody says how often each branch is taken; all
         branches count alike.
       unknown_loops: loops whose trip count could not be found; they count once.
     """
@@ -131,10 +131,6 @@ class Cost:
         """The part of `cycles` that the compiler did not estimate."""
         return sum(operation.cycles for operation in self.operations if not operation.estimated)
 
-    @property
-    def collective_bytes(self) -> float:
-        return sum(size for _, size in self.collectives.values())
-
     def dearest(self, count: int) -> list[Operation]:
         """The costliest operations; those of one place in the source and one kind are added up."""
         groups = collections.defaultdict(list)
@@ -155,7 +151,6 @@ def cost(
     program: Program,
     bytes_per_cycle: float,
     kernels: Callable[["Kernel"], float | None] = lambda _: None,
-    frequencies: Mapping[str, Sequence[float]] | None = None,
 ) -> Cost:
     """Prices a program.
 
@@ -164,10 +159,8 @@ def cost(
       bytes_per_cycle: bandwidth of the chip's memory, for operations that the compiler did not
         estimate.
       kernels: a custom kernel → cycles of one call, None if they are not known.
-      frequencies: name of a conditional, or a pattern found in its metadata → how often each of its
-        branches is taken, as shares. Others: all branches alike.
     """
-    return _Walk(program, bytes_per_cycle, kernels, frequencies or {}).run()
+    return _Walk(program, bytes_per_cycle, kernels).run()
 
 
 def kernels(program: Program) -> set[Kernel]:
@@ -211,15 +204,8 @@ def group_size(attributes: str) -> int | None:
 
 
 class _Walk:
-    def __init__(
-        self, program: Program, bytes_per_cycle: float, kernels: Callable, frequencies: Mapping
-    ):
-        self._program, self._bytes_per_cycle, self._kernels, self._frequencies = (
-            program,
-            bytes_per_cycle,
-            kernels,
-            frequencies,
-        )
+    def __init__(self, program: Program, bytes_per_cycle: float, kernels: Callable):
+        self._program, self._bytes_per_cycle, self._kernels = program, bytes_per_cycle, kernels
         self._cost = Cost()
 
     def run(self) -> Cost:
@@ -250,12 +236,9 @@ class _Walk:
             branches = instruction.called(
                 "branch_computations", "true_computation", "false_computation"
             )
-            shares = self._shares(instruction, len(branches))
-            if shares is None:
-                self._cost.even_conditionals.append(instruction.name)
-                shares = [1 / len(branches)] * len(branches)
-            for branch, share in zip(branches, shares, strict=True):
-                self._computation(branch, times * share)
+            self._cost.even_conditionals.append(instruction.name)
+            for branch in branches:
+                self._computation(branch, times / len(branches))
         elif opcode == "call" or (opcode == "async-start" and instruction.called("calls")):
             for called in instruction.called("to_apply", "calls"):
                 self._computation(called, times)
@@ -372,11 +355,3 @@ class _Walk:
             yield instruction
             for called in instruction.called("calls", "to_apply"):
                 yield from self._reach(called)
-
-    def _shares(self, conditional: Instruction, count: int) -> Sequence[float] | None:
-        for pattern, shares in self._frequencies.items():
-            if len(shares) == count and re.search(
-                pattern, f"{conditional.name} {conditional.attributes}"
-            ):
-                return shares
-        return None

@@ -59,7 +59,9 @@ def losses(experiment: Experiment, variables: Any, examples: Mapping[str, jax.Ar
     """The process's loss of each example, (B,) float32; `examples` as of a `Source`, and `place`
     (B,) int32, of which noise level and noise are functions."""
     key_B = jax.vmap(lambda place: example_keys(SEED, place, 1)[0])(examples["place"])
-    return DENOISING(experiment, variables, {}, examples, key_B, jnp.int32(0), False)[0]
+    return DENOISING(
+        experiment, variables, {}, examples, key_B=key_B, update=jnp.int32(0), training=False
+    )[0]
 
 
 def open_held_out(experiment: Experiment) -> Source:

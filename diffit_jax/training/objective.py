@@ -44,6 +44,7 @@ class Objective:
         variables: Mapping[str, Any],
         frozen: Mapping[str, Any],
         examples: Mapping[str, jax.Array],
+        *,
         key_B: jax.Array,
         update: jax.Array,
         training: bool,

@@ -60,7 +60,11 @@ def _gradient_norm(experiment: Experiment, state: TrainState) -> jax.Array:
 
     def loss(params: Any) -> jax.Array:
         variables = {"params": params, "constants": state.constants}
-        return jnp.mean(DENOISING(experiment, variables, {}, examples, keys, state.step, False)[0])
+        return jnp.mean(
+            DENOISING(
+                experiment, variables, {}, examples, key_B=keys, update=state.step, training=False
+            )[0]
+        )
 
     return optax.tree.norm(jax.grad(loss)(state.params))
 
@@ -98,7 +102,15 @@ def make_train_step(
             variables = {"constants": state.constants, **trained}
             part = dict(part)
             key_B = part.pop("key")
-            loss_B, terms = objective(experiment, variables, frozen, part, key_B, num_updates, True)
+            loss_B, terms = objective(
+                experiment,
+                variables,
+                frozen,
+                part,
+                key_B=key_B,
+                update=num_updates,
+                training=True,
+            )
             return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)
 
         trained = {"params": state.params}

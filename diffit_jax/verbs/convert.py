@@ -27,6 +27,7 @@ from diffit_jax.training.state import TrainState, fresh_state
 @backend.pinned()
 def weights_to_workdir(
     weights: epath.PathLike,
+    *,
     workdir: epath.PathLike,
     config: Mapping[str, Any],
     input_size: int | None = None,

@@ -65,6 +65,7 @@ class Encoding:
 @backend.memory_for("lower --batch_per_device or --vae_at_once")
 def encode(
     source: epath.PathLike,
+    *,
     name: str,
     encoding: Encoding,
     data_dir: epath.PathLike = "",
@@ -105,7 +106,12 @@ def encode(
     vae = hub.local(encoding.vae, "vae", VAE_FILES)
     module, variables = diffusers.load(vae, encoding.dtype, parallel.replicated(mesh))
     encoder = Encoder(
-        module, variables, mesh, encoding.batch_per_device, encoding.orientations, encoding.at_once
+        module,
+        variables,
+        mesh,
+        batch_per_device=encoding.batch_per_device,
+        orientations=encoding.orientations,
+        at_once=encoding.at_once,
     )
     workers = default_workers() if workers is None else workers
     with Loader(index, framing, workers) as loader:
@@ -121,11 +127,13 @@ def encode(
             "stored": encoding.stored,
             "autoencoder": encoder.identity(),
         }
-        shards = Shards(folder, split, len(index), arrays, identity)
+        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
         distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.first_holds(lambda: lock.owned(folder, "data set")):
             distributed.on_primary(shards.begin)
-            _write(shards, index, loader, encoder, encoding.stored, image)
+            _write(
+                shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image
+            )
             if distributed.is_first():
                 shards.finish(
                     index.classes,
@@ -192,6 +200,7 @@ def _autoencoder_facts(encoder: Encoder, encoding: Encoding) -> dict[str, Any]:
 def _write(
     shards: Shards,
     index: Index,
+    *,
     loader: Loader,
     encoder: Encoder,
     stored: str,
@@ -206,7 +215,7 @@ def _write(
     started, encoded = time.monotonic(), 0
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice:
-        stream = _encoded(shards, mine, loader, encoder, index, image)
+        stream = _encoded(shards, mine, loader=loader, encoder=encoder, index=index, image=image)
         for shard, parts in itertools.groupby(stream, key=lambda part: part[0]):
             with shards.writing(shard) as writer:
                 for _, group, result in parts:
@@ -247,6 +256,7 @@ def _await_all(shards: Shards) -> None:
 def _encoded(
     shards: Shards,
     mine: list[int],
+    *,
     loader: Loader,
     encoder: Encoder,
     index: Index,

@@ -35,6 +35,7 @@ _TITLES = {
 @backend.memory_for("lower --batch_per_device, or sampling.batch_per_device")
 def evaluate(
     samples: epath.PathLike | Run | Weights,
+    *,
     reference: epath.PathLike,
     inception: epath.PathLike,
     metrics: Sequence[str] | None = None,
@@ -84,7 +85,12 @@ def evaluate(
         if seeds is not None and count is not None:
             raise UserError("--seeds and --count both say how many samples: leave out either")
         sets = seeds or [range(COUNT if count is None else count)]
-        every = [Asked.make(samples, one, labels, overrides or {}, decoding) for one in sets]
+        every = [
+            Asked.make(
+                samples, seeds=one, labels=labels, overrides=overrides or {}, decoding=decoding
+            )
+            for one in sets
+        ]
         asked = every[0]
         networks = asked.load()
         drawn: list[Pictures] = [DrawnPictures(one, networks) for one in every]
@@ -113,7 +119,13 @@ def evaluate(
     # --- What they are compared with, and by which network.
     mesh = asked.opened.mesh if asked else parallel.any_mesh()
     evaluator = Evaluator.open(
-        reference, inception, drawn[0].shape, mesh, metrics, resize, batch_per_device
+        reference,
+        inception,
+        drawn[0].shape,
+        mesh=mesh,
+        metrics=metrics,
+        resize=resize,
+        batch_per_device=batch_per_device,
     )
     if len(drawn) > 1 and "fid" not in evaluator.metrics:
         raise UserError("of several --seeds the lowest FID counts: add fid to --metrics")
@@ -124,7 +136,7 @@ def evaluate(
         output.with_name(f"{output.name}.begun{number or ''}.npz") for number in range(len(drawn))
     ]
     of_sets = [
-        evaluator.run(pictures, place, count, keep=place != places[-1])
+        evaluator.run(pictures, place, count=count, keep=place != places[-1])
         for pictures, place in zip(drawn, places, strict=True)
     ]
     scores = min(of_sets, key=lambda one: one["metrics"].get("fid", 0.0))

@@ -62,7 +62,9 @@ def import_latents(
                 f"--source {source} has no labels in dataset.json: fetch it, or say --unlabelled"
             )
         members = [containers.Member(each, 0, 0, 0) for each in names]
-        index = containers.index_members(str(source), "npy", (), members, given, unlabelled)
+        index = containers.index_members(
+            str(source), "npy", files=(), members=members, given=given, unlabelled=unlabelled
+        )
         moments = _read_one(read, index.names[0])
         pixels, means = _range_of(index.names, read)
         log.info("channel means %s: pixels were in %s", _short(means), pixels)
@@ -74,7 +76,7 @@ def import_latents(
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         arrays = records.layout(moments=ArraySpec(shape, "float32"))
-        shards = Shards(folder, split, len(index), arrays, digest)
+        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=digest)
         files.make_directory(folder, "data_dir")
         with lock.owned(folder, "data set"):
             shards.begin()

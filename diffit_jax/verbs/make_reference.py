@@ -23,6 +23,7 @@ PICTURES = 10_000  # in a reference, for precision and recall, as in ADM's
 @backend.memory_for("lower --batch_per_device")
 def make_reference(
     pictures: Pictures,
+    *,
     output: epath.PathLike,
     inception: epath.PathLike,
     resize: str = "tf1",

@@ -19,6 +19,7 @@ _UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
 
 def matrix(
     config: ConfigDict,
+    *,
     steps: int,
     batches: Sequence[int] = (),
     remats: Sequence[str] = (),

@@ -133,8 +133,12 @@ def preflight(
     chain = None
     if chained:
         log.info("compiling %s for %d chips", ", ".join(chained), chips)
-        chain = price_chain(opened, chip, chips, compiled, chained, sample)
-    evaluating = price_evaluating(opened, chip, chips, held.total, sample, chain)
+        chain = price_chain(
+            opened, chip=chip, chips=chips, compiled=compiled, programs=chained, sampling=sample
+        )
+    evaluating = price_evaluating(
+        opened, chip=chip, chips=chips, state_bytes=held.total, sampling=sample, chain=chain
+    )
     fitting = train if isinstance(train, Step) else None
     parts = train, sample and sample.batch, chain, evaluating
     return Report(

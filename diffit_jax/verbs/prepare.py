@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def prepare(
     source: epath.PathLike,
+    *,
     name: str,
     data_dir: epath.PathLike = "",
     split: str = "train",
@@ -63,9 +64,13 @@ def prepare(
         shards = Shards(
             folder,
             split,
-            len(index),
-            records.layout(image=ArraySpec(shape, "uint8")),
-            {"source": index.digest(), "crop": dataclasses.asdict(framing), "shape": list(shape)},
+            count=len(index),
+            arrays=records.layout(image=ArraySpec(shape, "uint8")),
+            identity={
+                "source": index.digest(),
+                "crop": dataclasses.asdict(framing),
+                "shape": list(shape),
+            },
         )
         files.make_directory(folder, "data_dir")
         with lock.owned(folder, "data set"):
@@ -107,7 +112,7 @@ def progress_of(shards: Shards, missing: Sequence[int], what: str, unit: str) ->
     """Progress through a source, of which all shards but the missing ones are done."""
     left = sum(len(shards.numbers(shard)) for shard in missing)
     first = distributed.is_first()
-    return Progress(what, shards.count, shards.count - left, unit=unit, shown=first)
+    return Progress(what, shards.count, done=shards.count - left, unit=unit, shown=first)
 
 
 def label_of(index: Index, number: int) -> int:

@@ -57,6 +57,7 @@ def price_sampling(opened: Opened, chip: Chip, chips: int, compiled: Ask) -> Sam
 
 def price_chain(
     opened: Opened,
+    *,
     chip: Chip,
     chips: int,
     compiled: Ask,
@@ -99,7 +100,7 @@ def price_chain(
             return extractor.lower(image), extractor.batch_size, adds
         apply = functools.partial(autoencoder.apply, method=name)
         if name == "decode":
-            decoder = Decoder(autoencoder, of_autoencoder, mesh, AT_ONCE)
+            decoder = Decoder(autoencoder, of_autoencoder, mesh, batch_per_device=AT_ONCE)
             adds = _multiply_adds(apply, of_autoencoder, latent)
             return decoder.lower(latent), decoder.batch_size, adds
         count, sharding = AT_ONCE * mesh.size, parallel.batch_sharding(mesh)
@@ -123,6 +124,7 @@ def price_chain(
 
 def price_evaluating(
     opened: Opened,
+    *,
     chip: Chip,
     chips: int,
     state_bytes: int,

@@ -111,22 +111,22 @@ class RunFiles:
     def measures_loss(self, step: int) -> bool:
         """Whether the loss on held-out examples is measured after this step."""
         steps = self._experiment.evaluation.loss_steps
-        return bool(steps) and self._every(steps, step)
+        return bool(steps) and self.every(steps, step)
 
     def leaves_something(self, step: int) -> bool:
         """Whether `leave_behind` has something to do."""
         return self._snapshot_due(step) or self._grid_due(step) or self.evaluates(step)
 
-    def _every(self, steps: int, step: int) -> bool:
+    def every(self, steps: int, step: int) -> bool:
         """Every so many steps, and at the last one."""
         return step % steps == 0 or step == self._experiment.training.total_steps
 
     def _snapshot_due(self, step: int) -> bool:
-        due = self._every(self._experiment.ema.snapshot_steps, step)
+        due = self.every(self._experiment.ema.snapshot_steps, step)
         return self._snapshots is not None and due
 
     def _grid_due(self, step: int) -> bool:
-        return self._every(self._experiment.training.grid_steps, step)
+        return self.every(self._experiment.training.grid_steps, step)
 
     def leave_behind(self, step: int, state: TrainState, restored: bool = False) -> None:
         """What a step leaves behind beside checkpoints: a snapshot of averages, a grid of samples,

@@ -28,6 +28,7 @@ WATCHED = 8  # samples in the picture of trajectories, at most
 @backend.memory_for(backend.SAMPLING_MEMORY)
 def sample(
     source: epath.PathLike | Run | Weights,
+    *,
     seeds: Sequence[int],
     labels: Sequence[int] | str | None = None,
     output: epath.PathLike | None = None,
@@ -73,7 +74,9 @@ def sample(
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
-    asked = Asked.make(source, seeds, labels, overrides or {}, decoding)
+    asked = Asked.make(
+        source, seeds=seeds, labels=labels, overrides=overrides or {}, decoding=decoding
+    )
     _check_pictures(asked, by_class, frames)
     output = asked.output(output)
     distributed.on_primary(lambda: files.make_directory(output.parent, "output directory"))

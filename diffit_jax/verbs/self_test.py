@@ -78,9 +78,9 @@ def self_test(
     for one in there:
         scores = evaluate(
             folder / one.samples,
-            folder / one.reference,
-            inception,
-            list(one.metrics),
+            reference=folder / one.reference,
+            inception=inception,
+            metrics=list(one.metrics),
             output=folder / f"{epath.Path(one.samples).stem}{METRICS_SUFFIX}",
             batch_per_device=batch_per_device,
         )["metrics"]

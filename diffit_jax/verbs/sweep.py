@@ -76,6 +76,7 @@ class Swept:
 @backend.memory_for("lower --batch_per_device, or sampling.batch_per_device")
 def sweep(
     source_of: Callable[..., Run | Weights],
+    *,
     keys: Mapping[str, Sequence[Any]],
     reference: epath.PathLike,
     inception: epath.PathLike,
@@ -119,7 +120,14 @@ def sweep(
     combinations = [
         dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())
     ]
-    asking = _Asking(source_of, range(count), labels, overrides, decoding, keys)
+    asking = _Asking(
+        source_of,
+        seeds=range(count),
+        labels=labels,
+        overrides=overrides,
+        decoding=decoding,
+        keys=keys,
+    )
     asked = [asking.point(settings) for settings in combinations]
     _check_effect(keys, combinations, asked)
     first = asked[0]
@@ -130,10 +138,10 @@ def sweep(
         reference,
         inception,
         shape,
-        first.opened.mesh,
-        metrics or ["fid"],
-        resize,
-        batch_per_device,
+        mesh=first.opened.mesh,
+        metrics=metrics or ["fid"],
+        resize=resize,
+        batch_per_device=batch_per_device,
     )
     what = {
         "source": str(first.source.directory),
@@ -177,6 +185,7 @@ class _Asking:
     def __init__(
         self,
         source_of: Callable[..., Run | Weights],
+        *,
         seeds: Sequence[int],
         labels: str | None,
         overrides: Mapping[str, Any],
@@ -211,7 +220,12 @@ class _Asking:
             )
             given = {**self._overrides, **of_sampling}
             self._templates[name] = Asked.make(
-                source, self._seeds, self._labels, given, self._decoding, opened
+                source,
+                seeds=self._seeds,
+                labels=self._labels,
+                overrides=given,
+                decoding=self._decoding,
+                opened=opened,
             )
         asked = dataclasses.replace(self._templates[name], source=source)
         return asked.with_scale(settings[SCALE]) if self._scales else asked

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from clu import parameter_overview
@@ -90,21 +90,10 @@ def _train(
     experiment, mesh = opened.experiment, opened.mesh
     training, frozen = experiment.training, opened.objective.frozen
     batch_size, total_steps = training.batch_size, training.total_steps
-    platform, kind = mesh.devices.flat[0].platform, mesh.devices.flat[0].device_kind
+    kind = mesh.devices.flat[0].device_kind
 
-    # --- State: fresh, or that of the newest usable checkpoint.
-    state = run.restore()
-    if state is None:
-        state = create_state(experiment, mesh, opened.objective)
+    state = _first_state(opened, run)
     first_step = int(state.step)
-    parameters = f"{parameter_overview.count_parameters(state.params):,}"
-    log.info("model %s: %s parameters", type(experiment.model).__name__, parameters)
-    log.info("attention: %s", models.attention_in_words(experiment.model, platform))
-    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
-    begins = "resuming at" if first_step else "starting at"
-    log.info("%s step %d of %d in %s", begins, first_step, total_steps, run.workdir)
-    if first_step:
-        run.leave_behind(first_step, state, restored=True)
     if first_step >= total_steps:
         run.wait()
         run.close()
@@ -121,9 +110,6 @@ def _train(
     all_finite(state)  # compiled too: each checkpoint asks
 
     # --- The loop.
-    def every(steps: int, step: int) -> bool:
-        return step % steps == 0 or step == total_steps
-
     run.open_log()
     watch.start(first_step)
     saved_at = time.monotonic()
@@ -142,8 +128,8 @@ def _train(
             progress.advance()
 
             # A report waits for the devices, and so is where the clock is looked at.
-            due = every(training.checkpoint_steps, step) or run.evaluates(step)
-            if every(training.log_steps, step):
+            due = run.every(training.checkpoint_steps, step) or run.evaluates(step)
+            if run.every(training.log_steps, step):
                 values = {name: float(value) for name, value in collected.compute().items()}
                 values |= watch.report(step)
                 run.log(step, values)
@@ -156,8 +142,7 @@ def _train(
                     due = distributed.agreed(minutes > training.checkpoint_minutes) or due
 
             if run.measures_loss(step):
-                with watch.paused(state):
-                    run.measure_loss(step, state)
+                _beside(watch, run.measure_loss, step, state)
 
             # A checkpoint, on time or because the machine is about to go.
             preempted = notice.reached() and step < total_steps
@@ -170,13 +155,39 @@ def _train(
                 raise notice.ending(f"checkpoint {step} of {total_steps} steps is saved in {place}")
 
             if run.leaves_something(step):
-                with watch.paused(state):
-                    run.leave_behind(step, state)
+                _beside(watch, run.leave_behind, step, state)
             tracer.after(step)
             if step % training.log_steps == 0:
                 watch.begin_interval(step)  # checkpoints do not count
         run.wait()
     run.close()
+    return state
+
+
+def _beside(
+    watch: Watch, look: Callable[[int, TrainState], object], step: int, state: TrainState
+) -> None:
+    """Looks at a state; the time does not count as training."""
+    with watch.paused(state):
+        look(step, state)
+
+
+def _first_state(opened: Opened, run: RunFiles) -> TrainState:
+    """A fresh state, or that of the newest usable checkpoint; says what is trained."""
+    experiment, mesh = opened.experiment, opened.mesh
+    state = run.restore()
+    if state is None:
+        state = create_state(experiment, mesh, opened.objective)
+    step, total = int(state.step), experiment.training.total_steps
+    parameters = f"{parameter_overview.count_parameters(state.params):,}"
+    platform = mesh.devices.flat[0].platform
+    log.info("model %s: %s parameters", type(experiment.model).__name__, parameters)
+    log.info("attention: %s", models.attention_in_words(experiment.model, platform))
+    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+    begins = "resuming at" if step else "starting at"
+    log.info("%s step %d of %d in %s", begins, step, total, run.workdir)
+    if step:
+        run.leave_behind(step, state, restored=True)
     return state
 
 

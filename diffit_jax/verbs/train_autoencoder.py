@@ -100,7 +100,7 @@ def train_autoencoder(
     with distributed.first_holds(lambda: lock.owned(workdir, "workdir")):
         distributed.on_primary(lambda: _claim(workdir, facts))
         state = _train(settings, module, train, mesh, workdir)
-        return _finish(module, state.variables, train, test, mesh, workdir)
+        return _finish(module, state.variables, train=train, test=test, mesh=mesh, workdir=workdir)
 
 
 def _claim(workdir: epath.Path, facts: dict[str, Any]) -> None:
@@ -177,6 +177,7 @@ def _train(
 def _finish(
     module: Autoencoder,
     variables: Any,
+    *,
     train: Source,
     test: Source,
     mesh: Mesh,
@@ -184,7 +185,7 @@ def _finish(
 ) -> Reconstruction:
     """Scales the latents, writes the autoencoder, and looks at what comes back."""
     started = time.monotonic()
-    encoder = Encoder(module, variables, parallel.local_mesh(), 32, orientations=1)
+    encoder = Encoder(module, variables, parallel.local_mesh(), batch_per_device=32, orientations=1)
 
     def moments(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(images, moments) of the first ones."""
@@ -202,7 +203,7 @@ def _finish(
     distributed.on_primary(lambda: diffusers.save(workdir, module, variables))
     images, encoded = moments(test, MEASURED)
     mean = np.split(encoded[:, 0], 2, axis=-1)[0]
-    decoder = Decoder(module, variables, mesh, 32, rounding="edm")
+    decoder = Decoder(module, variables, mesh, batch_per_device=32, rounding="edm")
     back = decoder(np.asarray(module.scaled(jnp.asarray(mean))))
     difference = images.astype(np.float64) - back
     psnr = 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9))

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """300 moments in ten shards, written without a source."""
     folder = tmp_path_factory.mktemp("data") / "latents"
     arrays = records.layout(moments=ArraySpec(SHAPE, "float16"))
-    plan = shards.Shards(folder, "train", COUNT, arrays, {}, per_shard=30)
+    plan = shards.Shards(folder, "train", count=COUNT, arrays=arrays, identity={}, per_shard=30)
     plan.begin()
     for shard in range(plan.total):
         with plan.writing(shard) as writer:
@@ -158,7 +158,9 @@ def test_a_record_may_have_three_arrays(tmp_path):
     arrays = records.layout(
         **{name: ArraySpec(value.shape[1:], value.dtype.name) for name, value in values.items()}
     )
-    plan = shards.Shards(tmp_path / "many", "train", count, arrays, {}, per_shard=6)
+    plan = shards.Shards(
+        tmp_path / "many", "train", count=count, arrays=arrays, identity={}, per_shard=6
+    )
     plan.begin()
     for shard in range(plan.total):
         with plan.writing(shard) as writer:
@@ -175,10 +177,10 @@ def test_a_record_may_have_three_arrays(tmp_path):
         assert batch[name].dtype == value.dtype and batch[name].flags.writeable
 
     class OfFeatures(Objective):
-        def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+        def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
             assert {"features", "tokens"} <= set(examples)
             loss_B, terms = super().__call__(
-                experiment, variables, frozen, examples, key_B, update, training
+                experiment, variables, frozen, examples, key_B=key_B, **more
             )
             return loss_B + examples["features"].mean((1, 2)), terms
 

@@ -53,7 +53,7 @@ def place(tmp_path_factory):
         np.savez(folder / f"{side}.npz", arr_0=pictures)
         source = open_pictures(folder / f"{side}.npz")
         where = folder / f"reference_{side}.npz"
-        make_reference(source, where, "random", kept=6, batch_per_device=BATCH)
+        make_reference(source, output=where, inception="random", kept=6, batch_per_device=BATCH)
     return folder
 
 
@@ -94,9 +94,9 @@ def test_the_figures_are_those_of_the_verb(place, whole, tmp_path, kind, asked):
     length that the run keeps is one of its snapshots."""
     scores = evaluate(
         Run(whole[0], **asked),
-        place / "reference_16.npz",
-        "random",
-        METRICS,
+        reference=place / "reference_16.npz",
+        inception="random",
+        metrics=METRICS,
         count=12,
         output=tmp_path / "m.json",
         decoding=Decoding(place / "vae"),

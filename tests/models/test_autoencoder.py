@@ -36,7 +36,7 @@ def encoded(vae, data):
             variables, image, method="encode", capture_intermediates=True
         )
     )
-    return encode(variables, data["image"])
+    return encode(variables, name=data["image"])
 
 
 def test_moments(encoded, data):
@@ -103,7 +103,8 @@ def test_the_size_of_slices_changes_no_picture(vae, data, devices):
     mesh = parallel.make_mesh(jax.devices()[:devices])
     on_mesh = jax.device_put(variables, parallel.replicated(mesh))
     pictures = [
-        Decoder(module, on_mesh, mesh, 4 // devices, size)(latents) for size in (1, 2, 4 // devices)
+        Decoder(module, on_mesh, mesh, batch_per_device=4 // devices, at_once=size)(latents)
+        for size in (1, 2, 4 // devices)
     ]
     assert pictures[0].dtype == np.uint8 and pictures[0].shape == (4, 64, 64, 3)
     # Truncated: where the golden value lies within 0.01 of a whole number either side will do.
@@ -116,7 +117,9 @@ def test_the_size_of_slices_changes_no_picture(vae, data, devices):
 def test_any_number_of_latents_is_decoded(vae, data):
     module, variables = vae
     mesh = parallel.make_mesh(jax.devices()[:1])
-    decoder = Decoder(module, jax.device_put(variables, parallel.replicated(mesh)), mesh, 2)
+    decoder = Decoder(
+        module, jax.device_put(variables, parallel.replicated(mesh)), mesh, batch_per_device=2
+    )
     three = np.concatenate([data["z"], data["mean"][:1]])
     np.testing.assert_array_equal(
         decoder(three), np.concatenate([decoder(three[:1]), decoder(three[1:])])

@@ -89,7 +89,9 @@ def test_a_run_by_relative_paths_from_train_to_convert(tmp_path, monkeypatch):
         == tmp_path / "runs" / "a"
     )
     convert.workdir_to_weights("runs/a", "w.safetensors")
-    convert.weights_to_workdir("w.safetensors", "runs/b", small_latent_config().to_dict())
+    convert.weights_to_workdir(
+        "w.safetensors", workdir="runs/b", config=small_latent_config().to_dict()
+    )
     convert.workdir_to_workdir("runs/b", "runs/c", slim=True)
     assert Checkpoints("runs/c/checkpoints").steps() == [0]
     weights = Weights("w.safetensors", small_latent_config().to_dict())
@@ -223,8 +225,12 @@ def test_a_failed_conversion_can_be_repeated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert.workdirs, "write_config", failing)
     with pytest.raises(UserError, match="no room"):
-        convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", small_latent_config().to_dict())
+        convert.weights_to_workdir(
+            WEIGHTS["b"], workdir=tmp_path / "run", config=small_latent_config().to_dict()
+        )
     monkeypatch.undo()
     assert not (tmp_path / "run" / "checkpoints").exists()
-    convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", small_latent_config().to_dict())
+    convert.weights_to_workdir(
+        WEIGHTS["b"], workdir=tmp_path / "run", config=small_latent_config().to_dict()
+    )
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [0]

@@ -27,9 +27,9 @@ def arrays(path):
 def test_samples_are_decoded(latent_run, vae, tmp_path):
     """As the autoencoder alone decodes the run's latents; three on two devices, in two batches."""
     workdir = latent_run[0]
-    latents, labels = arrays(sample(workdir, range(3), output=tmp_path / "latents.npz"))
+    latents, labels = arrays(sample(workdir, seeds=range(3), output=tmp_path / "latents.npz"))
     decoding = Decoding(vae)
-    path = sample(workdir, range(3), output=tmp_path / "samples.npz", decoding=decoding)
+    path = sample(workdir, seeds=range(3), output=tmp_path / "samples.npz", decoding=decoding)
     images, same_labels = arrays(path)
     assert latents.dtype == np.float32 and latents.shape == (3, 8, 8, 4)
     assert images.dtype == np.uint8 and images.shape == (3, 64, 64, 3)
@@ -43,13 +43,15 @@ def test_samples_are_decoded(latent_run, vae, tmp_path):
 
 def test_a_decoded_request_is_another_one(latent_run, vae, tmp_path):
     workdir, output = latent_run[0], tmp_path / "s.npz"
-    sample(workdir, range(2), output=output, decoding=Decoding(vae))
+    sample(workdir, seeds=range(2), output=output, decoding=Decoding(vae))
     before = output.stat().st_mtime_ns
-    sample(workdir, range(2), output=output, decoding=Decoding(vae, at_once=1))  # there already
+    sample(
+        workdir, seeds=range(2), output=output, decoding=Decoding(vae, at_once=1)
+    )  # there already
     assert output.stat().st_mtime_ns == before
     for other in (None, Decoding(vae, "bfloat16")):
         with pytest.raises(UserError, match=r"s\.npz is there already .* another autoencoder"):
-            sample(workdir, range(2), output=output, decoding=other)
+            sample(workdir, seeds=range(2), output=output, decoding=other)
 
 
 def test_pictures_by_class_and_of_trajectories(latent_run, vae, tmp_path):
@@ -57,9 +59,9 @@ def test_pictures_by_class_and_of_trajectories(latent_run, vae, tmp_path):
     last of which is the sample."""
     path = sample(
         latent_run[0],
-        range(12),
-        "3,1,7",
-        tmp_path / "s.npz",
+        seeds=range(12),
+        labels="3,1,7",
+        output=tmp_path / "s.npz",
         decoding=Decoding(vae),
         by_class=True,
         frames=3,
@@ -86,7 +88,7 @@ def test_what_does_not_go_together(latent_run, run, vae, tmp_path):
     )
     for (workdir, _), asked, message in cases:
         with pytest.raises(UserError, match=message):
-            sample(workdir, range(2), output=tmp_path / "n" / "s.npz", **asked)
+            sample(workdir, seeds=range(2), output=tmp_path / "n" / "s.npz", **asked)
     assert not (tmp_path / "n").exists()
 
 
@@ -103,4 +105,4 @@ def test_a_grid_by_class_of_a_model_without_classes(tmp_path):
     config.sampling.guidance = {"kind": "none"}
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(UserError, match="unconditional: leave out --grid"):
-        sample(tmp_path, range(2), by_class=True)
+        sample(tmp_path, seeds=range(2), by_class=True)

@@ -322,7 +322,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
     with pytest.raises(UserError, match=message):
         sample(Weights(path, config), seeds=range(2))
     with pytest.raises(UserError, match=message):
-        convert.weights_to_workdir(path, tmp_path / "run", config)
+        convert.weights_to_workdir(path, workdir=tmp_path / "run", config=config)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["w.safetensors"]
 
 

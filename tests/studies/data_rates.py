@@ -42,7 +42,7 @@ def small_pictures(folder: Path, count: int = 50_000) -> Path:
 def measure_prepare(folder: Path) -> None:
     source = small_pictures(folder)
     started = time.monotonic()
-    manifest = prepare(source, "small", folder, workers=2)
+    manifest = prepare(source, name="small", data_dir=folder, workers=2)
     print(f"prepare: {manifest.count} pictures in {time.monotonic() - started:.1f} s")
 
 
@@ -73,7 +73,9 @@ def measure_decode(_: Path) -> None:
 def measure_far(folder: Path) -> None:
     count, shape = 2_000, (2, 32, 32, 16)  # 64 KiB
     arrays = records.layout(moments=records.ArraySpec(shape, "float16"))
-    plan = shards.Shards(folder / "far", "train", count, arrays, {}, per_shard=100)
+    plan = shards.Shards(
+        folder / "far", "train", count=count, arrays=arrays, identity={}, per_shard=100
+    )
     plan.begin()
     for shard in range(plan.total):
         with plan.writing(shard) as writer:

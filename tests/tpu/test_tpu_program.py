@@ -111,13 +111,8 @@ metadata={{op_name="jit(f)/guidance/cond"}}
 """
 
 
-def test_conditionals_are_weighed_by_how_often_a_branch_is_taken():
+def test_branches_of_a_conditional_count_alike():
     assert priced(CONDITIONAL).cycles == 505 and priced(CONDITIONAL).even_conditionals == ["c"]
-    assert priced(CONDITIONAL, frequencies={"guidance/cond": (0.1, 0.9)}).cycles == pytest.approx(
-        109
-    )
-    assert not priced(CONDITIONAL, frequencies={"guidance/cond": (0.1, 0.9)}).even_conditionals
-    assert priced(CONDITIONAL, frequencies={"another": (0.1, 0.9)}).cycles == 505
 
 
 ASYNC = f"""

@@ -28,9 +28,9 @@ class Projection(Objective):
         size = np.prod(experiment.model.sample_shape)
         return {"head": {"kernel": 0.01 * jax.random.normal(key, (size, 1)), "bias": jnp.zeros(1)}}
 
-    def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+    def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
         loss_B, terms = super().__call__(
-            experiment, variables, frozen, examples, key_B, update, training
+            experiment, variables, frozen, examples, key_B=key_B, **more
         )
         x_BHWC, _ = experiment.space.enter(examples, key_B, frozen)
         head = variables["objective"]["head"]
@@ -85,14 +85,14 @@ class OfAverage(Objective):
 
     uses = (AVERAGE,)
 
-    def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+    def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
         x_BHWC, _ = experiment.space.enter(examples, key_B, frozen)
         level_B = jnp.zeros(len(x_BHWC))
         ours, teachers = (
             models.as_network(experiment.model, each)(x_BHWC, level_B, {})
             for each in (variables, frozen[AVERAGE])
         )
-        return ((ours - teachers) ** 2).mean((1, 2, 3)) + 0.0 * update, {}
+        return ((ours - teachers) ** 2).mean((1, 2, 3)) + 0.0 * more["update"], {}
 
 
 def test_a_teacher_that_is_the_average(tmp_path):
@@ -105,7 +105,7 @@ def test_a_teacher_that_is_the_average(tmp_path):
 class AtTwoLevels(Objective):
     """Less noise shall not be denoised worse: an example at a noise level, and at half of it."""
 
-    def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+    def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
         process = experiment.process
         x_BHWC, _ = experiment.space.enter(examples, key_B, frozen)
         noised = process.noise(x_BHWC, key_B)

@@ -183,7 +183,7 @@ def test_gradients_that_are_not_finite_are_replaced_only_if_asked_for(replace):
     )
 
     class Spoiled(Objective):
-        def __call__(self, experiment, variables, frozen, examples, key_B, update, training):
+        def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
             loss_B = jnp.full(len(key_B), spoiled(variables["params"]["final"]["bias"]))
             return loss_B, {"mse": jnp.zeros(len(key_B)), "vb": jnp.zeros(len(key_B))}
 

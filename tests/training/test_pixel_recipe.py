@@ -20,7 +20,13 @@ def test_the_loss_falls_inside_a_band(tmp_path):
     mean."""
     cifar10_archive(tmp_path / "cifar-10-python.tar.gz", 400)
     data = tmp_path / "data"
-    prepare(tmp_path / "cifar-10-python.tar.gz", "cifar10", data, "train", Framing("resize", 16))
+    prepare(
+        tmp_path / "cifar-10-python.tar.gz",
+        name="cifar10",
+        data_dir=data,
+        split="train",
+        framing=Framing("resize", 16),
+    )
     config = config_of("cifar10")
     with config.unlocked():
         config.data.data_dir = str(data)

@@ -32,9 +32,9 @@ def data(tmp_path_factory):
     train on."""
     folder = tmp_path_factory.mktemp("digits")
     digits.write_pictures(folder / "pictures", 60)
-    prepare(folder / "pictures" / "train", "digits8", folder, workers=0)
-    prepare(folder / "pictures" / "test", "digits8", folder, "test", workers=0)
-    prepare(folder / "pictures" / "train", "upright", folder, workers=0)
+    prepare(folder / "pictures" / "train", name="digits8", data_dir=folder, workers=0)
+    prepare(folder / "pictures" / "test", name="digits8", data_dir=folder, split="test", workers=0)
+    prepare(folder / "pictures" / "train", name="upright", data_dir=folder, workers=0)
     return folder
 
 
@@ -68,7 +68,9 @@ def test_it_learns_and_its_folder_is_read(data, trained, tmp_path):
     images = open_records(data / "digits8", "test").read(np.arange(60))["image"]
     fixed = np.abs(images - np.median(images, axis=0)).mean()
     assert result.count == 60 and result.error < fixed / 2, (result, fixed)
-    manifest = encode(data / "digits8", "latents", Encoding(workdir), tmp_path, workers=0)
+    manifest = encode(
+        data / "digits8", name="latents", encoding=Encoding(workdir), data_dir=tmp_path, workers=0
+    )
     moments = open_records(tmp_path / "latents", "train").read(np.arange(60))["moments"]
     mean, log_variance = np.split(np.float64(moments[:, 0]), 2, axis=-1)
     scale, shift = (manifest.autoencoder[f"latent_{name}"] for name in ("scale", "mean"))

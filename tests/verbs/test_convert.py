@@ -27,7 +27,7 @@ CONFIG = small_latent_config(
 
 
 def test_weights_to_workdir_and_back(tmp_path):
-    convert.weights_to_workdir(WEIGHTS["a"], tmp_path / "run", CONFIG)
+    convert.weights_to_workdir(WEIGHTS["a"], workdir=tmp_path / "run", config=CONFIG)
     convert.workdir_to_weights(tmp_path / "run", tmp_path / "back.safetensors", index_buffers=True)
     original, back = load_file(WEIGHTS["a"]), load_file(tmp_path / "back.safetensors")
     assert original.keys() == back.keys()
@@ -36,7 +36,7 @@ def test_weights_to_workdir_and_back(tmp_path):
 
 
 def test_a_converted_run_can_be_sampled_and_trained(tmp_path):
-    convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", CONFIG, slim=True)
+    convert.weights_to_workdir(WEIGHTS["b"], workdir=tmp_path / "run", config=CONFIG, slim=True)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (
         config["model"]["slim_tmsa"]
@@ -53,7 +53,7 @@ def test_a_converted_run_can_be_sampled_and_trained(tmp_path):
 
 
 def test_another_resolution(tmp_path):
-    convert.weights_to_workdir(WEIGHTS["a"], tmp_path / "run", CONFIG, input_size=16)
+    convert.weights_to_workdir(WEIGHTS["a"], workdir=tmp_path / "run", config=CONFIG, input_size=16)
     convert.workdir_to_weights(tmp_path / "run", tmp_path / "w.safetensors")
     assert load_file(tmp_path / "w.safetensors")["pos_embed"].shape == (1, 64, 64)
 
@@ -87,7 +87,7 @@ def test_an_interrupted_conversion_leaves_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "save_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", CONFIG)
+        convert.weights_to_workdir(WEIGHTS["b"], workdir=tmp_path / "run", config=CONFIG)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -95,7 +95,7 @@ def test_checkpoints_without_a_config_are_not_overwritten(latent_run, tmp_path):
     shutil.copytree(latent_run[0], tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(UserError, match="holds a run already"):
-        convert.weights_to_workdir(WEIGHTS["b"], tmp_path / "run", CONFIG)
+        convert.weights_to_workdir(WEIGHTS["b"], workdir=tmp_path / "run", config=CONFIG)
 
 
 def test_conversion_touches_nothing_of_its_source(latent_run, tmp_path):
@@ -110,7 +110,7 @@ def test_conversion_touches_nothing_of_its_source(latent_run, tmp_path):
 def test_refusals(latent_run, run, tmp_path):
     for call, message in (
         (
-            lambda: convert.weights_to_workdir(WEIGHTS["a"], latent_run[0], CONFIG),
+            lambda: convert.weights_to_workdir(WEIGHTS["a"], workdir=latent_run[0], config=CONFIG),
             "holds a run already",
         ),
         (
@@ -120,11 +120,13 @@ def test_refusals(latent_run, run, tmp_path):
         (lambda: convert.workdir_to_weights(run[0], tmp_path / "w"), "holds no latent_diffit"),
         (lambda: convert.workdir_to_weights(tmp_path / "none", tmp_path / "w"), "holds no run"),
         (
-            lambda: convert.weights_to_workdir(__file__, tmp_path / "x", CONFIG),
+            lambda: convert.weights_to_workdir(__file__, workdir=tmp_path / "x", config=CONFIG),
             "truncated or no safetensors file",
         ),
         (
-            lambda: convert.weights_to_workdir(WEIGHTS["a"], tmp_path / "x", CONFIG, input_size=15),
+            lambda: convert.weights_to_workdir(
+                WEIGHTS["a"], workdir=tmp_path / "x", config=CONFIG, input_size=15
+            ),
             "not divisible by patch_size",
         ),
     ):

@@ -51,7 +51,9 @@ def many(monkeypatch):
 def encode_pets(place, data_dir, batch=1, **settings):
     more = {name: settings.pop(name) for name in ("split", "framing") if name in settings}
     encoding = Encoding(place / "vae", batch_per_device=batch, **settings)
-    return encode(place / "pets", "pets", encoding, data_dir, workers=0, **more)
+    return encode(
+        place / "pets", name="pets", encoding=encoding, data_dir=data_dir, workers=0, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_an_encode_that_is_cut_at_five_points_gives_the_same_bytes(place, whole,
 
 def test_a_command_that_is_killed_goes_on(place, tmp_path):
     """By SIGKILL, with processes that decode; then on prepared data, which are the same."""
-    prepare(place / "pets", "pictures", tmp_path / "data", workers=0)
+    prepare(place / "pets", name="pictures", data_dir=tmp_path / "data", workers=0)
     flags = ["--source", tmp_path / "data/pictures", "--name", "latents", "--vae", place / "vae"]
     flags += ["--data_dir", tmp_path / "data", "--batch_per_device", 1, "--workers", 1]
     script = [warm.python(), ROOT / "launch/encode.py", *flags]
@@ -149,7 +151,7 @@ def moments_on(place, devices, batch):
     module, variables = diffusers.load(place / "vae")
     mesh = jax.sharding.Mesh(np.array(devices).reshape(-1, 1, 1), parallel.AXES)
     variables = jax.device_put(variables, parallel.replicated(mesh))
-    encoder = Encoder(module, variables, mesh, batch)
+    encoder = Encoder(module, variables, mesh, batch_per_device=batch)
     images = np.stack([picture(number, SIDE, SIDE) for number in range(8)])
     size = encoder.batch_size
     return np.concatenate(
@@ -227,7 +229,7 @@ def test_latents_of_another_autoencoder_do_not_go_into_the_same_data_set(place, 
         encode_pets(place, place / "data", dtype="bfloat16")
     encoding = Encoding(tmp_path / "other", batch_per_device=1)
     with pytest.raises(UserError, match=r"of other data \(autoencoder"):
-        encode(place / "pets", "pets", encoding, place / "data", workers=0)
+        encode(place / "pets", name="pets", encoding=encoding, data_dir=place / "data", workers=0)
 
 
 def manifest_of(statistics, **changes):
@@ -299,4 +301,10 @@ def test_encoded_has_no_small_pictures(place):
     names = pets(12, width=SIDE, height=SIDE) | {"dog/99.png": encoded(picture(0, 24, 16))}
     source = write_folder(place / "mixed", names)
     with pytest.raises(UserError, match=r"dog/99.png is 24×16, the first picture is 16×16"):
-        encode(source, "mixed", Encoding(place / "vae"), place / "data", workers=0)
+        encode(
+            source,
+            name="mixed",
+            encoding=Encoding(place / "vae"),
+            data_dir=place / "data",
+            workers=0,
+        )

@@ -53,13 +53,17 @@ def place(tmp_path_factory):
 
 def reference(folder, of, name, **more):
     weights = folder / "inception.safetensors"
-    return make_reference(of, folder / name, weights, batch_per_device=BATCH, **more)
+    return make_reference(
+        of, output=folder / name, inception=weights, batch_per_device=BATCH, **more
+    )
 
 
 def measured(folder, samples="samples.npz", against="reference.npz", **more):
     path = folder / samples if isinstance(samples, str) else samples
     weights = folder / "inception.safetensors"
-    return evaluate(path, folder / against, weights, **{"batch_per_device": BATCH, **more})
+    return evaluate(
+        path, reference=folder / against, inception=weights, **{"batch_per_device": BATCH, **more}
+    )
 
 
 def test_a_data_set_against_itself(place, tmp_path):
@@ -122,7 +126,7 @@ def test_the_number_of_devices_changes_no_bit(place):
 
 def test_samples_of_a_network_are_those_of_its_file(place, latent_run, tmp_path):
     vae = save_vae(tmp_path / "sd-vae-ft-ema")
-    path = sample(latent_run[0], range(6), output=tmp_path / "s.npz", decoding=Decoding(vae))
+    path = sample(latent_run[0], seeds=range(6), output=tmp_path / "s.npz", decoding=Decoding(vae))
     made = reference(place, open_pictures(path), str(tmp_path / "r.npz"))
     again = dict(metrics=["fid", "precision"], against=made)
     from_file = measured(place, path, **again)

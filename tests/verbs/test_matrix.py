@@ -37,7 +37,14 @@ def test_what_does_not_fit_is_a_line_and_not_the_best(monkeypatch):
 
     monkeypatch.setattr(matrices, "apart", apart)
     lines = []
-    found = matrices.matrix(small_latent_config(), 1, (), ["none"], ["xla"], show=lines.append)
+    found = matrices.matrix(
+        small_latent_config(),
+        steps=1,
+        batches=(),
+        remats=["none"],
+        attentions=["xla"],
+        show=lines.append,
+    )
     assert [one.get("error") for one in found] == [None, None, "memory ran out"]
     assert "memory ran out" in lines[3] and "training.batch_size=8 " in lines[-1]
 
@@ -58,12 +65,12 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
         ("tpu", {"xla", "pallas"}),
     ):
         asked.clear()
-        found = matrices.matrix(small_latent_config(), 1, show=lambda _: None)
+        found = matrices.matrix(small_latent_config(), steps=1, show=lambda _: None)
         assert len(found) == 3 * 3 * 2
         assert {size for size, _ in asked} == {4, 8, 16}
         assert {model["attention"] for _, model in asked} == attentions
         assert {model["remat"] for _, model in asked} == {"none", "dots", "full"}
-    assert len(matrices.matrix(small_config(), 1, show=lambda _: None)) == 3 * 3 * 2
+    assert len(matrices.matrix(small_config(), steps=1, show=lambda _: None)) == 3 * 3 * 2
 
 
 def test_one_that_is_killed_is_a_line(monkeypatch):

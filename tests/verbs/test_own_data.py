@@ -42,9 +42,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     source = write_folder(folder / "pets", pets(14, width=8, height=8))
     vae = Encoding(save_tiny_vae(folder / "tiny-vae", scaling_factor=0.7), batch_per_device=1)
-    prepare(source, "pictures", folder, workers=0)
-    prepare(source, "plain", folder, unlabelled=True, workers=0)
-    encode(source, "latents", vae, folder, workers=0)
+    prepare(source, name="pictures", data_dir=folder, workers=0)
+    prepare(source, name="plain", data_dir=folder, unlabelled=True, workers=0)
+    encode(source, name="latents", encoding=vae, data_dir=folder, workers=0)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_released_weights_get_a_new_label_table(tmp_path):
     from support.configs import small_latent_config
 
     config = small_latent_config().to_dict()
-    weights_to_workdir(WEIGHTS["a"], tmp_path / "run", config, num_classes=7)
+    weights_to_workdir(WEIGHTS["a"], workdir=tmp_path / "run", config=config, num_classes=7)
     written = workdirs.read_config(tmp_path / "run")
     assert written["model"]["num_classes"] == 7
     _, theirs = official.load(WEIGHTS["a"])

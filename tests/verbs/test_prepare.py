@@ -37,7 +37,7 @@ def many(monkeypatch):
 
 def test_what_is_prepared_is_read_back_bit_for_bit(tmp_path, many):
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
-    manifest = prepare(source, "pets", tmp_path / "data", workers=0)
+    manifest = prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     assert (manifest.count, manifest.classes) == (23, ("cat", "dog"))
     assert manifest.arrays["image"] == ArraySpec((8, 8, 3), "uint8")
     assert manifest.class_counts == (12, 11) and [s.count for s in manifest.shards] == [7, 7, 7, 2]
@@ -55,8 +55,8 @@ def test_what_is_prepared_is_read_back_bit_for_bit(tmp_path, many):
 def test_processes_and_interruptions_leave_the_same_files(tmp_path, many, monkeypatch):
     """With two processes as with none; and after an end in the middle of each shard in turn."""
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
-    prepare(source, "pets", tmp_path / "alone", workers=0)
-    prepare(source, "pets", tmp_path / "two", workers=2)
+    prepare(source, name="pets", data_dir=tmp_path / "alone", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "two", workers=2)
     assert contents(tmp_path / "two/pets") == contents(tmp_path / "alone/pets")
     add, interruptions = shards.ShardWriter.add, 0
     while interruptions < 9:
@@ -69,7 +69,7 @@ def test_processes_and_interruptions_leave_the_same_files(tmp_path, many, monkey
 
         monkeypatch.setattr(shards.ShardWriter, "add", add_or_end)
         try:
-            prepare(source, "pets", tmp_path / "cut", workers=0)
+            prepare(source, name="pets", data_dir=tmp_path / "cut", workers=0)
             break
         except KeyboardInterrupt:
             interruptions += 1
@@ -114,7 +114,7 @@ def test_a_killed_command_goes_on(tmp_path):
 
 def test_a_deleted_or_cut_shard_is_made_again(tmp_path, many):
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     folder = tmp_path / "data/pets"
     whole = contents(folder)
     (folder / "train-00001-of-00004.array_record").unlink()
@@ -122,13 +122,13 @@ def test_a_deleted_or_cut_shard_is_made_again(tmp_path, many):
     cut.write_bytes(cut.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"train-00001-of-00004.array_record is damaged or not"):
         open_records(folder, "train")
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     assert contents(folder) == whole
 
 
 def test_a_corrupt_shard_is_named_and_the_rest_stays_usable(tmp_path, many):
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     path = tmp_path / "data/pets/train-00001-of-00004.array_record"
     content = bytearray(path.read_bytes())
     place = content.find(picture(14, 8, 8).tobytes()[:40])  # the first of its records
@@ -146,7 +146,9 @@ def test_odd_pictures_are_counted_and_broken_ones_named(tmp_path):
     odd = {f"odd/{name}": content for name, (content, _) in odd_pictures().items()}
     plain = {f"plain/{number}.png": encoded(picture(number)) for number in range(180)}
     source = write_folder(tmp_path / "pictures", odd | plain)
-    manifest = prepare(source, "odd", tmp_path / "data", framing=Framing("adm", 16), workers=0)
+    manifest = prepare(
+        source, name="odd", data_dir=tmp_path / "data", framing=Framing("adm", 16), workers=0
+    )
     broken = {f"odd/{n}" for n, (_, becomes) in odd_pictures().items() if isinstance(becomes, str)}
     assert manifest.count == 193 and len(broken) == 7
     assert {name for name, _ in manifest.skipped} == broken and all(r for _, r in manifest.skipped)
@@ -170,19 +172,21 @@ def test_mixed_sizes_need_a_crop(tmp_path):
     with pytest.raises(
         UserError, match=r"dog/99.png is 41×32, the first picture is 40×32: .*--crop"
     ):
-        prepare(source, "pets", tmp_path / "data", workers=0)
+        prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     assert not (tmp_path / "data/pets/train.manifest.json").exists()
 
 
 def test_another_source_does_not_go_into_the_same_data_set(tmp_path):
     first = write_folder(tmp_path / "a", pets(12))
     other = write_folder(tmp_path / "b", pets(14))
-    prepare(first, "pets", tmp_path / "data", workers=0)
+    prepare(first, name="pets", data_dir=tmp_path / "data", workers=0)
     with pytest.raises(UserError, match=r"holds split train of other data .*choose another --name"):
-        prepare(other, "pets", tmp_path / "data", workers=0)
+        prepare(other, name="pets", data_dir=tmp_path / "data", workers=0)
     with pytest.raises(UserError, match=r"of other data \(crop .*shape"):
-        prepare(first, "pets", tmp_path / "data", framing=Framing("adm", 8), workers=0)
-    prepare(other, "pets", tmp_path / "data", split="test", workers=0)
+        prepare(
+            first, name="pets", data_dir=tmp_path / "data", framing=Framing("adm", 8), workers=0
+        )
+    prepare(other, name="pets", data_dir=tmp_path / "data", split="test", workers=0)
     assert len(open_records(tmp_path / "data/pets", "test")) == 14
 
 
@@ -197,10 +201,10 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, many, monkeypatch):
 
     monkeypatch.setattr(shards.ShardWriter, "close", close_or_fail)
     with pytest.raises(UserError, match="make room, and run the same command again; 2 of 4 shards"):
-        prepare(source, "pets", tmp_path / "data", workers=0)
+        prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     monkeypatch.undo()
     monkeypatch.setattr(shards, "MOST_BYTES", 7 * (4 + 8 * 8 * 3))
-    assert prepare(source, "pets", tmp_path / "data", workers=0).count == 23
+    assert prepare(source, name="pets", data_dir=tmp_path / "data", workers=0).count == 23
 
 
 def test_a_disk_that_is_full_for_real(tmp_path):
@@ -216,7 +220,7 @@ def test_a_disk_that_is_full_for_real(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1}'])
 def test_a_damaged_manifest_is_one_line(tmp_path, content):
     source = write_folder(tmp_path / "pets", pets(12))
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     path = tmp_path / "data/pets/train.manifest.json"
     whole = path.read_text()
     path.write_text(content)
@@ -225,19 +229,19 @@ def test_a_damaged_manifest_is_one_line(tmp_path, content):
     path.unlink()
     with pytest.raises(UserError, match="not complete yet: run the command that made it again"):
         open_records(tmp_path / "data/pets", "train")
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     assert path.read_text() == whole
 
 
 def test_names_of_data_sets_stay_in_their_folder(tmp_path):
     for name in ("../up", "a/b", "", ".hidden", "digits", "synthetic"):
         with pytest.raises(UserError, match=r"data set name .* cannot be"):
-            prepare(tmp_path, name, tmp_path / "data")
+            prepare(tmp_path, name=name, data_dir=tmp_path / "data")
 
 
 def test_what_an_experiment_expects_is_checked(tmp_path):
     source = write_folder(tmp_path / "pets", pets(12, width=8, height=8))
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     for wanted, message in [
         (Wanted((16, 16, 3), 2, "image"), "images of .8, 8, 3., the model expects .16, 16, 3."),
         (Wanted((8, 8, 3), 5, "image"), "has 2 classes, the model 5"),
@@ -269,7 +273,7 @@ def test_a_bucket_gets_the_same_files(tmp_path, many, monkeypatch):
     monkeypatch.setattr("diffit_jax.runtime.files._SCHEMES", {"gs": "fsspec"})
     monkeypatch.setattr("diffit_jax.runtime.lock.SETTLE_S", 0)
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
-    prepare(source, "pets", tmp_path / "data", workers=0)
+    prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     close, left = shards.ShardWriter.close, iter(range(2))
 
     def close_or_end(writer):
@@ -280,8 +284,8 @@ def test_a_bucket_gets_the_same_files(tmp_path, many, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shards.ShardWriter, "close", close_or_end)
         with pytest.raises(KeyboardInterrupt):
-            prepare(source, "pets", "gs://bucket/data", workers=0)
-    prepare(source, "pets", "gs://bucket/data", workers=0)
+            prepare(source, name="pets", data_dir="gs://bucket/data", workers=0)
+    prepare(source, name="pets", data_dir="gs://bucket/data", workers=0)
     theirs = {
         name.removeprefix("/bucket/data/pets/"): file.getvalue()
         for name, file in Bucket.store.items()

@@ -45,10 +45,15 @@ def place(tmp_path_factory):
 def planted(folder, source, name, overrides):
     decoding = Decoding(folder / "vae")
     output = sample(
-        source, range(COUNT), overrides=overrides, output=folder / "s.npz", decoding=decoding
+        source, seeds=range(COUNT), overrides=overrides, output=folder / "s.npz", decoding=decoding
     )
     assert output
-    make_reference(open_pictures(folder / "s.npz"), folder / name, "random", batch_per_device=BATCH)
+    make_reference(
+        open_pictures(folder / "s.npz"),
+        output=folder / name,
+        inception="random",
+        batch_per_device=BATCH,
+    )
     for path in folder.glob("s.*"):
         path.unlink()
 
@@ -60,10 +65,10 @@ def weights():
 def swept(place, output, text, source=weights, reference="reference.npz", **more):
     return sweep(
         source,
-        parse(text),
-        place / reference,
-        "random",
-        output,
+        keys=parse(text),
+        reference=place / reference,
+        inception="random",
+        output=output,
         **{
             "count": COUNT,
             "overrides": STEPS,
@@ -158,10 +163,12 @@ def test_a_scale_that_comes_later_gives_the_same_samples(kind):
         overrides |= {"guidance.sigma_low": 0.1, "guidance.sigma_high": 50.0}
     if kind == "power_cosine":
         overrides |= {"guidance.power": 0.3}  # early, where there are steps
-    asked = Asked.make(source, range(4), None, overrides)
+    asked = Asked.make(source, seeds=range(4), labels=None, overrides=overrides)
     networks, all_of_it = asked.load(), np.arange(4)
     expected, _ = asked.draw(networks, all_of_it)
-    other = Asked.make(source, range(4), None, {**overrides, "guidance.scale": 7.0})
+    other = Asked.make(
+        source, seeds=range(4), labels=None, overrides={**overrides, "guidance.scale": 7.0}
+    )
     drawn, _ = other.with_scale(2.5).draw(networks, all_of_it)
     # float32 rounding of latents of size 300, in three steps.
     bound = 3e-6 * np.abs(expected).max()

@@ -34,11 +34,11 @@ def main() -> None:
     if MATRIX.value:
         figures = matrix.matrix(
             CONFIG.value,
-            STEPS.value,
-            BATCH_SIZES.value and ranges.parse_numbers("--batch_sizes", BATCH_SIZES.value),
-            REMATS.value,
-            ATTENTIONS.value,
-            flags.FLAGS.fewer_devices,
+            steps=STEPS.value,
+            batches=BATCH_SIZES.value and ranges.parse_numbers("--batch_sizes", BATCH_SIZES.value),
+            remats=REMATS.value,
+            attentions=ATTENTIONS.value,
+            fewer_devices=flags.FLAGS.fewer_devices,
         )
     else:
         figures = benchmark.measure(CONFIG.value, STEPS.value, FEWER_DEVICES(CONFIG.value))

@@ -88,12 +88,12 @@ def main() -> None:
         config = config_for_weights(CONFIG.value, weights, INPUT_SIZE.value)
         convert.weights_to_workdir(
             weights,
-            TO_WORKDIR.value,
-            config,
-            INPUT_SIZE.value,
-            bool(slim),
-            ALLOW_NONFINITE.value,
-            NUM_CLASSES.value,
+            workdir=TO_WORKDIR.value,
+            config=config,
+            input_size=INPUT_SIZE.value,
+            slim=bool(slim),
+            allow_nonfinite=ALLOW_NONFINITE.value,
+            num_classes=NUM_CLASSES.value,
         )
     else:
         convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim, ALLOW_NONFINITE.value)

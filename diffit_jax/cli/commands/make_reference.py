@@ -33,7 +33,9 @@ def main() -> None:
     else:
         source = open_dataset(DATASET.value, "train", DATA_DIR.value or "")
         pictures = DatasetPictures(source, f"data set {DATASET.value}, train")
-    path = make_reference(pictures, OUTPUT.value, **INCEPTION.value, overwrite=OVERWRITE.value)
+    path = make_reference(
+        pictures, output=OUTPUT.value, **INCEPTION.value, overwrite=OVERWRITE.value
+    )
     if distributed.is_first():
         print(f"wrote {path}")
 

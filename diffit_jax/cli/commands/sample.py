@@ -49,14 +49,14 @@ def main() -> None:
     cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     path = sample(
         NETWORK.source(),
-        parse_numbers("--seeds", SEEDS.value),
-        LABELS.value,
-        OUTPUT.value,
-        OVERWRITE.value,
-        SAMPLING.value,
-        DECODING.decoding(),
-        GRID.value,
-        TRAJECTORY.value,
+        seeds=parse_numbers("--seeds", SEEDS.value),
+        labels=LABELS.value,
+        output=OUTPUT.value,
+        overwrite=OVERWRITE.value,
+        overrides=SAMPLING.value,
+        decoding=DECODING.decoding(),
+        by_class=GRID.value,
+        frames=TRAJECTORY.value,
     )
     print(f"wrote {path} and {path.with_suffix('.png')}")
 

@@ -46,7 +46,7 @@ def main() -> None:
     asked = SCORES.value | INCEPTION.value | {"decoding": DECODING.decoding()}
     swept = sweep.sweep(
         NETWORK.source,
-        sweep.parse(SWEEP.value),
+        keys=sweep.parse(SWEEP.value),
         **asked,
         count=SWEEP_COUNT.value,
         overrides=SAMPLING.value,
