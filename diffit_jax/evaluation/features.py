@@ -10,7 +10,7 @@ from etils import epath
 from diffit_jax.interop import inception as interop
 from diffit_jax.models import inception
 from diffit_jax.models.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception, Taps
-from diffit_jax.runtime import backend, contents, distributed, hub, parallel, rows
+from diffit_jax.runtime import backend, contents, hub, parallel, rows
 
 BATCH_PER_DEVICE = 32
 
@@ -98,10 +98,10 @@ class Extractor:
         channels. The same on every process."""
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
-        count, mine = len(images), rows.local_rows(self._mesh, self.batch_size)
-        padded = np.pad(images, ((0, self.batch_size - count), (0, 0), (0, 0), (0, 0)), mode="edge")
-        batch = rows.put_batch(self._mesh, {"image": padded[mine]}, self.batch_size)["image"]
-        pool, spatial, logits = (
-            distributed.gather(array)[:count] for array in self._extract(self._variables, batch)
-        )
-        return Features(pool, spatial.reshape(count, -1), logits)
+
+        def extract(batch: dict[str, jax.Array]) -> Any:
+            return self._extract(self._variables, batch["image"])
+
+        (taps,) = rows.map_batches(extract, self._mesh, self.batch_size, {"image": images})
+        pool, spatial, logits = taps
+        return Features(pool, spatial.reshape(len(images), -1), logits)

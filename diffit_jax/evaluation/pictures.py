@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from diffit_jax.data.decoding import SUFFIXES
 from diffit_jax.data.labels import spread
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
@@ -16,8 +17,6 @@ from diffit_jax.runtime import npz
 from diffit_jax.runtime.npz import NpzArray
 from diffit_jax.runtime.ranges import in_short
 from diffit_jax.sampling.files import read_record
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Pictures(Protocol):

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import backend
+from diffit_jax.runtime import backend, distributed
 from diffit_jax.runtime.parallel import (
     AXES,
     DATA,
@@ -131,6 +132,45 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
         )
 
     return {name: put(name, array) for name, array in batch.items()}
+
+
+def put_padded(
+    mesh: Mesh, arrays: Mapping[str, np.ndarray], batch_size: int
+) -> dict[str, jax.Array]:
+    """Host arrays of at most `batch_size` rows, the same on every process, as a global batch that
+    is split over the mesh and filled up with copies of the last row."""
+    mine = local_rows(mesh, batch_size)
+
+    def filled(array: np.ndarray) -> np.ndarray:
+        widths = (0, batch_size - len(array)), *((0, 0),) * (array.ndim - 1)
+        return np.pad(array, widths, mode="edge")[mine]
+
+    return put_batch(mesh, {name: filled(array) for name, array in arrays.items()}, batch_size)
+
+
+def map_batches(
+    function: Callable[[dict[str, jax.Array]], Any],
+    mesh: Mesh,
+    batch_size: int,
+    arrays: Mapping[str, np.ndarray],
+) -> Iterator[Any]:
+    """Calls a function that all processes compute together with one padded batch after the other.
+
+    Args:
+      function: of a batch on the mesh, to a pytree of arrays with its rows in front.
+      mesh: the devices.
+      batch_size: rows of a batch.
+      arrays: by name, of n rows each, the same on every process.
+
+    Yields:
+      What it returns, on every process's host, without the rows that were added.
+    """
+    count = len(next(iter(arrays.values())))
+    for start in range(0, count, batch_size):
+        part = {name: array[start : start + batch_size] for name, array in arrays.items()}
+        found = function(put_padded(mesh, part, batch_size))
+        rows = min(batch_size, count - start)
+        yield jax.tree.map(lambda array, rows=rows: distributed.gather(array)[:rows], found)
 
 
 def prove_rows(mesh: Mesh, batch_size: int) -> None:

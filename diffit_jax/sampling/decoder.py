@@ -13,7 +13,7 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.interop import diffusers
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.runtime import backend, contents, distributed, hub, parallel, rows
+from diffit_jax.runtime import backend, contents, hub, parallel, rows
 
 Jitted = Callable[[dict[str, Any], jax.Array], Any]
 
@@ -167,12 +167,9 @@ class Decoder:
     def __call__(self, latents: np.ndarray) -> np.ndarray:
         """(n, h, w, c) float32 latents as the latent network makes them, any number → (n, H, W, C)
         uint8. The same on every process."""
-        size, pictures = self.batch_size, []
-        mine = rows.local_rows(self._mesh, size)
-        for start in range(0, len(latents), size):
-            part = np.asarray(latents[start : start + size], np.float32)
-            padded = np.pad(part, ((0, size - len(part)), *[(0, 0)] * 3), mode="edge")
-            batch = rows.put_batch(self._mesh, {"latent": padded[mine]}, size)["latent"]
-            decoded = distributed.gather(self._decode(self.variables, batch))
-            pictures.append(decoded[: len(part)])
-        return np.concatenate(pictures)
+        arrays = {"latent": np.asarray(latents, np.float32)}
+
+        def decode(batch: dict[str, jax.Array]) -> Any:
+            return self._decode(self.variables, batch["latent"])
+
+        return np.concatenate([*rows.map_batches(decode, self._mesh, self.batch_size, arrays)])

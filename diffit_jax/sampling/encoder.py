@@ -90,8 +90,7 @@ class Encoder:
         now, count = time.monotonic(), len(pictures)
         if self._last is not None and self._last.done():
             self.waited_s += max(0.0, now - self._last.result()[1])
-        padded = np.pad(pictures, ((0, self.batch_size - count), *[(0, 0)] * 3), mode="edge")
-        batch = rows.put_batch(self._mesh, {"image": padded}, self.batch_size)["image"]
+        batch = rows.put_padded(self._mesh, {"image": pictures}, self.batch_size)["image"]
         moments = self._encode(self.variables, batch)
 
         def fetch() -> tuple[np.ndarray, float]:

@@ -246,13 +246,7 @@ class Sampler:
     ) -> dict[str, jax.Array]:
         """On the mesh, filled up with copies of the last sample."""
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
-        mesh, size = self._program.mesh, self.batch_size
-        mine = rows.local_rows(mesh, size)
-        padded = {
-            name: np.pad(values, (0, size - len(values)), mode="edge")[mine]
-            for name, values in batch.items()
-        }
-        return rows.put_batch(mesh, padded, size)
+        return rows.put_padded(self._program.mesh, batch, self.batch_size)
 
     def batches(
         self,

@@ -84,8 +84,6 @@ def make_train_step(
       `step(state, metrics, batch, frozen) -> (state, metrics)`. The batch is that of a `Source`,
       the last argument the variables that training does not change, see `Objective`.
     """
-    optimizer = make_optimizer(experiment.optimizer, experiment.model)
-    gammas = [gamma_of(length) for length in experiment.ema.power_lengths]
 
     def train_step(
         state: TrainState, collected: metrics.Collection, batch: Batch, frozen: Mapping[str, Any]
@@ -95,28 +93,15 @@ def make_train_step(
         examples = {**batch, "key": example_keys(experiment.seed, state.step, batch_size)}
         if AVERAGE in objective.uses:
             frozen = {**frozen, AVERAGE: state.ema_variables}
-
-        def mean_loss(
-            trained: Mapping[str, Any], part: Mapping[str, jax.Array]
-        ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            variables = {"constants": state.constants, **trained}
-            part = dict(part)
-            key_B = part.pop("key")
-            loss_B, terms = objective(
-                experiment,
-                variables,
-                frozen,
-                part,
-                key_B=key_B,
-                update=num_updates,
-                training=True,
-            )
-            return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)
-
         trained = {"params": state.params}
         if state.objective:
             trained["objective"] = state.objective["params"]
-        gradient_of = jax.value_and_grad(mean_loss, has_aux=True)
+
+        def loss_of(trained: Mapping[str, Any], part: dict[str, jax.Array]) -> Any:
+            variables = {"constants": state.constants, **trained}
+            return mean_loss(experiment, objective, variables, frozen, part, update=num_updates)
+
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         (loss, terms), gradient = accumulated(
             lambda part: gradient_of(trained, part), examples, experiment.training.accumulation
         )
@@ -127,35 +112,15 @@ def make_train_step(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        # --- The update, and every average of the parameters.
-        update, opt_state = optimizer.update(gradient["params"], state.opt_state, state.params)
-        params = optax.apply_updates(state.params, update)
-        ours = state.objective
-        if ours:
-            update, moments = optimizer.update(
-                gradient["objective"], ours["opt_state"], ours["params"]
-            )
-            ours = {"params": optax.apply_updates(ours["params"], update), "opt_state": moments}
-        ema = ema_update(state.ema, params, ema_rate(experiment.ema, num_updates, batch_size))
-        power_emas = tuple(
-            ema_update(one, params, power_rate(gamma, num_updates))
-            for one, gamma in zip(state.power_emas, gammas, strict=True)
-        )
-
         # --- Without a finite gradient the data move on, and everything else stands still.
         def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        state = TrainState(
+        state = if_finite(updated(experiment, state, gradient, batch_size), state).replace(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            params=if_finite(params, state.params),
             constants=state.constants,
-            opt_state=if_finite(opt_state, state.opt_state),
-            ema=if_finite(ema, state.ema),
-            power_emas=if_finite(power_emas, state.power_emas),
-            objective=if_finite(ours, state.objective),
         )
 
         # --- What the log shows: averages are over updates that were made; the counts go on.
@@ -173,6 +138,50 @@ def make_train_step(
         )
 
     return train_step
+
+
+def mean_loss(
+    experiment: Experiment,
+    objective: Objective,
+    variables: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    examples: Mapping[str, jax.Array],
+    *,
+    update: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of some examples and its terms, float32 scalars; arguments as of `Objective`, the
+    examples with `key` (n,), a key for each."""
+    examples = dict(examples)
+    key_B = examples.pop("key")
+    loss_B, terms = objective(
+        experiment, variables, frozen, examples, key_B=key_B, update=update, training=True
+    )
+    return jnp.mean(loss_B), jax.tree.map(jnp.mean, terms)
+
+
+def updated(
+    experiment: Experiment, state: TrainState, gradient: Mapping[str, Any], batch_size: int
+) -> TrainState:
+    """The state with its parameters changed by a gradient, `params` and perhaps `objective`, and
+    with every average of them."""
+    num_updates = state.step - state.skipped
+    optimizer = make_optimizer(experiment.optimizer, experiment.model)
+    change, opt_state = optimizer.update(gradient["params"], state.opt_state, state.params)
+    params, ours = optax.apply_updates(state.params, change), state.objective
+    if ours:
+        change, moments = optimizer.update(gradient["objective"], ours["opt_state"], ours["params"])
+        ours = {"params": optax.apply_updates(ours["params"], change), "opt_state": moments}
+    gammas = [gamma_of(length) for length in experiment.ema.power_lengths]
+    return state.replace(
+        params=params,
+        opt_state=opt_state,
+        ema=ema_update(state.ema, params, ema_rate(experiment.ema, num_updates, batch_size)),
+        power_emas=tuple(
+            ema_update(one, params, power_rate(gamma, num_updates))
+            for one, gamma in zip(state.power_emas, gammas, strict=True)
+        ),
+        objective=ours,
+    )
 
 
 def accumulated(

@@ -159,3 +159,22 @@ def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_pat
     with pytest.raises(UserError, match="rows of the batch in wrong places"):
         train(small_latent_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_arrays_go_through_the_mesh_batch_by_batch():
+    """Seven rows in batches of four: each once, in order, without the copies that fill the last."""
+    mesh = parallel.make_mesh()
+    arrays = {
+        "x": np.arange(14.0, dtype=np.float32).reshape(7, 2),
+        "n": np.arange(7, dtype=np.int32),
+    }
+    seen = []
+
+    def function(batch):
+        seen.append(batch["x"].shape)
+        return {"twice": 2 * batch["x"], "both": (batch["n"], batch["x"][:, 0])}
+
+    parts = list(rows.map_batches(function, mesh, 4, arrays))
+    assert seen == [(4, 2), (4, 2)] and [len(part["twice"]) for part in parts] == [4, 3]
+    np.testing.assert_array_equal(np.concatenate([p["twice"] for p in parts]), 2 * arrays["x"])
+    np.testing.assert_array_equal(np.concatenate([p["both"][0] for p in parts]), arrays["n"])
