@@ -1,6 +1,8 @@
 """The commands as a user types them: what they write, and one line of error for what cannot be."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -246,3 +248,44 @@ def test_bad_requests_for_samples(run, arguments, message, tmp_path):
         launch("sample", "--workdir", workdir, *arguments, tmp_path=tmp_path), message
     )
     assert not list(workdir.glob("*.npz")) and not (tmp_path / "none").exists()
+
+
+# --- The entry point
+
+
+def diffit(*arguments):
+    command = [sys.executable, "-m", "diffit_jax", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_the_entry_point_lists_every_verb_and_launchers_call_it():
+    listed = diffit()
+    assert listed.returncode == 0 and not listed.stderr
+    verbs = dict(re.findall(r"(?m)^  (\w+) +(\S.*)$", listed.stdout))
+    scripts = {path.stem: path.read_text() for path in (ROOT / "launch").glob("*.py")}
+    assert verbs.keys() == scripts.keys() and len(verbs) == 14
+    lines = {re.sub(rf"\b{verb}\b", "VERB", text) for verb, text in scripts.items()}
+    assert len(lines) == 1  # the same three
+    assert listed.stdout == diffit("--help").stdout
+
+
+def test_an_unknown_verb_names_the_nearest():
+    for asked, near in (("tain", "train"), ("make-refrence", "make_reference")):
+        result = diffit(asked)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(f"error: verb {asked} is unknown: did you mean {near}?")
+    assert "known are benchmark, check" in diffit("xyz").stderr
+
+
+def test_help_shows_every_flag_of_a_verb_and_none_of_libraries():
+    shown = diffit("sample", "--help")
+    names = set(re.findall(r"(?m)^  --([\w.]+): \S", shown.stdout))
+    assert shown.returncode == 0 and shown.stdout.startswith("Draws samples from a run")
+    assert {"workdir", "weights", "seeds", "guidance.scale", "sampler.num_steps", "vae"} <= names
+    assert not {"verbosity", "logtostderr", "xml_output_file"} & names
+
+
+def test_a_verb_runs_by_either_name(tmp_path):
+    for verb in ("train_autoencoder", "train-autoencoder"):
+        result = diffit(verb, "--dataset", "digits")
+        assert result.returncode == 1 and "--workdir" in result.stderr, result.stderr
