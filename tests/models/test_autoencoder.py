@@ -36,7 +36,7 @@ def encoded(vae, data):
             variables, image, method="encode", capture_intermediates=True
         )
     )
-    return encode(variables, name=data["image"])
+    return encode(variables, data["image"])
 
 
 def test_moments(encoded, data):

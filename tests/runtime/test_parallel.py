@@ -273,7 +273,7 @@ def test_an_axis_that_divides_nothing_is_refused():
         "norm": {"scale": jax.ShapeDtypeStruct((15,), np.float32)},
         "out": {"kernel": jax.ShapeDtypeStruct((3, 15), np.float32)},
     }
-    facts = {"out/kernel": Fact(("fsdp", "tensor"), True)}
+    facts = {"out/kernel": Fact((None, "fsdp"), True)}
     for axis, mesh in (("fsdp", abstract_mesh(1, 2, 1)), ("tensor", abstract_mesh(1, 1, 2))):
         with pytest.raises(
             UserError, match=f"mesh.{axis} is 2, but no rule divides a parameter over it"
