@@ -323,9 +323,7 @@ def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
         else:
             values[name] = _make(name, given, limits.type_of(fields[name].type), wrong)
     space = make_space(
-        values["data"],
-        values["sampling"].pixel_rounding,
-        values.get("augmentation", augment.NONE),
+        values["data"], values["sampling"].pixel_rounding, values.get("augmentation", augment.NONE)
     )
     return Experiment(**values, space=space)
 

@@ -265,11 +265,7 @@ _PLAIN = ("batch_per_device", "pixel_rounding")
 
 
 def _chosen(
-    section: str,
-    classes: Mapping[str, Any],
-    old: Any,
-    name: str | None,
-    given: Mapping[str, Any],
+    section: str, classes: Mapping[str, Any], old: Any, name: str | None, given: Mapping[str, Any]
 ) -> Any:
     """A sampler or guidance: `old` with the values of `given`, or one of another class."""
     if name is not None and name not in classes:

@@ -107,8 +107,7 @@ def test_imagenet_says_which_files_it_misses_and_runs_on_synthetic(tmp_path):
     config = config_of("imagenet512_latent", "S/2")
     config.data.data_dir = str(tmp_path / "data")
     with pytest.raises(
-        UserError,
-        match=r"there is no .*/data/imagenet512_latents/train.manifest.json",
+        UserError, match=r"there is no .*/data/imagenet512_latents/train.manifest.json"
     ) as error:
         train(config, tmp_path / "run")
     assert "--config.data.name=synthetic" in str(error.value) and not list(tmp_path.iterdir())

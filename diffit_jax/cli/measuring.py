@@ -72,9 +72,7 @@ class ScoreFlags:
             "the reference serves.",
         )
         self.labels = flags.DEFINE_string(
-            "labels",
-            None,
-            "Of a network's samples, see launch/sample.py: random is ADM's rule.",
+            "labels", None, "Of a network's samples, see launch/sample.py: random is ADM's rule."
         )
         self._output = cli.define_path("output", f"JSON file to write; default: {output}.")
         self.overwrite = flags.DEFINE_bool("overwrite", False, f"Replace {replaced}.")

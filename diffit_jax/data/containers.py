@@ -198,9 +198,8 @@ def _folder_labels(
         return None, (), ["no labels: its pictures lie in one folder"]
     if beside:
         raise UserError(
-            f"{source} has {len(beside)} pictures beside its folders "
-            f"({first_few(beside)}), whose class is not known: move them into a folder, or say "
-            "--unlabelled"
+            f"{source} has {len(beside)} pictures beside its folders ({first_few(beside)}), whose "
+            "class is not known: move them into a folder, or say --unlabelled"
         )
     folders = [name.partition("/")[0] for name in inside]
     classes = tuple(sorted(set(folders)))

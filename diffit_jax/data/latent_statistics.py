@@ -60,9 +60,7 @@ def lines(manifest: Manifest) -> list[tuple[int, str]]:
     found = manifest.statistics
     if not found:
         return []
-    said = [
-        (logging.INFO, f"latents: mean {_short(found['mean'])}, std {_short(found['std'])}"),
-    ]
+    said = [(logging.INFO, f"latents: mean {_short(found['mean'])}, std {_short(found['std'])}")]
     size = _published_size(manifest)
     if size is None:
         return said

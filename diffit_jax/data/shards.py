@@ -198,9 +198,7 @@ class Shards:
                 scratch.unlink(missing_ok=True)
 
     def finish(
-        self,
-        classes: tuple[str, ...],
-        facts: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
+        self, classes: tuple[str, ...], facts: Callable[[dict[str, np.ndarray]], Mapping[str, Any]]
     ) -> Manifest:
         """Writes the manifest, when all shards are finished.
 

@@ -311,7 +311,4 @@ def _damaged(place: epath.PathLike, error: Exception) -> UserError:
     )
 
 
-DATASETS = {
-    "digits": _open_digits,
-    "synthetic": _open_synthetic,
-}
+DATASETS = {"digits": _open_digits, "synthetic": _open_synthetic}

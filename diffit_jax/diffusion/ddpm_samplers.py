@@ -14,15 +14,7 @@ import numpy as np
 from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM, Prediction
 from diffit_jax.diffusion.guidance import Guided
-from diffit_jax.diffusion.samplers import (
-    Carry,
-    Drawn,
-    Steps,
-    at_level,
-    descend,
-    tree_map,
-    watched,
-)
+from diffit_jax.diffusion.samplers import Carry, Drawn, Steps, at_level, descend, tree_map, watched
 from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.diffusion.seams import Conditioning, Network, Noise, Process
 from diffit_jax.errors import UserError

@@ -112,10 +112,7 @@ class Evaluator:
         )
         if keep:
             distributed.on_primary(functools.partial(begun.save, measured))
-        protocol |= {
-            "reference": self.reference.facts(),
-            "samples_digest": measured.digest.hex(),
-        }
+        protocol |= {"reference": self.reference.facts(), "samples_digest": measured.digest.hex()}
         return {"metrics": self.scores(measured), "count": measured.count, "protocol": protocol}
 
     @property

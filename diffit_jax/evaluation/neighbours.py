@@ -160,18 +160,12 @@ def _nearest(one: Part, other: Part, count: int) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _inside(
-    reference: Part,
-    samples: Part,
-    of_reference: jax.Array,
-    of_samples: jax.Array,
+    reference: Part, samples: Part, of_reference: jax.Array, of_samples: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Which samples lie in a ball of the reference, and which of the reference in one of the
     samples."""
     (distances,) = _distances(reference, samples)
-    return (
-        (distances <= of_reference[:, None]).any(0),
-        (distances <= of_samples[None]).any(1),
-    )
+    return ((distances <= of_reference[:, None]).any(0), (distances <= of_samples[None]).any(1))
 
 
 def nearest_distances(queries: np.ndarray, references: np.ndarray, block: int = 256) -> np.ndarray:

@@ -45,10 +45,7 @@ _DEFAULTS = {  # of AutoencoderKL's constructor, diffusers 0.42.1
     "mid_block_add_attention": True,
 }
 # What another value of would make another network.
-_ONLY = {
-    "_class_name": ("AutoencoderKL",),
-    "act_fn": ("silu", "swish"),
-}
+_ONLY = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish")}
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _CONV, _LINEAR, _SAME = (2, 3, 1, 0), (1, 0), None
 _KIND = "this autoencoder"
@@ -58,9 +55,7 @@ _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.
 
 
 def load(
-    path: epath.PathLike,
-    dtype: Any = jnp.float32,
-    sharding: jax.sharding.Sharding | None = None,
+    path: epath.PathLike, dtype: Any = jnp.float32, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Autoencoder, dict[str, Any]]:
     """Reads an autoencoder.
 

@@ -172,10 +172,7 @@ def read_input_size(path: epath.PathLike) -> int:
 
 
 def save(
-    path: epath.PathLike,
-    module: Any,
-    variables: Mapping[str, Any],
-    index_buffers: bool = False,
+    path: epath.PathLike, module: Any, variables: Mapping[str, Any], index_buffers: bool = False
 ) -> None:
     """Writes variables as a file that the released code can load: float32, with its names and
     shapes.

@@ -171,11 +171,7 @@ def _softmax_attention(
     if backend == "pallas":
         strips = attention_kernel.bias_strips(table, window)
         return attention_kernel.attention(
-            q_BHLD,
-            k_BHLD,
-            v_BHLD,
-            strips,
-            interpret=not platforms.of(platform()).compiles_kernel,
+            q_BHLD, k_BHLD, v_BHLD, strips, interpret=not platforms.of(platform()).compiles_kernel
         )
     bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q_BHLD.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLD, k_BHLD, v_BHLD))

@@ -15,14 +15,7 @@ from jax.extend.random import threefry_2x32
 
 from diffit_jax import platforms
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import (
-    TMSA,
-    Tile,
-    choose_backend,
-    dense_tile,
-    merge,
-    partition,
-)
+from diffit_jax.models.attention import TMSA, Tile, choose_backend, dense_tile, merge, partition
 from diffit_jax.models.placement import (
     FSDP,
     TENSOR,

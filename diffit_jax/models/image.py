@@ -95,22 +95,19 @@ class ImageDiffiT(Model):
         if self.image_size % factor:
             raise UserError(
                 f"image_size {self.image_size} is not divisible by {factor}, which {stages} stages "
-                "need: "
-                "change image_size or the number of stages"
+                "need: change image_size or the number of stages"
             )
         for stage, channels in enumerate(self.channels):
             size = self.image_size >> stage
             if size % min(self.window, size):
                 raise UserError(
                     f"stage {stage} is {size} pixels wide, which window {self.window} does not "
-                    "divide: "
-                    f"change window or image_size {self.image_size}"
+                    f"divide: change window or image_size {self.image_size}"
                 )
             if channels % self.head_width or channels % 4:
                 raise UserError(
                     f"stage {stage} has {channels} channels, which is not a multiple of head_width "
-                    f"{self.head_width} and of 4: "
-                    "change channels or head_width"
+                    f"{self.head_width} and of 4: change channels or head_width"
                 )
 
     @nn.compact

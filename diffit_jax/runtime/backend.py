@@ -119,8 +119,7 @@ def memory_for(remedy: str) -> Iterator[None]:
 
 
 TRAINING_MEMORY = (
-    "lower training.batch_size, raise training.accumulation, set model.remat to "
-    "full "
+    "lower training.batch_size, raise training.accumulation, set model.remat to full "
     "(latent_diffit), or divide the parameters by mesh.fsdp"
 )
 SAMPLING_MEMORY = (

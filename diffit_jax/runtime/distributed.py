@@ -72,8 +72,7 @@ def initialize(cluster: Cluster = Cluster()) -> None:
     elif coordinator is None or count is None or number is None:
         raise UserError(
             "--coordinator, --num_processes and --process_id go together: give all three, none on "
-            "TPU pods and under Slurm, or "
-            "--num_processes=1 alone for one process anywhere"
+            "TPU pods and under Slurm, or --num_processes=1 alone for one process anywhere"
         )
     elif not 0 <= number < count:
         raise UserError(
@@ -253,8 +252,7 @@ def check_shared(directory: epath.Path) -> None:
     if blind:
         raise UserError(
             f"workdir {directory} is not shared: process {blind[0]} does not see the files of "
-            "process 0 there, but all write "
-            "into the same checkpoints: use gs:// or a shared disk"
+            "process 0 there, but all write into the same checkpoints: use gs:// or a shared disk"
         )
 
 
@@ -358,6 +356,5 @@ def _end_without_the_others(cluster: Cluster) -> None:
     interruption.end(
         1,
         f"error: not all processes came within {cluster.timeout_s} s: {slurm}start the same "
-        "command on every host, and let them reach the "
-        "coordinator's port",
+        "command on every host, and let them reach the coordinator's port",
     )

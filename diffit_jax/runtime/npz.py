@@ -70,11 +70,7 @@ def write_rows(
     parts: Iterable[bytes],
 ) -> None:
     """Adds an array to an archive from the bytes of its rows, part by part."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
         np.lib.format.write_array_header_1_0(entry, header)
         for part in parts:

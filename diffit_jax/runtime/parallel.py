@@ -312,8 +312,7 @@ def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...], facts: Facts) -> Part
         if size % mesh.shape[TENSOR]:
             raise UserError(
                 f"config key mesh.tensor is {mesh.shape[TENSOR]}, which does not divide the {size} "
-                f"heads or channels of {name} {shape}: "
-                "change mesh.tensor, or the number of heads"
+                f"heads or channels of {name} {shape}: change mesh.tensor, or the number of heads"
             )
     return _divided(mesh, axes, shape)
 

@@ -34,9 +34,8 @@ def roll_call(coordinator: str, num_processes: int, process_id: int, timeout_s: 
         )
     if missing:
         raise UserError(
-            f"{num_processes - len(missing)} of {num_processes} processes came within "
-            f"{timeout_s} s (missing: {', '.join(map(str, missing))}): start the same command on "
-            "every host"
+            f"{num_processes - len(missing)} of {num_processes} processes came within {timeout_s} "
+            f"s (missing: {', '.join(map(str, missing))}): start the same command on every host"
         )
 
 

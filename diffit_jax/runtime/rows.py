@@ -12,14 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import backend, distributed
-from diffit_jax.runtime.parallel import (
-    AXES,
-    DATA,
-    FSDP,
-    MeshShape,
-    batch_sharding,
-    replicated,
-)
+from diffit_jax.runtime.parallel import AXES, DATA, FSDP, MeshShape, batch_sharding, replicated
 
 log = logging.getLogger(__name__)
 
@@ -191,9 +184,8 @@ def prove_rows(mesh: Mesh, batch_size: int) -> None:
         if count:
             raise UserError(
                 f"process {device.process_index} has {count} of {share} rows of the batch in wrong "
-                f"places on device {device.id}: rows are "
-                f"divided wrongly over the mesh {dict(mesh.shape)}; use another mesh (config "
-                "section mesh), and report this fault"
+                f"places on device {device.id}: rows are divided wrongly over the mesh "
+                f"{dict(mesh.shape)}; use another mesh (config section mesh), and report this fault"
             )
 
 

@@ -177,8 +177,7 @@ class SampleFiles:
             )
             raise UserError(
                 f"{self._parts} holds samples of an interrupted request with {difference}: repeat "
-                f"that request{again}, delete the "
-                "directory, or choose another --output"
+                f"that request{again}, delete the directory, or choose another --output"
             )
         elif begun is None and path.exists():
             raise UserError(f"{path} is damaged (it is not a request): delete {self._parts}")

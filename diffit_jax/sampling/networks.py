@@ -72,9 +72,8 @@ class Run:
         bad = [] if self._allow_nonfinite else contents.not_finite(variables)
         if bad:
             raise UserError(
-                f"the averages of {self.name} at step {step} are not finite "
-                f"({first_few(bad)}): sample an older one by "
-                "--checkpoint, or say --allow_nonfinite"
+                f"the averages of {self.name} at step {step} are not finite ({first_few(bad)}): "
+                "sample an older one by --checkpoint, or say --allow_nonfinite"
             )
         return variables, self.origin(step)
 

@@ -26,15 +26,7 @@ from diffit_jax.models import attention_kernel
 from diffit_jax.runtime import files
 from diffit_jax.tpu.chips import KNOWN_TOPOLOGIES, chip_of
 from diffit_jax.tpu.cost import cost
-from diffit_jax.tpu.figures import (
-    Compiled,
-    Copies,
-    Costly,
-    MemoryPlan,
-    Moved,
-    TooLarge,
-    answer_of,
-)
+from diffit_jax.tpu.figures import Compiled, Copies, Costly, MemoryPlan, Moved, TooLarge, answer_of
 from diffit_jax.tpu.program import parse
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
 

@@ -229,8 +229,7 @@ def _program(title: str, work: str, program: Step | TooLarge | Sampling) -> list
         f"{title} of {step.images} images (compiled in {step.seconds_to_compile:.0f} s)",
         f"  {work:32} {step.flops:.3e}",
         f"  {'computing':32} {step.compute_s:.4f} s   (kernels by their schedule "
-        f"{step.kernels_s:.4f} s, "
-        f"without an estimate and priced by bytes {step.by_bytes_s:.4f} s)",
+        f"{step.kernels_s:.4f} s, without an estimate and priced by bytes {step.by_bytes_s:.4f} s)",
         f"  {'moving between chips, at least':32} {step.collectives_s:.4f} s",
     ]
     rows += [

@@ -171,9 +171,7 @@ def _write(
 def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
     workdir = files.resolve(workdir, "--workdir")
     opened = open_experiment(
-        workdirs.read_config(workdir),
-        to_train=False,
-        config_file=workdir / workdirs.CONFIG_FILE,
+        workdirs.read_config(workdir), to_train=False, config_file=workdir / workdirs.CONFIG_FILE
     )
     if not isinstance(opened.experiment.model, LatentDiffiT):
         raise UserError(

@@ -40,12 +40,7 @@ from diffit_jax.tpu.figures import (
     Trial,
 )
 from diffit_jax.tpu.program import parse
-from diffit_jax.training.compiling import (
-    Opened,
-    batch_shapes,
-    lower_train_step,
-    open_experiment,
-)
+from diffit_jax.training.compiling import Opened, batch_shapes, lower_train_step, open_experiment
 from diffit_jax.training.state import TrainState
 from diffit_jax.verbs.pricing import price_chain, price_evaluating, price_sampling
 
@@ -63,10 +58,7 @@ SWEEPS = {
 
 @backend.pinned()
 def preflight(
-    config: ConfigDict,
-    topology: str,
-    num_slices: int = 1,
-    programs: Sequence[str] | None = None,
+    config: ConfigDict, topology: str, num_slices: int = 1, programs: Sequence[str] | None = None
 ) -> Report:
     """Compiles the programs of a config for a topology and says what they need and take.
 

@@ -22,15 +22,7 @@ from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import AT_ONCE, Decoder, per_slice
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.tpu.chips import Chip
-from diffit_jax.tpu.figures import (
-    Chain,
-    Compiled,
-    Drawing,
-    Evaluating,
-    Sampling,
-    Step,
-    TooLarge,
-)
+from diffit_jax.tpu.figures import Chain, Compiled, Drawing, Evaluating, Sampling, Step, TooLarge
 from diffit_jax.training.compiling import Opened
 
 Ask = Callable[[jax.stages.Lowered], Compiled | TooLarge]

@@ -59,14 +59,12 @@ def score(
     if images.shape[1:] != train.image_shape:
         raise UserError(
             f"--samples {samples} has images of {images.shape[1:]}, data set {dataset} of "
-            f"{train.image_shape}: name the data set that "
-            "they imitate"
+            f"{train.image_shape}: name the data set that they imitate"
         )
     if labels.max() >= train.num_classes:
         raise UserError(
             f"--samples {samples} has the label {labels.max()}, but data set {dataset} has the "
-            f"classes 0-{train.num_classes - 1}: name the "
-            "data set that they imitate"
+            f"classes 0-{train.num_classes - 1}: name the data set that they imitate"
         )
     scores = score_images(images, labels, train, test) | {
         "samples": str(samples),

@@ -38,10 +38,7 @@ def test_trajectories_golden(network_a, name):
     # The scale is exactly 1 or it is not: skipping more would be faster and less exact than these
     # bounds.
     guidance = PowerCosine(
-        scale=float(data["cfg_scale"]),
-        power=float(data["scale_pow"]),
-        channels=3,
-        skip_tolerance=0,
+        scale=float(data["cfg_scale"]), power=float(data["scale_pow"]), channels=3, skip_tolerance=0
     )
     inputs = []
 

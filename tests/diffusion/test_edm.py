@@ -133,10 +133,7 @@ def algorithm_2(denoise, noise, sigmas, heun):
     return x, evaluations
 
 
-@pytest.mark.parametrize(
-    "churn",
-    [(), (40, 0.05, 50, 1.003), (5,)],
-)
+@pytest.mark.parametrize("churn", [(), (40, 0.05, 50, 1.003), (5,)])
 def test_heun_equals_algorithm_2(churn):
     process, shape, calls = EDM(), (2, 2, 1), []
     heun = samplers.Heun(7, *churn)

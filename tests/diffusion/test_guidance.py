@@ -187,11 +187,7 @@ def test_skipping_changes_no_more_than_the_skipped_guidance(sampler):
 
 
 def test_guidance_of_no_use_is_no_guidance():
-    for guidance in (
-        Constant(1.0),
-        Unguided(),
-        Constant(1.0005),
-    ):
+    for guidance in (Constant(1.0), Unguided(), Constant(1.0005)):
         assert guide(guidance, evaluate, np.zeros_like).plain is evaluate and not guidance.active
     assert unguided(evaluate).scales(np.ones(3)).tolist() == [1, 1, 1]
 

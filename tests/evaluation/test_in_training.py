@@ -86,8 +86,7 @@ def found(workdir, step):
 
 
 @pytest.mark.parametrize(
-    ("kind", "asked"),
-    [("ema", {}), ("raw", {"raw": True}), ("ema_0.1", {"ema_length": 0.1})],
+    ("kind", "asked"), [("ema", {}), ("raw", {"raw": True}), ("ema_0.1", {"ema_length": 0.1})]
 )
 def test_the_figures_are_those_of_the_verb(place, whole, tmp_path, kind, asked):
     """Bit for bit, with all that they depend on: samples, network, reference. An average of a

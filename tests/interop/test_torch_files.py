@@ -55,10 +55,7 @@ def test_a_truncated_file(tmp_path, name, state):
 def test_a_tensor_that_reaches_beyond_its_storage(tmp_path):
     """The file says that one is larger than what there is of it."""
     path = tmp_path / "large.pth"
-    with (
-        zipfile.ZipFile(GOLDEN / "torch_zip.pth") as old,
-        zipfile.ZipFile(path, "w") as new,
-    ):
+    with zipfile.ZipFile(GOLDEN / "torch_zip.pth") as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.namelist():
             content = old.read(entry)
             if entry.endswith("data.pkl"):

@@ -79,8 +79,7 @@ PLACE = ["--name", "pod", "--zone", "us-west4-a"]
             "create",
             ["--type", "v5litepod-256", "--spot"],
             "gcloud compute tpus queued-resources create pod --node-id=pod --zone=us-west4-a "
-            "--accelerator-type=v5litepod-256 "
-            "--runtime-version=v2-alpha-tpuv5-lite --spot",
+            "--accelerator-type=v5litepod-256 --runtime-version=v2-alpha-tpuv5-lite --spot",
         ),
         (
             "logs",

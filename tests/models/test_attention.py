@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import (
-    TMSA,
-    dense_tile,
-    merge,
-    partition,
-    relative_position_index,
-)
+from diffit_jax.models.attention import TMSA, dense_tile, merge, partition, relative_position_index
 from diffit_jax.models.blocks import DiffiTResBlock
 from diffit_jax.models.placement import Placement, under
 

@@ -140,11 +140,7 @@ def test_gradients_golden(network_a):
     ("name", "key", "guidance"),
     [
         ("a", "out_cfg4.4", PowerCosine(4.4, channels=3, skip_tolerance=0)),
-        (
-            "a",
-            "out_cfg4.4_pow0.01",
-            PowerCosine(4.4, power=0.01, channels=3, skip_tolerance=0),
-        ),
+        ("a", "out_cfg4.4_pow0.01", PowerCosine(4.4, power=0.01, channels=3, skip_tolerance=0)),
         ("a", "out_cfg1.49", PowerCosine(1.49, channels=3, skip_tolerance=0)),
         ("b", "out_cfg1.49", Constant(1.49, channels=3)),
         ("b", "out_cfg4.4", Constant(4.4, channels=3)),

@@ -185,10 +185,7 @@ def test_unknown_keys_say_what_is_meant(tmp_path, argument, message):
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (
-            dict(num_steps=3, guidance_scale=2.0),
-            r"num_steps is unknown: did you mean sampling",
-        ),
+        (dict(num_steps=3, guidance_scale=2.0), r"num_steps is unknown: did you mean sampling"),
         (dict(sampler="heun", batch_per_device=2), r"sampler is 'heun': it must be a section"),
     ],
 )

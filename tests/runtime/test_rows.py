@@ -146,9 +146,7 @@ def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_pat
     """The process is named, in one line."""
     right = rows.put_batch
     monkeypatch.setattr(
-        rows,
-        "put_batch",
-        lambda mesh, batch, size: right(mesh, jax.tree.map(wrong, batch), size),
+        rows, "put_batch", lambda mesh, batch, size: right(mesh, jax.tree.map(wrong, batch), size)
     )
     with pytest.raises(
         UserError,

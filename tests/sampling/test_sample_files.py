@@ -54,10 +54,7 @@ def test_requests_have_names_of_their_own(mine):
         dict(seeds=range(2), labels=[4]),
         dict(seeds=range(2), labels="random"),
         dict(seeds=range(2), overrides={"sampler.num_steps": 2}),
-        dict(
-            seeds=range(2),
-            overrides={"sampler": "ddim", "sampler.eta": 0.5},
-        ),
+        dict(seeds=range(2), overrides={"sampler": "ddim", "sampler.eta": 0.5}),
         dict(seeds=range(2), overrides={"guidance": "none"}),
     ]
     paths = [sample(mine, **request) for request in requests] + [

@@ -122,9 +122,7 @@ def test_sample_defaults(run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(run[0], workdir)  # other tests expect the run without samples
     path = sample(
-        workdir,
-        seeds=[7, 12, 31],
-        overrides={"guidance.scale": 1.0, "sampler.num_steps": 2},
+        workdir, seeds=[7, 12, 31], overrides={"guidance.scale": 1.0, "sampler.num_steps": 2}
     )
     assert (
         path.name == "samples_3x8x8x1-seeds=7_12_31,sampler.num_steps=2,guidance.scale=1.0.npz"

@@ -282,8 +282,4 @@ def test_churn_changes_samples_of_heun_and_is_refused_elsewhere(run, tmp_path):
     )
     assert (plain != churned).any()
     with pytest.raises(UserError, match=r"--sampler.churn_amount has no effect with sampler euler"):
-        sample(
-            Run(run[0]),
-            seeds=[0],
-            overrides={"sampler": "euler", "sampler.churn_amount": 1.0},
-        )
+        sample(Run(run[0]), seeds=[0], overrides={"sampler": "euler", "sampler.churn_amount": 1.0})

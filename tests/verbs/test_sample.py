@@ -100,14 +100,9 @@ def test_image_models_take_every_guidance(run, tmp_path, sampler, guidance):
         overrides["guidance.scale"] = 300.0
     if guidance == "interval":
         overrides |= {"guidance.sigma_low": 0.1, "guidance.sigma_high": 5.0}
-    image = arrays_of(
-        sample(
-            run[0],
-            seeds=[0, 1],
-            output=tmp_path / "s.npz",
-            overrides=overrides,
-        )
-    )["arr_0"]
+    image = arrays_of(sample(run[0], seeds=[0, 1], output=tmp_path / "s.npz", overrides=overrides))[
+        "arr_0"
+    ]
     plain = arrays_of(
         sample(
             run[0],
@@ -263,9 +258,7 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
     for change, message in (
         (dict(overrides={"sampler.num_steps": 1001}), "more steps than the schedule's 1000"),
         (
-            dict(
-                overrides={"sampler": "heun", "sampler.num_steps": 1001},
-            ),
+            dict(overrides={"sampler": "heun", "sampler.num_steps": 1001}),
             "num_steps 1001 is more than the schedule's 1000",
         ),
         (dict(overrides={"sampler.respacing": "ddim999"}), "no whole stride"),
@@ -279,9 +272,7 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
             "--sampler plms is unknown: use ddpm, ddim, euler, heun, dpm_solver",
         ),
         (
-            dict(
-                overrides={"sampler": "heun", "sampler.respacing": "10"},
-            ),
+            dict(overrides={"sampler": "heun", "sampler.respacing": "10"}),
             "--sampler.respacing has no effect with sampler heun",
         ),
         (dict(overrides={"sampler": "ddim", "sampler.eta": -1.0}), "sampling.sampler.eta is -1.0"),
@@ -294,21 +285,14 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
             "guidance.scale is inf: it must be finite and at least 0",
         ),
         (dict(overrides={"guidance.power": 0.0}), "guidance.power is 0.0: it must be above 0"),
-        (
-            dict(
-                overrides={"sampler.num_steps": 2, "sampler.respacing": "3"},
-            ),
-            "leave out either",
-        ),
+        (dict(overrides={"sampler.num_steps": 2, "sampler.respacing": "3"}), "leave out either"),
         (dict(overrides={"sampler.eta": 0.5}), "--sampler.eta has no effect with sampler ddpm"),
         (
             dict(overrides={"guidance.workdir": "x"}),
             "--guidance.workdir has no effect with guidance power_cosine",
         ),
         (
-            dict(
-                overrides={"sampler": "heun", "sampler.clip_denoised": True},
-            ),
+            dict(overrides={"sampler": "heun", "sampler.clip_denoised": True}),
             "--sampler.clip_denoised has no effect with sampler heun",
         ),
         (dict(labels=[]), "--labels is empty"),
@@ -367,8 +351,4 @@ def test_unconditional_models_take_autoguidance_only(tmp_path):
     with pytest.raises(UserError, match=r"unconditional: leave out --guidance.scale"):
         sample(tmp_path, seeds=[0], overrides={"guidance.scale": 2.0})
     with pytest.raises(UserError, match=r"name its run by --guidance.workdir"):
-        sample(
-            tmp_path,
-            seeds=[0],
-            overrides={"guidance.scale": 2.0, "guidance": "autoguidance"},
-        )
+        sample(tmp_path, seeds=[0], overrides={"guidance.scale": 2.0, "guidance": "autoguidance"})

@@ -16,9 +16,7 @@ from diffit_jax.cli.preparing import SourceFlags
 
 SOURCE = SourceFlags()
 VAE = cli.define_path(
-    "vae",
-    "Folder of the autoencoder (diffusers' AutoencoderKL), or hf://owner/name.",
-    to_read=True,
+    "vae", "Folder of the autoencoder (diffusers' AutoencoderKL), or hf://owner/name.", to_read=True
 )
 VAE_DTYPE = flags.DEFINE_enum(
     "vae_dtype", "float32", ["float32", "bfloat16"], "Of the autoencoder's convolutions."
