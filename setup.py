@@ -25,7 +25,7 @@ setup(
     package_dir={"diffit_jax.configs": "configs"},
     package_data={"diffit_jax": ["py.typed"], "diffit_jax.data": ["imagenet_classes.txt"]},
     python_requires=">=3.11",
-    entry_points={"console_scripts": ["diffit = diffit_jax.__main__:main"]},
+    entry_points={"console_scripts": ["diffit = diffit_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",

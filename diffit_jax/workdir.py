@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build, class_name
-from diffit_jax.runtime import files, lock
+from diffit_jax.runtime import files
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -48,7 +48,7 @@ def claimed(workdir: epath.PathLike, config: ConfigDict) -> Generator[None]:
     Raises:
       UserError: as `claim`, or another living process owns it.
     """
-    with lock.owned(files.make_directory(workdir, "workdir"), "workdir"):
+    with files.owned(files.make_directory(workdir, "workdir"), "workdir"):
         claim(workdir, config)
         yield
 
@@ -81,12 +81,11 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
     if held is not None and trained:
         given = cast(dict[str, Any], config.to_dict())
         ours, theirs = _settings(given), _settings(held, path)
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                raise UserError(
-                    f"workdir {workdir} holds a run with {key} = {theirs.get(key)}, this config "
-                    f"has {ours.get(key)}: choose another workdir or the config of that run"
-                )
+        for key, (was, now) in sorted(files.differences(ours, theirs).items()):
+            raise UserError(
+                f"workdir {workdir} holds a run with {key} = {was}, this config has {now}: choose "
+                "another workdir or the config of that run"
+            )
         newest = max(_steps(workdir, CHECKPOINTS), default=0)
         total_steps = given["training"]["total_steps"]
         if total_steps < newest:

@@ -1,6 +1,6 @@
 """`diffit self_test`, in a checkout."""
 
-from diffit_jax.__main__ import launch
+from diffit_jax.cli import launch
 
 if __name__ == "__main__":
     launch("self_test")

@@ -1,6 +1,6 @@
 """`diffit train_autoencoder`, in a checkout."""
 
-from diffit_jax.__main__ import launch
+from diffit_jax.cli import launch
 
 if __name__ == "__main__":
     launch("train_autoencoder")

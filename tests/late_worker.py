@@ -11,7 +11,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from diffit_jax.runtime import distributed, parallel, rows
+    from diffit_jax.runtime import distributed, parallel
 
     first = distributed.is_first()
     found = distributed.first_then_all(lambda: time.sleep(35), lambda: "waited")
@@ -22,8 +22,8 @@ def main() -> None:
         return x.sum()
 
     mesh = parallel.make_mesh()
-    numbers = {"x": np.arange(4)[rows.local_rows(mesh, 4)]}
-    batch = rows.put_batch(mesh, numbers, 4)
+    numbers = {"x": np.arange(4)[parallel.local_rows(mesh, 4)]}
+    batch = parallel.put_batch(mesh, numbers, 4)
     summed = jax.jit(total, out_shardings=parallel.replicated(mesh))
     events = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))

@@ -27,16 +27,22 @@ import numpy as np
 from support.configs import small_config, small_latent_config
 from support.pods import arranged
 
-from diffit_jax.data.pipeline import batches
+from diffit_jax.data.sources import batches
 from diffit_jax.experiment import build
-from diffit_jax.runtime import distributed, parallel, rows
+from diffit_jax.runtime import distributed, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.training.compiling import Opened, compile_train_step, open_training_data
-from diffit_jax.training.saving import restore_state, save_state
-from diffit_jax.training.state import abstract_state, create_state
-from diffit_jax.training.watch import Watch
+from diffit_jax.training.loop import Watch
+from diffit_jax.training.state import (
+    Opened,
+    abstract_state,
+    create_state,
+    open_training_data,
+    restore_state,
+    save_state,
+)
+from diffit_jax.training.step import compile_train_step
 
 POD = json.loads(os.environ.get("POD", "null"))
 STEPS = 10
@@ -66,7 +72,7 @@ def run(
     mesh = parallel.make_mesh(devices, shape)
     if POD and mesh.devices.shape == tuple(POD["sizes"]):
         mesh = arranged(POD, devices)
-    rows.prove_rows(mesh, 16)
+    parallel.prove_rows(mesh, 16)
     Watch(experiment, mesh).report(1)  # of a device of this process, wherever it lies
     state = (
         restore_state(Checkpoints(resume), abstract_state(experiment, mesh))
@@ -78,9 +84,9 @@ def run(
         [np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)]
     )
     first, losses = flat(state.params), []
-    mine = rows.local_rows(mesh, 16)
+    mine = parallel.local_rows(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, mine)
-    batch = rows.put_batch(mesh, next(data), 16)
+    batch = parallel.put_batch(mesh, next(data), 16)
     step, empty, _ = compile_train_step(Opened(experiment, mesh, state), state, batch)
     results = {"first": first}
     sampler = None if resume else Sampler(experiment, mesh)
@@ -104,7 +110,7 @@ def run(
             checkpoints.wait()
         state, collected = step(state, empty, batch, {})
         losses.append(float(collected.compute()["loss"]))
-        batch = rows.put_batch(mesh, next(data), 16)
+        batch = parallel.put_batch(mesh, next(data), 16)
     return results | {"losses": np.array(losses)} | look()
 
 

@@ -17,13 +17,13 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.data import shards
 from diffit_jax.data.records import open_records
 from diffit_jax.evaluation.features import Extractor
-from diffit_jax.runtime import contents
-from diffit_jax.sampling.networks import Run, Weights
+from diffit_jax.runtime import parallel
+from diffit_jax.sampling.request import Run, Weights
+from diffit_jax.sampling.sample import sample
 from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.verbs.convert import workdir_to_weights
 from diffit_jax.verbs.evaluate import evaluate
 from diffit_jax.verbs.prepare import prepare
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 BEFORE = GOLDEN / "before"
@@ -122,7 +122,7 @@ def test_runs_are_continued(before, name):
     folder, expected = before
     state = continued(folder / name)
     ours = {
-        contents.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        parallel.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(state.params)
     }
     theirs = {
         key.removeprefix(f"{name}/"): value

@@ -14,7 +14,8 @@ from diffit_jax.experiment import build
 from diffit_jax.platforms import PLATFORMS
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import slice_size
-from diffit_jax.training.compiling import batch_shapes, lower_train_step, open_experiment
+from diffit_jax.training.state import open_experiment
+from diffit_jax.training.step import batch_shapes, lower_train_step
 
 
 @pytest.fixture

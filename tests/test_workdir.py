@@ -8,7 +8,7 @@ from support.configs import small_latent_config
 
 from diffit_jax import experiment, limits, workdir
 from diffit_jax.errors import UserError
-from diffit_jax.verbs.sample import sample
+from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs.train import train
 
 # --- Configs of other versions and programs

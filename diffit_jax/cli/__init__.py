@@ -1,15 +1,19 @@
-"""What all commands in `launch/` share: flags, logging, and one-line errors."""
+"""The command `diffit VERB …`, and what all verbs share: flags, logging, and one-line errors."""
 
+import ast
 import atexit
 import contextlib
+import difflib
 import errno
 import gc
+import importlib
 import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
@@ -28,6 +32,44 @@ interruption.listen()  # jax and what stands on it are imported later: they take
 gc.set_threshold(200_000, 20, 100)
 # At the end of a process another look takes half a second. Registered first, this comes last.
 atexit.register(gc.freeze)
+
+
+_COMMANDS = Path(__file__).parent / "commands"
+
+
+def verbs() -> dict[str, str]:
+    """What each verb does, in a line, by its name. Their modules are only read: two of them would
+    define the same flags."""
+    found = {}
+    for path in sorted(_COMMANDS.glob("[a-z]*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[path.stem] = text.partition("\n")[0].rstrip(":.")
+    return found
+
+
+def launch(verb: str) -> None:
+    """Runs a verb with the arguments of this process."""
+    module = importlib.import_module(f"diffit_jax.cli.commands.{verb}")
+    sys.modules["__main__"].__doc__ = module.__doc__  # what --help begins with
+    module.run()
+
+
+def main() -> None:
+    """The console script: the first argument is the verb."""
+    known = verbs()
+    asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if asked.lstrip("-") in ("help", "h"):
+        width = max(map(len, known))
+        print("usage: diffit VERB [--flag=value …]; diffit VERB --help says which\n")
+        print("\n".join(f"  {verb:{width}}  {text}" for verb, text in known.items()))
+        return
+    verb = asked.replace("-", "_")
+    if verb not in known:
+        close = difflib.get_close_matches(verb, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        sys.exit(f"error: verb {asked} is unknown: {hint}")
+    del sys.argv[1]
+    launch(verb)
 
 
 class _PathParser(flags.ArgumentParser):
@@ -145,10 +187,10 @@ def define_fewer_devices() -> "Callable[[ConfigDict], Any]":
         if not fewer.value:
             return None
         from diffit_jax import experiment
-        from diffit_jax.runtime import rows
+        from diffit_jax.runtime import parallel
 
         built = experiment.build(config)
-        return rows.fitting_devices(
+        return parallel.fitting_devices(
             built.training.batch_size, built.mesh, built.training.accumulation
         )
 

@@ -9,7 +9,7 @@ from diffit_jax import cli
 
 if TYPE_CHECKING:
     from diffit_jax.sampling.decoder import Decoding
-    from diffit_jax.sampling.networks import Run, Weights
+    from diffit_jax.sampling.request import Run, Weights
 
 
 class NetworkFlags:
@@ -53,7 +53,7 @@ class NetworkFlags:
         """The network; the command ends if the flags do not fit together. `ema_length` and
         `checkpoint` are in place of the flags'."""
         from diffit_jax.runtime import hub
-        from diffit_jax.sampling.networks import Run, Weights, config_for_weights
+        from diffit_jax.sampling.request import Run, Weights, config_for_weights
 
         workdir, weights = self.workdir.value, self.weights.value
         for name, flag, value in (

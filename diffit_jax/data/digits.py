@@ -1,8 +1,8 @@
 """Handwritten digits that scikit-learn ships: 1,797 scans of 8×8 pixels, ten classes, and their
 division into a train and a test split.
 
-UCI's optical recognition of handwritten digits, Alpaydin & Kaynak 1998. `digits_builder` prepares
-them with tensorflow-datasets.
+UCI's optical recognition of handwritten digits, Alpaydin & Kaynak 1998. `read` has them prepared by
+tensorflow-datasets where that imports, and takes the array otherwise; both come in one order.
 
     python -m diffit_jax.data.digits FOLDER [COUNT]
 
@@ -10,12 +10,21 @@ writes them (of each split the first COUNT) as people have pictures: PNG files i
 class, FOLDER/train/7/0012.png.
 """
 
+import functools
 import hashlib
+import logging
 import sys
+from typing import Any
 
 import numpy as np
+from absl import logging as absl_logging
 from etils import epath
 from PIL import Image
+
+from diffit_jax.errors import UserError, one_line
+from diffit_jax.runtime import files
+
+log = logging.getLogger(__name__)
 
 SHAPE = (8, 8, 1)
 NUM_CLASSES = 10
@@ -48,6 +57,102 @@ def prepared(split: str) -> tuple[np.ndarray, np.ndarray]:
         key=lambda index: hashlib.md5(f"{split}{index}".encode()).digest(),
     )
     return images[order], labels[order]
+
+
+def read(split: str, data_dir: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 8, 8, 1) uint8 and labels (n,) int32 of a split, in the order of `prepared`.
+
+    Args:
+      split: "train" or "test".
+      data_dir: where tensorflow-datasets prepares them on first use; "": its default.
+
+    Raises:
+      UserError: what is prepared there is damaged, or the place cannot be written.
+    """
+    loudness = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.FATAL)  # it prints a page before it fails
+    try:
+        import tensorflow_datasets as tfds  # takes a second to import
+
+        tfds.disable_progress_bar()
+    except Exception as error:  # its generated code does not fit the installed protobuf, say
+        log.info(
+            "data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)",
+            one_line(error, 120),
+        )
+        return prepared(split)
+    finally:
+        absl_logging.set_verbosity(loudness)
+    place = epath.Path(data_dir or "~/tensorflow_datasets").expanduser() / "digits"
+    try:
+        builder = _prepared_builder(tfds, data_dir)
+        place = builder.data_path
+        # A decorator hides its arguments. Small enough to keep in memory: decoding each example
+        # anew would take longer than a training step.
+        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+        images = np.stack([example["image"] for example in examples])
+        labels = np.array([example["label"] for example in examples], np.int32)
+        if images.shape != (COUNTS[split], *SHAPE) or images.dtype != np.uint8:
+            raise ValueError(f"it holds {images.shape} of {images.dtype}")
+    except UserError:
+        raise
+    except Exception as error:  # what the library says of damaged metadata: JSON, a missing field
+        reason = f"{type(error).__name__}: {one_line(error)}"[:160]
+        raise UserError(
+            f"data set digits in {place} is damaged ({reason}): delete it to have it prepared anew"
+        ) from error
+    return images, labels
+
+
+def _prepared_builder(tfds: Any, data_dir: str) -> Any:
+    """The builder of the data set, which is prepared unless it is there."""
+    try:
+        builder = _builder(tfds)(data_dir=data_dir or None, file_format="array_record")
+        if not builder.data_path.exists():
+            files.make_directory(builder.data_path.parents[1], "data_dir")
+            folder = files.make_directory(builder.data_path.parent, "data_dir")
+            with files.owned(folder, "the preparation of data set digits in", wait=True):
+                builder.download_and_prepare()
+        return builder
+    except OSError as error:
+        place = data_dir or "~/tensorflow_datasets"
+        raise UserError(
+            f"data_dir {place} cannot be written ({error}): set data.data_dir"
+        ) from error
+
+
+@functools.cache
+def _builder(tfds: Any) -> Any:
+    """The tensorflow-datasets builder of this data set, a class. It downloads nothing and does not
+    import TensorFlow."""
+
+    class Digits(tfds.core.GeneratorBasedBuilder):
+        """Handwritten digits, 8×8×1 uint8 in [0, 255] with a label 0…9; 1,437 in `train`, 360 in
+        `test`."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                # Tensor, not Image: Image needs TensorFlow to encode.
+                "image": tfds.features.Tensor(shape=SHAPE, dtype=np.uint8),
+                "label": tfds.features.ClassLabel(num_classes=NUM_CLASSES),
+            }
+            return self.dataset_info_from_configs(
+                description=self.__doc__,
+                features=tfds.features.FeaturesDict(features),
+                homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in COUNTS}
+
+        def _generate_examples(self, split):
+            images, labels = load()
+            for index in split_indices(split):
+                yield int(index), {"image": images[index], "label": int(labels[index])}
+
+    return Digits
 
 
 def write_pictures(folder: epath.PathLike, count: int | None = None) -> None:

@@ -110,26 +110,25 @@ class Shards:
         Raises:
           UserError: another data set is there, or the place cannot be written.
         """
-        path = self._lines / _IDENTITY
-        there = files.read_json(path)
-        if there is None and (self.folder / records.manifest_name(self._split)).exists():
+        wanted = files.plain(self._identity)
+        artifact = files.Artifact(self._lines / _IDENTITY, wanted)
+        found = artifact.look()
+        if not found.content and (self.folder / records.manifest_name(self._split)).exists():
             raise UserError(
                 f"{self.folder} holds split {self._split} already, of an unknown source: choose "
                 "another --name"
             )
-        wanted = json.loads(json.dumps(self._identity))
-        if there is not None and there != wanted:
-            keys = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+        if found.differences:
             values = ", ".join(
-                f"{key} {_short(there.get(key))} instead of {_short(wanted.get(key))}"
-                for key in keys[:3]
+                f"{key} {_short(theirs)} instead of {_short(ours)}"
+                for key, (theirs, ours) in list(found.differences.items())[:3]
             )
             raise UserError(
                 f"{self.folder} holds split {self._split} of other data ({values}): choose another "
                 "--name, or delete it"
             )
         files.make_directory(self._lines, "data_dir")
-        files.write_bytes(path, json.dumps(wanted, indent=1).encode())
+        files.write_json(artifact.path, wanted)
         if files.is_local(self.folder):
             for partial in Path(self.folder).glob(f".{self._split}-*.partial"):
                 partial.unlink(missing_ok=True)

@@ -2,20 +2,22 @@
 returns."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import grain
 import numpy as np
-from absl import logging as absl_logging
 from etils import epath
 
 from diffit_jax.data import records
-from diffit_jax.errors import UserError, one_line
-from diffit_jax.runtime import files, hub, lock
+from diffit_jax.errors import UserError
+from diffit_jax.runtime import files, hub
 
 log = logging.getLogger(__name__)
 
@@ -237,64 +239,11 @@ def _open_synthetic(split: str, data_dir: str, wanted: Wanted) -> Source:
 
 
 def _open_digits(split: str, data_dir: str, wanted: Wanted) -> Source:
-    """The digits, prepared by tensorflow-datasets on first use; where that does not import, made in
-    memory in the same order."""
     if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
         raise _no_home()
     from diffit_jax.data import digits
 
-    loudness = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.FATAL)  # it prints a page before it fails
-    try:
-        import tensorflow_datasets as tfds  # takes a second to import
-
-        from diffit_jax.data.digits_builder import Digits
-
-        tfds.disable_progress_bar()
-    except (
-        Exception
-    ) as error:  # its generated code and the installed protobuf do not fit together, say
-        reason = one_line(error, 120)
-        log.info(
-            "data set digits is made in memory: tensorflow-datasets cannot be imported here (%s)",
-            reason,
-        )
-        return ArraySource(*digits.prepared(split), digits.NUM_CLASSES)
-    finally:
-        absl_logging.set_verbosity(loudness)
-
-    place = data_dir or "~/tensorflow_datasets"
-    try:
-        builder = Digits(data_dir=data_dir or None, file_format="array_record")
-        if not builder.data_path.exists():
-            files.make_directory(builder.data_path.parents[1], "data_dir")
-            folder = files.make_directory(builder.data_path.parent, "data_dir")
-            with lock.owned(folder, "the preparation of data set digits in", wait=True):
-                builder.download_and_prepare()
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"data_dir {place} cannot be written ({error}): set data.data_dir"
-        ) from error
-    except (
-        Exception
-    ) as error:  # whatever the library says of damaged metadata: JSON, protobuf, a missing field
-        raise _damaged(f"{epath.Path(place).expanduser()}/digits", error) from error
-    # Small enough to keep in memory; decoding each example anew would take longer than a training
-    # step.
-    try:
-        # A decorator hides its arguments.
-        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
-        images = np.stack([example["image"] for example in examples])
-        labels = np.array([example["label"] for example in examples], np.int32)
-        features: Any = builder.info.features
-        classes = features["label"].num_classes
-    except Exception as error:
-        raise _damaged(builder.data_path, error) from error
-    if images.shape != (digits.COUNTS[split], *digits.SHAPE) or images.dtype != np.uint8:
-        raise _damaged(builder.data_path, ValueError(f"it holds {images.shape} of {images.dtype}"))
-    return ArraySource(images, labels, classes)
+    return ArraySource(*digits.read(split, data_dir), digits.NUM_CLASSES)
 
 
 def _no_home() -> UserError:
@@ -304,11 +253,74 @@ def _no_home() -> UserError:
     )
 
 
-def _damaged(place: epath.PathLike, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-    return UserError(
-        f"data set digits in {place} is damaged ({reason}): delete it to have it prepared anew"
-    )
-
-
 DATASETS = {"digits": _open_digits, "synthetic": _open_synthetic}
+
+
+class ShuffledBatches:
+    """The batches of a run as a random-access sequence for Grain: batch k is a function of (source,
+    batch_size, seed, k) alone.
+
+    Examples have positions in one endless order, epoch after epoch, each shuffled anew; batch k
+    holds the positions from k · batch_size on, so a batch may hold the end of one epoch and the
+    start of the next. Grain sees one element per batch: its work per element would cost a tenth of
+    a small model's step if it saw the examples.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, rows: np.ndarray | None = None):
+        """Positions `rows` (n,) of each batch, in this order; None: all of it. Other processes read
+        the others."""
+        self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if self._rows.size and (self._rows.min() < 0 or self._rows.max() >= batch_size):
+            raise ValueError(
+                f"rows {self._rows.min()} to {self._rows.max()} are not in a batch of {batch_size}"
+            )
+
+    def __len__(self) -> int:
+        return 1 << 48  # updates; no run ends here
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        epochs, offsets = np.divmod(step * self._batch_size + self._rows, len(self._source))
+        indices = np.empty_like(offsets)
+        for epoch in np.unique(epochs).tolist():
+            with _SHUFFLING:
+                order = _order(len(self._source), self._seed, epoch)
+            indices[epochs == epoch] = order[offsets[epochs == epoch]]
+        return self._source.read(indices)
+
+
+_SHUFFLING = threading.Lock()  # threads read ahead: one makes the order that all of them need
+
+
+@functools.lru_cache(maxsize=4)  # at the end of an epoch a stream needs two
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The examples' numbers as an epoch has them."""
+    # Ranks of Philox's raw output, which numpy never changes, unlike that of its `permutation`.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
+
+
+def batches(
+    source: Source, batch_size: int, seed: int, first_step: int = 0, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a training run from a given step on, read ahead in threads; resuming needs
+    nothing but the step.
+
+    Args:
+      source: the data set.
+      batch_size: examples per batch.
+      seed: of the shuffle, at least 0.
+      first_step: number of the first batch.
+      rows: which rows of each global batch this process reads, see `rows.local_rows`; None: all
+        of them.
+
+    Returns:
+      Endless iterator of dicts: `image` (n, H, W, C) uint8, `label` (n,) int32, a row for each of
+      `rows`.
+    """
+    shuffled: Any = ShuffledBatches(source, batch_size, seed, rows)
+    dataset = grain.MapDataset.source(shuffled)
+    iterator = iter(
+        dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    )
+    iterator.set_state({"next_index": first_step})
+    return iterator

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.schedule import SCHEDULES, Schedule, sampling_grid
+from diffit_jax.diffusion.edm import sampling_grid
+from diffit_jax.diffusion.schedule import SCHEDULES, Schedule
 from diffit_jax.diffusion.seams import Conditioning, Network, Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, at_least, one_of

@@ -17,10 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.schedule import Schedule, sampling_grid
+from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.diffusion.seams import Conditioning, Network, Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, NoiseLevel, at_least
+
+
+def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
+    """EDM Eq. 5: (N + 1,) float64 noise levels, from sigma_max to sigma_min and then 0.
+
+    t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N.
+
+    Raises:
+      UserError: `num_steps` N is below 2.
+    """
+    if num_steps < 2:
+        raise UserError(
+            f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps"
+        )
+    first, last = np.array([sigma_max, sigma_min]) ** (1 / rho)
+    return np.append(np.linspace(first, last, num_steps) ** rho, 0.0)
 
 
 class Preconditioned(Process):

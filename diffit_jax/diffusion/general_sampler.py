@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
+from diffit_jax.diffusion.edm import sampling_grid
 from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
 from diffit_jax.diffusion.samplers import (
@@ -34,7 +35,6 @@ from diffit_jax.diffusion.samplers import (
     tree_map,
     watched,
 )
-from diffit_jax.diffusion.schedule import sampling_grid
 from diffit_jax.diffusion.seams import Conditioning, Denoiser, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, above, at_least, one_of

@@ -266,7 +266,7 @@ def guide(
       null_label: the label that stands for "no label"; None if there are no labels.
       weaker: the lesser evaluation of autoguidance, with the same conditioning.
       scale: in place of the settings', see `Guided`.
-      acts_on: of samples that are pytrees, the paths (`contents.path_name`'s form: "a/b") of the
+      acts_on: of samples that are pytrees, the paths (`parallel.path_name`'s form: "a/b") of the
         leaves that are guided, and how many of their first channels, 0 for all; the other leaves
         are the plain evaluation's. None: every leaf, and the settings' channels of it.
 

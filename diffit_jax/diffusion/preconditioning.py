@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.edm import Preconditioned
-from diffit_jax.diffusion.schedule import sampling_grid
+from diffit_jax.diffusion.edm import Preconditioned, sampling_grid
 from diffit_jax.diffusion.seams import Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, GridPower, NoiseLevel, above, at_least

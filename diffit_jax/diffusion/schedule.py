@@ -176,19 +176,3 @@ class Schedule:
             timestep.
         """
         return np.interp(np.log(sigma), np.log(self.sqrt_recipm1_alphas_cumprod), self.timesteps)
-
-
-def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
-    """EDM Eq. 5: (N + 1,) float64 noise levels, from sigma_max to sigma_min and then 0.
-
-    t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N.
-
-    Raises:
-      UserError: `num_steps` N is below 2.
-    """
-    if num_steps < 2:
-        raise UserError(
-            f"num_steps {num_steps} is too small: the sampling grid needs at least 2 steps"
-        )
-    first, last = np.array([sigma_max, sigma_min]) ** (1 / rho)
-    return np.append(np.linspace(first, last, num_steps) ** rho, 0.0)

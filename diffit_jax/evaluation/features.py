@@ -10,7 +10,7 @@ from etils import epath
 from diffit_jax.interop import inception as interop
 from diffit_jax.models import inception
 from diffit_jax.models.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception, Taps
-from diffit_jax.runtime import backend, contents, hub, parallel, rows
+from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
 BATCH_PER_DEVICE = 32
 
@@ -50,7 +50,7 @@ class Extractor:
     ):
         """`variables`: of the network, on every device of the mesh."""
         self.rule, self._mesh, self._variables = rule, mesh, variables
-        self.batch_size = rows.next_batch_size(mesh, batch_per_device * mesh.size)
+        self.batch_size = parallel.next_batch_size(mesh, batch_per_device * mesh.size)
         pooled = variables["params"]["logits_kernel"].shape[0]
         self.sizes = {"mu": pooled, "mu_s": SPATIAL_SIDE**2 * SPATIAL_CHANNELS}
 
@@ -81,7 +81,7 @@ class Extractor:
         return {
             "resize": self.rule,
             "precision": "float32, highest",
-            "inception": contents.fingerprint(self._variables),
+            "inception": checkpoint.fingerprint(self._variables),
             "device": self._mesh.devices.flat[0].device_kind,
             "devices": self._mesh.size,
         }
@@ -102,6 +102,6 @@ class Extractor:
         def extract(batch: dict[str, jax.Array]) -> Any:
             return self._extract(self._variables, batch["image"])
 
-        (taps,) = rows.map_batches(extract, self._mesh, self.batch_size, {"image": images})
+        (taps,) = parallel.map_batches(extract, self._mesh, self.batch_size, {"image": images})
         pool, spatial, logits = taps
         return Features(pool, spatial.reshape(len(images), -1), logits)

@@ -1,7 +1,6 @@
 """The evaluations of a run while it trains, as its section `evaluation` asks for them."""
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -12,16 +11,14 @@ from etils import epath
 
 from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.drawn import DrawnPictures
 from diffit_jax.evaluation.evaluator import Evaluator
+from diffit_jax.evaluation.pictures import DrawnPictures
 from diffit_jax.experiment import Experiment
 from diffit_jax.runtime import backend, distributed, files
 from diffit_jax.sampling.decoder import Decoder, Decoding
-from diffit_jax.sampling.networks import Run
-from diffit_jax.sampling.request import Asked
+from diffit_jax.sampling.request import Asked, Run
 from diffit_jax.sampling.sampler import batch_size, default_labels
-from diffit_jax.training.compiling import Opened
-from diffit_jax.training.state import TrainState
+from diffit_jax.training.state import Opened, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +198,7 @@ class InTraining:
         facts = {"step": found.step, "seconds": round(found.seconds, 3), "weights": found.weights}
 
         def write() -> None:
-            content = (json.dumps(facts, indent=2) + "\n").encode()
-            files.write_bytes(self._file(found.step), content)
+            files.write_json(self._file(found.step), facts)
             for name in found.weights:
                 self._begun(found.step, name).unlink(missing_ok=True)
 

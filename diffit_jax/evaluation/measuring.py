@@ -109,14 +109,14 @@ class Begun:
 
     def restore(self, measured: Measured) -> None:
         """Takes over what is there, if every process sees it."""
-        try:
-            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                state = {name: arrays[name] for name in arrays.files}
-            usable = str(state.pop("identity")) == self.identity
-        except (OSError, KeyError, *npz.DAMAGED):
-            state, usable = {}, False
-        if distributed.everywhere(usable):
-            measured.restore(state)
+        found = files.Artifact(
+            self.path,
+            {"identity": self.identity},
+            of=lambda arrays: {"identity": str(arrays.get("identity"))},
+            read=_arrays_in,
+        ).look()
+        if distributed.everywhere(found.state == "done"):
+            measured.restore({k: v for k, v in found.content.items() if k != "identity"})
 
     def save(self, measured: Measured) -> None:
         """Writes what is there, on the first process."""
@@ -128,6 +128,14 @@ class Begun:
     def done(self) -> None:
         """Removes the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _arrays_in(path: epath.Path) -> dict[str, np.ndarray] | None:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, *npz.DAMAGED):
+        return None
 
 
 def measure(

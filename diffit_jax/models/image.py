@@ -21,13 +21,13 @@ from diffit_jax.limits import Count, CountOrZero, Side, Width, at_least
 from diffit_jax.models.attention import choose_backend
 from diffit_jax.models.blocks import (
     DiffiTResBlock,
+    TimeToken,
     Upsample,
     check_capture,
     conv3x3,
     group_norm,
     repeat_block,
 )
-from diffit_jax.models.embeddings import TimeToken
 from diffit_jax.models.model import Model
 from diffit_jax.models.placement import Dense, at_least_float32
 

@@ -15,8 +15,14 @@ import jax.numpy as jnp
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, CountOrZero, Side, Width
 from diffit_jax.models.attention import choose_backend
-from diffit_jax.models.blocks import DiffiTBlock, check_capture, layer_norm, repeat_block
-from diffit_jax.models.embeddings import TimeToken, position_embedding
+from diffit_jax.models.blocks import (
+    DiffiTBlock,
+    TimeToken,
+    check_capture,
+    layer_norm,
+    position_embedding,
+    repeat_block,
+)
 from diffit_jax.models.model import Model
 from diffit_jax.models.placement import Dense, at_least_float32
 

@@ -1,12 +1,18 @@
-"""What every network is, beside being a Flax module."""
+"""What every network is, beside being a Flax module: its variables, the function that diffusion
+processes know, and what a trace says of it (casts before use, multiply-adds)."""
 
+import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from diffit_jax import limits
+from diffit_jax import limits, platforms
 from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, one_of, share
+from diffit_jax.models import placement
 from diffit_jax.models.attention import BACKENDS
 from diffit_jax.models.blocks import REMAT_POLICIES
 
@@ -85,3 +91,202 @@ class Model(nn.Module, kw_only=True):
 
     def check_sizes(self) -> None:
         """Raises `UserError` if the sizes do not fit together."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
+    """Fresh float32 variables of a network.
+
+    Jitted, so that a network is traced once for everybody who asks for its variables or their
+    shapes, whatever the placement: they do not depend on it. Call it under another `jit` to have
+    them made in their places, or under `eval_shape`.
+
+    Returns:
+      `params`: what training changes; `constants`: fixed arrays that belong to the model
+        (`pos_embed`), empty for some models.
+    """
+    x_BHWC = jnp.zeros((1, *model.sample_shape), jnp.float32)
+    variables = model.init(key, x_BHWC, jnp.zeros((1,), jnp.float32), {})
+    return {"params": variables["params"], "constants": variables.get("constants", {})}
+
+
+@functools.cache
+def parameter_facts(model: Model) -> Mapping[str, placement.Fact]:
+    """How each parameter is divided over a mesh, and whether it decays, by its path: what is said
+    where it is made."""
+    x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    level_B = jax.ShapeDtypeStruct((1,), jnp.float32)
+    with placement.collected_facts() as facts, placement.nowhere():
+        jax.eval_shape(lambda x, t: model.init(jax.random.key(0), x, t, {}), x_BHWC, level_B)
+    return facts
+
+
+def variable_shapes(module: nn.Module, example: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of the variables of another module (autoencoder, FID network), which takes
+    (B, *example) float32; traced once for everybody who asks, too."""
+    return jax.eval_shape(lambda: _variables_of(module, example))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _variables_of(module: nn.Module, example: tuple[int, ...]) -> Any:
+    return module.init(jax.random.key(0), jnp.zeros((1, *example), jnp.float32))
+
+
+def as_network(
+    model: Model,
+    variables: Mapping[str, Any],
+    *,
+    forward_mode: bool = False,
+    capture: int | None = None,
+    inner: bool = False,
+) -> Callable[[jax.Array, jax.Array, Any], Any]:
+    """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion
+    processes know.
+
+    Call it inside jit with `variables` (`params` and `constants`) an argument of the jitted
+    function: captured from outside, they would become constants of the program.
+
+    Args:
+      model: the network.
+      variables: of it.
+      forward_mode: whether `jax.jvp` is to go through it: attention is then computed by XLA, since
+        kernels have a backward pass only.
+      capture: number of a block, from 0 (in the U: of the encoder), after which its tokens are
+        wanted: the function returns (y_BHWC, tokens).
+      inner: whether the output of a model's inner head is wanted: it returns (y_BHWC, y_inner). A
+        model that has one returns both; everybody else sees y_BHWC.
+    """
+    if forward_mode:
+        model = model.with_xla_attention()
+    settings: dict[str, Any] = {} if capture is None else {"capture": capture}
+
+    def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
+        found: Any = model.apply(variables, x_BHWC, noise_level_B, conditioning, **settings)
+        return found[0] if isinstance(found, tuple) and not (inner or settings) else found
+
+    return network
+
+
+def attention_in_words(model: Model, platform: str) -> str:
+    """How a network computes attention on a platform, as devices name it, and why, for people:
+    "xla (the kernel does not serve it: …)"."""
+    backend, reason = model.attention_backend(platform)
+    if not reason and model.attention == "auto":
+        reason = platforms.of(platform).auto_reason
+    elif not reason:
+        reason = "as the config says"
+    return f"{backend} ({reason})"
+
+
+# Parameter of an equation → its inner program, whose inputs are those of the equation, one for one.
+_INNER = ("jaxpr", "call_jaxpr")
+_NOT_ONE_FOR_ONE = ("pallas_call",)
+
+
+def cast_before_use(model: Model, variables: Mapping[str, Any]) -> Any:
+    """Finds the variables of which an evaluation uses nothing but their cast to the model's dtype,
+    in the traced program.
+
+    Args:
+      model: the network.
+      variables: its `params` and `constants`, arrays or shapes.
+
+    Returns:
+      A tree of bools like `variables`.
+    """
+    x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    label_B = {"label": jax.ShapeDtypeStruct((1,), jnp.int32)} if model.num_classes else {}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    level_B = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def evaluate(variables: Any, *inputs: Any) -> jax.Array:
+        return as_network(model, variables)(*inputs)
+
+    with placement.nowhere():  # one example, which no devices divide
+        jaxpr = jax.make_jaxpr(evaluate)(shapes, x_BHWC, level_B, label_B).jaxpr
+    leaves, tree = jax.tree.flatten(shapes)
+    dtype = jnp.dtype(model.dtype)
+    flags = [
+        leaf.dtype != dtype and _only_cast(jaxpr, index, dtype) for index, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, flags)
+
+
+def _only_cast(jaxpr: Any, index: int, dtype: jnp.dtype) -> bool:
+    """Whether input number `index` of a program is used, and only as its cast to a dtype."""
+    variable, used = jaxpr.invars[index], False
+    if any(out is variable for out in jaxpr.outvars):
+        return False
+    for equation in jaxpr.eqns:
+        for place, operand in enumerate(equation.invars):
+            if operand is not variable:
+                continue
+            used = True
+            if (
+                equation.primitive.name == "convert_element_type"
+                and equation.params["new_dtype"] == dtype
+            ):
+                continue
+            inner = next(
+                (equation.params[name] for name in _INNER if name in equation.params), None
+            )
+            inner = getattr(inner, "jaxpr", inner)
+            if (
+                inner is None
+                or equation.primitive.name in _NOT_ONE_FOR_ONE
+                or len(inner.invars) != len(equation.invars)
+            ):
+                return False
+            if not _only_cast(inner, place, dtype):
+                return False
+    return used
+
+
+def training_flops(model: Model) -> int:
+    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs
+    two.
+
+    What is computed again in the backward pass, to save memory, is not counted.
+    """
+    return 3 * 2 * traced_multiply_adds(model)
+
+
+@functools.cache
+def traced_multiply_adds(model: Model) -> int:
+    """Multiply-adds of the matrix products and convolutions of one evaluation for one example,
+    counted in the traced program.
+
+    The same for every way to compute attention: a kernel's are those of the products that it stands
+    for.
+    """
+    model = model.with_xla_attention()
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    return count_multiply_adds(
+        jax.make_jaxpr(lambda v, x: as_network(model, v)(x, jnp.zeros(1), {}))(shapes, x_BHWC).jaxpr
+    )
+
+
+def count_multiply_adds(jaxpr: Any) -> int:
+    """Multiply-adds of the matrix products and convolutions of a traced program, in which loops
+    have a fixed length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += equation.outvars[0].aval.size * math.prod(
+                equation.invars[0].aval.shape[axis] for axis in contracted
+            )
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, layout = (
+                equation.invars[1].aval.shape,
+                equation.params["dimension_numbers"].rhs_spec,
+            )
+            total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]
+        # A scanned body counts as often as it runs.
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * count_multiply_adds(inner)
+    return total

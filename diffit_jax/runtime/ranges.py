@@ -1,7 +1,11 @@
-"""Lists as people write and read them: of whole numbers, and of names in a message."""
+"""Lists as people write and read them: of whole numbers, of settings to compare, and of names in a
+message."""
 
+import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from diffit_jax.errors import UserError
 
@@ -30,6 +34,63 @@ def parse_numbers(flag: str, text: str) -> list[int]:
 def parse_ranges(flag: str, text: str) -> list[list[int]]:
     """`0-9,20-29` → the numbers of each range; `flag` is named in the error."""
     return [parse_numbers(flag, part) for part in text.split(",")]
+
+
+class Swept(NamedTuple):
+    """A setting that `parse_sweep` knows.
+
+    Attributes:
+      read: from a value as it is written; a ValueError means that it cannot be.
+      wanted: what its values must be, for the error.
+      bare: whether its name may stand alone, for the values that the command chooses.
+      nested: whether values have "=" in them.
+    """
+
+    read: Callable[[str], Any]
+    wanted: str = "it must be a number"
+    bare: bool = False
+    nested: bool = False
+
+
+def parse_sweep(text: str, known: Mapping[str, Swept]) -> dict[str, list[Any]]:
+    """`guidance.scale=1,1.5,2,ema_length=0.05,0.1` → values by name: the one syntax of `--sweep`.
+
+    Args:
+      text: of the flag.
+      known: settings by name.
+
+    Returns:
+      Values of each setting in their order; none for a name that stands alone.
+
+    Raises:
+      UserError: an unknown name, or a value that cannot be.
+    """
+    found: dict[str, list[Any]] = {}
+    current = ""
+    for part in map(str.strip, text.split(",")):
+        name, separator, value = part.partition("=")
+        named = name in known and bool(separator or known[name].bare)
+        if not named and (not current or (separator and not known[current].nested)):
+            raise UserError(
+                f"--sweep has {name!r}: write KEY=VALUE,VALUE,… with some of {', '.join(known)}"
+            )
+        current, value = (name, value.strip()) if named else (current, part)
+        values = found.setdefault(current, [])
+        if named and not separator:
+            continue
+        try:
+            values.append(known[current].read(value))
+        except ValueError as error:
+            wanted = known[current].wanted
+            raise UserError(f"--sweep has {current}={value}: {wanted}") from error
+        if isinstance(values[-1], float) and not math.isfinite(values[-1]):
+            raise UserError(f"--sweep has {current}={value}: it must be a finite number")
+    return found
+
+
+def combinations(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of a sweep, the last setting changing the fastest."""
+    return [dict(zip(sweep, each, strict=True)) for each in itertools.product(*sweep.values())]
 
 
 def in_short(numbers: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.interop import diffusers
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.runtime import backend, contents, hub, parallel, rows
+from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
 Jitted = Callable[[dict[str, Any], jax.Array], Any]
 
@@ -91,7 +91,7 @@ def batch_sizes(
     `per_device` at least; `at_once` as of `slice_size`."""
     size = slice_size(mesh, per_device, at_once)
     slices = 1 if platforms.of_mesh(mesh).decodes_one else -(-per_device // size)
-    return size, rows.next_batch_size(mesh, slices * size * mesh.size)
+    return size, parallel.next_batch_size(mesh, slices * size * mesh.size)
 
 
 class Decoder:
@@ -149,7 +149,7 @@ class Decoder:
     def identity(self) -> dict[str, Any]:
         """JSON values by name of all that pictures of given latents depend on."""
         settings = workdirs.number_settings("autoencoder", self.module)
-        return {"contents": contents.fingerprint(self.variables), **settings}
+        return {"contents": checkpoint.fingerprint(self.variables), **settings}
 
     def lower(self, latent: tuple[int, ...]) -> jax.stages.Lowered:
         """The program for a batch of latents (h, w, c), ready to be compiled."""
@@ -172,4 +172,4 @@ class Decoder:
         def decode(batch: dict[str, jax.Array]) -> Any:
             return self._decode(self.variables, batch["latent"])
 
-        return np.concatenate([*rows.map_batches(decode, self._mesh, self.batch_size, arrays)])
+        return np.concatenate([*parallel.map_batches(decode, self._mesh, self.batch_size, arrays)])

@@ -11,7 +11,7 @@ import numpy as np
 from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.runtime import backend, contents, rows
+from diffit_jax.runtime import backend, checkpoint, parallel
 from diffit_jax.sampling.decoder import batch_sizes, per_slice
 
 
@@ -71,7 +71,7 @@ class Encoder:
     def identity(self) -> dict[str, Any]:
         """JSON values by name of all that moments of given pictures depend on."""
         return {
-            "contents": contents.fingerprint(self.variables),
+            "contents": checkpoint.fingerprint(self.variables),
             "orientations": self.orientations,
             **workdirs.number_settings("autoencoder", self.module),
         }
@@ -90,7 +90,7 @@ class Encoder:
         now, count = time.monotonic(), len(pictures)
         if self._last is not None and self._last.done():
             self.waited_s += max(0.0, now - self._last.result()[1])
-        batch = rows.put_padded(self._mesh, {"image": pictures}, self.batch_size)["image"]
+        batch = parallel.put_padded(self._mesh, {"image": pictures}, self.batch_size)["image"]
         moments = self._encode(self.variables, batch)
 
         def fetch() -> tuple[np.ndarray, float]:

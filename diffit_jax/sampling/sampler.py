@@ -16,9 +16,8 @@ from diffit_jax.diffusion.samplers import Drawn
 from diffit_jax.diffusion.seams import Network, Process
 from diffit_jax.experiment import Experiment
 from diffit_jax.models import Model
-from diffit_jax.models.casts import cast_before_use
-from diffit_jax.models.flops import count_multiply_adds
-from diffit_jax.runtime import backend, distributed, parallel, rows
+from diffit_jax.models.model import cast_before_use, count_multiply_adds
+from diffit_jax.runtime import backend, distributed, parallel
 from diffit_jax.sections import SamplingMethod
 
 Variables = dict[str, Any]
@@ -246,7 +245,7 @@ class Sampler:
     ) -> dict[str, jax.Array]:
         """On the mesh, filled up with copies of the last sample."""
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
-        return rows.put_padded(self._program.mesh, batch, self.batch_size)
+        return parallel.put_padded(self._program.mesh, batch, self.batch_size)
 
     def batches(
         self,
@@ -281,7 +280,7 @@ def batch_size(experiment: Experiment, mesh: jax.sharding.Mesh, count: int | Non
       count: how many samples there are to draw, if that is known.
     """
     size = experiment.sampling.batch_per_device * mesh.size
-    return rows.next_batch_size(mesh, size if count is None else min(size, count))
+    return parallel.next_batch_size(mesh, size if count is None else min(size, count))
 
 
 def sampler_without_autoguidance(

@@ -12,9 +12,9 @@ import numpy as np
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
-from diffit_jax.runtime import backend, distributed, parallel, rows
-from diffit_jax.training.compiling import Opened, open_training_data
+from diffit_jax.runtime import backend, distributed, parallel
 from diffit_jax.training.objective import DENOISING
+from diffit_jax.training.state import Opened, open_training_data
 from diffit_jax.training.step import example_keys
 
 SEED = 0  # of noise levels and noise, whatever the run's: curves of several runs compare
@@ -33,7 +33,7 @@ class HeldOutLoss:
         experiment, self._mesh, self._source = opened.experiment, opened.mesh, source
         self.count = min(experiment.evaluation.loss_examples, len(source))
         most = experiment.training.batch_size // experiment.training.accumulation
-        self._size = rows.next_batch_size(self._mesh, min(self.count, most))
+        self._size = parallel.next_batch_size(self._mesh, min(self.count, most))
         sharding = parallel.batch_sharding(self._mesh)
         self._losses = jax.jit(functools.partial(losses, experiment), out_shardings=sharding)
 
@@ -43,9 +43,9 @@ class HeldOutLoss:
         found: dict[str, list[np.ndarray]] = {name: [] for name in networks}
         for start in range(0, self.count, self._size):
             places = np.minimum(np.arange(start, start + self._size), self.count - 1)
-            mine = places[rows.local_rows(self._mesh, self._size)]
+            mine = places[parallel.local_rows(self._mesh, self._size)]
             examples = {**self._source.read(mine), "place": mine.astype(np.int32)}
-            batch = rows.put_batch(self._mesh, examples, self._size)
+            batch = parallel.put_batch(self._mesh, examples, self._size)
             for name, variables in networks.items():
                 with parallel.placement(self._mesh):
                     of_batch = distributed.call_together(self._losses, variables, batch)

@@ -10,7 +10,7 @@ import optax
 
 from diffit_jax import models
 from diffit_jax.models.placement import Fact
-from diffit_jax.runtime import contents
+from diffit_jax.runtime import parallel
 from diffit_jax.sections import Optimizer
 
 
@@ -62,7 +62,7 @@ def decays(params: Any, facts: Mapping[str, Fact]) -> Any:
     those of which nothing is said (an objective's), those that are called kernels."""
 
     def decaying(path: tuple, _: Any) -> bool:
-        name = contents.path_name(path)
+        name = parallel.path_name(path)
         return facts[name].decays if name in facts else name.endswith("kernel")
 
     return jax.tree_util.tree_map_with_path(decaying, params)
@@ -92,4 +92,4 @@ def scale_by_layer_trust_ratio(stacked: Sequence[str]) -> optax.GradientTransfor
 
 
 def _names(path: tuple) -> list[str]:
-    return contents.path_name(path).split("/")
+    return parallel.path_name(path).split("/")

@@ -1,16 +1,22 @@
-"""The state of a training run: one pytree."""
+"""An experiment on a mesh, and the state of its run: one pytree, made, saved and restored."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import struct
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from diffit_jax import models
-from diffit_jax.experiment import Experiment
+from diffit_jax.data.sources import Source, Wanted, open_dataset
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment, build, class_name
 from diffit_jax.runtime import backend, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.optimizer import make_optimizer
 
@@ -102,3 +108,125 @@ def _init(experiment: Experiment, objective: Objective) -> TrainState:
         return state
     optimizer = make_optimizer(experiment.optimizer, experiment.model)
     return state.replace(objective={"params": params, "opt_state": optimizer.init(params)})
+
+
+def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:
+    """Starts writing a checkpoint of the state; what samples are drawn with is in items of its own,
+    for those who only sample."""
+    step, updates = int(state.step), int(state.step) - int(state.skipped)
+    soundness = {
+        "updates": updates,
+        "skipped_in_row": int(state.skipped_in_row),
+        "finite": bool(all_finite(state)),
+    }
+    checkpoints.save(
+        step, items_of(state), {"step": step, "images_seen": step * batch_size} | soundness
+    )
+
+
+def restore_state(
+    checkpoints: Checkpoints, abstract: TrainState, allow_nonfinite: bool = False
+) -> TrainState | None:
+    """The state of the newest usable checkpoint, laid out as `abstract` says; None if there is no
+    checkpoint."""
+    restored = checkpoints.restore(items_of(abstract), allow_nonfinite=allow_nonfinite)
+    if restored is None:
+        return None
+    _, items = restored
+    power_emas = tuple(items["power_emas"][name] for name, _ in named(abstract.power_emas))
+    apart = {
+        "ema": items["ema"],
+        "power_emas": power_emas,
+        "constants": items.get("constants", abstract.constants),
+        "objective": items.get("objective", {}),
+    }
+    return TrainState(**items["state"] | apart)
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+    kept = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    kept |= {"ema": None, "power_emas": (), "constants": None}
+    del kept["objective"]  # as checkpoints have it since there is such
+    items: dict[str, Any] = {"state": kept, "ema": state.ema}
+    if state.constants:
+        items["constants"] = state.constants
+    if state.power_emas:
+        items["power_emas"] = dict(named(state.power_emas))
+    if state.objective:
+        items["objective"] = state.objective
+    return items
+
+
+def named(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """("0", tree), ("1", tree) …: how several averages are named in a checkpoint."""
+    return ((str(index), tree) for index, tree in enumerate(trees))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An experiment on a mesh, checked.
+
+    Attributes:
+      experiment: the config as typed values.
+      mesh: the devices.
+      state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that
+        samples are drawn with.
+      objective: what training minimises.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    state: TrainState
+    objective: Objective = DENOISING
+
+
+def open_experiment(
+    config: ConfigDict | Mapping[str, Any],
+    devices: Sequence[Any] | None = None,
+    to_train: bool = True,
+    config_file: epath.PathLike | None = None,
+    objective: Objective = DENOISING,
+) -> Opened:
+    """Checks everything about a config that can be checked before anything is allocated, compiled
+    or written: what every verb begins with.
+
+    Args:
+      config: of the experiment.
+      devices: to use; None: all of all processes. Descriptions of devices that are not there
+        (`preflight`) will do.
+      to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a
+        mesh that does not fit the devices gives way to one that does.
+      config_file: of the work directory that the config was read from, see `experiment.build`.
+      objective: what training minimises.
+
+    Raises:
+      UserError: a config, mesh or batch that cannot be.
+    """
+    experiment = build(config, config_file)
+    training = experiment.training
+    if to_train:
+        if not experiment.process.trains:
+            name = class_name("process", experiment.process)
+            raise UserError(
+                f"config key process.name is {name}: its networks are only sampled; train with "
+                "ddpm, edm, vp or ve"
+            )
+        mesh = parallel.make_mesh(devices, experiment.mesh)
+        parallel.check_batch_size(
+            mesh, training.batch_size, "training.batch_size", parts=training.accumulation
+        )
+    else:
+        mesh = parallel.any_mesh(devices, experiment.mesh)
+    if experiment.model.tries_kernel:
+        parallel.try_kernel(mesh)
+    state = abstract_state(experiment, mesh, objective)
+    parallel.check_axes(mesh, state.params, models.parameter_facts(experiment.model))
+    return Opened(experiment, mesh, state, objective)
+
+
+def open_training_data(experiment: Experiment, split: str = "train") -> Source:
+    """The data set that an experiment trains on; "test": the split that it does not see."""
+    data, model = experiment.data, experiment.model
+    scaling = {"latent_mean": data.latent_mean, "latent_scale": data.latent_scale}
+    wanted = Wanted(model.sample_shape, model.num_classes, experiment.space.example, **scaling)
+    return open_dataset(data.name, split, data.data_dir, wanted)

@@ -1,6 +1,7 @@
-"""One update of the parameters."""
+"""One update of the parameters and their averages, and how it is compiled for a mesh."""
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics
+from jax.sharding import Mesh
 
+from diffit_jax import platforms
 from diffit_jax.diffusion.seams import Process
 from diffit_jax.experiment import Experiment
-from diffit_jax.training.ema import ema_rate, ema_update
+from diffit_jax.runtime import distributed, parallel
+from diffit_jax.sections import EMA
 from diffit_jax.training.objective import AVERAGE, DENOISING, Objective
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.power_ema import gamma_of, power_rate
-from diffit_jax.training.state import TrainState
+from diffit_jax.training.state import Opened, TrainState
 
 Batch = dict[str, Any]  # of global arrays, or their shapes
 
@@ -210,3 +214,63 @@ def accumulated(
     shapes = jax.eval_shape(gradient_of, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def ema_rate(settings: EMA, update: jax.Array, batch_size: int) -> jax.Array:
+    """1 - beta of an update by its number (from 0): float32 scalar in (0, 1], exactly 1 in the
+    first update.
+
+    beta = 0.5^(1 / h) with the half-life in updates h = min(halflife_images / batch_size, update ·
+    rampup_ratio). Updates are counted, not images, which would leave the range of int32 and
+    float32; `expm1` keeps 1 - beta exact where beta is nearly 1.
+    """
+    halflife = jnp.minimum(settings.halflife_images / batch_size, update * settings.rampup_ratio)
+    return -jnp.expm1(-jnp.log(2.0) / jnp.maximum(halflife, 1e-8))
+
+
+def ema_update(average: Any, params: Any, rate: jax.Array) -> Any:
+    """average + rate (params - average), leaf by leaf; float32 pytrees of one structure."""
+    return jax.tree.map(lambda mean, new: mean + rate * (new - mean), average, params)
+
+
+def compile_train_step(
+    opened: Opened, state: TrainState, batch: Batch
+) -> tuple[jax.stages.Compiled, metrics.Collection, float]:
+    """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took).
+
+    The step takes over the memory of its state and metrics ("donation"), where the platform's entry
+    says so.
+    """
+    started = time.monotonic()
+    lowered = lower_train_step(opened, state, batch)
+    distributed.check_agreement({"program": lowered.as_text})
+    empty = step_metrics(opened.experiment.process, opened.objective).empty()
+    collected = jax.device_put(empty, parallel.replicated(opened.mesh))
+    step, seconds = lowered.compile(), time.monotonic() - started
+    distributed.meet()  # see `distributed.call_together`
+    return step, collected, seconds
+
+
+def lower_train_step(opened: Opened, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+    """The update for a mesh, ready to be compiled: `make_train_step`'s. State and batch may be
+    shapes with shardings."""
+    experiment, mesh, objective = opened.experiment, opened.mesh, opened.objective
+    empty = step_metrics(experiment.process, objective).empty
+    collected = parallel.abstract(mesh, jax.eval_shape(empty))
+    donated = (0, 1) if platforms.of_mesh(mesh).donates else ()
+    laid = jax.tree.map(lambda leaf: leaf.sharding, opened.state)
+    shardings = laid, parallel.replicated(mesh)
+    step = make_train_step(experiment, objective)
+    jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
+    with parallel.placement(mesh):
+        return jitted.lower(state, collected, batch, objective.frozen)
+
+
+def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:
+    """The shapes of a batch, with their shardings, whatever the data set."""
+    sharding = parallel.batch_sharding(mesh)
+    shapes = experiment.space.batch(experiment.training.batch_size, experiment.model.sample_shape)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in shapes.items()
+    }

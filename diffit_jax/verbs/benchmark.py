@@ -1,23 +1,24 @@
 """How fast a config trains on the devices at hand."""
 
+import contextlib
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from diffit_jax import models
-from diffit_jax.data.pipeline import batches
-from diffit_jax.models.flops import training_flops
-from diffit_jax.runtime import backend, distributed, parallel, rows
+from diffit_jax.models.model import training_flops
+from diffit_jax.runtime import backend, distributed, parallel
 from diffit_jax.runtime.console import Progress
 from diffit_jax.tpu.chips import peak_flops
-from diffit_jax.training.compiling import compile_train_step, open_experiment, open_training_data
-from diffit_jax.training.state import create_state
+from diffit_jax.training.loop import batches_on
+from diffit_jax.training.state import create_state, open_experiment, open_training_data
+from diffit_jax.training.step import compile_train_step
 
 
 @backend.pinned()
@@ -48,13 +49,20 @@ def measure(
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
     )
-    rows.prove_rows(mesh, size)
-    data = batches(source, size, experiment.seed, rows=rows.local_rows(mesh, size))
-    state = create_state(experiment, mesh)
-    batch = rows.put_batch(mesh, next(data), size)
+    parallel.prove_rows(mesh, size)
+    waits: list[float] = []
+
+    @contextlib.contextmanager
+    def waiting() -> Iterator[None]:
+        asked = time.perf_counter()
+        yield
+        waits.append(time.perf_counter() - asked)
+
+    stream = batches_on(mesh, source, size, experiment.seed, waiting=waiting)
+    state, batch = create_state(experiment, mesh), next(stream)
     train_step, collected, compile_s = compile_train_step(opened, state, batch)
 
-    times, waits = [], []
+    times = []
     with (
         Progress("benchmark", steps + 3, shown=distributed.is_first()) as progress,
         distributed.lost_processes(),
@@ -62,10 +70,7 @@ def measure(
         for _ in range(steps + 3):
             start = time.perf_counter()
             state, collected = train_step(state, collected, batch, opened.objective.frozen)
-            asked = time.perf_counter()
-            host_batch = next(data)
-            waits.append(time.perf_counter() - asked)
-            batch = rows.put_batch(mesh, host_batch, size)
+            batch = next(stream)
             jax.block_until_ready(state)
             times.append(time.perf_counter() - start)
             progress.advance()
@@ -81,7 +86,7 @@ def measure(
         "step_ms_min": min(times[3:]) * 1e3,
         "steps_per_s": 1 / median,
         "images_per_s": size / median,
-        "data_wait_share": sum(waits[3:]) / sum(times[3:]),
+        "data_wait_share": sum(waits[4:]) / sum(times[3:]),
         **({"mfu": flops / peak} if peak else {}),
         "matmul_precision": backend.matmul_precision(),
         "attention": models.attention_in_words(experiment.model, device.platform),

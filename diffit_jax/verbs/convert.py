@@ -16,12 +16,17 @@ from diffit_jax.experiment import Experiment
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.latent import LatentDiffiT
-from diffit_jax.runtime import backend, files, hub, lock, parallel
+from diffit_jax.runtime import backend, files, hub, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.networks import restore_variables
-from diffit_jax.training.compiling import Opened, open_experiment
-from diffit_jax.training.saving import restore_state, save_state
-from diffit_jax.training.state import TrainState, fresh_state
+from diffit_jax.sampling.request import restore_variables
+from diffit_jax.training.state import (
+    Opened,
+    TrainState,
+    fresh_state,
+    open_experiment,
+    restore_state,
+    save_state,
+)
 
 
 @backend.pinned()
@@ -153,7 +158,7 @@ def _write(
     workdir: epath.Path, config: Mapping[str, Any], experiment: Experiment, state: TrainState
 ) -> None:
     """A work directory with one checkpoint; if it cannot be written, what was begun goes away."""
-    with lock.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
+    with files.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
         _refuse_run(workdir)  # another conversion may have been faster
         try:
             keep = experiment.training.keep_checkpoints

@@ -22,7 +22,7 @@ from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
-from diffit_jax.runtime import backend, distributed, files, hub, interruption, lock, npz, parallel
+from diffit_jax.runtime import backend, distributed, files, hub, interruption, npz, parallel
 from diffit_jax.sampling.decoder import VAE_FILES
 from diffit_jax.sampling.encoder import Encoder
 from diffit_jax.verbs.prepare import check_shape, facts_of, kept, label_of, progress_of, report
@@ -129,7 +129,7 @@ def encode(
         }
         shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
         distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
-        with distributed.first_holds(lambda: lock.owned(folder, "data set")):
+        with distributed.first_holds(lambda: files.owned(folder, "data set")):
             distributed.on_primary(shards.begin)
             _write(
                 shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image

@@ -1,6 +1,5 @@
 """The verb `evaluate`: from samples and a reference to the scores of ADM's suite."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,14 +7,12 @@ from typing import Any
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.drawn import DrawnPictures
 from diffit_jax.evaluation.evaluator import Evaluator, check_count
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE
-from diffit_jax.evaluation.pictures import Pictures, open_pictures
+from diffit_jax.evaluation.pictures import DrawnPictures, Pictures, open_pictures
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.networks import Run, Weights
-from diffit_jax.sampling.request import Asked
+from diffit_jax.sampling.request import Asked, Run, Weights
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +150,7 @@ def evaluate(
         }
 
     def write() -> None:
-        files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
+        files.write_json(output, scores)
         for place in places:
             place.unlink(missing_ok=True)
         log.info("wrote %s", output)
@@ -185,10 +182,12 @@ def _refuse_others(output: epath.Path, pictures: Pictures, overwrite: bool) -> N
     """Raises `UserError` where the scores of other samples would be replaced, or nothing can be
     written."""
     files.make_directory(output.parent, "output directory")
-    if overwrite or not output.exists():
-        return
-    held = files.read_json(output) or {}
-    theirs = held.get("protocol", {}).get("samples")
-    if theirs != pictures.facts["samples"]:
+    found = files.Artifact(
+        output,
+        {"samples": pictures.facts["samples"]},
+        of=lambda scores: {"samples": scores.get("protocol", {}).get("samples")},
+    ).look()
+    if found.state == "other" and not overwrite:
+        theirs, _ = found.differences.get("samples", (None, None))
         what = f"holds the scores of {theirs}" if theirs else "holds scores of another kind"
         raise UserError(f"{output} {what}: name another --output, or say --overwrite")

@@ -14,7 +14,7 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import distributed, files, hub, lock
+from diffit_jax.runtime import distributed, files, hub
 from diffit_jax.runtime.console import Progress
 from diffit_jax.verbs.prepare import kept, label_of, progress_of, report
 
@@ -78,7 +78,7 @@ def import_latents(
         arrays = records.layout(moments=ArraySpec(shape, "float32"))
         shards = Shards(folder, split, count=len(index), arrays=arrays, identity=digest)
         files.make_directory(folder, "data_dir")
-        with lock.owned(folder, "data set"):
+        with files.owned(folder, "data set"):
             shards.begin()
             _write(shards, index, read, shape)
             manifest = shards.finish(

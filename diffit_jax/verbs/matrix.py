@@ -1,6 +1,5 @@
-"""The verb `benchmark --matrix`: the training step for all combinations of a few settings."""
+"""The verb `benchmark --sweep`: the training step for all combinations of a few settings."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,16 @@ from ml_collections import ConfigDict
 from diffit_jax import experiment, models, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.models.blocks import REMAT_POLICIES
-from diffit_jax.runtime import backend, rows
+from diffit_jax.runtime import backend, parallel, ranges
 from diffit_jax.runtime.apart import apart
 from diffit_jax.verbs import benchmark
 
+# What `--sweep` varies; batch is of all devices.
+KNOWN = {
+    "batch": ranges.Swept(int, "it must be a whole number", bare=True),
+    "remat": ranges.Swept(str, bare=True),
+    "attention": ranges.Swept(str, bare=True),
+}
 _KEYS = {"batch": "training.batch_size", "remat": "model.remat", "attention": "model.attention"}
 _UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
 
@@ -21,13 +26,11 @@ def matrix(
     config: ConfigDict,
     *,
     steps: int,
-    batches: Sequence[int] = (),
-    remats: Sequence[str] = (),
-    attentions: Sequence[str] = (),
+    sweep: Mapping[str, Sequence[Any]],
     fewer_devices: bool = False,
     show: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Times updates for every batch size × rematerialisation × way to compute attention.
+    """Times updates for all combinations of settings.
 
     Each is measured in a process of its own: what one holds the next does not lack, the memory is
     its own, and one that is too large ends itself only. This process leaves the devices alone.
@@ -35,31 +38,27 @@ def matrix(
     Args:
       config: as for training; nothing is written.
       steps: updates to time, of each.
-      batches: images per update, over all devices; none: half the config's, its own, twice it.
-      remats: names in `REMAT_POLICIES`; none: all.
-      attentions: names in `attention.BACKENDS`; none: those of this platform, see `platforms`.
-        A network that has no such setting (the image-space one) is measured without it.
+      sweep: values by names in `KNOWN`; none stand for the usual ones. `batch`: images per update,
+        over all devices; half the config's, its own, twice it. `remat`: names in `REMAT_POLICIES`;
+        all. `attention`: names in `attention.BACKENDS`; those of this platform, see `platforms`.
       fewer_devices: as many devices as the batch divides over, rather than an error.
       show: called with each line of the table when it is known, and at the end with the best.
 
     Returns:
-      Of each combination its settings (`batch`, `remat`, `attention`), with the figures of
+      Of each combination its settings, with the figures of
         `benchmark.measure` or an `error`.
 
     Raises:
       UserError: a value that cannot be, or none of them can be measured.
     """
-    known = experiment.keys_of("model", type(experiment.build(config).model))
     own = config.training.batch_size
-    dimensions: dict[str, Sequence[Any]] = {"batch": batches or (max(own // 2, 1), own, own * 2)}
-    if "remat" in known:
-        dimensions["remat"] = remats or tuple(REMAT_POLICIES)
-    if "attention" in known:
-        dimensions["attention"] = attentions or platforms.of(apart(_platform)).attentions
-    trials = [
-        dict(zip(dimensions, values, strict=True))
-        for values in itertools.product(*dimensions.values())
-    ]
+    usual: dict[str, Callable[[], Sequence[Any]]] = {
+        "batch": lambda: (max(own // 2, 1), own, own * 2),
+        "remat": lambda: tuple(REMAT_POLICIES),
+        "attention": lambda: platforms.of(apart(_platform)).attentions,
+    }
+    dimensions = {name: values or usual[name]() for name, values in sweep.items()}
+    trials = ranges.combinations(dimensions)
     configs = [_varied(config, trial) for trial in trials]
     for changed in configs:
         experiment.build(changed)
@@ -117,7 +116,7 @@ def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[st
         raise UserError(f"not served here: {words}")
     devices = None
     if fewer_devices:
-        devices = rows.fitting_devices(
+        devices = parallel.fitting_devices(
             built.training.batch_size, built.mesh, built.training.accumulation
         )
     return benchmark.measure(given, steps, devices)

@@ -6,7 +6,6 @@ is allocated. Every time here is the compiler's estimate, not a measurement; `tp
 it is added up.
 """
 
-import itertools
 import logging
 import math
 import re
@@ -20,8 +19,8 @@ from ml_collections import ConfigDict
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment, build
-from diffit_jax.models.flops import training_flops
-from diffit_jax.runtime import backend, parallel
+from diffit_jax.models.model import training_flops
+from diffit_jax.runtime import backend, parallel, ranges
 from diffit_jax.tpu import compiler, report
 from diffit_jax.tpu.chips import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.tpu.cost import cost
@@ -40,8 +39,8 @@ from diffit_jax.tpu.figures import (
     Trial,
 )
 from diffit_jax.tpu.program import parse
-from diffit_jax.training.compiling import Opened, batch_shapes, lower_train_step, open_experiment
-from diffit_jax.training.state import TrainState
+from diffit_jax.training.state import Opened, TrainState, open_experiment
+from diffit_jax.training.step import batch_shapes, lower_train_step
 from diffit_jax.verbs.pricing import price_chain, price_evaluating, price_sampling
 
 log = logging.getLogger(__name__)
@@ -54,6 +53,8 @@ SWEEPS = {
     "mesh": ("fsdp=1", "fsdp=4", "fsdp=16", "fsdp=64"),
     "num_heads": ("16", "9"),
 }
+_AXES = r"(data|fsdp|tensor)=-?\d+"
+_WRITTEN = {"batch": r"\d+", "num_heads": r"\d+", "mesh": rf"{_AXES}(\+{_AXES})*", "remat": r"\w+"}
 
 
 @backend.pinned()
@@ -151,27 +152,50 @@ def with_batch(config: ConfigDict, topology: str, num_slices: int, per_chip: int
     return _vary(config, topology, num_slices, {"batch": str(per_chip)})
 
 
+def parse_sweep(text: str) -> dict[str, list[str]]:
+    """`batch,remat` or `batch=4,8,16,mesh=fsdp=4,fsdp=16+tensor=2` → values by names in `SWEEPS`.
+
+    Raises:
+      UserError: an unknown name or a value that cannot be.
+    """
+
+    def reader(name: str) -> Callable[[str], str]:
+        def read(value: str) -> str:
+            if not re.fullmatch(_WRITTEN[name], value):
+                raise ValueError(value)
+            return value
+
+        return read
+
+    wanted = "write values as in batch=4,8,16 or mesh=fsdp=4,fsdp=16+tensor=2"
+    known = {
+        name: ranges.Swept(reader(name), wanted, bare=True, nested=name == "mesh")
+        for name in SWEEPS
+    }
+    return ranges.parse_sweep(text, known)
+
+
 def sweep(
     config: ConfigDict,
     topology: str,
     num_slices: int,
-    settings: str,
+    settings: Mapping[str, Sequence[str]],
     show: Callable[[str], None] = print,
 ) -> Sweep:
     """The training step for all combinations of settings, compared.
 
     Args:
       config, topology, num_slices: as for `preflight`.
-      settings: such as `batch,remat` or `batch=4/8/16,mesh=fsdp=4/fsdp=16`, see `SWEEPS`.
+      settings: of `parse_sweep`; where there are no values, those of `SWEEPS`.
       show: called with each line of the table when it is known, and with the best one at the end.
 
     Raises:
-      UserError: an unknown setting or a value that cannot be.
+      UserError: a value that cannot be.
     """
-    dimensions, trials = _parse_sweep(settings), []
+    dimensions = {name: values or SWEEPS[name] for name, values in settings.items()}
+    trials = []
     show(report.sweep_header(dimensions))
-    for values in itertools.product(*dimensions.values()):
-        varied = dict(zip(dimensions, values, strict=True))
+    for varied in ranges.combinations(dimensions):
         changed = _vary(config, topology, num_slices, varied)
         try:
             trial = Trial(varied, preflight(changed, topology, num_slices, programs=["train"]))
@@ -206,35 +230,6 @@ def _vary(
         else:
             changed.model[name] = int(value) if name == "num_heads" else value
     return changed
-
-
-def _parse_sweep(text: str) -> dict[str, Sequence[str]]:
-    """`batch,remat` or `batch=4/8/16,mesh=fsdp=4/fsdp=16` → name → values.
-
-    Raises:
-      UserError: an unknown name or a value that cannot be.
-    """
-    dimensions = {}
-    for part in text.split(","):
-        name, _, values = part.strip().partition("=")
-        if name not in SWEEPS:
-            raise UserError(
-                f"--sweep has {name!r}: use {', '.join(SWEEPS)}, with values as in batch=4/8/16 or "
-                "mesh=fsdp=4/fsdp=16"
-            )
-        dimensions[name] = values.split("/") if values else SWEEPS[name]
-        numbers = {
-            "batch": r"\d+",
-            "num_heads": r"\d+",
-            "mesh": r"(data|fsdp|tensor)=-?\d+(\+(data|fsdp|tensor)=-?\d+)*",
-        }.get(name, r"\w+")
-        for value in dimensions[name]:
-            if not re.fullmatch(numbers, value):
-                raise UserError(
-                    f"--sweep has {name}={value}: write values as in batch=4/8/16 or "
-                    "mesh=fsdp=4/fsdp=16+tensor=2"
-                )
-    return dimensions
 
 
 def calibrate(topology: str) -> Calibration:

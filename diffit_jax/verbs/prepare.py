@@ -16,7 +16,7 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import distributed, files, hub, lock
+from diffit_jax.runtime import distributed, files, hub
 from diffit_jax.runtime.console import Progress
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def prepare(
             },
         )
         files.make_directory(folder, "data_dir")
-        with lock.owned(folder, "data set"):
+        with files.owned(folder, "data set"):
             shards.begin()
             _write(shards, index, loader, shape)
             manifest = shards.finish(

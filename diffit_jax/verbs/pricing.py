@@ -16,14 +16,14 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.models.flops import count_multiply_adds
 from diffit_jax.models.inception import SIDE, Inception
+from diffit_jax.models.model import count_multiply_adds
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import AT_ONCE, Decoder, per_slice
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.tpu.chips import Chip
 from diffit_jax.tpu.figures import Chain, Compiled, Drawing, Evaluating, Sampling, Step, TooLarge
-from diffit_jax.training.compiling import Opened
+from diffit_jax.training.state import Opened
 
 Ask = Callable[[jax.stages.Lowered], Compiled | TooLarge]
 

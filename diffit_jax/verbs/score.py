@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import logging
 import zipfile
 import zlib
@@ -15,7 +14,7 @@ from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError, one_line
 from diffit_jax.evaluation.small import score_images
 from diffit_jax.runtime import files
-from diffit_jax.sampling.files import read_record
+from diffit_jax.sampling.sample import read_record
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def score(
     record = read_record(samples)
     if record is not None and record.get("arr_0_sha256") == digest:
         scores |= {name: record.get(name) for name in ("request", "matmul_precision")}
-    files.write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
+    files.write_json(output, scores)
     log.info("wrote %s", output)
     return scores
 
@@ -151,11 +150,11 @@ def _check_labels(labels: np.ndarray, count: int) -> None:
 
 
 def _refuse_other_scores(output: epath.Path, digest: str, overwrite: bool) -> None:
-    if overwrite or not output.exists():
-        return
-    held = files.read_json(output) or {}
-    if held.get("samples_sha256") != digest:
-        of = held.get("samples")
+    found = files.Artifact(
+        output, {"digest": digest}, of=lambda scores: {"digest": scores.get("samples_sha256")}
+    ).look()
+    if found.state == "other" and not overwrite:
+        of = found.content.get("samples")
         what = f"holds the scores of {of}, which had other images" if of else "is of unknown origin"
         raise UserError(
             f"{output} is there already and {what}: name another --output, or say --overwrite"

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,15 +13,14 @@ from etils import epath
 
 from diffit_jax import limits, sections
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.drawn import DrawnPictures
 from diffit_jax.evaluation.evaluator import Evaluator, check_count
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE
 from diffit_jax.evaluation.measuring import protocol_of
-from diffit_jax.runtime import backend, distributed, files
+from diffit_jax.evaluation.pictures import DrawnPictures
+from diffit_jax.runtime import backend, distributed, files, ranges
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.networks import Run, Weights
-from diffit_jax.sampling.request import Asked, Networks
-from diffit_jax.training.compiling import open_experiment
+from diffit_jax.sampling.request import Asked, Networks, Run, Weights
+from diffit_jax.training.state import open_experiment
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +115,7 @@ def sweep(
     for key in keys:
         if key in overrides:
             raise UserError(f"--{key} and --sweep {key} both say which: leave out either")
-    combinations = [
-        dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())
-    ]
+    combinations = ranges.combinations(keys)
     asking = _Asking(
         source_of,
         seeds=range(count),
@@ -260,28 +256,29 @@ def _check_effect(
 def _held(path: epath.Path, what: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
     """The points of a sweep that was begun, by their settings."""
     files.make_directory(path.parent, "output directory")
-    if overwrite or not path.exists():
+    found = files.Artifact(path, what, of=lambda held: {key: held.get(key) for key in what}).look()
+    if overwrite or found.state == "missing":
         return {}
-    held = files.read_json(path) or {}
     for key, value in what.items():
-        if held.get(key) != value:
+        if found.state == "other" and (key in found.differences or not found.content):
             raise UserError(
-                f"{path} holds a sweep with another {key} ({held.get(key)}, now {value}): name "
-                "another --output, or say --overwrite"
+                f"{path} holds a sweep with another {key} ({found.content.get(key)}, now {value}): "
+                "name another --output, or say --overwrite"
             )
-    return {json.dumps(point["settings"], sort_keys=True): point for point in held["points"]}
+    return {
+        json.dumps(point["settings"], sort_keys=True): point for point in found.content["points"]
+    }
 
 
 def _write(path: epath.Path, content: Mapping[str, Any], begun: epath.Path) -> None:
-    files.write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    files.write_json(path, content)
     begun.unlink(missing_ok=True)
 
 
 def _is_of(point: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether a point was measured by this protocol."""
     theirs = point["protocol"]
-    plain = json.loads(json.dumps(expected))
-    return all(theirs.get(name) == value for name, value in plain.items())
+    return not files.differences(expected, {name: theirs.get(name) for name in expected})
 
 
 def parse(text: str) -> dict[str, list[Any]]:
@@ -290,29 +287,6 @@ def parse(text: str) -> dict[str, list[Any]]:
     Raises:
       UserError: an unknown key, or a value of another type.
     """
-    keys: dict[str, list[Any]] = {}
-    kinds = _kinds()
-    key = ""
-    for part in text.split(","):
-        name, separator, value = part.rpartition("=")
-        key = name.strip() if separator else key
-        if key not in kinds:
-            raise UserError(
-                f"--sweep has {key or part!r}: write KEY=VALUE,VALUE,… with some of "
-                f"{', '.join(kinds)}"
-            )
-        try:
-            parsed = kinds[key](value.strip())
-        except ValueError as error:
-            raise UserError(f"--sweep has {key}={value}: it must be a number") from error
-        if isinstance(parsed, float) and not math.isfinite(parsed):
-            raise UserError(f"--sweep has {key}={value}: it must be a finite number")
-        keys.setdefault(key, []).append(parsed)
-    return keys
-
-
-def _kinds() -> dict[str, Callable[[str], Any]]:
-    """How values of each key are read."""
     kinds: dict[str, Callable[[str], Any]] = dict(OF_SOURCE)
     for section, classes in sections.CHOICES.items():
         kinds[section] = str
@@ -322,7 +296,7 @@ def _kinds() -> dict[str, Callable[[str], Any]]:
                 if kind in (int, float, str) and not limits.is_path(field.type):
                     kinds[f"{section}.{field.name}"] = kind
     kinds |= {"pixel_rounding": str, "batch_per_device": int}
-    return kinds
+    return ranges.parse_sweep(text, {key: ranges.Swept(kind) for key, kind in kinds.items()})
 
 
 def table(swept: Swept) -> str:

@@ -1,9 +1,10 @@
 """The verb `train_autoencoder`: from a data set of images to an autoencoder that encodes them."""
 
 import dataclasses
-import json
+import itertools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diffit_jax.data import latent_statistics, pixels
-from diffit_jax.data.pipeline import batches
 from diffit_jax.data.sources import Source, Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.runtime import backend, distributed, files, lock, parallel, rows
+from diffit_jax.runtime import backend, distributed, files, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.runtime.console import Progress
 from diffit_jax.sampling.decoder import Decoder
 from diffit_jax.sampling.encoder import Encoder
 from diffit_jax.training.autoencoder import (
@@ -29,6 +28,7 @@ from diffit_jax.training.autoencoder import (
     initial_state,
     make_step,
 )
+from diffit_jax.training.loop import Hooks, batches_on, run_loop
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,10 @@ def train_autoencoder(
             f"--channels need sides that are multiples of {module.factor}"
         )
     mesh = parallel.any_mesh()
-    rows.check_batch_size(mesh, settings.batch_size, "--batch_size")
+    parallel.check_batch_size(mesh, settings.batch_size, "--batch_size")
     facts = {"dataset": dataset, "image": list(train.image_shape), **dataclasses.asdict(settings)}
     distributed.on_primary(lambda: files.make_directory(workdir, "workdir"))
-    with distributed.first_holds(lambda: lock.owned(workdir, "workdir")):
+    with distributed.first_holds(lambda: files.owned(workdir, "workdir")):
         distributed.on_primary(lambda: _claim(workdir, facts))
         state = _train(settings, module, train, mesh, workdir)
         return _finish(module, state.variables, train=train, test=test, mesh=mesh, workdir=workdir)
@@ -105,17 +105,15 @@ def train_autoencoder(
 
 def _claim(workdir: epath.Path, facts: dict[str, Any]) -> None:
     """Makes sure that a directory holds this training or none."""
-    path, facts = workdir / SETTINGS, json.loads(json.dumps(facts))
-    held = files.read_json(path)
-    for key in facts if held is not None else ():
-        if held.get(key) != facts[key]:
-            raise UserError(
-                f"workdir {workdir} holds an autoencoder with {key} {held.get(key)}, not "
-                f"{facts[key]}: choose another workdir, or repeat that command"
-            )
-    if held is None and (workdir / diffusers.CONFIG).exists():
+    found = files.Artifact(workdir / SETTINGS, files.plain(facts)).look()
+    for key, (was, now) in found.differences.items():
+        raise UserError(
+            f"workdir {workdir} holds an autoencoder with {key} {was}, not {now}: choose another "
+            "workdir, or repeat that command"
+        )
+    if found.state != "done" and (workdir / diffusers.CONFIG).exists():
         raise UserError(f"workdir {workdir} holds something else: choose another workdir")
-    files.write_bytes(path, (json.dumps(facts, indent=2) + "\n").encode())
+    files.write_json(workdir / SETTINGS, facts)
 
 
 def _train(
@@ -135,43 +133,55 @@ def _train(
     abstract = parallel.abstract(mesh, jax.eval_shape(initial))
     restored = checkpoints.restore({"state": abstract})
     state = restored[1]["state"] if restored else jax.jit(initial, out_shardings=everywhere)()
-    first, size = int(state.step), settings.batch_size
+    first = int(state.step)
     if first == settings.steps:
         return state
-    data = batches(source, size, settings.seed, first, rows.local_rows(mesh, size))
-    batch = rows.put_batch(mesh, next(data), size)
+    stream = batches_on(mesh, source, settings.batch_size, settings.seed, first=first)
+    batch = next(stream)
     update = jax.jit(make_step(settings, module), out_shardings=everywhere)
     step = update.lower(state, batch).compile()
     distributed.meet()  # see `distributed.call_together`
-    progress = Progress(
-        "train autoencoder", settings.steps, done=first, shown=distributed.is_first()
-    )
-    notices = distributed.PreemptionNotice(ctrl_c=True)
-    with progress, notices as notice, distributed.lost_processes():
-        for number in range(first + 1, settings.steps + 1):
-            state, terms = step(state, batch)
-            last = number == settings.steps
-            if not last:
-                batch = rows.put_batch(mesh, next(data), size)
-            progress.advance()
-            if number % LOG_STEPS == 0 or last:
-                found = {name: float(value) for name, value in terms.items()}
-                if not np.isfinite(found["error"]):
-                    raise UserError(
-                        f"the error is not finite at step {number}: lower --learning_rate, and "
-                        "choose another workdir"
-                    )
-                levels = found["error"] * 127.5
-                progress.say(f"error {levels:.2f} of 255 levels | KL {found['kl']:.4f}")
-            preempted = notice.reached() and not last
-            if number % CHECKPOINT_STEPS == 0 or last or preempted:
-                checkpoints.save(number, {"state": state}, {"step": number})
-            if preempted:
-                checkpoints.wait()
-                place = f"{settings.steps} steps is saved in {checkpoints.directory}"
-                raise notice.ending(f"checkpoint {number} of {place}")
-    checkpoints.wait()
-    return state
+    hooks = _Training(settings, checkpoints, step, state)
+    stream = itertools.chain([batch], stream)
+    del state, batch
+    run_loop("train autoencoder", hooks, stream, first, settings.steps)
+    return hooks.state
+
+
+class _Training(Hooks):
+    """An autoencoder that is being trained.
+
+    Attributes:
+      state: after the last update.
+    """
+
+    def __init__(
+        self,
+        settings: AutoencoderTraining,
+        checkpoints: Checkpoints,
+        step: Callable[..., Any],
+        state: AutoencoderState,
+    ):
+        self._settings, self.checkpoints, self._step = settings, checkpoints, step
+        self.state, self._terms = state, {}
+
+    def update(self, batch: Any) -> None:
+        self.state, self._terms = self._step(self.state, batch)
+
+    def look(self, step: int, say: Callable[[str], None]) -> bool:
+        last = step == self._settings.steps
+        if step % LOG_STEPS == 0 or last:
+            error, kl = (float(self._terms[name]) for name in ("error", "kl"))
+            if not np.isfinite(error):
+                raise UserError(
+                    f"the error is not finite at step {step}: lower --learning_rate, and choose "
+                    "another workdir"
+                )
+            say(f"error {error * 127.5:.2f} of 255 levels | KL {kl:.4f}")
+        return step % CHECKPOINT_STEPS == 0 or last
+
+    def save(self, step: int) -> None:
+        self.checkpoints.save(step, {"state": self.state}, {"step": step})
 
 
 def _finish(

@@ -10,8 +10,14 @@ import pytest
 from sklearn.datasets import load_digits
 
 from diffit_jax.data import pixels
-from diffit_jax.data.pipeline import ShuffledBatches, batches
-from diffit_jax.data.sources import ArraySource, SyntheticSource, Wanted, open_dataset
+from diffit_jax.data.sources import (
+    ArraySource,
+    ShuffledBatches,
+    SyntheticSource,
+    Wanted,
+    batches,
+    open_dataset,
+)
 from diffit_jax.errors import UserError
 
 try:  # beside Colab's protobuf it does not import, and digits are made in memory

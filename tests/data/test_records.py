@@ -9,9 +9,8 @@ from support.configs import small_latent_config
 from support.processes import ROOT
 
 from diffit_jax.data import records, shards
-from diffit_jax.data.pipeline import batches
 from diffit_jax.data.records import ArraySpec, RecordSource, open_records
-from diffit_jax.data.sources import open_dataset
+from diffit_jax.data.sources import batches, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.training.objective import Objective
 from diffit_jax.verbs.train import train

@@ -15,7 +15,7 @@ from diffit_jax.evaluation.frechet import (
 )
 from diffit_jax.evaluation.neighbours import nearest_distances
 from diffit_jax.evaluation.small import score_images
-from diffit_jax.verbs.sample import sample
+from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs.score import score
 
 

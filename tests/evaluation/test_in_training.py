@@ -25,11 +25,9 @@ from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.pictures import open_pictures
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.networks import Run
-from diffit_jax.sampling.request import Asked
-from diffit_jax.training.compiling import open_experiment
+from diffit_jax.sampling.request import Asked, Run
 from diffit_jax.training.held_out import SEED, HeldOutLoss
-from diffit_jax.training.state import create_state
+from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.training.step import example_keys
 from diffit_jax.verbs.evaluate import evaluate
 from diffit_jax.verbs.make_reference import make_reference

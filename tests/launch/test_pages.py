@@ -78,9 +78,9 @@ LISTS = {
     "python launch/benchmark.py": "parsed",
     # tests/verbs/test_preflight.py runs it, for small networks.
     "python launch/preflight.py": "parsed",
-    # tests/verbs/test_matrix.py runs a matrix of a small network.
+    # tests/verbs/test_matrix.py runs a sweep of a small network.
     "python launch/benchmark.py --config configs/imagenet256_latent.py": "parsed",
-    "python launch/benchmark.py --matrix": "a flag that the text names",
+    "python launch/benchmark.py --sweep": "a flag that the text names",
     # tests/verbs/test_check.py trains a small network beside a curve.
     "python launch/check.py": "parsed",
     "bash launch/local.sh": "dry",

@@ -134,12 +134,12 @@ def test_configs_are_found_beside_the_script(tmp_path):
     code = """
 import sys
 from diffit_jax.errors import UserError
-from diffit_jax.sampling import networks
-networks.__file__ = "/site-packages/diffit_jax/sampling/networks.py"
-print(networks.config_for_weights(None, sys.argv[1])["model"]["depth"])
+from diffit_jax.sampling import request
+request.__file__ = "/site-packages/diffit_jax/sampling/request.py"
+print(request.config_for_weights(None, sys.argv[1])["model"]["depth"])
 sys.argv[0] = "/elsewhere/launch/sample.py"
 try:
-    networks.config_for_weights(None, sys.argv[1])
+    request.config_for_weights(None, sys.argv[1])
 except UserError as error:
     print(error)
 """

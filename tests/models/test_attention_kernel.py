@@ -16,12 +16,13 @@ from diffit_jax import models
 from diffit_jax.experiment import build
 from diffit_jax.models import attention_kernel
 from diffit_jax.models.attention import BACKENDS, TMSA, choose_backend, relative_position_index
-from diffit_jax.models.flops import traced_multiply_adds
+from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.models.placement import Placement, under
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.tpu import compiler
-from diffit_jax.training.compiling import lower_train_step, open_experiment
+from diffit_jax.training.state import open_experiment
+from diffit_jax.training.step import lower_train_step
 
 
 def inputs(window, width, batch, heads, dtype=np.float32):

@@ -11,7 +11,7 @@ from diffit_jax import models
 from diffit_jax.diffusion.guidance import Constant, PowerCosine, Unguided, guide
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
-from diffit_jax.models.embeddings import position_embedding
+from diffit_jax.models.blocks import position_embedding
 from diffit_jax.models.latent import LatentDiffiT
 
 SMALL = dict(

@@ -10,8 +10,14 @@ import pytest
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models.attention import TMSA
-from diffit_jax.models.blocks import DiffiTBlock, DiffiTResBlock, Upsample, gelu
-from diffit_jax.models.embeddings import TimeToken, sinusoidal_embedding
+from diffit_jax.models.blocks import (
+    DiffiTBlock,
+    DiffiTResBlock,
+    TimeToken,
+    Upsample,
+    gelu,
+    sinusoidal_embedding,
+)
 from diffit_jax.models.image import ImageDiffiT
 
 SMALL = dict(

@@ -9,7 +9,7 @@ from support.configs import small_config, small_latent_config
 from diffit_jax import models
 from diffit_jax.experiment import build
 from diffit_jax.models.placement import Placement, nowhere, under
-from diffit_jax.runtime import contents
+from diffit_jax.runtime import parallel
 
 CONFIGS = {
     "image": small_config(model__channels=(8, 16), model__num_blocks=(1, 2), model__head_width=8),
@@ -44,7 +44,7 @@ def test_every_matrix_is_asked_for_with_its_axes(name):
         jax.eval_shape(
             lambda v, x: models.as_network(model, v)(x, level_B, label_B), variables, x_BHWC
         )
-    facts, shapes = models.parameter_facts(model), dict(contents.named(variables["params"]))
+    facts, shapes = models.parameter_facts(model), dict(parallel.named(variables["params"]))
     assert facts.keys() == shapes.keys()
     matrices = []
     for path, leaf in shapes.items():

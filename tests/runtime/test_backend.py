@@ -15,10 +15,9 @@ from support.processes import ROOT, command, environment, write_config
 from diffit_jax import workdir
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import backend
+from diffit_jax.sampling.sample import sample
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.training.compiling import open_experiment
-from diffit_jax.training.state import create_state
-from diffit_jax.verbs.sample import sample
+from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.verbs.train import train
 
 

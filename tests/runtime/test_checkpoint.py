@@ -16,9 +16,8 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.training.saving import items_of, restore_state
-from diffit_jax.training.state import abstract_state
-from diffit_jax.verbs.sample import sample
+from diffit_jax.sampling.sample import sample
+from diffit_jax.training.state import abstract_state, items_of, restore_state
 from diffit_jax.verbs.train import train
 
 TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}

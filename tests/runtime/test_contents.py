@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffit_jax.runtime import contents, parallel
+from diffit_jax.runtime import checkpoint, parallel
 from diffit_jax.runtime.ranges import first_few
 
 
@@ -19,14 +19,16 @@ def tree(seed=0):
 
 def test_it_does_not_depend_on_how_arrays_are_divided():
     mesh = parallel.make_mesh()
-    reference = contents.fingerprint(tree())
+    reference = checkpoint.fingerprint(tree())
     for spec in (PartitionSpec(), PartitionSpec("data")):
-        assert contents.fingerprint(jax.device_put(tree(), NamedSharding(mesh, spec))) == reference
+        assert (
+            checkpoint.fingerprint(jax.device_put(tree(), NamedSharding(mesh, spec))) == reference
+        )
 
 
 def test_any_change_changes_it():
     """Another value, the last bit of one, two values exchanged, another shape, name or type."""
-    seen = {contents.fingerprint(tree())}
+    seen = {checkpoint.fingerprint(tree())}
     ours = tree()
     changes = [
         tree(1),
@@ -40,14 +42,14 @@ def test_any_change_changes_it():
         ours | {"a": jnp.zeros((4, 6)).at[0, 0].set(1e-45)},
     ]
     for change in changes:
-        seen.add(contents.fingerprint(change))
+        seen.add(checkpoint.fingerprint(change))
     assert len(seen) == 1 + len(changes)
 
 
 def test_what_is_not_finite_is_named():
     ours = tree()
-    assert contents.not_finite(ours) == [] and contents.not_finite({}) == []
+    assert checkpoint.not_finite(ours) == [] and checkpoint.not_finite({}) == []
     ours["a"] = ours["a"].at[0, 0].set(jnp.nan).at[1, 1].set(-jnp.inf)
     ours["b"]["c"] = ours["b"]["c"].at[3].set(jnp.inf)
-    assert contents.not_finite(ours) == ["a (2 of 24)", "b/c (1 of 8)"]
+    assert checkpoint.not_finite(ours) == ["a (2 of 24)", "b/c (1 of 8)"]
     assert first_few(["p", "q", "r", "s", "t"]) == "p, q, r and 2 more"

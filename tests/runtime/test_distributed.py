@@ -15,7 +15,7 @@ from support.processes import checkpoints_of, environment, free_port, write_conf
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime.distributed import Cluster, initialize
-from diffit_jax.verbs.sample import sample
+from diffit_jax.sampling.sample import sample
 
 ROOT = Path(__file__).parents[2]
 LATE = Path(__file__).parents[1] / "late_worker.py"

@@ -13,19 +13,20 @@ from support.configs import small_latent_config
 from support.processes import command, environment, write_config
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import files, lock
+from diffit_jax.runtime import files
 from diffit_jax.workdir import claimed
 
 OWNER = """
 import sys, time
-from diffit_jax.runtime import files, lock
+from diffit_jax.runtime import files
+from diffit_jax.runtime import files
 if sys.argv[2] == "heartbeat":
     files.is_local = lambda _: False
-    lock.BEAT_S, lock.PATIENCE_S, lock.SETTLE_S = 0.1, 1.0, 0.1
+    files.BEAT_S, files.PATIENCE_S, files.SETTLE_S = 0.1, 1.0, 0.1
 if len(sys.argv) > 3:
     import socket
     socket.gethostname = lambda: sys.argv[3]
-with lock.owned(sys.argv[1], "workdir"):
+with files.owned(sys.argv[1], "workdir"):
     print("owned", flush=True)
     time.sleep(60)
 """
@@ -42,7 +43,7 @@ def kind(request, monkeypatch):
             ("SETTLE_S", 0.1),
             ("POLL_S", 0.05),
         ):
-            monkeypatch.setattr(lock, name, seconds)
+            monkeypatch.setattr(files, name, seconds)
     return request.param
 
 
@@ -70,7 +71,7 @@ def test_a_living_owner_is_named(owner, tmp_path):
         UserError,
         match=rf"workdir {tmp_path} is in use by process {process.pid} on host-a .since 20.*: wait",
     ) as error:
-        lock.owned(tmp_path, "workdir").__enter__()
+        files.owned(tmp_path, "workdir").__enter__()
     assert "\n" not in str(error.value)
 
 
@@ -80,12 +81,12 @@ def test_a_dead_owner_is_followed_at_once_under_any_host_name(owner, tmp_path):
         process = owner(host)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert (tmp_path / lock.NAME).exists()
+        assert (tmp_path / files.NAME).exists()
     started = time.monotonic()
-    with lock.owned(tmp_path, "workdir"):
+    with files.owned(tmp_path, "workdir"):
         assert time.monotonic() - started < 0.9
-        assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
-    assert not (tmp_path / lock.NAME).exists()
+        assert json.loads((tmp_path / files.NAME).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / files.NAME).exists()
 
 
 @pytest.mark.parametrize("kind", ["heartbeat"], indirect=True)
@@ -99,9 +100,9 @@ def test_an_owner_elsewhere_that_does_not_beat_is_dead(kind, tmp_path, caplog):
         "token": "x",
         "beat": 7,
     }
-    (tmp_path / lock.NAME).write_text(json.dumps(other))
+    (tmp_path / files.NAME).write_text(json.dumps(other))
     started = time.monotonic()
-    with caplog.at_level("INFO", logger="diffit_jax"), lock.owned(tmp_path, "workdir"):
+    with caplog.at_level("INFO", logger="diffit_jax"), files.owned(tmp_path, "workdir"):
         assert 0.9 < time.monotonic() - started < 3
     assert "no sign of life of process" in caplog.text and "on far-away (since then)" in caplog.text
 
@@ -109,9 +110,9 @@ def test_an_owner_elsewhere_that_does_not_beat_is_dead(kind, tmp_path, caplog):
 @pytest.mark.parametrize("kind", ["heartbeat"], indirect=True)
 def test_a_number_of_a_process_that_came_again_is_no_owner(kind, tmp_path):
     """This process's own number, but of one that was started at another time."""
-    (tmp_path / lock.NAME).write_text(json.dumps(lock._me() | {"started": "1", "token": "x"}))
+    (tmp_path / files.NAME).write_text(json.dumps(files._me() | {"started": "1", "token": "x"}))
     started = time.monotonic()
-    with lock.owned(tmp_path, "workdir"):
+    with files.owned(tmp_path, "workdir"):
         assert time.monotonic() - started < 0.9
 
 
@@ -120,7 +121,7 @@ def test_whoever_waits_follows(kind, tmp_path):
     order, inside = [], threading.Event()
 
     def first():
-        with lock.owned(tmp_path, "data"):
+        with files.owned(tmp_path, "data"):
             inside.set()
             time.sleep(0.5)
             order.append("first")
@@ -128,16 +129,16 @@ def test_whoever_waits_follows(kind, tmp_path):
     thread = threading.Thread(target=first)
     thread.start()
     assert inside.wait(10)
-    with lock.owned(tmp_path, "data", wait=True):
+    with files.owned(tmp_path, "data", wait=True):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
 
 
 def test_the_owner_is_gone_after_an_error(kind, tmp_path):
-    with pytest.raises(ZeroDivisionError), lock.owned(tmp_path, "workdir"):
+    with pytest.raises(ZeroDivisionError), files.owned(tmp_path, "workdir"):
         1 / 0  # noqa: B018
-    with lock.owned(tmp_path, "workdir"):
+    with files.owned(tmp_path, "workdir"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +174,7 @@ def test_a_second_training_is_refused_and_harms_nothing(latent_run, tmp_path):
             (path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()
         )
     (tmp_path / "s.npz.parts").mkdir()
-    with lock.owned(tmp_path / "s.npz.parts", "the sampling request in"):
+    with files.owned(tmp_path / "s.npz.parts", "the sampling request in"):
         result = command(
             "sample", "--workdir", latent_run[0], "--seeds", "0", "--output", "s.npz", cwd=tmp_path
         )

@@ -17,7 +17,7 @@ from support.processes import environment, free_port
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.models.placement import Fact
-from diffit_jax.runtime import parallel, rows
+from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.state import TrainState, abstract_state
 from diffit_jax.verbs.train import train
@@ -216,15 +216,15 @@ def test_rules_reach_every_place_where_parameters_are():
 def test_local_rows_and_batch_sizes():
     mesh = parallel.make_mesh()
     assert (
-        rows.local_rows(mesh, 6).tolist() == [0, 1, 2, 3, 4, 5]
-        and rows.next_batch_size(mesh, 5) == 6
+        parallel.local_rows(mesh, 6).tolist() == [0, 1, 2, 3, 4, 5]
+        and parallel.next_batch_size(mesh, 5) == 6
     )
     with pytest.raises(
         UserError,
         match=r"training\.batch_size 12 does not divide over 2 devices in 4 parts "
         r".training.accumulation.",
     ):
-        rows.check_batch_size(mesh, 12, "training.batch_size", parts=4)
+        parallel.check_batch_size(mesh, 12, "training.batch_size", parts=4)
 
 
 @pytest.mark.parametrize(

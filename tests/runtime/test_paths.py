@@ -14,9 +14,9 @@ from diffit_jax.data.sources import Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.networks import Run, Weights
+from diffit_jax.sampling.request import Run, Weights
+from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs import convert
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.score import score
 from diffit_jax.verbs.train import train
 from diffit_jax.workdir import claim

@@ -11,10 +11,9 @@ import pytest
 from support import pods
 from support.configs import small_latent_config
 
-from diffit_jax.data.pipeline import ShuffledBatches
-from diffit_jax.data.sources import SyntheticSource
+from diffit_jax.data.sources import ShuffledBatches, SyntheticSource
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import parallel, rows
+from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.verbs.train import train
 
@@ -65,7 +64,7 @@ def test_rows_of_all_processes_are_the_batch(topology, shape, num_slices):
     mesh = pods.pod_mesh(topology, shape, num_slices)
     batch_size = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
     expected = rows_by_hand(mesh, batch_size)
-    ours = {process: rows.local_rows(mesh, batch_size, process) for process in expected}
+    ours = {process: parallel.local_rows(mesh, batch_size, process) for process in expected}
     for process, by_hand in expected.items():
         np.testing.assert_array_equal(ours[process], by_hand)
     everyones = np.concatenate(list(ours.values()))
@@ -87,7 +86,7 @@ def test_processes_read_exactly_the_batch(topology):
     for step in (0, 1, 4):
         together = np.zeros_like(whole[step]["image"])
         for process in range(4):
-            mine = rows.local_rows(mesh, 32, process)
+            mine = parallel.local_rows(mesh, 32, process)
             part = ShuffledBatches(source, 32, seed=3, rows=mine)[step]
             together[mine] = part["image"]
             np.testing.assert_array_equal(part["label"], whole[step]["label"][mine])
@@ -115,8 +114,8 @@ def two_devices(swapped=False):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_batches_are_put_where_they_belong(swapped):
     mesh = two_devices(swapped)
-    rows.prove_rows(mesh, 6)
-    batch = rows.put_batch(mesh, {"x": np.arange(12.0).reshape(6, 2)}, 6)["x"]
+    parallel.prove_rows(mesh, 6)
+    batch = parallel.put_batch(mesh, {"x": np.arange(12.0).reshape(6, 2)}, 6)["x"]
     np.testing.assert_array_equal(batch, np.arange(12.0).reshape(6, 2))
     np.testing.assert_array_equal(jax.jit(jnp.sum)(batch[:, 0]), 30)
     (second,) = [
@@ -130,7 +129,7 @@ def test_a_wrong_size_is_an_error_not_a_bigger_batch(count):
     with pytest.raises(
         ValueError, match=f"x has {count} rows, but this process holds 6 of the 6 of a batch"
     ):
-        rows.put_batch(two_devices(), {"x": np.zeros((count, 2))}, 6)
+        parallel.put_batch(two_devices(), {"x": np.zeros((count, 2))}, 6)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +143,17 @@ def test_a_wrong_size_is_an_error_not_a_bigger_batch(count):
 )
 def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_path, monkeypatch):
     """The process is named, in one line."""
-    right = rows.put_batch
+    right = parallel.put_batch
     monkeypatch.setattr(
-        rows, "put_batch", lambda mesh, batch, size: right(mesh, jax.tree.map(wrong, batch), size)
+        parallel,
+        "put_batch",
+        lambda mesh, batch, size: right(mesh, jax.tree.map(wrong, batch), size),
     )
     with pytest.raises(
         UserError,
         match=rf"process 0 has {count} of 3 rows of the batch in wrong places on device \d",
     ) as error:
-        rows.prove_rows(two_devices(), 6)
+        parallel.prove_rows(two_devices(), 6)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="rows of the batch in wrong places"):
         train(small_latent_config(), tmp_path / "run")
@@ -172,7 +173,7 @@ def test_arrays_go_through_the_mesh_batch_by_batch():
         seen.append(batch["x"].shape)
         return {"twice": 2 * batch["x"], "both": (batch["n"], batch["x"][:, 0])}
 
-    parts = list(rows.map_batches(function, mesh, 4, arrays))
+    parts = list(parallel.map_batches(function, mesh, 4, arrays))
     assert seen == [(4, 2), (4, 2)] and [len(part["twice"]) for part in parts] == [4, 3]
     np.testing.assert_array_equal(np.concatenate([p["twice"] for p in parts]), 2 * arrays["x"])
     np.testing.assert_array_equal(np.concatenate([p["both"][0] for p in parts]), arrays["n"])

@@ -17,11 +17,10 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.models.latent import LatentDiffiT
 from diffit_jax.runtime.ranges import in_short, parse_numbers
-from diffit_jax.sampling import files as sample_files
-from diffit_jax.sampling.files import default_name, stretches
-from diffit_jax.sampling.networks import Run, Weights
+from diffit_jax.sampling import sample as sample_files
+from diffit_jax.sampling.request import Run, Weights, default_name
+from diffit_jax.sampling.sample import sample, stretches
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 
@@ -364,21 +363,21 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
 
 def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     """It is refused, with the tensor's name, unless it is asked for."""
-    from diffit_jax.training import saving
-    from diffit_jax.verbs import run_files
+    from diffit_jax.training import state as train_state
+    from diffit_jax.verbs import train as train_verb
 
     config = small_config(training__total_steps=4)
     # A checkpoint of a version that did not look.
-    monkeypatch.setattr(saving, "all_finite", lambda _: True)
+    monkeypatch.setattr(train_state, "all_finite", lambda _: True)
 
     def poison(state):
         leaves, tree = jax.tree.flatten(state.ema)
         leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(np.nan)
         return state.replace(ema=tree.unflatten(leaves))
 
-    save = run_files.save_state
+    save = train_verb.save_state
     monkeypatch.setattr(
-        run_files,
+        train_verb,
         "save_state",
         lambda checkpoints, state, size: save(checkpoints, poison(state), size),
     )

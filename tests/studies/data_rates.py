@@ -22,8 +22,8 @@ from PIL import Image
 
 from diffit_jax.data import records, shards
 from diffit_jax.data.decoding import Framing, decode
-from diffit_jax.data.pipeline import batches
 from diffit_jax.data.records import RecordSource, open_records
+from diffit_jax.data.sources import batches
 from diffit_jax.verbs.prepare import prepare
 
 

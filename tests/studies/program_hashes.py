@@ -21,7 +21,8 @@ from support.configs import CONFIGS, config_of, small_config, small_latent_confi
 
 from diffit_jax.errors import UserError
 from diffit_jax.sampling.sampler import sampler_without_autoguidance
-from diffit_jax.training.compiling import batch_shapes, lower_train_step, open_experiment
+from diffit_jax.training.state import open_experiment
+from diffit_jax.training.step import batch_shapes, lower_train_step
 
 RESULTS = Path(__file__).with_suffix(".json")
 OF_DATA = ("own_images", "chain")  # made of a data set's manifest

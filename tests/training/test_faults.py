@@ -22,8 +22,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.training.saving import restore_state
-from diffit_jax.training.state import abstract_state
+from diffit_jax.training.state import abstract_state, restore_state
 from diffit_jax.verbs.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -228,19 +227,19 @@ CLOCK = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from support.configs import small_latent_config
-from diffit_jax.verbs import run_files as left, train as loop
+from diffit_jax.verbs import train as verb
 
 real, offset = time.time, [0.0]
 time.time = lambda: real() + offset[0]
-save = left.save_state
+save = verb.save_state
 
 def save_then_jump(*arguments):  # the first save is done when the clock jumps
     save(*arguments)
     arguments[0].wait()
     offset[0] = {jump}
 
-left.save_state = save_then_jump
-loop.train(small_latent_config(training__checkpoint_minutes=10.0), {workdir!r})
+verb.save_state = save_then_jump
+verb.train(small_latent_config(training__checkpoint_minutes=10.0), {workdir!r})
 """
 
 

@@ -11,9 +11,9 @@ from support.trees import assert_equal_trees
 
 from diffit_jax import models
 from diffit_jax.runtime import distributed, interruption
-from diffit_jax.sampling.networks import Run
+from diffit_jax.sampling.request import Run
+from diffit_jax.sampling.sample import sample
 from diffit_jax.training.objective import AVERAGE, Objective
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 

@@ -11,15 +11,14 @@ import pytest
 from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
-from diffit_jax.data.pipeline import ShuffledBatches
+from diffit_jax.data.sources import ShuffledBatches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Optimizer, build
 from diffit_jax.models.latent import LatentDiffiT
-from diffit_jax.runtime import contents, parallel, rows
-from diffit_jax.training.compiling import open_training_data
+from diffit_jax.runtime import parallel
 from diffit_jax.training.objective import DENOISING, Objective
 from diffit_jax.training.optimizer import decays, learning_rate, make_optimizer
-from diffit_jax.training.state import create_state
+from diffit_jax.training.state import create_state, open_training_data
 from diffit_jax.training.step import make_train_step, step_metrics
 from diffit_jax.verbs import train as loop
 from diffit_jax.verbs.train import train
@@ -61,7 +60,7 @@ def test_what_decays(config):
     experiment = build(config)
     params = jax.eval_shape(lambda: create_state(experiment, parallel.make_mesh())).params
     facts = models.parameter_facts(experiment.model)
-    assert facts.keys() == dict(contents.named(params)).keys()
+    assert facts.keys() == dict(parallel.named(params)).keys()
     for path, decaying in jax.tree_util.tree_leaves_with_path(decays(params, facts)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert decaying == name.endswith("kernel"), name
@@ -138,7 +137,7 @@ def run_steps(config, batches_of, objective=DENOISING):
     collected = step_metrics(experiment.process, objective).empty()
     for batch in batches_of:
         state, collected = step(
-            state, collected, rows.put_batch(mesh, batch, len(batch["label"])), {}
+            state, collected, parallel.put_batch(mesh, batch, len(batch["label"])), {}
         )
     return state, {name: float(value) for name, value in collected.compute().items()}
 

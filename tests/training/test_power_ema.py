@@ -10,11 +10,11 @@ from support.configs import small_latent_config
 from diffit_jax import experiment
 from diffit_jax.errors import UserError
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.networks import Run, reconstruct_variables
-from diffit_jax.training.compiling import open_experiment
-from diffit_jax.training.ema import ema_update
+from diffit_jax.sampling.request import Run, reconstruct_variables
+from diffit_jax.sampling.sample import sample
 from diffit_jax.training.power_ema import gamma_of, power_rate, reconstruction
-from diffit_jax.verbs.sample import sample
+from diffit_jax.training.state import open_experiment
+from diffit_jax.training.step import ema_update
 from diffit_jax.verbs.train import train
 
 # EDM2's formulas, in float64.

@@ -9,16 +9,14 @@ import pytest
 from support.configs import small_config
 from support.trees import assert_equal_trees
 
-from diffit_jax.data.pipeline import batches
-from diffit_jax.data.sources import SyntheticSource
+from diffit_jax.data.sources import SyntheticSource, batches
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import EMA, Optimizer, build
-from diffit_jax.runtime import parallel, rows
+from diffit_jax.runtime import parallel
 from diffit_jax.training.curves import events_in
-from diffit_jax.training.ema import ema_rate, ema_update
 from diffit_jax.training.optimizer import learning_rate, make_optimizer
 from diffit_jax.training.state import abstract_state, create_state
-from diffit_jax.training.step import make_train_step, step_metrics
+from diffit_jax.training.step import ema_rate, ema_update, make_train_step, step_metrics
 from diffit_jax.verbs.train import train
 
 
@@ -106,7 +104,7 @@ def test_update_does_not_depend_on_the_number_of_devices():
         )
         losses = []
         for _ in range(3):
-            state, metrics = step(state, empty, rows.put_batch(mesh, next(data), 8), {})
+            state, metrics = step(state, empty, parallel.put_batch(mesh, next(data), 8), {})
             losses.append(float(metrics.compute()["loss"]))
         results.append((losses, jax.device_get(state.params)))
     # The same random numbers, bit for bit; the sums over the batch are only taken in another order.
@@ -158,7 +156,7 @@ def test_loss_falls():
     sharding = parallel.replicated(mesh)
     state = create_state(experiment, mesh)
     step = jax.jit(make_train_step(experiment), out_shardings=sharding)
-    batch = rows.put_batch(
+    batch = parallel.put_batch(
         mesh, {"image": np.full((8, 8, 8, 1), 200, np.uint8), "label": np.zeros(8, np.int32)}, 8
     )
     losses = []

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from support.configs import small_config, small_latent_config
 
-from diffit_jax.data.pipeline import batches
+from diffit_jax.data.sources import batches
 from diffit_jax.experiment import build
-from diffit_jax.models.flops import traced_multiply_adds
 from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.runtime import parallel, rows
-from diffit_jax.training.compiling import compile_train_step, open_experiment, open_training_data
-from diffit_jax.training.state import create_state
-from diffit_jax.training.watch import Compilations, Watch
+from diffit_jax.models.model import traced_multiply_adds
+from diffit_jax.runtime import parallel
+from diffit_jax.training.loop import Compilations, Watch
+from diffit_jax.training.state import create_state, open_experiment, open_training_data
+from diffit_jax.training.step import compile_train_step
 from diffit_jax.verbs.train import train
 
 
@@ -69,7 +69,7 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
     experiment, mesh = opened.experiment, opened.mesh
     state = create_state(experiment, mesh)
     data = batches(open_training_data(experiment), experiment.training.batch_size, 0)
-    batch = rows.put_batch(mesh, next(data), 8)
+    batch = parallel.put_batch(mesh, next(data), 8)
     step, collected, _ = compile_train_step(opened, state, batch)
     state, collected = step(state, collected, batch, {})
     compilations = Compilations()
@@ -78,7 +78,7 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
         jax.transfer_guard_device_to_host("disallow"),
     ):
         for _ in range(10):
-            state, collected = step(state, collected, rows.put_batch(mesh, next(data), 8), {})
+            state, collected = step(state, collected, parallel.put_batch(mesh, next(data), 8), {})
         jax.block_until_ready(state)
     assert compilations.count == 0 and int(state.step) == 11
     with (

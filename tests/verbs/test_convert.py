@@ -14,8 +14,8 @@ from support.golden import WEIGHTS
 
 from diffit_jax.errors import UserError
 from diffit_jax.interop.parametrisation import to_slim
+from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs import convert
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.train import train
 
 CONFIG = small_latent_config(

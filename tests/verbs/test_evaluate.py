@@ -20,10 +20,10 @@ from diffit_jax.evaluation.pictures import NpzPictures, open_pictures
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.networks import Run
+from diffit_jax.sampling.request import Run
+from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs.evaluate import evaluate, table
 from diffit_jax.verbs.make_reference import make_reference
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.self_test import Published, self_test
 
 ALL = ["fid", "sfid", "inception_score", "precision", "recall", "kid"]

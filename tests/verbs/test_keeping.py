@@ -21,11 +21,11 @@ from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.networks import Run
+from diffit_jax.sampling.request import Run
+from diffit_jax.sampling.sample import sample
 from diffit_jax.spaces import LatentSpace, PixelSpace
 from diffit_jax.training.curves import events_in
-from diffit_jax.verbs import run_files
-from diffit_jax.verbs.sample import sample
+from diffit_jax.verbs import train as train_verb
 from diffit_jax.verbs.train import train
 
 # --- Events
@@ -158,7 +158,7 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 395137867968 bytes."
         )
 
-    monkeypatch.setattr(run_files.Sampler, "draw", full)
+    monkeypatch.setattr(train_verb.Sampler, "draw", full)
     assert int(train(small_latent_config(), tmp_path / "other").step) == 6
     assert (
         "00000006.png could not be drawn: memory ran out (" in caplog.text
@@ -207,7 +207,7 @@ def test_only_storage_errors_have_the_remedies_of_storage(error, remedy, tmp_pat
 
 def test_a_work_directory_deleted_while_the_run_goes_on(tmp_path, monkeypatch, caplog):
     """What is saved afterwards is a run again: with its config, it can be sampled and continued."""
-    save = run_files.save_state
+    save = train_verb.save_state
 
     def deleting(checkpoints, state, size):
         save(checkpoints, state, size)
@@ -215,7 +215,7 @@ def test_a_work_directory_deleted_while_the_run_goes_on(tmp_path, monkeypatch, c
             checkpoints.wait()
             shutil.rmtree(tmp_path / "run")
 
-    monkeypatch.setattr(run_files, "save_state", deleting)
+    monkeypatch.setattr(train_verb, "save_state", deleting)
     config = small_latent_config(training__checkpoint_steps=2)
     try:
         train(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""`benchmark --matrix` measures every combination, each in a process of its own."""
+"""`benchmark --sweep` measures every combination, each in a process of its own."""
 
 import json
 
@@ -7,15 +7,17 @@ from support.commands import assert_one_line_error, launch
 from support.configs import small_config, small_latent_config
 
 from diffit_jax.errors import UserError
+from diffit_jax.runtime.ranges import parse_sweep
 from diffit_jax.verbs import matrix as matrices
 
+EVERY = {"batch": [], "remat": [], "attention": []}
 BY = {"device": "d", "devices": 1}
-MATRIX = ["--matrix", "--steps", "1", "--json", "m.json"]
+FLAGS = ["--steps", "1", "--json", "m.json"]
 
 
 def test_every_combination_and_the_best(tmp_path):
-    asked = ["--batch_sizes", "2,4", "--remats", "full", "--attentions", "xla"]
-    result = launch("benchmark", *MATRIX, *asked, config=small_latent_config(), tmp_path=tmp_path)
+    asked = ["--sweep", "batch=2,4,remat=full,attention=xla"]
+    result = launch("benchmark", *FLAGS, *asked, config=small_latent_config(), tmp_path=tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "m.json").read_text())
     assert [(one["batch"], one["remat"]) for one in found] == [(2, "full"), (4, "full")]
@@ -40,9 +42,7 @@ def test_what_does_not_fit_is_a_line_and_not_the_best(monkeypatch):
     found = matrices.matrix(
         small_latent_config(),
         steps=1,
-        batches=(),
-        remats=["none"],
-        attentions=["xla"],
+        sweep=parse_sweep("batch,remat=none,attention=xla", matrices.KNOWN),
         show=lines.append,
     )
     assert [one.get("error") for one in found] == [None, None, "memory ran out"]
@@ -65,12 +65,13 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
         ("tpu", {"xla", "pallas"}),
     ):
         asked.clear()
-        found = matrices.matrix(small_latent_config(), steps=1, show=lambda _: None)
+        found = matrices.matrix(small_latent_config(), steps=1, sweep=EVERY, show=lambda _: None)
         assert len(found) == 3 * 3 * 2
         assert {size for size, _ in asked} == {4, 8, 16}
         assert {model["attention"] for _, model in asked} == attentions
         assert {model["remat"] for _, model in asked} == {"none", "dots", "full"}
-    assert len(matrices.matrix(small_config(), steps=1, show=lambda _: None)) == 3 * 3 * 2
+    found = matrices.matrix(small_config(), steps=1, sweep=EVERY, show=lambda _: None)
+    assert len(found) == 3 * 3 * 2
 
 
 def test_one_that_is_killed_is_a_line(monkeypatch):
@@ -89,17 +90,19 @@ def _die():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["--batch_sizes", "4,x"], "--batch_sizes '4,x' is not a list of whole numbers"),
-        (["--batch_sizes", "0"], "training.batch_size is 0"),
-        (["--remats", "some"], "model.remat is 'some'"),
-        (["--attentions", "flash"], "model.attention is 'flash'"),
+        ("batch=4,x", "--sweep has batch=x: it must be a whole number"),
+        ("batch=0", "training.batch_size is 0"),
+        ("remat=some", "model.remat is 'some'"),
+        ("remat,attention=flash", "model.attention is 'flash'"),
+        ("remats=none", "--sweep has 'remats': write KEY=VALUE,VALUE,… with some of batch, remat"),
         (
-            ["--batch_sizes", "4", "--remats", "none", "--attentions", "cudnn"],
+            "batch=4,remat=none,attention=cudnn",
             "none could be measured; the last: not served here: xla (cuDNN serves bfloat16 on GPUs",
         ),
     ],
 )
 def test_what_cannot_be_measured(asked, message, tmp_path):
-    result = launch("benchmark", *MATRIX, *asked, config=small_latent_config(), tmp_path=tmp_path)
+    flags = [*FLAGS, "--sweep", asked]
+    result = launch("benchmark", *flags, config=small_latent_config(), tmp_path=tmp_path)
     assert_one_line_error(result, message)
     assert not (tmp_path / "m.json").exists()

@@ -125,8 +125,8 @@ def test_released_weights_get_a_new_label_table(tmp_path):
     written = workdirs.read_config(tmp_path / "run")
     assert written["model"]["num_classes"] == 7
     _, theirs = official.load(WEIGHTS["a"])
-    from diffit_jax.sampling.networks import Run
-    from diffit_jax.training.compiling import open_experiment
+    from diffit_jax.sampling.request import Run
+    from diffit_jax.training.state import open_experiment
 
     run = Run(tmp_path / "run")
     ours, _ = run.load(open_experiment(written, to_train=False))

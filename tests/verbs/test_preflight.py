@@ -260,7 +260,8 @@ def test_sweep():
     """All combinations, the impossible ones with the reason; the best is the one with the highest
     rate."""
     config, rows = small_latent_config(training__batch_size=32), []
-    sweep = preflight.sweep(config, "v5e:2x2", 1, "num_heads=2/3,mesh=fsdp=1/fsdp=4", rows.append)
+    asked = preflight.parse_sweep("num_heads=2,3,mesh=fsdp=1,fsdp=4")
+    sweep = preflight.sweep(config, "v5e:2x2", 1, asked, rows.append)
     assert [tuple(trial.varied.values()) for trial in sweep.trials] == [
         ("2", "fsdp=1"),
         ("2", "fsdp=4"),
@@ -299,7 +300,9 @@ def test_mistakes_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour", "--sweep has 'colour': use batch"),
+        ("colour", "--sweep has 'colour': write KEY=VALUE,VALUE,… with some of batch"),
+        ("batch=2,colour=4", "--sweep has 'colour': write KEY"),
+        ("batch=4/8", "batch=4/8: write values as in batch=4,8,16"),
         ("batch=four", "batch=four"),
         ("mesh=16", "mesh=16: write values"),
         ("mesh=fsdp=4+", "write values"),
@@ -307,7 +310,7 @@ def test_mistakes_are_named(arguments, message):
 )
 def test_impossible_sweeps(text, message):
     with pytest.raises(UserError, match=message):
-        preflight.sweep(small_latent_config(), "v5e:2x2", 1, text)
+        preflight.parse_sweep(text)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

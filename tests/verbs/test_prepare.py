@@ -271,7 +271,7 @@ def test_a_bucket_gets_the_same_files(tmp_path, many, monkeypatch):
     for protocol in ("gs", "gcs"):
         fsspec.register_implementation(protocol, Bucket, clobber=True)
     monkeypatch.setattr("diffit_jax.runtime.files._SCHEMES", {"gs": "fsspec"})
-    monkeypatch.setattr("diffit_jax.runtime.lock.SETTLE_S", 0)
+    monkeypatch.setattr("diffit_jax.runtime.files.SETTLE_S", 0)
     source = write_folder(tmp_path / "pets", pets(23, width=8, height=8))
     prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     close, left = shards.ShardWriter.close, iter(range(2))

@@ -14,10 +14,9 @@ from support.golden import WEIGHTS
 from diffit_jax.data.pixels import to_pixels
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
-from diffit_jax.sampling.networks import Weights
+from diffit_jax.sampling.request import Weights
+from diffit_jax.sampling.sample import SampleFiles, sample
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.verbs import sample as generate
-from diffit_jax.verbs.sample import sample
 
 
 def arrays_of(path):
@@ -214,9 +213,7 @@ def test_interrupted_sampling_goes_on(latent_run, tmp_path, monkeypatch):
 
 
 def test_parts_of_another_request_are_refused(latent_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        generate.SampleFiles, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(SampleFiles, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     output = tmp_path / "l.npz"
     with pytest.raises(KeyboardInterrupt):
         sample(latent_run[0], seeds=range(4), output=output)

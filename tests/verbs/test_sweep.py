@@ -18,10 +18,9 @@ from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.pictures import open_pictures
 from diffit_jax.runtime import distributed, interruption
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.networks import Run, Weights
-from diffit_jax.sampling.request import Asked
+from diffit_jax.sampling.request import Asked, Run, Weights
+from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs.make_reference import make_reference
-from diffit_jax.verbs.sample import sample
 from diffit_jax.verbs.sweep import Swept, parse, sweep, table
 from diffit_jax.verbs.train import train
 

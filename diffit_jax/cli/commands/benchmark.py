@@ -1,7 +1,7 @@
 """Measures the training step of a config, or of all combinations of a few settings:
 
 python launch/benchmark.py --config configs/digits.py
-python launch/benchmark.py --config configs/imagenet256_latent.py --matrix
+python launch/benchmark.py --config configs/imagenet256_latent.py --sweep batch,remat
 """
 
 import json
@@ -12,15 +12,11 @@ from diffit_jax import cli
 
 CONFIG = cli.define_config(required=True)
 STEPS = flags.DEFINE_integer("steps", 50, "Updates to time.", lower_bound=1)
-MATRIX = flags.DEFINE_bool(
-    "matrix", False, "Batch size x rematerialisation x attention: measures each, shows the best."
-)
-BATCH_SIZES = flags.DEFINE_string(
-    "batch_sizes", "", "With --matrix: images per update, such as 64,128; else half, once, twice."
-)
-REMATS = flags.DEFINE_list("remats", [], "With --matrix: some of none, dots, full.")
-ATTENTIONS = flags.DEFINE_list(
-    "attentions", [], "With --matrix: some of auto, xla, cudnn (GPUs), pallas (TPUs)."
+SWEEP = flags.DEFINE_string(
+    "sweep",
+    None,
+    "Settings to compare, each in a process of its own: batch,remat,attention with their usual "
+    "values, or batch=64,128,attention=xla,cudnn.",
 )
 JSON = cli.define_path("json", "File to write the figures to.")
 FEWER_DEVICES = cli.define_fewer_devices()
@@ -31,13 +27,11 @@ def main() -> None:
     from diffit_jax.runtime import distributed, files, ranges
     from diffit_jax.verbs import benchmark, matrix
 
-    if MATRIX.value:
+    if SWEEP.value:
         figures = matrix.matrix(
             CONFIG.value,
             steps=STEPS.value,
-            batches=BATCH_SIZES.value and ranges.parse_numbers("--batch_sizes", BATCH_SIZES.value),
-            remats=REMATS.value,
-            attentions=ATTENTIONS.value,
+            sweep=ranges.parse_sweep(SWEEP.value, matrix.KNOWN),
             fewer_devices=flags.FLAGS.fewer_devices,
         )
     else:
@@ -51,5 +45,5 @@ def main() -> None:
 
 
 def run() -> None:
-    # The processes of a matrix need the devices for themselves.
-    cli.run(main, CLUSTER, takes_devices=lambda: not MATRIX.value)
+    # The processes of a sweep need the devices for themselves.
+    cli.run(main, CLUSTER, takes_devices=lambda: not SWEEP.value)

@@ -52,7 +52,7 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 
 def main() -> None:
     from diffit_jax.runtime import hub
-    from diffit_jax.sampling.networks import config_for_weights
+    from diffit_jax.sampling.request import config_for_weights
     from diffit_jax.verbs import convert
 
     cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)

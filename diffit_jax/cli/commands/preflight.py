@@ -38,7 +38,7 @@ PROGRAMS = flags.DEFINE_list(
 SWEEP = flags.DEFINE_string(
     "sweep",
     None,
-    "Settings to compare, such as batch,remat or batch=4/8/16,num_heads=16/9,mesh=fsdp=4/fsdp=16.",
+    "Settings to compare, such as batch,remat or batch=4,8,16,num_heads=16,9,mesh=fsdp=4,fsdp=16.",
 )
 EXPLAIN = flags.DEFINE_bool("explain", False, "Add a paragraph of advice.")
 CALIBRATE = flags.DEFINE_bool(
@@ -63,7 +63,7 @@ def main() -> None:
     elif config is None:
         cli.fail("--config is missing: name a file with get_config()")
     elif SWEEP.value:
-        answer = preflight.sweep(config, topology, num_slices, SWEEP.value)
+        answer = preflight.sweep(config, topology, num_slices, preflight.parse_sweep(SWEEP.value))
         fits = answer.best is not None
     else:
         answer = preflight.preflight(config, topology, num_slices, PROGRAMS.value)

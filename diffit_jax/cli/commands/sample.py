@@ -44,7 +44,7 @@ SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale â
 
 def main() -> None:
     from diffit_jax.runtime.ranges import parse_numbers
-    from diffit_jax.verbs.sample import sample
+    from diffit_jax.sampling.sample import sample
 
     cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     path = sample(

@@ -1,25 +1,109 @@
-"""What a run tells about itself while it trains: speed, utilisation, memory, waiting,
-compilations."""
+"""The loop of training, of networks and of autoencoders, and what it tells of itself: speed,
+utilisation, memory, waiting, compilations."""
 
 import collections
 import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from diffit_jax.data.sources import Source, batches
 from diffit_jax.errors import one_line
 from diffit_jax.experiment import Experiment
-from diffit_jax.models.flops import training_flops
-from diffit_jax.runtime import parallel
+from diffit_jax.models.model import training_flops
+from diffit_jax.runtime import distributed, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.console import Progress
 from diffit_jax.tpu.chips import peak_flops
 
 log = logging.getLogger(__name__)
+
+
+class Hooks:
+    """What is trained, and what happens around its updates; `run_loop` calls these by turns.
+
+    Attributes:
+      checkpoints: of it.
+    """
+
+    checkpoints: Checkpoints
+
+    def before(self, step: int) -> None:
+        """Called before an update."""
+
+    def update(self, batch: Any) -> None:
+        """Begins the update by a batch; the devices may be at it when this returns."""
+        raise NotImplementedError
+
+    def look(self, step: int, say: Callable[[str], None]) -> bool:
+        """Called after an update: reports by `say`; returns whether a checkpoint is due."""
+        raise NotImplementedError
+
+    def save(self, step: int) -> None:
+        """Begins to write a checkpoint."""
+        raise NotImplementedError
+
+    def after(self, step: int) -> None:
+        """Called when all that is due after an update is done."""
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        self.checkpoints.wait()
+
+
+def run_loop(name: str, hooks: Hooks, stream: Iterator[Any], first: int, total: int) -> None:
+    """Makes the updates from number `first` + 1 to `total`, each by the next batch of `stream`.
+
+    Raises:
+      interruption.Preempted, interruption.Interrupted: the machine is about to be taken away, or
+        after Ctrl-C; a checkpoint is saved.
+    """
+    notices = distributed.PreemptionNotice(ctrl_c=True)
+    progress = Progress(name, total, done=first, shown=distributed.is_first())
+    with progress, notices as notice, distributed.lost_processes():
+        batch = next(stream)
+        for step in range(first + 1, total + 1):
+            hooks.before(step)
+            # The devices begin with this update, and meanwhile the next batch is read.
+            hooks.update(batch)
+            if step < total:
+                batch = next(stream)
+            progress.advance()
+            due = hooks.look(step, progress.say)
+            # A checkpoint, on time or because the machine is about to go.
+            preempted = notice.reached() and step < total
+            if due or preempted:
+                hooks.save(step)
+            if preempted:
+                hooks.wait()
+                place = hooks.checkpoints.directory
+                raise notice.ending(f"checkpoint {step} of {total} steps is saved in {place}")
+            hooks.after(step)
+        hooks.wait()
+
+
+def batches_on(
+    mesh: Mesh,
+    source: Source,
+    size: int,
+    seed: int,
+    *,
+    first: int = 0,
+    waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Iterator[dict[str, jax.Array]]:
+    """The global batches of a data set from number `first` on, on the devices; `waiting` goes
+    around every wait for the data."""
+    stream = batches(source, size, seed, first, parallel.local_rows(mesh, size))
+    while True:
+        with waiting():
+            batch = next(stream)
+        yield parallel.put_batch(mesh, batch, size)
 
 
 class Watch:

@@ -1,0 +1,492 @@
+"""The verb `sample`: from a run or a file of released weights to files of samples, which come about
+part by part.
+
+A request for samples leaves three files of one name: the npz of ADM's evaluator (`arr_0` (N, H, W,
+C) samples, `arr_1` (N,) int64 labels), a PNG of the first hundred, and a record, JSON, of what was
+asked for. Nothing of another request is replaced unless that is asked for.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from diffit_jax.data import pixels
+from diffit_jax.errors import UserError
+from diffit_jax.runtime import backend, distributed, files, interruption, npz
+from diffit_jax.runtime.console import Progress
+from diffit_jax.runtime.ranges import in_short
+from diffit_jax.sampling.decoder import Decoding
+from diffit_jax.sampling.request import Asked, Networks, Run, Weights
+from diffit_jax.spaces import Space
+
+log = logging.getLogger(__name__)
+
+_REQUEST = "request.json"
+PREVIEWED = 100  # samples in the picture
+COLUMNS, CLASSES = 10, 20  # of the picture by class, at most
+WATCHED = 8  # samples in the picture of trajectories, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request for samples.
+
+    Attributes:
+      identity: JSON values by name of all that the samples depend on; equal requests give equal
+        samples.
+      source: the same of where the network was found, for people: two requests that differ in it
+        alone are equal.
+    """
+
+    identity: Mapping[str, Any]
+    source: Mapping[str, Any]
+
+    def __post_init__(self):
+        for name in ("identity", "source"):
+            object.__setattr__(self, name, files.plain(_plain(getattr(self, name))))
+
+    def look(
+        self, path: epath.Path, within: str = "", complete: Callable[[Any], bool] = lambda _: True
+    ) -> files.Found:
+        """What a file tells of earlier samples, as `files.Artifact` has it; `within`: the name by
+        which it holds the request (`as_json`)."""
+
+        def identity(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            request = content.get(within) if within else content
+            found = request.get("identity") if isinstance(request, Mapping) else None
+            return found if isinstance(found, Mapping) else None
+
+        return files.Artifact(path, self.identity, identity, complete).look()
+
+    def in_words(self, found: files.Found, source: Any) -> str:
+        """How another request differs from this one; `source`: of its network."""
+        if not found.differences:
+            return "another request, of an older version"
+        name, (theirs, ours) = next(iter(found.differences.items()))
+        if name.endswith("network"):
+            theirs, ours = source, self.source
+        return f"another {name} ({_short(theirs)}, now {_short(ours)})"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"identity": self.identity, "source": self.source}
+
+
+class SampleFiles:
+    """The three files of one request, and its parts: npy files in a directory `<output>.parts`,
+    each there whole or not at all.
+
+    Used as a context manager: one process at a time owns the directory of parts.
+    """
+
+    def __init__(self, output: epath.Path, request: Request, overwrite: bool = False):
+        """Names the files of a request; `overwrite`: whether those of another one, or of unknown
+        origin, may be replaced."""
+        self.output, self.request, self._overwrite = output, request, overwrite
+        self.picture, self.record = output.with_suffix(".png"), output.with_suffix(".json")
+        self._parts = output.parent / f"{output.name}.parts"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of this request's samples, if they are all there; None if they are to be
+        drawn.
+
+        Raises:
+          UserError: files of another request, or of unknown origin, are in the way.
+        """
+        there = [path for path in (self.output, self.picture, self.record) if path.exists()]
+        if not there:
+            return None
+        found = self.request.look(
+            self.record,
+            "request",
+            lambda record: self.output in there and files.size(self.output) == record.get("bytes"),
+        )
+        if self.request.look(self._parts / _REQUEST).state == "done":
+            return None  # it was interrupted while these files were written
+        if found.state == "done":
+            return dict(found.content)
+        if found.state == "partial" or self._overwrite:
+            return None
+        recorded, what = found.content.get("request"), "is of unknown origin (nothing beside it"
+        if isinstance(recorded, dict):
+            what = f"holds samples of {self.request.in_words(found, recorded.get('source'))}"
+        else:
+            what += " says of which request)"
+        raise UserError(
+            f"{there[0]} is there already and {what}: name another --output, or say --overwrite"
+        )
+
+    def __enter__(self) -> "SampleFiles":
+        """Opens the directory of parts, which may hold some of an interrupted run.
+
+        Raises:
+          UserError: the parts there belong to another request, a living process draws them, or the
+            place cannot be written.
+        """
+        files.make_directory(self._parts, "output directory")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.owned(self._parts, "the sampling request in"))
+            self._check_parts()
+            self._release = stack.pop_all().close
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._release()
+
+    def _check_parts(self) -> None:
+        path = self._parts / _REQUEST
+        found = self.request.look(path)
+        if found.state == "done":
+            return
+        if self._overwrite:
+            for entry in self._parts.iterdir():
+                if entry.suffix in (".npy", ".json"):
+                    entry.unlink()
+        elif found.content:
+            source = found.content.get("source")
+            difference = self.request.in_words(found, source)
+            checkpoint = source.get("checkpoint") if isinstance(source, Mapping) else None
+            named = checkpoint is not None and difference.startswith("another network")
+            again = f" (--checkpoint {checkpoint})" if named else ""
+            raise UserError(
+                f"{self._parts} holds samples of an interrupted request with {difference}: repeat "
+                f"that request{again}, delete the directory, or choose another --output"
+            )
+        elif found.state == "other":
+            raise UserError(f"{path} is damaged (it is not a request): delete {self._parts}")
+        files.write_json(path, self.request.as_json())
+
+    def done(self, count: int) -> np.ndarray:
+        """(count,) bool: which samples are in parts. A part that cannot be read goes away, and is
+        to be drawn anew."""
+        there = np.zeros(count, bool)
+        for start, stop, path in self._stretches():
+            try:
+                if len(self._read(path)) != stop - start or stop > count or there[start:stop].any():
+                    raise ValueError("it has another number of samples")
+            except (OSError, ValueError, EOFError) as error:
+                log.warning("%s is damaged (%s): its samples are drawn anew", path, error)
+                path.unlink()
+                continue
+            there[start:stop] = True
+        return there
+
+    def write(self, start: int, samples: np.ndarray, finite: np.ndarray) -> None:
+        """Writes a part: samples (n, H, W, C) from number `start` on, and which of them are finite,
+        (n,) bool."""
+        name = f"{start:08d}-{start + len(samples):08d}"
+        if not finite.all():  # first: a part that is there is complete
+            files.write_bytes(
+                self._parts / f"{name}.json", json.dumps(np.flatnonzero(~finite).tolist()).encode()
+            )
+        with files.writing(self._parts / f"{name}.npy") as file:
+            np.save(file, samples, allow_pickle=False)
+
+    def first(self, count: int) -> np.ndarray:
+        """The first samples, at most `count`."""
+        found, have = [], 0
+        for _, _, path in self._stretches():
+            if have < count:
+                found.append(np.asarray(self._read(path)))
+                have += len(found[-1])
+        return np.concatenate(found)[:count]
+
+    def finish(
+        self, labels: np.ndarray, seeds: Sequence[int] | np.ndarray, more: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Puts the parts together in the npz, one at a time, writes the record beside it, and
+        returns that; `leave` removes the parts.
+
+        Args:
+          labels: (N,) ints.
+          seeds: N seed numbers.
+          more: JSON values that the record has too.
+        """
+        stretches = self._stretches()
+        first, digest = self._read(stretches[0][2]), hashlib.sha256()
+
+        def parts() -> Iterator[bytes]:
+            for _, _, path in stretches:
+                content = np.ascontiguousarray(self._read(path)).tobytes()
+                digest.update(content)
+                yield content
+
+        shape = (len(labels), *first.shape[1:])
+        with (
+            files.writing(self.output) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            npz.write_rows(archive, "arr_0", first.dtype, shape, parts())
+            npz.write(archive, "arr_1", np.asarray(labels, np.int64))
+        bad = [
+            start + row
+            for start, stop, _ in stretches
+            for row in files.read_json(self._parts / f"{start:08d}-{stop:08d}.json", list) or []
+        ]
+        record = {
+            "samples": self.output.name,
+            "bytes": files.size(self.output),
+            "arr_0_sha256": digest.hexdigest(),
+            "not_finite": {"count": len(bad), "seeds": [int(seeds[row]) for row in bad]},
+            "request": self.request.as_json(),
+            **more,
+        }
+        files.write_json(self.record, _plain(record))
+        return record
+
+    def leave(self) -> None:
+        """Removes the parts of a finished request."""
+        self._parts.rmtree()
+
+    def _stretches(self) -> list[tuple[int, int, epath.Path]]:
+        """(first sample, the one after the last, file) of each part, in order."""
+        named = (
+            (re.fullmatch(r"(\d+)-(\d+)\.npy", path.name), path)
+            for path in self._parts.glob("*.npy")
+        )
+        return sorted((int(match[1]), int(match[2]), path) for match, path in named if match)
+
+    @staticmethod
+    def _read(path: epath.Path) -> np.ndarray:
+        if files.is_local(path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+
+
+def read_record(samples: epath.Path) -> dict[str, Any] | None:
+    """What is recorded beside a file of samples; None if there is nothing, or something else."""
+    record = files.read_json(samples.with_suffix(".json"))
+    return record if record is not None and isinstance(record.get("request"), dict) else None
+
+
+def stretches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Ascending rows in batches of consecutive ones, each at most `size` long."""
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        yield from (run[start : start + size] for start in range(0, len(run), size))
+
+
+def named_seeds(seeds: Iterable[int]) -> str:
+    """Seed numbers for a message: the first few."""
+    seeds = list(seeds)
+    return in_short(seeds[:20]) + (f" and {len(seeds) - 20} more" if len(seeds) > 20 else "")
+
+
+def _plain(value: Any) -> Any:
+    """The same with infinities, which JSON does not have, as text."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: Any) -> str:
+    text = (
+        ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
+        if isinstance(value, Mapping)
+        else str(value)
+    )
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+@backend.pinned()
+@backend.memory_for(backend.SAMPLING_MEMORY)
+def sample(
+    source: epath.PathLike | Run | Weights,
+    *,
+    seeds: Sequence[int],
+    labels: Sequence[int] | str | None = None,
+    output: epath.PathLike | None = None,
+    overwrite: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    decoding: Decoding | None = None,
+    by_class: bool = False,
+    frames: int = 0,
+) -> epath.Path:
+    """Draws samples and writes them as an npz file, a PNG grid and a record. Interrupted, the same
+    call goes on where it was.
+
+    A request is known by what makes samples: what the weights hold, seeds, labels, settings. If its
+    samples are there already, nothing is drawn.
+
+    Args:
+      source: a work directory, or `Run` or `Weights`.
+      seeds: one seed number per sample.
+      labels: given out to the samples in turn, or text as in `parse_labels`; None:
+        `default_labels`.
+      output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or beside the
+        weights (`latents_…` for latents), with what differs from the default request after it, see
+        `default_name`. The grid of the first 100 has the same name with `.png`, the record (what
+        was asked for, and which samples are not finite) with `.json`.
+      overwrite: whether files of another request may be replaced.
+      overrides: what replaces values of the config's section `sampling`, as in
+        `Sampling.overridden`: `{"sampler.num_steps": 30, "guidance.scale": 2.0}`.
+      decoding: makes images of latents, by an autoencoder.
+      by_class: whether to draw `NAME.classes.png` too: a row of ten for each of the first twenty
+        labels.
+      frames: how many columns `NAME.trajectory.png` has, in which eight samples come about: the
+        clean sample as it is estimated along the way; 0: it is not drawn.
+
+    Returns:
+      Path of the npz, laid out as ADM's evaluator reads it: `arr_0` (N, H, W, C) uint8 images (or
+      float32 latents, scaled as the model takes them), `arr_1` (N,) int64 labels.
+
+    Raises:
+      UserError: no run or checkpoint there, weights that cannot be read or are not finite, a label
+        or seed out of range, settings or an autoencoder that do not fit, an output that cannot be
+        written or is of another request; or, when all is written, samples that are not finite.
+      interruption.Preempted: the machine is about to be taken away; what is drawn is saved.
+    """
+    # --- Check everything before the first thing is written.
+    source = source if isinstance(source, Run | Weights) else Run(source)
+    asked = Asked.make(
+        source, seeds=seeds, labels=labels, overrides=overrides or {}, decoding=decoding
+    )
+    _check_pictures(asked, by_class, frames)
+    output = asked.output(output)
+    distributed.on_primary(lambda: files.make_directory(output.parent, "output directory"))
+
+    # --- The networks, and with them what the request is known by.
+    networks = asked.load()
+    request = Request(asked.identity(networks), networks.origin)
+    distributed.check_agreement(
+        {
+            "request for samples": lambda: str(request.identity),
+            "code version": distributed.code_version,
+        }
+    )
+    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+
+    # --- Draw them, unless that is done already.
+    sample_files = SampleFiles(output, request, overwrite)
+    record = distributed.on_primary(sample_files.finished)
+    if distributed.agreed(record is not None):
+        log.info("%s holds these samples already", output)
+    else:
+        record = _make(asked, sample_files, networks)
+
+    # --- More pictures of them.
+    space = asked.experiment.space
+    if by_class:
+        picture = output.with_suffix(".classes.png")
+        distributed.on_primary(lambda: _draw_classes(picture, output, asked.labels, space))
+    if frames:
+        _draw_trajectory(output.with_suffix(".trajectory.png"), asked, networks, frames)
+    return _conclude(output, record)
+
+
+def _check_pictures(asked: Asked, by_class: bool, frames: int) -> None:
+    experiment = asked.experiment
+    if by_class and not experiment.model.num_classes:
+        raise UserError(f"the model in {asked.source.name} is unconditional: leave out --grid")
+    steps = experiment.sampling.sampler.steps(experiment.process)
+    if frames > steps:
+        raise UserError(f"--trajectory is {frames}: the sampler has {steps} steps")
+
+
+def _make(asked: Asked, sample_files: SampleFiles, networks: Networks) -> dict[str, Any] | None:
+    """Draws the parts that are not there, puts all together, gives the first process the record."""
+    if asked.experiment.space.note:
+        log.info("%s", asked.experiment.space.note)
+    with distributed.first_holds(lambda: sample_files):
+        _draw(asked, sample_files, networks)
+        with interruption.held():  # what is complete need not be begun again
+            return distributed.on_primary(lambda: _assemble(asked, sample_files))
+
+
+def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
+    """Draws the samples that are in no part yet, part by part."""
+    first, count = distributed.is_first(), len(asked.seeds)
+    done_there = sample_files.done(count) if first else np.zeros(count, bool)
+    there = np.array(distributed.from_first(done_there.tolist()))
+    done = int(there.sum())
+
+    def kept() -> str:
+        return f"{done} of {count} samples are saved beside {sample_files.output}"
+
+    progress = Progress("sample", count, done=done, unit="sample", shown=first)
+    try:
+        with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
+            missing = stretches(np.flatnonzero(~there), asked.sampler.batch_size)
+            for batch in missing:
+                samples, finite = asked.draw(networks, batch)
+                if first:
+                    if not finite.all():
+                        bad = named_seeds(asked.seeds[batch][~finite].tolist())
+                        log.warning("samples of seeds %s are not finite", bad)
+                    sample_files.write(batch[0], samples, finite)
+                progress.advance(len(samples))
+                done += len(samples)
+                if notice.reached() and done < count:
+                    raise notice.ending(kept())
+    except KeyboardInterrupt as error:
+        raise interruption.Interrupted(kept()) from error
+
+
+def _assemble(asked: Asked, sample_files: SampleFiles) -> dict[str, Any]:
+    """The files of a request whose parts are all there; returns the record."""
+    precision = {"matmul_precision": backend.matmul_precision()}
+    record = sample_files.finish(asked.labels, asked.seeds, precision)
+    preview = asked.experiment.space.preview
+    pixels.write_preview(sample_files.picture, sample_files.first(PREVIEWED), preview)
+    sample_files.leave()
+    return record
+
+
+def _draw_classes(
+    picture: epath.Path, output: epath.Path, labels: np.ndarray, space: Space
+) -> None:
+    """A picture with a row for each label, from the npz."""
+    rows = [np.flatnonzero(labels == label)[:COLUMNS] for label in np.unique(labels)[:CLASSES]]
+    samples = npz.rows_of(output, "arr_0", np.concatenate(rows))
+    cells = np.zeros((len(rows), COLUMNS, *samples.shape[1:]), samples.dtype)
+    begin = 0
+    for cell, row in zip(cells, rows, strict=True):
+        cell[: len(row)] = samples[begin : begin + len(row)]
+        begin += len(row)
+    pixels.write_preview(picture, cells.reshape(-1, *samples.shape[1:]), space.preview, COLUMNS)
+    log.info("wrote %s", picture)
+
+
+def _draw_trajectory(picture: epath.Path, asked: Asked, networks: Networks, frames: int) -> None:
+    """A picture of how the first samples come about, a row for each."""
+    space, size = asked.experiment.space, asked.sampler.batch_size
+    shown = np.arange(min(WATCHED, len(asked.seeds)))
+    rows = []
+    for start in range(0, len(shown), size):
+        batch = shown[start : start + size]
+        seeds, labels = asked.seeds[batch], asked.labels[batch]
+        watched = asked.sampler.watch_batch(
+            networks.variables, seeds, labels, frames, networks.weaker
+        )
+        rows.append(space.leave(watched.reshape(-1, *watched.shape[2:])))
+    samples = np.concatenate(rows)
+
+    def write() -> None:
+        pixels.write_preview(picture, samples, space.preview, frames)
+        log.info("wrote %s", picture)
+
+    distributed.on_primary(write)
+
+
+def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
+    """The end of a request on every process, given its record on the first one: good only if all
+    samples are finite."""
+    bad: Mapping[str, Any] = record["not_finite"] if record else {"count": 0}
+    if distributed.agreed(bad["count"] > 0):
+        seeds = f" ({bad['count']}, of seeds {named_seeds(bad['seeds'])})" if record else ""
+        raise UserError(
+            f"{output} is written, but some of its samples are not finite{seeds}: leave them out, "
+            "or use other weights"
+        )
+    return output
