@@ -16,6 +16,7 @@ from support.pictures import pets, picture, write_folder
 from diffit_jax import workdir as workdirs
 from diffit_jax.data import shards
 from diffit_jax.data.records import open_records
+from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.request import Run, Weights
@@ -103,10 +104,12 @@ def test_a_partial_measurement_is_completed(before, tmp_path, monkeypatch):
     np.savez(reference, mu=np.zeros(256), sigma=np.eye(256))
     scores = evaluate(
         samples,
-        reference=reference,
-        inception=save_inception(tmp_path / "fid.safetensors"),
-        metrics=["inception_score"],
-        batch_per_device=1,
+        comparison=Comparison(
+            reference,
+            save_inception(tmp_path / "fid.safetensors"),
+            ["inception_score"],
+            batch_per_device=1,
+        ),
     )
     assert sum(measured) == (2 if jax.__version__ == jaxs else 6)
     assert scores["protocol"]["samples_digest"] == expected["digest"]

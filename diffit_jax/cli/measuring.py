@@ -77,13 +77,13 @@ class ScoreFlags:
         self._output = cli.define_path("output", f"JSON file to write; default: {output}.")
         self.overwrite = flags.DEFINE_bool("overwrite", False, f"Replace {replaced}.")
 
-    @property
-    def value(self) -> dict[str, Any]:
-        """As arguments of the verbs."""
-        return {
-            "reference": self.reference.value,
-            "metrics": self._metrics.value,
-            "labels": self.labels.value,
-            "output": self._output.value,
-            "overwrite": self.overwrite.value,
-        }
+    def value(self, inception: InceptionFlags) -> dict[str, Any]:
+        """As arguments of the verbs; the command ends if there is no network."""
+        from diffit_jax.evaluation.evaluator import Comparison
+
+        network = inception.value
+        comparison = Comparison(
+            reference=self.reference.value, metrics=self._metrics.value, **network
+        )
+        output, overwrite = self._output.value, self.overwrite.value
+        return {"comparison": comparison, "output": output, "overwrite": overwrite}

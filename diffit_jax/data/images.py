@@ -29,7 +29,9 @@ _CHUNK, _CHUNK_BYTES = 256, 2**21  # pictures that a process decodes at once, at
 _CHUNKS_AHEAD = 3  # of each process
 
 
-def open_images(path: epath.PathLike, split: str = "train", unlabelled: bool = False) -> Index:
+def open_images(
+    path: epath.PathLike, split: str = "train", unlabelled: bool = False, fewest: int = FEWEST
+) -> Index:
     """The pictures of a source.
 
     Args:
@@ -38,15 +40,16 @@ def open_images(path: epath.PathLike, split: str = "train", unlabelled: bool = F
         archive, or a pattern with `*` of several files; absolute, local or `gs://`.
       split: which one, where a source has several.
       unlabelled: whether to leave labels out.
+      fewest: how many there must be.
 
     Raises:
-      UserError: there is no such source, or it holds no pictures or fewer than `FEWEST`, or labels
+      UserError: there is no such source, or it holds no pictures or fewer than `fewest`, or labels
         that cannot be told.
     """
     index = _open(epath.Path(path), split, unlabelled)
-    if len(index) < FEWEST:
+    if len(index) < fewest:
         raise UserError(
-            f"{path} has {len(index)} pictures, a data set needs {FEWEST} or more: name the folder "
+            f"{path} has {len(index)} pictures, a data set needs {fewest} or more: name the folder "
             "or file that has them all"
         )
     return index

@@ -103,6 +103,18 @@ class Shards:
             self._identity["arrays"] = specs
         self._lines = folder / records.lines_name(split)
 
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Makes the folder, which this process owns for the length of the block, and begins.
+
+        Raises:
+          UserError: as `begin`, or another living process owns it.
+        """
+        files.make_directory(self.folder, "data_dir")
+        with files.owned(self.folder, "data set"):
+            self.begin()
+            yield
+
     def begin(self) -> None:
         """Makes the folder, or sees that what is there belongs to the same data; what a killed
         command left half done goes away.

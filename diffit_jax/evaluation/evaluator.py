@@ -25,6 +25,25 @@ _OF_PICTURES = frozenset(("precision", "recall", "kid"))
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """With what samples are compared, and how.
+
+    Attributes:
+      reference: npz file of statistics, see `evaluation.reference`; `hf://` too.
+      inception: weights of the FID network, see `interop.inception`.
+      metrics: names in `METRICS`; None: all but KID that the reference has what it takes for.
+      resize: how pictures come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
+      batch_per_device: pictures of which a device extracts the features at once.
+    """
+
+    reference: epath.PathLike
+    inception: epath.PathLike
+    metrics: Sequence[str] | None = None
+    resize: str = "tf1"
+    batch_per_device: int = BATCH_PER_DEVICE
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluator:
     """A reference and what is measured against it: the verb `evaluate`, a sweep and a run that is
     being trained have the same one.
@@ -41,34 +60,25 @@ class Evaluator:
 
     @classmethod
     def open(
-        cls,
-        reference: epath.PathLike,
-        inception: epath.PathLike,
-        shape: tuple[int, ...],
-        *,
-        mesh: jax.sharding.Mesh,
-        metrics: Sequence[str] | None = None,
-        resize: str = "tf1",
-        batch_per_device: int = BATCH_PER_DEVICE,
+        cls, comparison: Comparison, shape: tuple[int, ...], mesh: jax.sharding.Mesh
     ) -> "Evaluator":
         """Reads a reference and the FID network.
 
         Args:
-          reference: npz file of statistics, see `evaluation.reference`.
-          inception: weights of the network, see `interop.inception`.
+          comparison: names them.
           shape: (H, W, C) of the pictures that are to be compared.
           mesh: devices to extract features on.
-          metrics: see `Reference.chosen`.
-          resize, batch_per_device: as of `Extractor`.
 
         Raises:
           UserError: a file that cannot be read, or a reference of another resolution or rule, or
             without what a metric needs.
         """
-        extractor = Extractor.load(inception, mesh, resize, batch_per_device)
-        opened = Reference.load(hub.local(reference, "reference"), extractor.sizes)
-        opened.check(tuple(shape), resize)
-        return cls(extractor, opened, opened.chosen(metrics))
+        extractor = Extractor.load(
+            comparison.inception, mesh, comparison.resize, comparison.batch_per_device
+        )
+        reference = Reference.load(hub.local(comparison.reference, "reference"), extractor.sizes)
+        reference.check(tuple(shape), comparison.resize)
+        return cls(extractor, reference, reference.chosen(comparison.metrics))
 
     def run(
         self,

@@ -11,12 +11,12 @@ from etils import epath
 
 from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.evaluator import Evaluator
+from diffit_jax.evaluation.evaluator import Comparison, Evaluator
 from diffit_jax.evaluation.pictures import DrawnPictures
 from diffit_jax.experiment import Experiment
 from diffit_jax.runtime import backend, distributed, files
 from diffit_jax.sampling.decoder import Decoder, Decoding
-from diffit_jax.sampling.request import Asked, Run
+from diffit_jax.sampling.request import Asked, Drawing, Run
 from diffit_jax.sampling.sampler import batch_size, default_labels
 from diffit_jax.training.state import Opened, TrainState
 
@@ -128,18 +128,14 @@ class InTraining:
                 )
             if settings.steps:
                 asked = self._ask(settings.count)
-                self.decoder, shape = (
-                    asked.decoder,
-                    asked.experiment.space.shape(asked.experiment.model.sample_shape),
-                )
-                self._evaluator = Evaluator.open(
+                self.decoder = asked.decoder
+                comparison = Comparison(
                     settings.reference,
                     settings.inception,
-                    shape,
-                    mesh=opened.mesh,
-                    metrics=settings.metrics or None,
+                    settings.metrics or None,
                     batch_per_device=settings.batch_per_device,
                 )
+                self._evaluator = Evaluator.open(comparison, asked.shape, opened.mesh)
             if self.decoder:
                 shape = opened.experiment.model.sample_shape
                 self.space = opened.experiment.space.decoded(self.decoder, shape)
@@ -227,12 +223,7 @@ class InTraining:
             run = Run(self._workdir, config=self._config)
             decoding = self._decoding() if self._settings.vae else None
             self._asked[count] = Asked.make(
-                run,
-                seeds=range(count),
-                labels=None,
-                overrides={},
-                decoding=decoding,
-                opened=self._opened,
+                run, seeds=range(count), drawing=Drawing(decoding=decoding), opened=self._opened
             )
         return self._asked[count]
 

@@ -1,5 +1,6 @@
 """Measuring pictures: from a stream of them to what metrics need, interrupted and gone on with."""
 
+import functools
 import hashlib
 import io
 import logging
@@ -165,17 +166,11 @@ def measure(
       interruption.Preempted, interruption.Interrupted: what is done is kept.
     """
     measured, size = Measured(pooled), extractor.batch_size
-    count = pictures.count if count is None else count
-    first = distributed.is_first()
-    started = saved_at = time.monotonic()
+    count, first = count or pictures.count, distributed.is_first()
     if begun:
         begun.restore(measured)
-    there = measured.count
-
-    def save() -> None:
-        if begun:
-            distributed.on_primary(lambda: begun.save(measured))
-
+    there, started = measured.count, time.monotonic()
+    saved_at = started
     progress = Progress(what, count, done=measured.count, unit="image", shown=first)
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice, distributed.lost_processes():
@@ -187,23 +182,20 @@ def measure(
             if measured.count == count:
                 break
             if notice.reached():
-                save()
+                if begun:
+                    distributed.on_primary(functools.partial(begun.save, measured))
                 kept = f"{measured.count} of {count} images are measured and kept"
                 raise notice.ending(kept if begun else "nothing is kept")
-            late = max_seconds and time.monotonic() - started > max_seconds
-            if max_seconds and measured.count > 1 and distributed.agreed(bool(late)):
+            late = time.monotonic() - started > max_seconds > 0
+            if max_seconds and measured.count > 1 and distributed.agreed(late):
                 log.warning(
                     "%s: %d of %d images were measured in the %.3g s that there are for it",
-                    what,
-                    measured.count,
-                    count,
-                    max_seconds,
+                    *(what, measured.count, count, max_seconds),
                 )
                 break
-            if first and time.monotonic() - saved_at > SAVE_EVERY_S:
-                if begun:
-                    begun.save(measured)
+            if begun and first and time.monotonic() - saved_at > SAVE_EVERY_S:
+                begun.save(measured)
                 saved_at = time.monotonic()
-    rate = (measured.count - there) / max(time.monotonic() - started, 1e-9)
-    log.info("%s: %d images measured, %.3g a second", what, measured.count - there, rate)
+    new, seconds = measured.count - there, max(time.monotonic() - started, 1e-9)
+    log.info("%s: %d images measured, %.3g a second", what, new, new / seconds)
     return measured

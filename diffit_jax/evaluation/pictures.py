@@ -1,18 +1,19 @@
 """Pictures to be measured, one batch after the other: from an npz file, which is read as a stream,
-from a folder of picture files, or from a data set."""
+from a folder or archive of picture files, or from a data set."""
 
 import contextlib
+import zipfile
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
 
-from diffit_jax.data.decoding import SUFFIXES
+from diffit_jax.data.decoding import Framing
+from diffit_jax.data.images import Loader, open_images
 from diffit_jax.data.labels import spread
 from diffit_jax.data.sources import Source
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.runtime import npz
 from diffit_jax.runtime.npz import NpzArray
 from diffit_jax.runtime.ranges import in_short
@@ -47,20 +48,23 @@ class Pictures(Protocol):
 class NpzPictures:
     """`arr_0` of an npz file, as ADM's evaluator reads it; never whole in memory."""
 
-    def __init__(self, path: epath.Path, flag: str = "samples"):
-        """Reads the header; `flag` names the path in errors.
+    def __init__(self, path: epath.Path, flag: str = "samples", labelled: bool = False):
+        """Reads the header.
+
+        Args:
+          path: of the file.
+          flag: names it in errors.
+          labelled: whether `arr_1` has to hold a label of each, see `labels`.
 
         Raises:
           UserError: no such file, or something else than uint8 pictures.
         """
-        self._path, self._flag = path, flag
+        self._path, self._flag, self._labelled = path, flag, labelled
         self.facts: dict[str, Any] = {"samples": str(path)}
-        with self._reading() as stream:
+        with self._reading("arr_0") as stream:
             shape, dtype = stream.shape, stream.dtype
-            if dtype.kind == "f" and len(shape) == 4 and 0 not in shape:
-                self._refuse_floats(stream)
-        if dtype != np.uint8:
-            self._refuse(f"has arr_0 of {dtype}, not of uint8 from 0 to 255")
+            if dtype != np.uint8:
+                self._refuse_numbers(stream)
         if len(shape) != 4 or 0 in shape:
             self._refuse(f"has arr_0 of shape {shape}, which is not (N, H, W, C)")
         if shape[-1] not in (1, 3):
@@ -69,8 +73,29 @@ class NpzPictures:
         self.count, self.shape = shape[0], tuple(shape[1:])
         self.facts |= {"labels": self._label_rule()} | self._request()
 
+    def labels(self) -> np.ndarray:
+        """(N,) int64 labels ≥ 0 of the pictures.
+
+        Raises:
+          UserError: `arr_1` is something else.
+        """
+        with self._reading("arr_1") as stream:
+            labels = stream.whole()
+        if labels.dtype.kind not in "iu":
+            self._refuse(f"has labels arr_1 of {labels.dtype}, not whole numbers")
+        if labels.ndim == 2 and labels.shape[0] == self.count and labels.shape[1] > 1:
+            shape = labels.shape
+            self._refuse(f"has labels arr_1 of shape {shape}, one-hot perhaps, not numbers (N,)")
+        if labels.shape != (self.count,):
+            self._refuse(f"has {self.count} images, but labels arr_1 of shape {labels.shape}")
+        if labels.min() < 0:
+            self._refuse(f"has the label {labels.min()}, below 0")
+        if labels.max() > np.iinfo(np.int64).max:
+            self._refuse(f"has the label {labels.max()}")
+        return labels.astype(np.int64)
+
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
-        with self._reading() as stream:
+        with self._reading("arr_0") as stream:
             yield from stream.parts(size, start)
 
     def has(self, name: str) -> bool:
@@ -78,19 +103,39 @@ class NpzPictures:
         return npz.has(self._path, name)
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[NpzArray]:
-        """The array, at its beginning; whatever is wrong with the file is said."""
+    def _reading(self, name: str) -> Iterator[NpzArray]:
+        """An array, at its beginning; whatever is wrong with the file is said."""
         try:
-            with npz.reading(self._path, "arr_0") as stream:
+            with npz.reading(self._path, name) as stream:
                 yield stream
         except UserError:  # said by whoever reads
             raise
         except KeyError:
-            self._refuse("has no arr_0")
+            self._refuse(self._without(name))
         except OSError as error:
             self._refuse(f"cannot be read ({error.strerror or error})")
         except npz.DAMAGED as error:
-            self._refuse(f"is not a whole npz file ({' '.join(str(error).split())[:100]})")
+            self._refuse(self._damage(error))
+
+    def _without(self, name: str) -> str:
+        """What is found in place of an array."""
+        if not self._labelled:
+            return f"has no {name}"
+        with self._path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            names = ", ".join(each.removesuffix(".npy") for each in archive.namelist())
+        return f"has the arrays {names or 'none'}, which are not arr_0 and arr_1"
+
+    def _damage(self, error: BaseException) -> str:
+        """What a file is that is no whole npz file."""
+        reason = one_line(error, 100)
+        if not self._labelled:
+            return f"is not a whole npz file ({reason})"
+        if not isinstance(error, zipfile.BadZipFile):
+            return f"has arrays that cannot be read ({reason})"
+        with contextlib.suppress(*npz.DAMAGED), self._path.open("rb") as file:
+            array = NpzArray(file)
+            return f"is a single array {array.shape} of {array.dtype}, without labels"
+        return f"is not an npz file ({reason})"
 
     def _label_rule(self) -> str:
         """How the labels beside the pictures are spread, as far as that can be seen."""
@@ -114,11 +159,12 @@ class NpzPictures:
             "arr_0_sha256": record.get("arr_0_sha256"),
         }
 
-    def _refuse_floats(self, stream: NpzArray) -> NoReturn:
-        """What float numbers are probably: broken samples, latents, or pictures in [-1, 1]."""
-        bad: list[int] = []
-        done, low, high = 0, np.inf, -np.inf
-        for part in stream.parts(64):
+    def _refuse_numbers(self, stream: NpzArray) -> NoReturn:
+        """What other numbers are probably: broken samples, latents, or pictures in [-1, 1]."""
+        shape, bad, done = stream.shape, [], 0
+        low, high = np.inf, -np.inf
+        numbers = stream.dtype.kind in "fiub" and 0 not in shape and bool(shape)
+        for part in stream.parts(64) if numbers else ():
             finite = np.isfinite(part).reshape(len(part), -1).all(1)
             bad += (done + np.flatnonzero(~finite)).tolist()
             done += len(part)
@@ -127,70 +173,65 @@ class NpzPictures:
         broken = f"; {len(bad)} of them are not finite ({in_short(bad[:20])})" if bad else ""
         latents = (
             " (latents of an autoencoder are to be decoded first: sample with --vae)"
-            if stream.shape[-1] == 4
+            if numbers and len(shape) == 4 and shape[-1] == 4
             else ""
         )
-        span = f" from {low:.3g} to {high:.3g}" if low <= high else ""
+        if low > high:  # none is finite
+            low = high = np.nan
+        span = f" from {low:.3g} to {high:.3g}" if numbers else ""
         self._refuse(
             f"has arr_0 of {stream.dtype}{span}, not of uint8 from 0 to 255{latents}{broken}"
         )
 
     def _refuse(self, found: str) -> NoReturn:
-        raise UserError(
-            f"--{self._flag} {self._path} {found}: wanted is an npz file with arr_0 (N, H, W, 3) "
-            "uint8, as launch/sample.py writes it, or a folder of pictures"
+        wanted = (
+            "as launch/sample.py writes it, arr_0 (N, H, W, C) uint8 images and arr_1 (N,) labels"
+            if self._labelled
+            else "with arr_0 (N, H, W, 3) uint8, as launch/sample.py writes it, or a folder of "
+            "pictures"
         )
+        raise UserError(f"--{self._flag} {self._path} {found}: wanted is an npz file {wanted}")
 
 
-class FolderPictures:
-    """The picture files of a folder and of its folders, sorted by path; colours as RGB."""
+class FilePictures:
+    """The picture files of a folder, zip or tar, read as `prepare` reads them but not turned, in
+    its order; colours as RGB."""
 
     def __init__(self, path: epath.Path):
-        """Lists the folder and opens the first picture.
+        """Lists them and opens the first one.
 
         Raises:
           UserError: there are none.
         """
-        self._paths = sorted(_files(path), key=lambda each: each.parts)
-        if not self._paths:
-            raise UserError(
-                f"--samples {path} has no pictures ({', '.join(SUFFIXES)}) in it: name a folder "
-                "that has"
-            )
-        self.count, self.shape = len(self._paths), self._read(self._paths[0]).shape
+        try:
+            self._index = open_images(path, unlabelled=True, fewest=1)
+        except UserError as error:
+            raise UserError(f"--samples {error}") from error
+        self._loader, self._path = Loader(self._index, Framing(upright=False), workers=0), path
+        self.count, self.shape = len(self._index), self._pixels(0).shape
         self.facts: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         for begin in range(start, self.count, size):
             pictures = []
-            for path in self._paths[begin : begin + size]:
-                pictures.append(self._read(path))
+            for number in range(begin, min(begin + size, self.count)):
+                pictures.append(self._pixels(number))
                 if pictures[-1].shape != self.shape:
                     raise UserError(
-                        f"--samples: {path} is {pictures[-1].shape[:2]}, others are "
-                        f"{self.shape[:2]}: all pictures must have one size"
+                        f"--samples: {self._path / self._index.names[number]} is "
+                        f"{pictures[-1].shape[:2]}, others are {self.shape[:2]}: all pictures must "
+                        "have one size"
                     )
             yield np.stack(pictures)
 
-    @staticmethod
-    def _read(path: epath.Path) -> np.ndarray:
-        try:
-            with path.open("rb") as file, Image.open(file) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError, ValueError) as error:
+    def _pixels(self, number: int) -> np.ndarray:
+        (loaded,) = self._loader.load([number])
+        if loaded.pixels is None:
             raise UserError(
-                f"--samples: {path} is not a picture that can be read ({error}): mend it or move "
-                "it away"
-            ) from error
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """The picture files in a folder and in its folders."""
-    for path in folder.iterdir():
-        if path.suffix.lower() in SUFFIXES:
-            yield path
-        elif path.is_dir():
-            yield from _files(path)
+                f"--samples: {self._path / self._index.names[number]} is not a picture that can be "
+                f"read ({loaded.reason}): mend it or move it away"
+            )
+        return loaded.pixels
 
 
 class DatasetPictures:
@@ -208,9 +249,10 @@ class DatasetPictures:
             yield self._source.read(np.arange(begin, stop))["image"]
 
 
-def open_pictures(path: epath.Path) -> NpzPictures | FolderPictures:
-    """The pictures at a path, of an npz file or a folder."""
-    return FolderPictures(path) if path.is_dir() else NpzPictures(path)
+def open_pictures(path: epath.Path) -> NpzPictures | FilePictures:
+    """The pictures at a path, of an npz file, or of whatever else `prepare` reads."""
+    archive = path.name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".parquet"))
+    return FilePictures(path) if archive or path.is_dir() else NpzPictures(path)
 
 
 class DrawnPictures:
@@ -222,7 +264,7 @@ class DrawnPictures:
         Raises:
           UserError: the samples are no pictures.
         """
-        shape = asked.experiment.space.shape(asked.experiment.model.sample_shape)
+        shape = asked.shape
         if shape[-1] not in (1, 3) or asked.experiment.space.samples != "samples":
             raise UserError(
                 f"{asked.source.name} makes latents, which have no FID: name the autoencoder that "

@@ -10,6 +10,7 @@ from diffit_jax.evaluation.frechet import resampled_distance
 from diffit_jax.evaluation.neighbours import nearest_distances
 
 RESAMPLINGS = 20
+_RATIOS = {"nearest_train_median": "nearest_train_ratio", "frechet": "frechet_ratio"}
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
@@ -53,23 +54,12 @@ def score_images(
         for split in (train, test)
         for name in ("image", "label")
     )
-    if images.shape[1:] != test_images.shape[1:]:
-        raise UserError(
-            f"the samples are {images.shape[1:]}, the data set has {test_images.shape[1:]}: name "
-            "the data set they imitate"
-        )
-    if len(images) < len(test_images):
-        raise UserError(
-            f"{len(images)} samples are too few: the Fréchet distance needs at least "
-            f"{len(test_images)}"
-        )
+    _check(images, test_images)
     generated, real_train, real_test = (
         pixel_features(array) for array in (images, train_images, test_images)
     )
-    classifier = SVC(C=10.0, gamma=1 / (train_images[0].size * real_train.var())).fit(
-        real_train, train_labels
-    )
-
+    gamma = 1 / (train_images[0].size * real_train.var())
+    classifier = SVC(C=10.0, gamma=gamma).fit(real_train, train_labels)
     scores = {
         "count": len(images),
         "count_frechet": len(test_images),
@@ -80,16 +70,26 @@ def score_images(
         "nearest_train_median": float(np.median(nearest_distances(generated, real_train))),
         "nearest_train_median_real": float(np.median(nearest_distances(real_test, real_train))),
     }
-    if not scores["nearest_train_median_real"]:
-        raise UserError(
-            "half of the data set's test images are among its training images: give it a test "
-            "split of others"
-        )
-    scores["frechet_ratio"] = scores["frechet"] / scores["frechet_real"]
-    scores["nearest_train_ratio"] = (
-        scores["nearest_train_median"] / scores["nearest_train_median_real"]
-    )
+    for of, ratio in _RATIOS.items():
+        if not scores[f"{of}_real"]:
+            raise UserError(
+                "half of the data set's test images are among its training images: give it a test "
+                "split of others"
+            )
+        scores[ratio] = scores[of] / scores[f"{of}_real"]
     return scores
+
+
+def _check(images: np.ndarray, real: np.ndarray) -> None:
+    if images.shape[1:] != real.shape[1:]:
+        raise UserError(
+            f"the samples are {images.shape[1:]}, the data set has {real.shape[1:]}: name the data "
+            "set they imitate"
+        )
+    if len(images) < len(real):
+        raise UserError(
+            f"{len(images)} samples are too few: the Fréchet distance needs at least {len(real)}"
+        )
 
 
 def score_table(scores: dict[str, Any]) -> str:

@@ -185,7 +185,7 @@ class Checkpoints:
             )
         for candidate in reversed(steps if step is None else [step]):
             items: Any = None
-            reason = None
+            reason = ""
             try:
                 items = self.restore_step(candidate, abstract_items)
             except Exception as error:
@@ -193,16 +193,8 @@ class Checkpoints:
                 reason = self._differences(candidate, abstract_items) or _first_line(error)
             if not distributed.everywhere(items is not None):
                 reason = reason or "another process could not read it"
-            elif not allow_nonfinite and not self.facts(candidate).get(
-                "finite"
-            ):  # false, or of a version that did not record it
-                bad = not_finite(_without_moments(items or {}))
-                if bad or "finite" in self.facts(candidate):
-                    named = f" ({first_few(bad)})" if bad else ""
-                    reason = (
-                        f"it has parameters or averages that are not finite{named}: the run "
-                        "had diverged"
-                    )
+            elif not allow_nonfinite:
+                reason = self._diverged(candidate, items or {})
             if reason:
                 reasons.append(f"checkpoint {candidate}: {reason}")
                 log.warning(
@@ -222,6 +214,17 @@ class Checkpoints:
                 f"no checkpoint in {self.directory} can be used ({reasons[0]}): {remedy}"
             )
         return None
+
+    def _diverged(self, step: int, items: Mapping[str, Any]) -> str:
+        """Why a checkpoint is not to be used, if its numbers are not finite; else ""."""
+        facts = self.facts(step)
+        if facts.get("finite"):  # else false, or of a version that did not record it
+            return ""
+        bad = not_finite(_without_moments(items))
+        if not bad and "finite" not in facts:
+            return ""
+        named = f" ({first_few(bad)})" if bad else ""
+        return f"it has parameters or averages that are not finite{named}: the run had diverged"
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints newer than `step`, which could not be used, to `<directory>_damaged`,

@@ -312,6 +312,22 @@ class Networks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the samples of a network are drawn, as a request says it.
+
+    Attributes:
+      labels: one for each sample, or text as `labels.parse_labels` reads it; None: seed modulo
+        classes.
+      overrides: settings of sampling by key, in place of the config's.
+      decoding: by which autoencoder latents become pictures, or None.
+    """
+
+    labels: Sequence[int] | str | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decoding: Decoding | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Asked:
     """What is asked for, checked.
 
@@ -344,13 +360,11 @@ class Asked:
         source: Run | Weights,
         *,
         seeds: Sequence[int],
-        labels: Sequence[int] | str | None,
-        overrides: Mapping[str, Any],
-        decoding: Decoding | None = None,
+        drawing: Drawing = Drawing(),
         opened: Opened | None = None,
     ) -> "Asked":
-        """Checks a request; arguments and errors as of `verbs.sample`. `opened`: the source's
-        experiment, if it is open already."""
+        """Checks a request; arguments and errors as of `sample`. `opened`: the source's experiment,
+        if it is open already."""
         opened = opened or open_experiment(
             source.config, to_train=False, config_file=source.config_file
         )
@@ -359,8 +373,8 @@ class Asked:
         # --- Seeds, labels, settings.
         if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
             raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
-        label_of = _labels(labels, seeds, model.num_classes, source.name)
-        sampling = usual.overridden(overrides)
+        label_of = _labels(drawing.labels, seeds, model.num_classes, source.name)
+        sampling = usual.overridden(drawing.overrides)
         if sampling.guidance.needs_labels and not model.num_classes:
             raise UserError(
                 f"the model in {source.name} is unconditional: leave out --guidance.scale"
@@ -371,19 +385,27 @@ class Asked:
             weaker = open_weaker(experiment, getattr(sampling.guidance, "workdir", ""))
         words = None
         if not np.array_equal(label_of, default_labels(seeds, model.num_classes)):
-            words = labels if isinstance(labels, str) else in_short(label_of.tolist())
+            text = drawing.labels
+            words = text if isinstance(text, str) else in_short(label_of.tolist())
 
         # --- The sampler, on devices that hold the right rows, and the decoder behind it.
         weaker_model = weaker[1].experiment.model if weaker else None
         sampler = Sampler(experiment, opened.mesh, len(seeds), weaker_model)
         parallel.prove_rows(opened.mesh, sampler.batch_size)
         decoder = None
-        if decoding is not None:
-            decoder = decoding.open(opened.mesh, sampler.batch_size, sampling.pixel_rounding)
+        if drawing.decoding is not None:
+            decoder = drawing.decoding.open(
+                opened.mesh, sampler.batch_size, sampling.pixel_rounding
+            )
             space = experiment.space.decoded(decoder, model.sample_shape)
             experiment = dataclasses.replace(experiment, space=space)
         numbers = np.asarray(seeds, np.int64)
         return cls(source, opened, experiment, numbers, label_of, words, sampler, weaker, decoder)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of a sample as it is written."""
+        return self.experiment.space.shape(self.experiment.model.sample_shape)
 
     def with_scale(self, scale: float) -> "Asked":
         """The same with another scale of the guidance, drawn by the same compiled function."""
@@ -400,10 +422,9 @@ class Asked:
           UserError: it is no npz file.
         """
         if path is None:
-            space, shape = self.experiment.space, self.experiment.model.sample_shape
             name = default_name(
-                space.samples,
-                (len(self.seeds), *space.shape(shape)),
+                self.experiment.space.samples,
+                (len(self.seeds), *self.shape),
                 dict(self._differences()) | dict(self.source.differences),
             )
             path = self.source.directory / name

@@ -27,7 +27,7 @@ from diffit_jax.runtime import backend, distributed, files, interruption, npz
 from diffit_jax.runtime.console import Progress
 from diffit_jax.runtime.ranges import in_short
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Networks, Run, Weights
+from diffit_jax.sampling.request import Asked, Drawing, Networks, Run, Weights
 from diffit_jax.spaces import Space
 
 log = logging.getLogger(__name__)
@@ -349,9 +349,7 @@ def sample(
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
-    asked = Asked.make(
-        source, seeds=seeds, labels=labels, overrides=overrides or {}, decoding=decoding
-    )
+    asked = Asked.make(source, seeds=seeds, drawing=Drawing(labels, overrides or {}, decoding))
     _check_pictures(asked, by_class, frames)
     output = asked.output(output)
     distributed.on_primary(lambda: files.make_directory(output.parent, "output directory"))

@@ -93,26 +93,24 @@ def make_train_step(
         state: TrainState, collected: metrics.Collection, batch: Batch, frozen: Mapping[str, Any]
     ) -> tuple[TrainState, metrics.Collection]:
         # --- The gradient.
-        batch_size, num_updates = len(batch["label"]), state.step - state.skipped
+        training, batch_size = experiment.training, len(batch["label"])
+        num_updates = state.step - state.skipped
         examples = {**batch, "key": example_keys(experiment.seed, state.step, batch_size)}
         if AVERAGE in objective.uses:
             frozen = {**frozen, AVERAGE: state.ema_variables}
         trained = {"params": state.params}
         if state.objective:
-            trained["objective"] = state.objective["params"]
+            trained |= {"objective": state.objective["params"]}
 
         def loss_of(trained: Mapping[str, Any], part: dict[str, jax.Array]) -> Any:
             variables = {"constants": state.constants, **trained}
             return mean_loss(experiment, objective, variables, frozen, part, update=num_updates)
 
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, terms), gradient = accumulated(
-            lambda part: gradient_of(trained, part), examples, experiment.training.accumulation
-        )
+        gradient_of = functools.partial(jax.value_and_grad(loss_of, has_aux=True), trained)
+        (loss, terms), gradient = accumulated(gradient_of, examples, training.accumulation)
         if experiment.optimizer.replace_nonfinite:
-            gradient = jax.tree.map(
-                lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), gradient
-            )
+            to_number = functools.partial(jnp.nan_to_num, nan=0.0, posinf=1e5, neginf=-1e5)
+            gradient = jax.tree.map(to_number, gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -128,18 +126,17 @@ def make_train_step(
         )
 
         # --- What the log shows: averages are over updates that were made; the counts go on.
+        counts = {name: getattr(state, name) for name in ("skipped", "skipped_in_row")}
         measured = step_metrics(experiment.process, objective).single_from_model_output(
             loss=loss,
             **terms,
             gradient_norm=norm,
             learning_rate=learning_rate(experiment.optimizer, num_updates),
-            skipped=state.skipped.astype(jnp.float32),
-            skipped_in_row=state.skipped_in_row.astype(jnp.float32),
+            **{name: count.astype(jnp.float32) for name, count in counts.items()},
         )
         merged = collected.merge(measured)
-        return state, if_finite(merged, collected).replace(
-            skipped=merged.skipped, skipped_in_row=merged.skipped_in_row
-        )
+        latest = {name: getattr(merged, name) for name in counts}
+        return state, if_finite(merged, collected).replace(**latest)
 
     return train_step
 

@@ -1,6 +1,7 @@
 """How fast a config trains on the devices at hand."""
 
 import contextlib
+import functools
 import resource
 import statistics
 import sys
@@ -51,28 +52,19 @@ def measure(
     )
     parallel.prove_rows(mesh, size)
     waits: list[float] = []
-
-    @contextlib.contextmanager
-    def waiting() -> Iterator[None]:
-        asked = time.perf_counter()
-        yield
-        waits.append(time.perf_counter() - asked)
-
+    waiting = functools.partial(_timed, waits)
     stream = batches_on(mesh, source, size, experiment.seed, waiting=waiting)
     state, batch = create_state(experiment, mesh), next(stream)
     train_step, collected, compile_s = compile_train_step(opened, state, batch)
 
-    times = []
-    with (
-        Progress("benchmark", steps + 3, shown=distributed.is_first()) as progress,
-        distributed.lost_processes(),
-    ):
+    times: list[float] = []
+    shown = distributed.is_first()
+    with Progress("benchmark", steps + 3, shown=shown) as progress, distributed.lost_processes():
         for _ in range(steps + 3):
-            start = time.perf_counter()
-            state, collected = train_step(state, collected, batch, opened.objective.frozen)
-            batch = next(stream)
-            jax.block_until_ready(state)
-            times.append(time.perf_counter() - start)
+            with _timed(times):
+                state, collected = train_step(state, collected, batch, opened.objective.frozen)
+                batch = next(stream)
+                jax.block_until_ready(state)
             progress.advance()
     median = statistics.median(times[3:])
     device = parallel.local_device(mesh)
@@ -92,6 +84,14 @@ def measure(
         "attention": models.attention_in_words(experiment.model, device.platform),
         "peak_memory_gb": _peak_memory(device) / 1e9,
     }
+
+
+@contextlib.contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    """Notes how long the block took."""
+    started = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - started)
 
 
 def _peak_memory(device: jax.Device) -> int:

@@ -4,15 +4,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.evaluator import Evaluator, check_count
-from diffit_jax.evaluation.features import BATCH_PER_DEVICE
+from diffit_jax.evaluation.evaluator import Comparison, Evaluator, check_count
 from diffit_jax.evaluation.pictures import DrawnPictures, Pictures, open_pictures
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
-from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Run, Weights
+from diffit_jax.sampling.request import Asked, Drawing, Run, Weights
 
 log = logging.getLogger(__name__)
 
@@ -33,38 +32,28 @@ _TITLES = {
 def evaluate(
     samples: epath.PathLike | Run | Weights,
     *,
-    reference: epath.PathLike,
-    inception: epath.PathLike,
-    metrics: Sequence[str] | None = None,
-    resize: str = "tf1",
+    comparison: Comparison,
+    drawing: Drawing = Drawing(),
+    seeds: Sequence[Sequence[int]] | None = None,
     count: int | None = None,
     output: epath.PathLike | None = None,
     overwrite: bool = False,
-    labels: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    decoding: Decoding | None = None,
-    batch_per_device: int = BATCH_PER_DEVICE,
-    seeds: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Measures samples against a reference and writes the scores as JSON. Interrupted, the same
     call goes on where it was.
 
     Args:
-      samples: an npz file with `arr_0` (N, H, W, 3 or 1) uint8 or a folder of pictures, read as a
-        stream; or a `Run` or `Weights`, whose samples are drawn and not kept.
-      reference: npz file of statistics, see `evaluation.reference`.
-      inception: weights of the FID network, see `interop.inception`.
-      metrics: names in `METRICS`; None: all but KID that the reference has what it takes for.
-      resize: how pictures come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
+      samples: an npz file with `arr_0` (N, H, W, 3 or 1) uint8, a folder or an archive of pictures,
+        read as a stream; or a `Run` or `Weights`, whose samples are drawn and not kept.
+      comparison: with what, and how.
+      drawing: of the samples of a network.
+      seeds: sets of seed numbers of a network's samples; None: one, 0 to `count` - 1. Each set is
+        measured by itself, and the one of the lowest FID counts: EDM's protocol is the lowest of
+        three.
       count: how many of the first samples; None: all, or of a network 50,000.
       output: path of the JSON; None: `<name of the samples>.metrics.json` beside them, or in the
         work directory.
       overwrite: whether the scores of other samples may be replaced.
-      labels, overrides, decoding: of the samples of a network; see `verbs.sample`.
-      batch_per_device: pictures of which a device extracts the features at once.
-      seeds: sets of seed numbers of a network's samples; None: one, 0 to `count` - 1. Each set is
-        measured by itself, and the one of the lowest FID counts: EDM's protocol is the lowest of
-        three.
 
     Returns:
       `metrics`: the scores by name; `count`; and `protocol`: what they depend on. Of several sets
@@ -77,33 +66,13 @@ def evaluate(
       interruption.Preempted, interruption.Interrupted: what is measured is kept beside the output.
     """
     # --- The samples, before anything else is opened.
-    asked = None
     if isinstance(samples, Run | Weights):
-        if seeds is not None and count is not None:
-            raise UserError("--seeds and --count both say how many samples: leave out either")
-        sets = seeds or [range(COUNT if count is None else count)]
-        every = [
-            Asked.make(
-                samples, seeds=one, labels=labels, overrides=overrides or {}, decoding=decoding
-            )
-            for one in sets
-        ]
-        asked = every[0]
-        networks = asked.load()
-        drawn: list[Pictures] = [DrawnPictures(one, networks) for one in every]
-        if output is None:
-            lowest = f".lowest_of_{len(sets)}" if len(sets) > 1 else ""
-            path = asked.output(None)
-            output = path.with_name(f"{path.stem}{lowest}{METRICS_SUFFIX}")
+        drawn, mesh, default = _drawn(samples, drawing, seeds, count)
+    elif seeds is not None:
+        raise UserError("--seeds goes with a network: samples that are there are as they are")
     else:
-        if seeds is not None:
-            raise UserError("--seeds goes with a network: samples that are there are as they are")
-        path = hub.local(samples, "samples")
-        drawn = [open_pictures(path)]
-        name = path.name if path.is_dir() else path.stem
-        if output is None:
-            output = hub.beside(samples, path) / f"{name}{METRICS_SUFFIX}"
-    output = files.resolve(output, "output")
+        drawn, mesh, default = _opened(samples)
+    output = files.resolve(default if output is None else output, "output")
     for pictures in drawn:
         if count is not None and count > pictures.count:
             raise UserError(
@@ -112,18 +81,7 @@ def evaluate(
             )
         check_count(pictures.count if count is None else count)
     distributed.on_primary(lambda: _refuse_others(output, drawn[0], overwrite))
-
-    # --- What they are compared with, and by which network.
-    mesh = asked.opened.mesh if asked else parallel.any_mesh()
-    evaluator = Evaluator.open(
-        reference,
-        inception,
-        drawn[0].shape,
-        mesh=mesh,
-        metrics=metrics,
-        resize=resize,
-        batch_per_device=batch_per_device,
-    )
+    evaluator = Evaluator.open(comparison, drawn[0].shape, mesh)
     if len(drawn) > 1 and "fid" not in evaluator.metrics:
         raise UserError("of several --seeds the lowest FID counts: add fid to --metrics")
 
@@ -138,16 +96,7 @@ def evaluate(
     ]
     scores = min(of_sets, key=lambda one: one["metrics"].get("fid", 0.0))
     if len(of_sets) > 1:
-        scores = scores | {
-            "sets": [
-                {
-                    "seeds": one["protocol"]["seeds"],
-                    "metrics": one["metrics"],
-                    "samples_digest": one["protocol"]["samples_digest"],
-                }
-                for one in of_sets
-            ]
-        }
+        scores |= {"sets": [_of_set(**one) for one in of_sets]}
 
     def write() -> None:
         files.write_json(output, scores)
@@ -157,6 +106,40 @@ def evaluate(
 
     distributed.on_primary(write)
     return scores
+
+
+_Samples = tuple[Sequence[Pictures], jax.sharding.Mesh, epath.Path]  # …, and where scores go
+
+
+def _drawn(
+    source: Run | Weights,
+    drawing: Drawing,
+    seeds: Sequence[Sequence[int]] | None,
+    count: int | None,
+) -> _Samples:
+    """The samples of a network, a set for each set of seeds."""
+    if seeds is not None and count is not None:
+        raise UserError("--seeds and --count both say how many samples: leave out either")
+    sets = seeds or [range(COUNT if count is None else count)]
+    every = [Asked.make(source, seeds=one, drawing=drawing) for one in sets]
+    networks, path = every[0].load(), every[0].output(None)
+    lowest = f".lowest_of_{len(sets)}" if len(sets) > 1 else ""
+    output = path.with_name(f"{path.stem}{lowest}{METRICS_SUFFIX}")
+    return [DrawnPictures(one, networks) for one in every], every[0].opened.mesh, output
+
+
+def _opened(samples: epath.PathLike) -> _Samples:
+    """The samples of a file or folder."""
+    path = hub.local(samples, "samples")
+    name = path.name if path.is_dir() else path.stem
+    output = hub.beside(samples, path) / f"{name}{METRICS_SUFFIX}"
+    return [open_pictures(path)], parallel.any_mesh(), output
+
+
+def _of_set(metrics: Mapping[str, float], protocol: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+    """What is told of one of several sets."""
+    seeds, digest = protocol["seeds"], protocol["samples_digest"]
+    return {"seeds": seeds, "metrics": metrics, "samples_digest": digest}
 
 
 def table(scores: Mapping[str, Any]) -> str:

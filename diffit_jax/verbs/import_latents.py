@@ -14,9 +14,9 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import distributed, files, hub
+from diffit_jax.runtime import distributed, hub
 from diffit_jax.runtime.console import Progress
-from diffit_jax.verbs.prepare import kept, label_of, progress_of, report
+from diffit_jax.verbs.prepare import facts_of, kept, label_of, progress_of, report
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,10 @@ RANGES = {
     "[-1, 1] (as REPA)": (0.86, -0.28, 0.22, 0.37),
 }
 PALE = ("[0, 1] (as EDM2)",)
+_PALE = (
+    "a network that is trained on these makes latents of pixels in [0, 1]: pictures that --vae "
+    "decodes of them are too pale"
+)
 PROBED = 10_000  # latents whose means tell the ranges apart
 _NEAR = 0.5  # of a mean; the two ranges are 5 apart in the first channel
 _MOST_STD = 1e3  # a standard deviation beyond this is something else
@@ -69,27 +73,17 @@ def import_latents(
         pixels, means = _range_of(index.names, read)
         log.info("channel means %s: pixels were in %s", _short(means), pixels)
         if pixels in PALE:
-            log.warning(
-                "a network that is trained on these makes latents of pixels in [0, 1]: pictures "
-                "that --vae decodes of them are too pale"
-            )
+            log.warning("%s", _PALE)
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         arrays = records.layout(moments=ArraySpec(shape, "float32"))
         shards = Shards(folder, split, count=len(index), arrays=arrays, identity=digest)
-        files.make_directory(folder, "data_dir")
-        with files.owned(folder, "data set"):
-            shards.begin()
+        with shards.owned():
             _write(shards, index, read, shape)
             manifest = shards.finish(
                 index.classes,
                 lambda sums: {
-                    "source": {
-                        "path": str(source),
-                        "split": split,
-                        "kind": "imported",
-                        "digest": index.digest(),
-                    },
+                    "source": facts_of(index, source, split) | {"kind": "imported"},
                     "crop": {"crop": "unknown", "size": shape[1] * 8},
                     "autoencoder": {"path": "unknown", "pixels": pixels, "orientations": 1},
                     "statistics": latent_statistics.of_sums(sums),

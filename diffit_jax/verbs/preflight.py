@@ -6,6 +6,7 @@ is allocated. Every time here is the compiler's estimate, not a measurement; `tp
 it is added up.
 """
 
+import functools
 import logging
 import math
 import re
@@ -76,18 +77,7 @@ def preflight(
     Raises:
       UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
     """
-    known = ("train", "sample", *CHAIN)
-    if programs is None:
-        programs = known[:2]
-        experiment = build(config)
-        if experiment.evaluation.steps:
-            decode = ("decode",) * bool(experiment.data.autoencoder)
-            programs = (*programs, *decode, "inception")
-    if not programs:
-        raise UserError(f"--programs is empty: use some of {', '.join(known)}")
-    for program in programs:
-        if program not in known:
-            raise UserError(f"--programs has {program!r}: use some of {', '.join(known)}")
+    programs = _chosen(config, programs)
     chip, devices = chip_of(topology), compiler.topology_devices(topology, num_slices)
     config = ConfigDict(config.to_dict())
     if num_slices > 1:
@@ -95,36 +85,19 @@ def preflight(
         config.mesh = ConfigDict({**mesh_section, "num_slices": num_slices})
     with compiler.for_another_machine():  # it may try the attention kernel
         opened = open_experiment(config, devices)
-    experiment, mesh, state = opened.experiment, opened.mesh, opened.state
+    experiment, state = opened.experiment, opened.state
     chips = len(devices) // chip.devices
     held = _held(state)
 
-    def compiled(lowered: jax.stages.Lowered) -> Compiled | TooLarge:
-        return compiler.compile_for(lowered, topology, num_slices)
-
-    train = sample = None
+    compiled = functools.partial(compiler.compile_for, topology=topology, num_slices=num_slices)
+    train = sample = chain = None
     if "train" in programs:
         log.info("compiling the train step for %d chips", chips)
-        train = compiled(lower_train_step(opened, state, batch_shapes(experiment, mesh)))
-        if isinstance(train, Compiled):
-            batch_size = experiment.training.batch_size
-            # Every device's share of the gradient crosses from slice to slice, in bfloat16, there
-            # and back.
-            crossing_s = held.parameters / (SLICE_BANDWIDTH / chip.devices)
-            train = Step.of(
-                train,
-                chip,
-                chips,
-                images=batch_size,
-                flops=training_flops(experiment.model) * batch_size,
-                between_slices_s=crossing_s if num_slices > 1 else 0.0,
-            )
+        train = _price_training(opened, chip, chips, compiled, num_slices > 1)
     if "sample" in programs:
         log.info("compiling the sample step for %d chips", chips)
         sample = price_sampling(opened, chip, chips, compiled)
-    chained = [program for program in CHAIN if program in programs]
-    chain = None
-    if chained:
+    if chained := [program for program in CHAIN if program in programs]:
         log.info("compiling %s for %d chips", ", ".join(chained), chips)
         chain = price_chain(
             opened, chip=chip, chips=chips, compiled=compiled, programs=chained, sampling=sample
@@ -145,6 +118,47 @@ def preflight(
         evaluating=evaluating,
         run=fitting and _run(experiment, chips, fitting.step_s),
     )
+
+
+def _price_training(
+    opened: Opened,
+    chip: Chip,
+    chips: int,
+    compiled: Callable[[jax.stages.Lowered], Compiled | TooLarge],
+    several_slices: bool,
+) -> Step | TooLarge:
+    """The update; arguments as of `price_sampling`."""
+    experiment = opened.experiment
+    batch = batch_shapes(experiment, opened.mesh)
+    answer = compiled(lower_train_step(opened, opened.state, batch))
+    if not isinstance(answer, Compiled):
+        return answer
+    size = experiment.training.batch_size
+    # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
+    crossing_s = _held(opened.state).parameters / (SLICE_BANDWIDTH / chip.devices)
+    return Step.of(
+        answer,
+        chip,
+        chips,
+        images=size,
+        flops=training_flops(experiment.model) * size,
+        between_slices_s=crossing_s if several_slices else 0.0,
+    )
+
+
+def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]:
+    """The programs that are asked for, or of a config."""
+    known = ("train", "sample", *CHAIN)
+    if programs is None:
+        experiment = build(config)
+        of_evaluations = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
+        return [*known[:2], *(of_evaluations if experiment.evaluation.steps else ())]
+    if not programs:
+        raise UserError(f"--programs is empty: use some of {', '.join(known)}")
+    for program in programs:
+        if program not in known:
+            raise UserError(f"--programs has {program!r}: use some of {', '.join(known)}")
+    return programs
 
 
 def with_batch(config: ConfigDict, topology: str, num_slices: int, per_chip: int) -> ConfigDict:

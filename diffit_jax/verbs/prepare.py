@@ -16,7 +16,7 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.shards import Shards
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
-from diffit_jax.runtime import distributed, files, hub
+from diffit_jax.runtime import distributed, hub
 from diffit_jax.runtime.console import Progress
 
 log = logging.getLogger(__name__)
@@ -60,29 +60,14 @@ def prepare(
     index = open_images(place, split, unlabelled)
     workers = default_workers() if workers is None else workers
     with Loader(index, framing, workers) as loader:
-        shape = loader.first_shape()
-        shards = Shards(
-            folder,
-            split,
-            count=len(index),
-            arrays=records.layout(image=ArraySpec(shape, "uint8")),
-            identity={
-                "source": index.digest(),
-                "crop": dataclasses.asdict(framing),
-                "shape": list(shape),
-            },
-        )
-        files.make_directory(folder, "data_dir")
-        with files.owned(folder, "data set"):
-            shards.begin()
+        shape, crop = loader.first_shape(), dataclasses.asdict(framing)
+        identity = {"source": index.digest(), "crop": crop, "shape": list(shape)}
+        arrays = records.layout(image=ArraySpec(shape, "uint8"))
+        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
+        with shards.owned():
             _write(shards, index, loader, shape)
-            manifest = shards.finish(
-                index.classes,
-                lambda sums: {
-                    "source": facts_of(index, source, split),
-                    "crop": dataclasses.asdict(framing),
-                },
-            )
+            facts = {"source": facts_of(index, source, split), "crop": crop}
+            manifest = shards.finish(index.classes, lambda sums: facts)
     report(manifest, folder, index)
     return manifest
 

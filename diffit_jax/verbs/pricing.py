@@ -69,49 +69,68 @@ def price_chain(
     Raises:
       UserError: a program of an autoencoder for an experiment without one.
     """
-    mesh, experiment = opened.mesh, opened.experiment
-    latent = experiment.model.sample_shape
-    autoencoder = Autoencoder(latent_channels=latent[-1], dtype=jnp.bfloat16)
-    factor = autoencoder.factor if experiment.data.autoencoder else 1
-    if factor == 1 and {"encode", "decode"} & set(programs):
+    with_autoencoder = bool(opened.experiment.data.autoencoder)
+    if not with_autoencoder and {"encode", "decode"} & set(programs):
         raise UserError("--programs has encode or decode, but the config names no autoencoder")
-    image = (latent[0] * factor, latent[1] * factor, 3)
-    small = (autoencoder.factor, autoencoder.factor, 3)
-    of_autoencoder = _variables(mesh, autoencoder, small)
-    inception = Inception()
-    of_inception = _variables(mesh, inception, (SIDE, SIDE, 3))
-
-    def encode(variables: Any, image_BHWC: jax.Array) -> Any:
-        return autoencoder.apply(variables, pixels.to_model(image_BHWC), method="encode")
-
-    def program(name: str) -> tuple[jax.stages.Lowered, int, int]:
-        """The lowered program, its images, and multiply-adds of each."""
-        if name == "inception":
-            extractor = Extractor(inception, of_inception, mesh)
-            adds = _multiply_adds(inception.apply, of_inception, (SIDE, SIDE, 3))
-            return extractor.lower(image), extractor.batch_size, adds
-        apply = functools.partial(autoencoder.apply, method=name)
-        if name == "decode":
-            decoder = Decoder(autoencoder, of_autoencoder, mesh, batch_per_device=AT_ONCE)
-            adds = _multiply_adds(apply, of_autoencoder, latent)
-            return decoder.lower(latent), decoder.batch_size, adds
-        count, sharding = AT_ONCE * mesh.size, parallel.batch_sharding(mesh)
-        batch = jax.ShapeDtypeStruct((count, *image), np.uint8, sharding=sharding)
-        lowered = per_slice(encode, mesh, AT_ONCE).lower(of_autoencoder, batch)
-        return lowered, count, _multiply_adds(apply, of_autoencoder, image)
-
+    chain = _Chained(opened)
     priced: dict[str, Step | TooLarge] = {}
     for name in programs:
-        lowered, images, adds = program(name)
+        lowered, images, adds = getattr(chain, name)()
         answer = compiled(lowered)
         if isinstance(answer, Compiled):
             answer = Step.of(answer, chip, chips, images=images, flops=2 * images * adds)
         priced[name] = answer
     held = {
-        "autoencoder": _bytes(of_autoencoder) if factor > 1 else 0,
-        "inception": _bytes(of_inception),
+        "autoencoder": _bytes(chain.of_autoencoder) if with_autoencoder else 0,
+        "inception": _bytes(chain.of_inception),
     }
     return Chain(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
+
+
+_Program = tuple[jax.stages.Lowered, int, int]  # …, its images, and multiply-adds of each
+
+
+class _Chained:
+    """The programs between pictures, latents and scores, lowered; of shapes only.
+
+    Attributes:
+      of_autoencoder, of_inception: their variables.
+    """
+
+    def __init__(self, opened: Opened):
+        self._mesh, self._latent = opened.mesh, opened.experiment.model.sample_shape
+        self._autoencoder = Autoencoder(latent_channels=self._latent[-1], dtype=jnp.bfloat16)
+        whole = self._autoencoder.factor
+        factor = whole if opened.experiment.data.autoencoder else 1
+        self._image = (self._latent[0] * factor, self._latent[1] * factor, 3)
+        self._inception = Inception()
+        self.of_autoencoder = _variables(self._mesh, self._autoencoder, (whole, whole, 3))
+        self.of_inception = _variables(self._mesh, self._inception, (SIDE, SIDE, 3))
+
+    def inception(self) -> _Program:
+        extractor = Extractor(self._inception, self.of_inception, self._mesh)
+        adds = _multiply_adds(self._inception.apply, self.of_inception, (SIDE, SIDE, 3))
+        return extractor.lower(self._image), extractor.batch_size, adds
+
+    def decode(self) -> _Program:
+        decoder = Decoder(
+            self._autoencoder, self.of_autoencoder, self._mesh, batch_per_device=AT_ONCE
+        )
+        return decoder.lower(self._latent), decoder.batch_size, self._adds("decode", self._latent)
+
+    def encode(self) -> _Program:
+        def encode(variables: Any, image_BHWC: jax.Array) -> Any:
+            image_BHWC = pixels.to_model(image_BHWC)
+            return self._autoencoder.apply(variables, image_BHWC, method="encode")
+
+        count, sharding = AT_ONCE * self._mesh.size, parallel.batch_sharding(self._mesh)
+        batch = jax.ShapeDtypeStruct((count, *self._image), np.uint8, sharding=sharding)
+        lowered = per_slice(encode, self._mesh, AT_ONCE).lower(self.of_autoencoder, batch)
+        return lowered, count, self._adds("encode", self._image)
+
+    def _adds(self, method: str, example: tuple[int, ...]) -> int:
+        apply = functools.partial(self._autoencoder.apply, method=method)
+        return _multiply_adds(apply, self.of_autoencoder, example)
 
 
 def price_evaluating(

@@ -1,17 +1,15 @@
 """The verb `score`: from a file of samples of a small data set to scores that need no network."""
 
 import hashlib
-import io
 import logging
-import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from diffit_jax.data.sources import open_dataset
-from diffit_jax.errors import UserError, one_line
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation.pictures import NpzPictures
 from diffit_jax.evaluation.small import score_images
 from diffit_jax.runtime import files
 from diffit_jax.sampling.sample import read_record
@@ -51,7 +49,8 @@ def score(
         if output is None
         else files.resolve(output, "output")
     )
-    images, labels = read_samples(samples)
+    pictures = NpzPictures(samples, labelled=True)
+    images, labels = np.concatenate(list(pictures.batches(1_000))), pictures.labels()
     digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     _refuse_other_scores(output, digest, overwrite)
     train, test = (open_dataset(dataset, split, data_dir) for split in ("train", "test"))
@@ -76,77 +75,6 @@ def score(
     files.write_json(output, scores)
     log.info("wrote %s", output)
     return scores
-
-
-def read_samples(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, H, W, C) uint8 and labels (n,) int64 of a file as ADM's evaluator reads it.
-
-    Raises:
-      UserError: says what was found there and what is wanted.
-    """
-    try:
-        images, labels = _arrays_in(path)
-        _check_images(images)
-        _check_labels(labels, len(images))
-    except _Unusable as error:
-        raise UserError(
-            f"--samples {path} {error}: wanted is an npz file as launch/sample.py writes it, arr_0 "
-            "(N, H, W, C) uint8 images and arr_1 (N,) labels"
-        ) from error.__cause__
-    return images, labels.astype(np.int64)
-
-
-class _Unusable(Exception):
-    """What was found in place of samples."""
-
-
-def _arrays_in(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        content = path.read_bytes()
-        loaded = np.load(io.BytesIO(content), allow_pickle=False)
-    except OSError as error:
-        raise _Unusable(f"cannot be read ({error.strerror or error})") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _Unusable(f"is not an npz file ({one_line(error, 100)})") from error
-    if isinstance(loaded, np.ndarray):
-        raise _Unusable(f"is a single array {loaded.shape} of {loaded.dtype}, without labels")
-    with loaded:
-        names = list(loaded)
-        if not {"arr_0", "arr_1"} <= set(names):
-            found = ", ".join(names) or "none"
-            raise _Unusable(f"has the arrays {found}, which are not arr_0 and arr_1")
-        try:
-            return loaded["arr_0"], loaded["arr_1"]
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            text = f"has arrays that cannot be read ({one_line(error, 100)})"
-            raise _Unusable(text) from error
-
-
-def _check_images(images: np.ndarray) -> None:
-    if images.dtype != np.uint8:
-        numbers = images.size and images.dtype.kind in "fiub"
-        span = f" from {images.min():.3g} to {images.max():.3g}" if numbers else ""
-        latents = images.ndim == 4 and images.shape[-1] == 4
-        kind = " (latents of an autoencoder are to be decoded first)" if latents else ""
-        raise _Unusable(f"has arr_0 of {images.dtype}{span}, not of uint8 from 0 to 255{kind}")
-    if images.ndim != 4 or 0 in images.shape:
-        raise _Unusable(f"has arr_0 of shape {images.shape}, which is not (N, H, W, C)")
-    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        raise _Unusable(f"has arr_0 of shape {images.shape}, which has the channels first")
-
-
-def _check_labels(labels: np.ndarray, count: int) -> None:
-    if labels.dtype.kind not in "iu":
-        raise _Unusable(f"has labels arr_1 of {labels.dtype}, not whole numbers")
-    if labels.ndim == 2 and labels.shape[0] == count and labels.shape[1] > 1:
-        text = f"has labels arr_1 of shape {labels.shape}, one-hot perhaps, not numbers (N,)"
-        raise _Unusable(text)
-    if labels.shape != (count,):
-        raise _Unusable(f"has {count} images, but labels arr_1 of shape {labels.shape}")
-    if labels.min() < 0:
-        raise _Unusable(f"has the label {labels.min()}, below 0")
-    if labels.max() > np.iinfo(np.int64).max:
-        raise _Unusable(f"has the label {labels.max()}")
 
 
 def _refuse_other_scores(output: epath.Path, digest: str, overwrite: bool) -> None:

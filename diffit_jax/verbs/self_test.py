@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE
 from diffit_jax.runtime import hub
 from diffit_jax.verbs.evaluate import METRICS_SUFFIX, evaluate
@@ -78,11 +79,13 @@ def self_test(
     for one in there:
         scores = evaluate(
             folder / one.samples,
-            reference=folder / one.reference,
-            inception=inception,
-            metrics=list(one.metrics),
+            comparison=Comparison(
+                folder / one.reference,
+                inception,
+                list(one.metrics),
+                batch_per_device=batch_per_device,
+            ),
             output=folder / f"{epath.Path(one.samples).stem}{METRICS_SUFFIX}",
-            batch_per_device=batch_per_device,
         )["metrics"]
         pairs = {name: (scores[name], theirs) for name, theirs in one.metrics.items()}
         ours, theirs = pairs["fid"]

@@ -13,13 +13,11 @@ from etils import epath
 
 from diffit_jax import limits, sections
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.evaluator import Evaluator, check_count
-from diffit_jax.evaluation.features import BATCH_PER_DEVICE
+from diffit_jax.evaluation.evaluator import Comparison, Evaluator, check_count
 from diffit_jax.evaluation.measuring import protocol_of
 from diffit_jax.evaluation.pictures import DrawnPictures
 from diffit_jax.runtime import backend, distributed, files, ranges
-from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Networks, Run, Weights
+from diffit_jax.sampling.request import Asked, Drawing, Networks, Run, Weights
 from diffit_jax.training.state import open_experiment
 
 log = logging.getLogger(__name__)
@@ -76,17 +74,11 @@ def sweep(
     source_of: Callable[..., Run | Weights],
     *,
     keys: Mapping[str, Sequence[Any]],
-    reference: epath.PathLike,
-    inception: epath.PathLike,
+    comparison: Comparison,
+    drawing: Drawing = Drawing(),
     output: epath.PathLike | None = None,
-    metrics: Sequence[str] | None = None,
     count: int = COUNT,
     overwrite: bool = False,
-    labels: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    decoding: Decoding | None = None,
-    batch_per_device: int = BATCH_PER_DEVICE,
-    resize: str = "tf1",
 ) -> Swept:
     """Scores samples for all combinations of settings. Interrupted, the same call goes on where it
     was; with more values it only adds those.
@@ -97,13 +89,12 @@ def sweep(
       source_of: the network, with `ema_length` and `checkpoint` as keyword arguments if they are
         among the keys.
       keys: values by key, `parse` gives them.
-      reference, inception, metrics, labels, decoding, batch_per_device, resize: as of `evaluate`.
-        The first of the metrics decides; FID if none are named.
+      comparison: as of `evaluate`. The first of its metrics decides; FID if none are named.
+      drawing: of the samples, with what all points have in common.
       output: path of the JSON, for the picture with another ending; None: `sweep.json` in the
         directory of the network.
       count: samples of each point, of the seeds 0 to `count` - 1.
       overwrite: whether another sweep may be replaced.
-      overrides: settings of sampling that all points have.
 
     Raises:
       UserError: a key that changes nothing, settings that cannot be, or as `evaluate`.
@@ -111,62 +102,49 @@ def sweep(
     """
     # --- All points, before anything is opened that takes time.
     check_count(count)
-    overrides = dict(overrides or {})
-    for key in keys:
-        if key in overrides:
-            raise UserError(f"--{key} and --sweep {key} both say which: leave out either")
-    combinations = ranges.combinations(keys)
-    asking = _Asking(
-        source_of,
-        seeds=range(count),
-        labels=labels,
-        overrides=overrides,
-        decoding=decoding,
-        keys=keys,
-    )
-    asked = [asking.point(settings) for settings in combinations]
-    _check_effect(keys, combinations, asked)
+    asking = _Asking(source_of, range(count), drawing, keys)
+    points = ranges.combinations(keys)
+    asked = [asking.point(settings) for settings in points]
+    _check_effect(keys, points, asked)
     first = asked[0]
-    path = first.source.directory / "sweep.json"
-    path = path if output is None else files.resolve(output, "output")
-    shape = first.experiment.space.shape(first.experiment.model.sample_shape)
-    evaluator = Evaluator.open(
-        reference,
-        inception,
-        shape,
-        mesh=first.opened.mesh,
-        metrics=metrics or ["fid"],
-        resize=resize,
-        batch_per_device=batch_per_device,
-    )
-    what = {
-        "source": str(first.source.directory),
+    default = first.source.directory / "sweep.json"
+    path = files.resolve(default if output is None else output, "output")
+    if not comparison.metrics:
+        comparison = dataclasses.replace(comparison, metrics=["fid"])
+    evaluator = Evaluator.open(comparison, first.shape, first.opened.mesh)
+    what = _identity(first, evaluator, count)
+    held = distributed.first_then_all(lambda: _held(path, what, overwrite))
+
+    # --- One point after the other; what is there is not measured again.
+    begun, names = path.with_name(f"{path.name}.begun.npz"), list(map(_name, points))
+    for number, (name, settings, one) in enumerate(zip(names, points, asked, strict=True), 1):
+        pictures = DrawnPictures(one, asking.networks(settings, one))
+        expected = protocol_of(pictures, evaluator.extractor, count)
+        if not distributed.everywhere(name in held and _is_of(held[name], expected)):
+            words = _in_words(settings)
+            log.info("point %d of %d: %s", number, len(points), words)
+            held[name] = {"settings": settings, **evaluator.run(pictures, begun, what=words)}
+            write = functools.partial(_write, path, what | {"points": list(held.values())}, begun)
+            distributed.on_primary(write)
+    swept = Swept(keys, evaluator.metrics[0], [held[name] for name in names])
+    if distributed.is_first():
+        plot(swept, path.with_suffix(".png"))
+    return swept
+
+
+def _identity(asked: Asked, evaluator: Evaluator, count: int) -> dict[str, Any]:
+    """What all points of a sweep have in common, JSON values by name."""
+    return {
+        "source": str(asked.source.directory),
         "reference": evaluator.reference.sha256,
         "count": count,
         "metrics": list(evaluator.metrics),
     }
-    held = distributed.first_then_all(lambda: _held(path, what, overwrite))
 
-    # --- One point after the other; what is there is not measured again.
-    points: list[dict[str, Any]] = []
-    for number, (settings, one) in enumerate(zip(combinations, asked, strict=True)):
-        pictures = DrawnPictures(one, asking.networks(settings, one))
-        expected = protocol_of(pictures, evaluator.extractor, count)
-        point = held.get(json.dumps(settings, sort_keys=True))
-        if not distributed.everywhere(point is not None and _is_of(point, expected)):
-            words = _in_words(settings)
-            log.info("point %d of %d: %s", number + 1, len(combinations), words)
-            begun = path.with_name(f"{path.name}.begun.npz")
-            point = {"settings": settings, **evaluator.run(pictures, begun, what=words)}
-            held[json.dumps(settings, sort_keys=True)] = point
-            write = functools.partial(_write, path, what | {"points": list(held.values())}, begun)
-            distributed.on_primary(write)
-        assert point is not None
-        points.append(point)
-    swept = Swept(keys, evaluator.metrics[0], points)
-    if distributed.is_first():
-        plot(swept, path.with_suffix(".png"))
-    return swept
+
+def _name(settings: Settings) -> str:
+    """What a point is known by."""
+    return json.dumps(settings, sort_keys=True)
 
 
 def divided(settings: Settings) -> tuple[Settings, Settings]:
@@ -181,16 +159,15 @@ class _Asking:
     def __init__(
         self,
         source_of: Callable[..., Run | Weights],
-        *,
         seeds: Sequence[int],
-        labels: str | None,
-        overrides: Mapping[str, Any],
-        decoding: Decoding | None,
+        drawing: Drawing,
         keys: Mapping[str, Sequence[Any]],
     ):
-        self._source_of, self._seeds, self._labels = source_of, seeds, labels
-        self._overrides, self._decoding = overrides, decoding
-        self._scales = keys.get(SCALE)
+        for key in keys:
+            if key in drawing.overrides:
+                raise UserError(f"--{key} and --sweep {key} both say which: leave out either")
+        self._source_of, self._seeds = source_of, seeds
+        self._drawing, self._scales = drawing, keys.get(SCALE)
         self._sources: dict[str, Run | Weights] = {}
         self._templates: dict[str, Asked] = {}
         self._loaded: tuple[str, tuple[Any, dict[str, Any]]] | None = None
@@ -214,14 +191,10 @@ class _Asking:
             opened = opened or open_experiment(
                 source.config, to_train=False, config_file=source.config_file
             )
-            given = {**self._overrides, **of_sampling}
+            overrides = {**self._drawing.overrides, **of_sampling}
+            drawing = dataclasses.replace(self._drawing, overrides=overrides)
             self._templates[name] = Asked.make(
-                source,
-                seeds=self._seeds,
-                labels=self._labels,
-                overrides=given,
-                decoding=self._decoding,
-                opened=opened,
+                source, seeds=self._seeds, drawing=drawing, opened=opened
             )
         asked = dataclasses.replace(self._templates[name], source=source)
         return asked.with_scale(settings[SCALE]) if self._scales else asked

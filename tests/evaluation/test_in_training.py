@@ -21,11 +21,12 @@ from support.trees import assert_equal_trees
 from diffit_jax import models
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.pictures import open_pictures
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Run
+from diffit_jax.sampling.request import Asked, Drawing, Run
 from diffit_jax.training.held_out import SEED, HeldOutLoss
 from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.training.step import example_keys
@@ -91,13 +92,12 @@ def test_the_figures_are_those_of_the_verb(place, whole, tmp_path, kind, asked):
     length that the run keeps is one of its snapshots."""
     scores = evaluate(
         Run(whole[0], **asked),
-        reference=place / "reference_16.npz",
-        inception="random",
-        metrics=METRICS,
+        comparison=Comparison(
+            place / "reference_16.npz", "random", METRICS, batch_per_device=BATCH
+        ),
+        drawing=Drawing(decoding=Decoding(place / "vae")),
         count=12,
         output=tmp_path / "m.json",
-        decoding=Decoding(place / "vae"),
-        batch_per_device=BATCH,
     )
     assert found(whole[0], 6)["weights"][kind] == scores
     assert len({each["metrics"]["fid"] for each in found(whole[0], 6)["weights"].values()}) == 3

@@ -1,26 +1,30 @@
 """`evaluate` and its references, with a FID network of an eighth of the width."""
 
 import functools
+import io
 import json
 import subprocess
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from support import warm
 from support.commands import assert_one_line_error, launch
 from support.fid import save_inception, save_vae
+from support.pictures import tar_bytes, write_folder, write_parquet, write_zip
 from support.processes import ROOT, at_question, environment, free_port
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import measuring
+from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor, Features
 from diffit_jax.evaluation.pictures import NpzPictures, open_pictures
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Run
+from diffit_jax.sampling.request import Drawing, Run
 from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs.evaluate import evaluate, table
 from diffit_jax.verbs.make_reference import make_reference
@@ -28,6 +32,8 @@ from diffit_jax.verbs.self_test import Published, self_test
 
 ALL = ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
 BATCH = 8
+COMPARED = ("metrics", "resize", "batch_per_device")
+DRAWN = ("labels", "overrides", "decoding")
 
 
 def pictures(count, seed, side=20):
@@ -61,9 +67,11 @@ def reference(folder, of, name, **more):
 def measured(folder, samples="samples.npz", against="reference.npz", **more):
     path = folder / samples if isinstance(samples, str) else samples
     weights = folder / "inception.safetensors"
-    return evaluate(
-        path, reference=folder / against, inception=weights, **{"batch_per_device": BATCH, **more}
-    )
+    how = {"batch_per_device": BATCH}
+    how |= {name: more.pop(name) for name in COMPARED if name in more}
+    drawing = Drawing(**{name: more.pop(name) for name in DRAWN if name in more})
+    comparison = Comparison(folder / against, weights, **how)
+    return evaluate(path, comparison=comparison, drawing=drawing, **more)
 
 
 def test_a_data_set_against_itself(place, tmp_path):
@@ -109,6 +117,33 @@ def test_pictures_in_a_folder_are_the_same(place, tmp_path):
     assert scores["metrics"] == expected["metrics"]
     assert scores["protocol"]["samples_digest"] == expected["protocol"]["samples_digest"]
     assert (tmp_path / "pngs.metrics.json").exists()
+
+
+def test_what_trains_can_be_measured(place, tmp_path):
+    """The pictures of `prepare`'s containers, whatever kind their files are, in one order."""
+    shots = {}
+    for number, picture in enumerate(pictures(19, 0)):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, ("PNG", "BMP", "TIFF", "PPM")[number % 4])
+        shots[f"{number:02}{('.png', '.BMP', '.tif', '.ppm')[number % 4]}"] = file.getvalue()
+    write_folder(tmp_path / "kinds", shots | {"notes.txt": b"", ".hidden.png": b""})
+    write_zip(tmp_path / "kinds.zip", shots)
+    (tmp_path / "kinds.tar").write_bytes(tar_bytes(shots))
+    write_parquet(tmp_path / "kinds.parquet", shots, [-1] * 19)
+    expected = list(open_pictures(place / "samples.npz").batches(7, 5))
+    for name in ("kinds", "kinds.zip", "kinds.tar", "kinds.parquet"):
+        opened = open_pictures(epath.Path(tmp_path / name))
+        assert opened.count == 19
+        for ours, theirs in zip(opened.batches(7, 5), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    (tmp_path / "kinds/03.ppm").write_bytes(b"P6")
+    with pytest.raises(UserError, match=r"--samples: .*kinds/03.ppm is not a picture that can be"):
+        list(open_pictures(epath.Path(tmp_path / "kinds")).batches(4))
+    Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(tmp_path / "kinds/03.ppm")
+    with pytest.raises(
+        UserError, match=r"kinds/03.ppm is \(3, 4\), others are \(20, 20\): all pic"
+    ):
+        list(open_pictures(epath.Path(tmp_path / "kinds")).batches(4))
 
 
 def test_the_number_of_devices_changes_no_bit(place):

@@ -14,11 +14,12 @@ from support.golden import WEIGHTS
 from diffit_jax.diffusion import guidance
 from diffit_jax.diffusion.guidance import GUIDANCE, Interval, PowerCosine
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.pictures import open_pictures
 from diffit_jax.runtime import distributed, interruption
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Run, Weights
+from diffit_jax.sampling.request import Asked, Drawing, Run, Weights
 from diffit_jax.sampling.sample import sample
 from diffit_jax.verbs.make_reference import make_reference
 from diffit_jax.verbs.sweep import Swept, parse, sweep, table
@@ -62,19 +63,17 @@ def weights():
 
 
 def swept(place, output, text, source=weights, reference="reference.npz", **more):
+    drawing = Drawing(
+        more.pop("labels", None), more.pop("overrides", STEPS), Decoding(place / "vae")
+    )
+    metrics = more.pop("metrics", None)
     return sweep(
         source,
         keys=parse(text),
-        reference=place / reference,
-        inception="random",
+        comparison=Comparison(place / reference, "random", metrics, batch_per_device=BATCH),
+        drawing=drawing,
         output=output,
-        **{
-            "count": COUNT,
-            "overrides": STEPS,
-            "decoding": Decoding(place / "vae"),
-            "batch_per_device": BATCH,
-            **more,
-        },
+        **{"count": COUNT, **more},
     )
 
 
@@ -162,11 +161,11 @@ def test_a_scale_that_comes_later_gives_the_same_samples(kind):
         overrides |= {"guidance.sigma_low": 0.1, "guidance.sigma_high": 50.0}
     if kind == "power_cosine":
         overrides |= {"guidance.power": 0.3}  # early, where there are steps
-    asked = Asked.make(source, seeds=range(4), labels=None, overrides=overrides)
+    asked = Asked.make(source, seeds=range(4), drawing=Drawing(overrides=overrides))
     networks, all_of_it = asked.load(), np.arange(4)
     expected, _ = asked.draw(networks, all_of_it)
     other = Asked.make(
-        source, seeds=range(4), labels=None, overrides={**overrides, "guidance.scale": 7.0}
+        source, seeds=range(4), drawing=Drawing(overrides={**overrides, "guidance.scale": 7.0})
     )
     drawn, _ = other.with_scale(2.5).draw(networks, all_of_it)
     # float32 rounding of latents of size 300, in three steps.

@@ -40,6 +40,7 @@ SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale â
 def main() -> None:
     from diffit_jax.runtime import distributed
     from diffit_jax.runtime.ranges import parse_ranges
+    from diffit_jax.sampling.request import Drawing
     from diffit_jax.verbs import evaluate
 
     of_network = NETWORK.workdir.value, NETWORK.weights.value
@@ -57,11 +58,9 @@ def main() -> None:
         )
     scores = evaluate.evaluate(
         SAMPLES.value or NETWORK.source(),
-        **SCORES.value,
-        **INCEPTION.value,
+        **SCORES.value(INCEPTION),
+        drawing=Drawing(SCORES.labels.value, SAMPLING.value, DECODING.decoding()),
         count=COUNT.value,
-        overrides=SAMPLING.value,
-        decoding=DECODING.decoding(),
         seeds=parse_ranges("--seeds", SEEDS.value) if SEEDS.value else None,
     )
     if distributed.is_first():

@@ -6,6 +6,7 @@
 Interrupted, the same command goes on where it was; with more values it only adds those.
 """
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping
@@ -38,18 +39,20 @@ flags.mark_flag_as_required("sweep")
 
 def main() -> None:
     from diffit_jax.runtime import distributed
+    from diffit_jax.sampling.request import Drawing
     from diffit_jax.verbs import evaluate, sweep
 
     cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     if not SCORES.reference.value:
         cli.fail("--reference is missing: the samples of a network are measured against one")
-    asked = SCORES.value | INCEPTION.value | {"decoding": DECODING.decoding()}
+    asked = SCORES.value(INCEPTION)
+    drawing = Drawing(SCORES.labels.value, SAMPLING.value, DECODING.decoding())
     swept = sweep.sweep(
         NETWORK.source,
         keys=sweep.parse(SWEEP.value),
         **asked,
+        drawing=drawing,
         count=SWEEP_COUNT.value,
-        overrides=SAMPLING.value,
     )
     best = swept.best["settings"]
     if distributed.is_first():
@@ -61,8 +64,8 @@ def main() -> None:
     scores = evaluate.evaluate(
         NETWORK.source(**of_source),
         **asked | {"output": None},
+        drawing=dataclasses.replace(drawing, overrides={**SAMPLING.value, **of_sampling}),
         count=COUNT.value,
-        overrides={**SAMPLING.value, **of_sampling},
     )
     if distributed.is_first():
         print(evaluate.table(scores))
