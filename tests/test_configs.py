@@ -9,9 +9,8 @@ from support.configs import CONFIGS, config_of
 from diffit_jax.data.augment import Augmentation
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.diffusion import GUIDANCE
-from diffit_jax.diffusion.ddpm_samplers import Ancestral
 from diffit_jax.diffusion.edm import EDM
-from diffit_jax.diffusion.samplers import Heun
+from diffit_jax.diffusion.samplers import Ancestral, Heun
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.training.state import open_training_data

@@ -1,12 +1,11 @@
 """The mathematics between a network and a sample. A network is a function here, see `seams`."""
 
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.general_sampler import General
 from diffit_jax.diffusion.guidance import GUIDANCE
 from diffit_jax.diffusion.preconditioning import IDDPM, VE, VP
-from diffit_jax.diffusion.samplers import DPMSolver, Euler, Heun
+from diffit_jax.diffusion.samplers import DDIM, Ancestral, DPMSolver, Euler, Heun
 
 PROCESSES = {"edm": EDM, "ddpm": DDPM, "vp": VP, "ve": VE, "iddpm": IDDPM}
 SAMPLERS = {sampler.name: sampler for sampler in (Ancestral, DDIM, Euler, Heun, DPMSolver, General)}

@@ -1,5 +1,5 @@
 """Discrete-time diffusion as in ADM and DiT: training loss, one step of sampling, and a denoiser
-for EDM's samplers. Its own samplers are in `ddpm_samplers`.
+for EDM's samplers. Its own samplers are `Ancestral` and `DDIM`.
 
 A `network(x_BHWC, timestep_B, conditioning) -> y_BHWC'` estimates the noise epsilon in x_t =
 √alpha_bar x_0 + √(1 - alpha_bar) epsilon. With learned-range variance it has twice the channels:

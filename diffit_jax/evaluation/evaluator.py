@@ -13,11 +13,10 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.frechet import frechet_distance
 from diffit_jax.evaluation.measuring import Begun, Measured, measure, protocol_of
 from diffit_jax.evaluation.pictures import Pictures
 from diffit_jax.evaluation.reference import Reference
-from diffit_jax.evaluation.scores import kernel_distance
+from diffit_jax.evaluation.scores import frechet_distance, kernel_distance
 from diffit_jax.runtime import distributed, hub
 
 # Metrics that need the features of single pictures, of both sides.

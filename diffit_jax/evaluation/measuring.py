@@ -14,9 +14,8 @@ from etils import epath
 
 import diffit_jax
 from diffit_jax.evaluation.features import Extractor, Features
-from diffit_jax.evaluation.frechet import Moments
 from diffit_jax.evaluation.pictures import Pictures
-from diffit_jax.evaluation.scores import InceptionScore
+from diffit_jax.evaluation.scores import InceptionScore, Moments
 from diffit_jax.runtime import distributed, files, npz
 from diffit_jax.runtime.console import Progress
 

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.frechet import Statistics
 from diffit_jax.evaluation.pictures import NpzPictures
+from diffit_jax.evaluation.scores import Statistics
 from diffit_jax.runtime import npz
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,147 @@
-"""Inception Score and Kernel Inception Distance."""
+"""Scores of features: the Fréchet distance between two sets of them, each described by its mean and
+covariance; Inception Score and Kernel Inception Distance."""
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
+from scipy.linalg import lapack
+
+Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
+BLOCK = 512  # features whose products are taken at once
+
+
+class Moments:
+    """Mean and covariance of features that arrive in pieces, in the memory of one d × d matrix; the
+    same bits however they are cut.
+
+    The covariance is that of `statistics` to 1e-12: products are taken about the mean of the first
+    block, so that nothing cancels. The mean is ADM's: a float32 sum in the order of the features,
+    which is off by some 1e-6 of it, as the means in published references are.
+
+    Attributes:
+      count: features so far.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._waiting = 0, np.zeros((0, 0), np.float32)
+        self._about = self._sum = self._products = np.zeros(0)
+        self._sum32 = np.zeros(0, np.float32)
+
+    def add(self, features: np.ndarray) -> None:
+        """Takes a piece (n, d) float32 in."""
+        features = np.asarray(features, np.float32)
+        waiting = np.concatenate([self._waiting, features]) if len(self._waiting) else features
+        whole = len(waiting) // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            self._take(waiting[start : start + BLOCK])
+        self.count, self._waiting = self.count + len(features), waiting[whole:].copy()
+
+    def _take(self, block: np.ndarray) -> None:
+        wide = block.astype(np.float64)
+        if not len(self._about):
+            size = block.shape[1]
+            self._about = wide.mean(0)
+            self._sum, self._products = np.zeros(size), np.zeros((size, size))
+            self._sum32 = np.zeros(size, np.float32)
+        wide -= self._about
+        self._sum = self._sum + wide.sum(0)
+        self._products = self._products + wide.T @ wide
+        for row in block:  # one after the other, in float32
+            self._sum32 = self._sum32 + row
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays by name from which `restore` goes on."""
+        return {name.strip("_"): np.asarray(value) for name, value in vars(self).items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on where `state` was taken."""
+        for name in vars(self):
+            setattr(self, name, state[name.strip("_")])
+        self.count = int(self.count)
+
+    def statistics(self) -> Statistics:
+        """Of what came so far, at least two features: mean and unbiased covariance."""
+        all_of_it = copy.copy(self)  # arrays are replaced, not changed
+        if len(self._waiting):
+            all_of_it._take(self._waiting)
+        return all_of_it._statistics()
+
+    def _statistics(self) -> Statistics:
+        mean = self._sum / self.count
+        covariance = (self._products - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return (self._sum32 / np.float32(self.count)).astype(np.float64), covariance
+
+
+def statistics(features: np.ndarray) -> Statistics:
+    """(n, d) features, n ≥ 2 → mean (d,) and unbiased covariance (d, d), float64."""
+    features = np.asarray(features, np.float64)
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_distance(one: Statistics, other: Statistics) -> float:
+    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al.
+    2017).
+
+    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0.
+
+    Args:
+      one, other: (mean, covariance) from `statistics`.
+    """
+    (mean_1, cov_1), (mean_2, cov_2) = one, other
+    root = _trace_of_root(_factor(cov_1).T, _factor(cov_2).T)
+    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * root
+    return float(max(distance, 0.0))
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """A (d, rank) of a (d, d) covariance A Aᵀ: Cholesky's, of rows in order of what is left of
+    them (LAPACK's `pstrf`), as far as that is more than rounding."""
+    lower, order, rank, _ = lapack.dpstrf(covariance, lower=1)
+    factor = np.zeros((len(covariance), rank))
+    factor[order - 1] = np.tril(lower)[:, :rank]
+    return factor
+
+
+def resampled_distance(
+    samples: np.ndarray, reference: np.ndarray, resamplings: int, seed: int
+) -> float:
+    """Mean Fréchet distance between `reference` and random subsets of `samples` of the same size.
+
+    The distance is biased upwards by an amount that depends on the number of samples; only at equal
+    counts can two be compared.
+
+    Args:
+      samples: (n, d) features, n at least that of the reference.
+      reference: (m, d) features.
+      resamplings: number of subsets, each drawn without replacement.
+      seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    subsets = (rng.choice(len(samples), len(reference), replace=False) for _ in range(resamplings))
+    return float(np.mean([distance_between(samples[subset], reference) for subset in subsets]))
+
+
+def distance_between(one: np.ndarray, other: np.ndarray) -> float:
+    """Fréchet distance between (n, d) and (m, d) features, without their covariances: those are
+    AᵀA and BᵀB of the centred rows over √(n - 1)."""
+    means = [features.mean(axis=0, dtype=np.float64) for features in (one, other)]
+    a, b = (
+        (features - mean) / np.sqrt(len(features) - 1)
+        for features, mean in zip((one, other), means, strict=True)
+    )
+    root = _trace_of_root(a, b)
+    return float(((means[0] - means[1]) ** 2).sum() + (a * a).sum() + (b * b).sum() - 2 * root)
+
+
+def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
+    """tr (AᵀA BᵀB)^½ of (n, d) and (m, d): the sum of the singular values of A Bᵀ, whose squares
+    are the eigenvalues of A BᵀB Aᵀ, and so those of AᵀA BᵀB. No matrix square root, and a small
+    matrix where there are fewer rows than dimensions; where there are more, R of A = QR, of d rows,
+    has the same AᵀA."""
+    few = [np.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows for rows in (a, b)]
+    return float(np.linalg.svd(np.dot(few[0], np.transpose(few[1])), compute_uv=False).sum())
+
 
 SPLIT = 5_000  # samples of a part, as in ADM's suite
 SUBSETS, SUBSET_SIZE = 100, 1_000  # of KID, as in torch-fidelity

@@ -6,8 +6,8 @@ import numpy as np
 
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.frechet import resampled_distance
 from diffit_jax.evaluation.neighbours import nearest_distances
+from diffit_jax.evaluation.scores import resampled_distance
 
 RESAMPLINGS = 20
 _RATIOS = {"nearest_train_median": "nearest_train_ratio", "frechet": "frechet_ratio"}

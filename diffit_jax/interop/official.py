@@ -4,6 +4,12 @@
 Their tensors are named as in the authors' PyTorch modules, one for each layer; ours are stacked
 over the layers. Every tensor is a transpose and a reshape of ours. The transposes are in
 `_TENSORS`; shapes follow from the module.
+
+Position embedding and position bias can be carried over to another resolution. The finer grid
+divides the same picture, so token p' of `new` tokens along a side lies at (p' + ½) · old / new - ½
+in units of the old tokens, and an offset of Δ' tokens is one of Δ' · old / new. Values between the
+old positions come from cubic splines; beyond the outermost position the nearest one's value is
+taken.
 """
 
 import collections
@@ -18,12 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from scipy import ndimage
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.interop import tensors
 from diffit_jax.interop.parametrisation import to_released
-from diffit_jax.interop.resolution import resize_bias_table, resize_position_embedding
 from diffit_jax.interop.tensors import Leaf
 from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.attention import relative_position_index
@@ -371,3 +377,29 @@ def _resized(path: str, array: np.ndarray, old: int, new: int) -> np.ndarray:
     if path.endswith("relative_position_bias"):
         return np.stack([resize_bias_table(layer, old, new) for layer in array])
     return array
+
+
+def resize_position_embedding(table: np.ndarray, old: int, new: int) -> np.ndarray:
+    """(old², C) float32, tokens in row-major order → (new², C) float32."""
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    return _resample(table, old, places)
+
+
+def resize_bias_table(table: np.ndarray, old: int, new: int) -> np.ndarray:
+    """((2 old - 1)², heads) float32, offsets in row-major order as in `relative_position_index` →
+    ((2 new - 1)², heads) float32."""
+    places = np.arange(-(new - 1), new) * old / new + old - 1
+    return _resample(table, 2 * old - 1, places)
+
+
+def _resample(table: np.ndarray, side: int, places: np.ndarray) -> np.ndarray:
+    """Values of a (side², C) table at all pairs of `places`, in float64."""
+    channels = np.asarray(table, np.float64).reshape(side, side, -1).transpose(2, 0, 1)
+    coordinates = np.stack(np.meshgrid(places, places, indexing="ij"))
+    values = np.stack(
+        [
+            ndimage.map_coordinates(channel, coordinates, order=min(3, side - 1), mode="nearest")
+            for channel in channels
+        ]
+    )
+    return values.transpose(1, 2, 0).reshape(len(places) ** 2, -1).astype(np.float32)

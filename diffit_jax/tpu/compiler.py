@@ -3,6 +3,7 @@
 Its answers are kept in `CACHE`.
 """
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -25,15 +26,14 @@ from diffit_jax.errors import UserError, one_line
 from diffit_jax.models import attention_kernel
 from diffit_jax.runtime import files
 from diffit_jax.tpu.chips import KNOWN_TOPOLOGIES, chip_of
-from diffit_jax.tpu.cost import cost
+from diffit_jax.tpu.cost import cost, parse
 from diffit_jax.tpu.figures import Compiled, Copies, Costly, MemoryPlan, Moved, TooLarge, answer_of
-from diffit_jax.tpu.program import parse
 from diffit_jax.tpu.schedule import COMPILER_ENVIRONMENT, kernel_cycles
 
 CACHE = (files.home() or Path(tempfile.gettempdir())) / ".cache/diffit_jax/preflight"
 DEAREST = 10
 # What an answer follows from, beside the program: not how it is named and shown.
-_ESTIMATOR = ("chips.py", "compiler.py", "cost.py", "program.py", "schedule.py")
+_ESTIMATOR = ("chips.py", "compiler.py", "cost.py", "schedule.py")
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
@@ -75,19 +75,30 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> 
     """What the compiler says about a program: its memory plan, and its cost; from the cache if it
     was asked before."""
     sources = [Path(__file__).with_name(name) for name in _ESTIMATOR]
-    ours = b"".join(path.read_bytes() for path in [*sources, Path(attention_kernel.__file__)])
+    ours = "".join(_code_of(path) for path in [*sources, Path(attention_kernel.__file__)])
     # A kernel's code names the folder where its source lies; the source itself is counted.
     text = re.sub(
         r'(@tpu_custom_call\(.*?backend_config = ")(?:[^"\\]|\\.)*', r"\1", lowered.as_text()
     )
     facts = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
-    cached = CACHE / f"{hashlib.sha256(facts.encode() + ours).hexdigest()}.json"
+    cached = CACHE / f"{hashlib.sha256((facts + ours).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or of another form
         return answer_of(json.loads(cached.read_text()))
     answer = _ask(lowered, topology)
     cached.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(cached, json.dumps(dataclasses.asdict(answer)).encode())
     return answer
+
+
+def _code_of(path: Path) -> str:
+    """What a source computes: without comments, docstrings, and where lines break."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def _ask(lowered: jax.stages.Lowered, topology: str) -> Compiled | TooLarge:

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffit_jax.errors import UserError
-from diffit_jax.training.curves import Curve, read_figures
+from diffit_jax.training.loggers import Curve, read_figures
 from diffit_jax.verbs.train import train
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from support.golden import WEIGHTS, evaluate, golden
 
 from diffit_jax import models
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
 from diffit_jax.diffusion.guidance import PowerCosine, guide, unguided
+from diffit_jax.diffusion.samplers import DDIM, Ancestral
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 

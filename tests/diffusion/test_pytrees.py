@@ -7,11 +7,10 @@ import pytest
 
 from diffit_jax.diffusion import samplers
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.general_sampler import General
 from diffit_jax.diffusion.guidance import Constant, guide, unguided
-from diffit_jax.diffusion.samplers import DPMSolver, Euler, Heun
+from diffit_jax.diffusion.samplers import DDIM, Ancestral, DPMSolver, Euler, Heun
 
 SEEDS = jnp.arange(5, dtype=jnp.uint32)
 SHAPES = {"image": (4, 4, 3), "latent": {"z": (2, 2, 4)}}

@@ -10,10 +10,9 @@ import pytest
 
 from diffit_jax.diffusion import SAMPLERS, samplers
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.ddpm_samplers import DDIM, Ancestral
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.guidance import unguided
-from diffit_jax.diffusion.samplers import Euler, Heun
+from diffit_jax.diffusion.samplers import DDIM, Ancestral, Euler, Heun
 
 MEAN, STD = 0.3, 0.5
 SHAPE = (2, 2, 1)

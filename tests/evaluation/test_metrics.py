@@ -6,8 +6,13 @@ from support.golden import GOLDEN
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
-from diffit_jax.evaluation.frechet import Moments, frechet_distance, statistics
-from diffit_jax.evaluation.scores import InceptionScore, kernel_distance
+from diffit_jax.evaluation.scores import (
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    kernel_distance,
+    statistics,
+)
 
 # (file, bound of fid and sfid: ADM regularises the root of singular matrices)
 CASES = [("adm_metrics.npz", 1e-6), ("adm_metrics_singular.npz", 1e-4)]

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from diffit_jax.runtime import config_files
-from diffit_jax.training.curves import Curve, read_figures
+from diffit_jax.training.loggers import Curve, read_figures
 
 ROOT = Path(__file__).parents[2]
 CURVES = ROOT / "configs" / "curves"

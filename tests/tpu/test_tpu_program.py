@@ -10,8 +10,7 @@ import pytest
 from diffit_jax.runtime import parallel
 from diffit_jax.tpu import compiler
 from diffit_jax.tpu.chips import CHIPS, chip_of
-from diffit_jax.tpu.cost import Kernel, cost, group_size, kernels
-from diffit_jax.tpu.program import parse, type_bytes
+from diffit_jax.tpu.cost import Kernel, cost, group_size, kernels, parse, type_bytes
 from diffit_jax.verbs import preflight
 
 

@@ -14,8 +14,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from wandb.proto.wandb_internal_pb2 import Record
 
 from diffit_jax.errors import UserError
-from diffit_jax.training.curves import events_in, read_figures
-from diffit_jax.training.loggers import WeightsAndBiases, check_wandb, flat
+from diffit_jax.training.loggers import WeightsAndBiases, check_wandb, events_in, flat, read_figures
 from diffit_jax.verbs.train import train
 
 

@@ -13,7 +13,7 @@ from support.processes import ROOT
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.training.curves import Curve, read_figures
+from diffit_jax.training.loggers import Curve, read_figures
 from diffit_jax.verbs.check import check, table
 from diffit_jax.verbs.train import train
 

@@ -24,7 +24,7 @@ from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.request import Run
 from diffit_jax.sampling.sample import sample
 from diffit_jax.spaces import LatentSpace, PixelSpace
-from diffit_jax.training.curves import events_in
+from diffit_jax.training.loggers import events_in
 from diffit_jax.verbs import train as train_verb
 from diffit_jax.verbs.train import train
 

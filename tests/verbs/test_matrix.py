@@ -8,7 +8,7 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime.ranges import parse_sweep
-from diffit_jax.verbs import matrix as matrices
+from diffit_jax.verbs import benchmark
 
 EVERY = {"batch": [], "remat": [], "attention": []}
 BY = {"device": "d", "devices": 1}
@@ -37,12 +37,12 @@ def test_what_does_not_fit_is_a_line_and_not_the_best(monkeypatch):
         speed = float(config["training"]["batch_size"])
         return dict(images_per_s=speed, step_ms_median=1.0, peak_memory_gb=1.0) | BY
 
-    monkeypatch.setattr(matrices, "apart", apart)
+    monkeypatch.setattr(benchmark, "apart", apart)
     lines = []
-    found = matrices.matrix(
+    found = benchmark.matrix(
         small_latent_config(),
         steps=1,
-        sweep=parse_sweep("batch,remat=none,attention=xla", matrices.KNOWN),
+        sweep=parse_sweep("batch,remat=none,attention=xla", benchmark.KNOWN),
         show=lines.append,
     )
     assert [one.get("error") for one in found] == [None, None, "memory ran out"]
@@ -54,30 +54,30 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
     asked = []
 
     def apart(function, *arguments):
-        if function is matrices._platform:
+        if function is benchmark._platform:
             return platform
         asked.append((arguments[0]["training"]["batch_size"], arguments[0]["model"]))
         return dict(images_per_s=1.0, step_ms_median=1.0, peak_memory_gb=1.0) | BY
 
-    monkeypatch.setattr(matrices, "apart", apart)
+    monkeypatch.setattr(benchmark, "apart", apart)
     for platform, attentions in (  # noqa: B007
         ("gpu", {"xla", "cudnn"}),
         ("tpu", {"xla", "pallas"}),
     ):
         asked.clear()
-        found = matrices.matrix(small_latent_config(), steps=1, sweep=EVERY, show=lambda _: None)
+        found = benchmark.matrix(small_latent_config(), steps=1, sweep=EVERY, show=lambda _: None)
         assert len(found) == 3 * 3 * 2
         assert {size for size, _ in asked} == {4, 8, 16}
         assert {model["attention"] for _, model in asked} == attentions
         assert {model["remat"] for _, model in asked} == {"none", "dots", "full"}
-    found = matrices.matrix(small_config(), steps=1, sweep=EVERY, show=lambda _: None)
+    found = benchmark.matrix(small_config(), steps=1, sweep=EVERY, show=lambda _: None)
     assert len(found) == 3 * 3 * 2
 
 
 def test_one_that_is_killed_is_a_line(monkeypatch):
     """As the system does it where memory is short."""
     with pytest.raises(UserError, match="its process was killed: probably memory ran out"):
-        matrices.apart(_die)
+        benchmark.apart(_die)
 
 
 def _die():

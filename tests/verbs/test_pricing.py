@@ -17,7 +17,7 @@ from diffit_jax.models.autoencoder import Autoencoder
 from diffit_jax.models.inception import Inception
 from diffit_jax.tpu import compiler, report
 from diffit_jax.tpu.figures import Step
-from diffit_jax.verbs import preflight, pricing
+from diffit_jax.verbs import preflight
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +30,8 @@ def small_networks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "CACHE", place)
         small = functools.partial(Autoencoder, channels=(32, 64), num_blocks=1)
-        patch.setattr(pricing, "Autoencoder", small)
-        patch.setattr(pricing, "Inception", functools.partial(Inception, width=1 / 8))
+        patch.setattr(preflight, "Autoencoder", small)
+        patch.setattr(preflight, "Inception", functools.partial(Inception, width=1 / 8))
         yield
 
 

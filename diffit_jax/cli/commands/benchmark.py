@@ -25,13 +25,13 @@ CLUSTER = cli.define_cluster()
 
 def main() -> None:
     from diffit_jax.runtime import distributed, files, ranges
-    from diffit_jax.verbs import benchmark, matrix
+    from diffit_jax.verbs import benchmark
 
     if SWEEP.value:
-        figures = matrix.matrix(
+        figures = benchmark.matrix(
             CONFIG.value,
             steps=STEPS.value,
-            sweep=ranges.parse_sweep(SWEEP.value, matrix.KNOWN),
+            sweep=ranges.parse_sweep(SWEEP.value, benchmark.KNOWN),
             fewer_devices=flags.FLAGS.fewer_devices,
         )
     else:

@@ -17,7 +17,7 @@ FEWER_DEVICES = cli.define_fewer_devices()
 def main() -> None:
     from pathlib import Path
 
-    from diffit_jax.training.curves import Curve
+    from diffit_jax.training.loggers import Curve
     from diffit_jax.verbs.check import check, table
 
     path = CURVE.value or Path(__file__).parents[1] / "configs" / "curves" / "digits.json"

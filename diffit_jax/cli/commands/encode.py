@@ -12,7 +12,7 @@ Interrupted, the same command goes on where it was.
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.preparing import SourceFlags
+from diffit_jax.cli.shared import SourceFlags
 
 SOURCE = SourceFlags()
 VAE = cli.define_path(

@@ -13,8 +13,14 @@ Interrupted, the same command goes on where it was.
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.measuring import InceptionFlags, ScoreFlags, define_samples
-from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
+from diffit_jax.cli.shared import (
+    DecodingFlags,
+    InceptionFlags,
+    NetworkFlags,
+    SamplingFlags,
+    ScoreFlags,
+    define_samples,
+)
 
 SAMPLES = define_samples(
     "npz file with arr_0 (images), as launch/sample.py writes it, or folder of pictures."

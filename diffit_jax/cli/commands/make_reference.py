@@ -9,7 +9,7 @@ Interrupted, the same command goes on where it was.
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.measuring import InceptionFlags, define_data_dir, define_samples
+from diffit_jax.cli.shared import InceptionFlags, define_data_dir, define_samples
 
 SAMPLES = define_samples("npz file with arr_0 (images), or folder of pictures.")
 DATASET = flags.DEFINE_string("dataset", None, "Or the name of a data set.")

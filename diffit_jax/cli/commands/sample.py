@@ -10,7 +10,7 @@ Interrupted, the same command goes on where it was.
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
+from diffit_jax.cli.shared import DecodingFlags, NetworkFlags, SamplingFlags
 
 NETWORK = NetworkFlags()
 SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one sample each: 7, 0-63 or 0-9,20-29.")

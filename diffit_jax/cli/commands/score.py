@@ -6,7 +6,7 @@ python launch/score.py --samples runs/digits/samples_1000x8x8x1.npz --dataset di
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.measuring import define_data_dir, define_samples
+from diffit_jax.cli.shared import define_data_dir, define_samples
 
 SAMPLES = define_samples("npz file with images and labels, as launch/sample.py writes it.")
 DATASET = flags.DEFINE_string("dataset", "digits", "Data set that the samples imitate.")

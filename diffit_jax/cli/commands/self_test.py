@@ -6,7 +6,7 @@ python launch/self_test.py --folder ref_batches --inception pt_inception-2015-12
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.measuring import InceptionFlags
+from diffit_jax.cli.shared import InceptionFlags
 
 FOLDER = cli.define_path(
     "folder", "Folder with ADM's published samples and reference.", to_read=True

@@ -15,8 +15,13 @@ from typing import Any
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.measuring import InceptionFlags, ScoreFlags
-from diffit_jax.cli.sampling import DecodingFlags, NetworkFlags, SamplingFlags
+from diffit_jax.cli.shared import (
+    DecodingFlags,
+    InceptionFlags,
+    NetworkFlags,
+    SamplingFlags,
+    ScoreFlags,
+)
 
 NETWORK = NetworkFlags()
 SWEEP = flags.DEFINE_string(

@@ -1,4 +1,5 @@
-"""Flags of the commands that draw samples: which network, how, and what decodes its latents."""
+"""Flags that commands share: which network is drawn from and how, with what samples are compared,
+and of which source a data set is made."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -156,3 +157,152 @@ class SamplingFlags:
         return {
             name: holder.value for name, holder in self._holders.items() if holder.value is not None
         }
+
+
+def define_samples(help_text: str) -> flags.FlagHolder:
+    """The flag that names pictures."""
+    return cli.define_path("samples", help_text, to_read=True)
+
+
+def define_data_dir() -> flags.FlagHolder:
+    """The flag that says where data sets live."""
+    help_text = "Where prepared data sets live; default: ~/tensorflow_datasets."
+    return cli.define_path("data_dir", help_text, to_read=True)
+
+
+class InceptionFlags:
+    """The flags of the FID network."""
+
+    def __init__(self):
+        self._path = cli.define_path(
+            "inception",
+            "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or safetensors; "
+            "random: to try the way to figures that then have no meaning.",
+            to_read=True,
+            words=("random",),
+        )
+        self._resize = flags.DEFINE_enum(
+            "resize",
+            "tf1",
+            ["tf1", "pytorch_fid"],
+            "How pictures come to 299 pixels: as ADM's suite has it.",
+        )
+        self._batch = flags.DEFINE_integer(
+            "inception_batch",
+            32,
+            "Pictures in the FID network at once, on each device.",
+            lower_bound=1,
+        )
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """As arguments of the verbs; the command ends if there is no network."""
+        if not self._path.value:
+            cli.fail(
+                "--inception is missing: name the weights of the FID network, such as "
+                "pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+            )
+        return {
+            "inception": self._path.value,
+            "resize": self._resize.value,
+            "batch_per_device": self._batch.value,
+        }
+
+
+class ScoreFlags:
+    """The flags of what samples are compared with, and where the scores go."""
+
+    def __init__(self, output: str, replaced: str):
+        """`output`: where they go unless it is said; `replaced`: what may be replaced."""
+        self.reference = cli.define_path(
+            "reference", "npz file of statistics: ADM's, EDM's or our own.", to_read=True
+        )
+        self._metrics = flags.DEFINE_list(
+            "metrics",
+            None,
+            "Of fid, sfid, inception_score, precision, recall and kid; default: all but kid that "
+            "the reference serves.",
+        )
+        self.labels = flags.DEFINE_string(
+            "labels", None, "Of a network's samples, see launch/sample.py: random is ADM's rule."
+        )
+        self._output = cli.define_path("output", f"JSON file to write; default: {output}.")
+        self.overwrite = flags.DEFINE_bool("overwrite", False, f"Replace {replaced}.")
+
+    def value(self, inception: InceptionFlags) -> dict[str, Any]:
+        """As arguments of the verbs; the command ends if there is no network."""
+        from diffit_jax.evaluation.evaluator import Comparison
+
+        network = inception.value
+        comparison = Comparison(
+            reference=self.reference.value, metrics=self._metrics.value, **network
+        )
+        output, overwrite = self._output.value, self.overwrite.value
+        return {"comparison": comparison, "output": output, "overwrite": overwrite}
+
+
+if TYPE_CHECKING:
+    from diffit_jax.data.decoding import Framing
+
+
+class SourceFlags:
+    """The flags that name a source and the data set that it becomes."""
+
+    def __init__(self):
+        self._source = cli.define_path(
+            "source",
+            "Folder, zip, tar, Parquet file or CIFAR-10 archive of pictures, a pattern with *, a "
+            "folder of tensorflow-datasets, or hf://datasets/owner/name/path.",
+            to_read=True,
+        )
+        self._name = flags.DEFINE_string(
+            "name", None, "Of the data set: what config.data.name says."
+        )
+        self._data_dir = cli.define_path(
+            "data_dir", "Where data sets live; default: ~/tensorflow_datasets."
+        )
+        self._split = flags.DEFINE_enum(
+            "split", "train", ["train", "test"], "Which of the data set's splits it becomes."
+        )
+        self._crop = flags.DEFINE_enum(
+            "crop",
+            "none",
+            ["none", "center", "adm", "resize"],
+            "How pictures come to one size: none (they have it), center (the central square, "
+            "Lanczos), adm (ADM's centre crop, for ImageNet), resize (Lanczos, not cropped).",
+        )
+        self._size = flags.DEFINE_integer("size", 0, "Side in pixels, with --crop.", lower_bound=0)
+        self._channels = flags.DEFINE_enum("channels", "3", ["1", "3"], "3: colours; 1: grey.")
+        self._upright = flags.DEFINE_bool(
+            "upright",
+            True,
+            "Turn pictures as EXIF says; --noupright leaves them as stored, as ADM and DiT do.",
+        )
+        self._unlabelled = flags.DEFINE_bool("unlabelled", False, "Leave labels out.")
+        self._workers = flags.DEFINE_integer(
+            "workers",
+            None,
+            "Processes that decode pictures; default: one for each core; 0: the command's own.",
+            lower_bound=0,
+        )
+        flags.mark_flag_as_required("source")
+        flags.mark_flag_as_required("name")
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """As arguments of the verbs."""
+        return {
+            "source": self._source.value,
+            "name": self._name.value,
+            "data_dir": self._data_dir.value or "",
+            "split": self._split.value,
+            "framing": self._framing(),
+            "unlabelled": self._unlabelled.value,
+            "workers": self._workers.value,
+        }
+
+    def _framing(self) -> "Framing":
+        from diffit_jax.data.decoding import Framing
+
+        channels = int(self._channels.value)
+        return Framing(self._crop.value, self._size.value, channels, self._upright.value)
