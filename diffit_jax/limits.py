@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
 
-from diffit_jax.errors import UserError, one_line
+from diffit_jax.errors import UserError
 
 INT32_MOST = 2**31 - 1  # what the counters of a state and the indices of an array hold
 
@@ -141,7 +141,7 @@ def explained(cls: type) -> dict[str, str]:
     for owner in reversed(cls.__mro__):
         _, _, attributes = (inspect.cleandoc(owner.__doc__ or "") + "\n").partition("Attributes:\n")
         for names, text in re.findall(r"(?m)^  ([\w, ]+): (.*\n(?:    .*\n)*)", attributes):
-            said = one_line(text)
+            said = " ".join(text.split())
             texts |= {name: said for name in names.split(", ") if not said.startswith("as in `")}
     return texts
 

@@ -40,6 +40,7 @@ class Unguided:
     active: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_weaker: ClassVar[bool] = False
+    by_time: ClassVar[bool] = False
     channels: ClassVar[int] = 0
 
     def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
@@ -63,6 +64,7 @@ class Constant:
     kind: ClassVar[str] = "constant"
     # Whether the lesser evaluation is that without a label.
     by_label: ClassVar[bool] = True
+    by_time: ClassVar[bool] = False  # whether scales follow the time of a schedule
 
     scale: Annotated[float, at_least(0)]
     channels: CountOrZero = 0
@@ -121,6 +123,7 @@ class PowerCosine(Constant):
     """
 
     kind: ClassVar[str] = "power_cosine"
+    by_time: ClassVar[bool] = True
 
     power: Annotated[float, above(0)] = 4.0
 
@@ -209,9 +212,15 @@ class Guided:
     def scales(self, sigma: np.ndarray, step_sigma: np.ndarray | None = None) -> np.ndarray:
         """The guidance's scales on a grid: (E,) noise levels of the evaluations, and of the starts
         of their steps (None: the same)."""
-        return self.guidance.scales(
-            self.time_of(sigma), sigma if step_sigma is None else step_sigma
-        )
+        return self.guidance.scales(*self._places(sigma, step_sigma))
+
+    def _places(
+        self, sigma: np.ndarray, step_sigma: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Times of a schedule, where the guidance follows them, and noise levels at which steps
+        start."""
+        time = self.time_of(sigma) if self.guidance.by_time else np.zeros_like(sigma)
+        return time, sigma if step_sigma is None else step_sigma
 
     def stretches(
         self, sigma: np.ndarray, step_sigma: np.ndarray | None = None
@@ -220,8 +229,7 @@ class Guided:
         scales = self.scales(sigma, step_sigma)
         table = jnp.asarray(scales)
         if self.scale is not None and isinstance(self.guidance, Constant):
-            starts = sigma if step_sigma is None else step_sigma
-            weights = self.guidance.weights(self.time_of(sigma), starts)
+            weights = self.guidance.weights(*self._places(sigma, step_sigma))
             table, scales = 1 + (self.scale - 1) * jnp.asarray(weights), 1 + weights
             tolerance = self.guidance.skip_tolerance
             table = jnp.where(jnp.abs(table - 1) <= tolerance, jnp.float32(1), table)
@@ -274,7 +282,7 @@ def guide(
       UserError: guidance by labels without labels, or autoguidance without a weaker network.
     """
     if not guidance.active:
-        return dataclasses.replace(unguided(evaluate), time_of=time_of)
+        return unguided(evaluate)
     if guidance.by_label:
         if null_label is None:
             raise UserError(

@@ -56,9 +56,10 @@ class TrainState:
 
 @backend.pinned()
 def abstract_state(
-    experiment: Experiment, mesh: Mesh, objective: Objective = DENOISING
+    experiment: Experiment, mesh: Mesh, objective: Objective | None = None
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing."""
+    """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing.
+    `objective`: whose parameters it has too."""
     shapes = jax.eval_shape(lambda: _init(experiment, objective))
     facts = models.parameter_facts(experiment.model)
     ours = parallel.abstract(mesh, shapes.objective)  # a copy on each device
@@ -100,10 +101,10 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
     )
 
 
-def _init(experiment: Experiment, objective: Objective) -> TrainState:
+def _init(experiment: Experiment, objective: Objective | None) -> TrainState:
     key = jax.random.key(experiment.seed, impl="threefry2x32")
     state = fresh_state(models.init_variables(experiment.model, key), experiment)
-    params = objective.init(experiment, jax.random.fold_in(key, 1))
+    params = objective and objective.init(experiment, jax.random.fold_in(key, 1))
     if not params:
         return state
     optimizer = make_optimizer(experiment.optimizer, experiment.model)
@@ -219,7 +220,8 @@ def open_experiment(
         mesh = parallel.any_mesh(devices, experiment.mesh)
     if experiment.model.tries_kernel:
         parallel.try_kernel(mesh)
-    state = abstract_state(experiment, mesh, objective)
+    # What is only drawn from needs no parameters of an objective.
+    state = abstract_state(experiment, mesh, objective if to_train else None)
     parallel.check_axes(mesh, state.params, models.parameter_facts(experiment.model))
     return Opened(experiment, mesh, state, objective)
 
