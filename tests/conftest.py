@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     from diffit_jax.verbs.train import train
 
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, train(small_config(), workdir)
+    return workdir, train(small_config(), workdir=workdir)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def latent_run(tmp_path_factory):
     from diffit_jax.verbs.train import train
 
     workdir = tmp_path_factory.mktemp("latent_run")
-    return workdir, train(small_latent_config(), workdir)
+    return workdir, train(small_latent_config(), workdir=workdir)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def continued(workdir):
     """The run after three more updates."""
     config = workdirs.read_config(workdir)
     config["training"]["total_steps"] = 6
-    return train(ConfigDict(config), workdir)
+    return train(ConfigDict(config), workdir=workdir)
 
 
 def arrays_of(path):
@@ -153,7 +153,7 @@ def test_exported_weights_are_read_and_written_alike(before, tmp_path):
     assert_close(latents, expected["latents"])
     with zipfile.ZipFile(BEFORE / "work.zip") as archive:
         archive.extractall(tmp_path, [n for n in archive.namelist() if n.startswith("latent/")])
-    workdir_to_weights(tmp_path / "latent", tmp_path / "again.safetensors")
+    workdir_to_weights(tmp_path / "latent", weights=tmp_path / "again.safetensors")
     again = (tmp_path / "again.safetensors").read_bytes()
     assert again == (folder / "latent.safetensors").read_bytes()
 

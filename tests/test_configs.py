@@ -108,7 +108,7 @@ def test_imagenet_says_which_files_it_misses_and_runs_on_synthetic(tmp_path):
     with pytest.raises(
         UserError, match=r"there is no .*/data/imagenet512_latents/train.manifest.json"
     ) as error:
-        train(config, tmp_path / "run")
+        train(config, workdir=tmp_path / "run")
     assert "--config.data.name=synthetic" in str(error.value) and not list(tmp_path.iterdir())
     config.data.name = "synthetic"
     batch = open_training_data(build(config)).read(np.arange(3))
@@ -129,6 +129,6 @@ def test_training_a_small_imagenet_config_on_synthetic_latents(tmp_path):
     config.model.update(hidden_size=16, depth=2, num_heads=2, input_size=8)
     config.training.update(batch_size=4, total_steps=2, log_steps=1, grid_images=2)
     config.sampling.sampler.num_steps = 3
-    state = train(config, tmp_path)
+    state = train(config, workdir=tmp_path)
     assert int(state.step) == 2 and (tmp_path / "grids" / "00000002.png").exists()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))

@@ -61,7 +61,10 @@ def edited(workdir, edit):
 )
 def test_a_config_of_another_version_is_named_with_its_key(mine, edit, message):
     path = edited(mine, edit)
-    for action in (lambda: sample(mine, seeds=[0]), lambda: train(small_latent_config(), mine)):
+    for action in (
+        lambda: sample(mine, seeds=[0]),
+        lambda: train(small_latent_config(), workdir=mine),
+    ):
         with pytest.raises(UserError) as error:
             action()
         assert (
@@ -87,7 +90,7 @@ def test_keys_that_change_no_number_may_be_missing(mine):
 
     edited(mine, older)
     sample(mine, seeds=[0])
-    assert int(train(small_latent_config(training__total_steps=7), mine).step) == 7
+    assert int(train(small_latent_config(training__total_steps=7), workdir=mine).step) == 7
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_another_programs_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     for action in (
         lambda: sample(tmp_path, seeds=[0]),
-        lambda: train(small_latent_config(), tmp_path),
+        lambda: train(small_latent_config(), workdir=tmp_path),
     ):
         with pytest.raises(UserError) as error:
             action()
@@ -114,7 +117,7 @@ def test_checkpoints_without_a_config_are_nobodys(mine):
         match=r"holds step 6 of a run without its config\.json: put it back, or choose another "
         r"workdir",
     ):
-        train(small_latent_config(seed=1), mine)
+        train(small_latent_config(seed=1), workdir=mine)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_checkpoints_without_a_config_are_nobodys(mine):
 )
 def test_what_may_not_change_under_a_run(mine, change, key):
     with pytest.raises(UserError, match=key):
-        train(small_latent_config(training__total_steps=8, **change), mine)
+        train(small_latent_config(training__total_steps=8, **change), workdir=mine)
 
 
 def test_free_keys_are_marked_beside_their_fields():

@@ -24,13 +24,12 @@ from diffit_jax.tpu.chips import peak_flops
 from diffit_jax.training.loop import batches_on
 from diffit_jax.training.state import create_state, open_experiment, open_training_data
 from diffit_jax.training.step import compile_train_step
-from diffit_jax.verbs import benchmark
 
 
 @backend.pinned()
 @backend.memory_for(backend.TRAINING_MEMORY)
 def measure(
-    config: ConfigDict, steps: int, devices: Sequence[jax.Device] | None = None
+    config: ConfigDict, *, steps: int, devices: Sequence[jax.Device] | None = None
 ) -> dict[str, Any]:
     """Compiles the training step of a config and times updates on its own data, the loader
     included.
@@ -215,4 +214,4 @@ def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[st
         devices = parallel.fitting_devices(
             built.training.batch_size, built.mesh, built.training.accumulation
         )
-    return benchmark.measure(given, steps, devices)
+    return measure(given, steps=steps, devices=devices)

@@ -43,6 +43,7 @@ class Checked(NamedTuple):
 
 def check(
     curve: Curve,
+    *,
     config: ConfigDict | None = None,
     steps: int = 300,
     workdir: epath.PathLike | None = None,
@@ -74,7 +75,7 @@ def check(
     changed.training.update(checkpoint_steps=last, grid_steps=last)
     with tempfile.TemporaryDirectory(prefix="diffit_jax_check_") as folder:
         place = workdir or folder
-        train(changed, place, devices=devices(changed))
+        train(changed, workdir=place, devices=devices(changed))
         found = read_figures(place)["loss"]
     loss = np.array([found.get(update, np.nan) for update in curve.updates[:count]])
     low, high = curve.band(steps)

@@ -77,6 +77,7 @@ def weights_to_workdir(
 @backend.pinned()
 def workdir_to_weights(
     workdir: epath.PathLike,
+    *,
     weights: epath.PathLike,
     index_buffers: bool = False,
     allow_nonfinite: bool = False,
@@ -106,6 +107,7 @@ def workdir_to_weights(
 @backend.pinned()
 def workdir_to_workdir(
     workdir: epath.PathLike,
+    *,
     target: epath.PathLike,
     slim: bool | None,
     allow_nonfinite: bool = False,

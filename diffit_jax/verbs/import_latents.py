@@ -39,6 +39,7 @@ _MOST_STD = 1e3  # a standard deviation beyond this is something else
 
 def import_latents(
     source: epath.PathLike,
+    *,
     name: str,
     data_dir: epath.PathLike = "",
     split: str = "train",

@@ -71,7 +71,7 @@ _WRITTEN = {"batch": r"\d+", "num_heads": r"\d+", "mesh": rf"{_AXES}(\+{_AXES})*
 
 @backend.pinned()
 def preflight(
-    config: ConfigDict, topology: str, num_slices: int = 1, programs: Sequence[str] | None = None
+    config: ConfigDict, *, topology: str, num_slices: int = 1, programs: Sequence[str] | None = None
 ) -> Report:
     """Compiles the programs of a config for a topology and says what they need and take.
 
@@ -223,7 +223,10 @@ def sweep(
     for varied in ranges.combinations(dimensions):
         changed = _vary(config, topology, num_slices, varied)
         try:
-            trial = Trial(varied, preflight(changed, topology, num_slices, programs=["train"]))
+            trial = Trial(
+                varied,
+                preflight(changed, topology=topology, num_slices=num_slices, programs=["train"]),
+            )
         except UserError as error:
             trial = Trial(varied, error=str(error))
         show(report.sweep_row(trial))

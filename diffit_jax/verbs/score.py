@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 def score(
     samples: epath.PathLike,
+    *,
     dataset: str,
     data_dir: str = "",
     output: epath.PathLike | None = None,

@@ -45,6 +45,7 @@ PUBLISHED = (
 
 def self_test(
     folder: epath.PathLike,
+    *,
     inception: epath.PathLike,
     published: tuple[Published, ...] = PUBLISHED,
     batch_per_device: int = BATCH_PER_DEVICE,

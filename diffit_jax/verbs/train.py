@@ -235,10 +235,10 @@ class RunFiles:
 @backend.memory_for(backend.TRAINING_MEMORY)
 def train(
     config: ConfigDict,
+    *,
     workdir: epath.PathLike,
     profile_steps: tuple[int, int] | None = None,
     devices: Sequence[jax.Device] | None = None,
-    *,
     objective: Objective = DENOISING,
 ) -> TrainState:
     """Trains a config in a work directory, from its newest checkpoint if there is one, up to

@@ -59,6 +59,7 @@ class Reconstruction(NamedTuple):
 @backend.memory_for("lower --batch_size or --channels")
 def train_autoencoder(
     dataset: str,
+    *,
     workdir: epath.PathLike,
     settings: AutoencoderTraining = AutoencoderTraining(),
     data_dir: epath.PathLike = "",

@@ -185,7 +185,7 @@ def test_a_record_may_have_three_arrays(tmp_path):
 
     config = small_latent_config(data__name="many", training__total_steps=2)
     config.data.data_dir = str(tmp_path)
-    assert int(train(config, tmp_path / "run", objective=OfFeatures()).skipped) == 0
+    assert int(train(config, workdir=tmp_path / "run", objective=OfFeatures()).skipped) == 0
 
 
 def test_other_arrays_than_the_plans_are_refused(tmp_path):

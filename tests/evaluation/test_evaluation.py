@@ -116,7 +116,7 @@ def test_evaluate_writes_metrics(splits, tmp_path):
     data_dir, _, test = splits
     real = test.read(np.arange(360))
     np.savez(tmp_path / "s.npz", arr_0=real["image"], arr_1=real["label"])
-    scores = score(tmp_path / "s.npz", "digits", data_dir)
+    scores = score(tmp_path / "s.npz", dataset="digits", data_dir=data_dir)
     assert json.loads((tmp_path / "s.metrics.json").read_text()) == scores
     assert scores["count"] == scores["count_frechet"] == 360
 
@@ -127,7 +127,7 @@ def test_metrics_say_which_samples_they_are_of(splits, run, tmp_path):
     path = sample(
         run[0], seeds=range(360), overrides={"sampler.num_steps": 2}, output=tmp_path / "s.npz"
     )
-    scores = score(path, "digits", data_dir)
+    scores = score(path, dataset="digits", data_dir=data_dir)
     assert (
         scores["samples"] == str(path)
         and scores["request"]["identity"]["sampling.sampler.num_steps"] == 2
@@ -136,7 +136,7 @@ def test_metrics_say_which_samples_they_are_of(splits, run, tmp_path):
         scores["matmul_precision"] == "default"
         and json.loads((tmp_path / "s.metrics.json").read_text()) == scores
     )
-    score(path, "digits", data_dir)  # the same samples again
+    score(path, dataset="digits", data_dir=data_dir)  # the same samples again
     real = test.read(np.arange(360))
     np.savez(tmp_path / "t.npz", arr_0=real["image"], arr_1=real["label"])
     with pytest.raises(
@@ -144,15 +144,24 @@ def test_metrics_say_which_samples_they_are_of(splits, run, tmp_path):
         match=r"s.metrics.json is there already and holds the scores of .*s.npz, which had other "
         r"images",
     ):
-        score(tmp_path / "t.npz", "digits", data_dir, output=tmp_path / "s.metrics.json")
+        score(
+            tmp_path / "t.npz",
+            dataset="digits",
+            data_dir=data_dir,
+            output=tmp_path / "s.metrics.json",
+        )
     assert "request" not in score(
-        tmp_path / "t.npz", "digits", data_dir, output=tmp_path / "s.metrics.json", overwrite=True
+        tmp_path / "t.npz",
+        dataset="digits",
+        data_dir=data_dir,
+        output=tmp_path / "s.metrics.json",
+        overwrite=True,
     )
     (tmp_path / "t.metrics.json").write_text("a poem")
     with pytest.raises(
         UserError, match=r"t.metrics.json is there already and is of unknown origin"
     ):
-        score(tmp_path / "t.npz", "digits", data_dir)
+        score(tmp_path / "t.npz", dataset="digits", data_dir=data_dir)
 
 
 IMAGES, LABELS = np.zeros((360, 8, 8, 1), np.uint8), np.arange(360) % 10
@@ -212,7 +221,7 @@ IMAGES, LABELS = np.zeros((360, 8, 8, 1), np.uint8), np.arange(360) % 10
 def test_what_is_found_and_what_is_wanted(splits, tmp_path, images, labels, message):
     np.savez(tmp_path / "s.npz", arr_0=images, arr_1=labels)
     with pytest.raises(UserError, match=message) as error:
-        score(tmp_path / "s.npz", "digits", splits[0])
+        score(tmp_path / "s.npz", dataset="digits", data_dir=splits[0])
     assert (
         "\n" not in str(error.value)
         and "s.npz" in str(error.value)
@@ -239,7 +248,7 @@ def test_other_files_than_npz(tmp_path):
         ("g.npz", "is not an npz file"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            score(tmp_path / name, "digits")
+            score(tmp_path / name, dataset="digits")
         assert "wanted is an npz file as launch/sample.py writes it" in str(
             error.value
         ) and "\n" not in str(error.value)
@@ -251,13 +260,13 @@ def test_evaluate_bad_input(splits, tmp_path):
         UserError,
         match=r"none.npz cannot be read \(No such file or directory\): wanted is an npz file",
     ):
-        score(tmp_path / "none.npz", "digits", data_dir)
+        score(tmp_path / "none.npz", dataset="digits", data_dir=data_dir)
     (tmp_path / "text.npz").write_text("no npz")
     with pytest.raises(UserError, match=r"text.npz is not an npz file"):
-        score(tmp_path / "text.npz", "digits", data_dir)
+        score(tmp_path / "text.npz", dataset="digits", data_dir=data_dir)
     np.savez(tmp_path / "few.npz", arr_0=test.images[:10], arr_1=test.labels[:10])
     with pytest.raises(UserError, match="10 samples are too few"):
-        score(tmp_path / "few.npz", "digits", data_dir)
+        score(tmp_path / "few.npz", dataset="digits", data_dir=data_dir)
     np.savez(
         tmp_path / "large.npz", arr_0=np.zeros((400, 16, 16, 1), np.uint8), arr_1=np.zeros(400, int)
     )
@@ -266,5 +275,5 @@ def test_evaluate_bad_input(splits, tmp_path):
         match=r"has images of \(16, 16, 1\), data set digits of \(8, 8, 1\): name the data set "
         r"that they imitate",
     ):
-        score(tmp_path / "large.npz", "digits", data_dir)
+        score(tmp_path / "large.npz", dataset="digits", data_dir=data_dir)
     assert not list(tmp_path.glob("*.json"))

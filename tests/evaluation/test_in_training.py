@@ -77,7 +77,7 @@ def watched(place, **settings):
 def whole(place, tmp_path_factory):
     """(workdir, state) of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("watched")
-    return workdir, train(watched(place), workdir)
+    return workdir, train(watched(place), workdir=workdir)
 
 
 def found(workdir, step):
@@ -130,14 +130,14 @@ def test_a_run_preempted_in_an_evaluation_goes_on_there(place, whole, tmp_path, 
     with monkeypatch.context() as interrupted:
         interrupted.setattr(distributed.PreemptionNotice, "reached", at_question(4))
         with pytest.raises(interruption.Preempted, match="checkpoint 4 of 6 steps is saved"):
-            train(watched(place), tmp_path / "run")
+            train(watched(place), workdir=tmp_path / "run")
     assert not calls  # it is done when the run goes on
     with monkeypatch.context() as interrupted:
         interrupted.setattr(distributed.PreemptionNotice, "reached", at_question(1))
         message = "checkpoint 4 is saved in .*, and 8 of 12 images are measured and kept"
         with pytest.raises(interruption.Preempted, match=message):
-            train(watched(place), tmp_path / "run")
-    state = train(watched(place), tmp_path / "run")
+            train(watched(place), workdir=tmp_path / "run")
+    state = train(watched(place), workdir=tmp_path / "run")
     assert sum(calls) == 2 * 3 * 12 + 6  # of two evaluations, none twice; and the reference
     assert_equal_trees(state, whole[1])
     for step in (4, 6):
@@ -165,11 +165,11 @@ def test_a_run_killed_in_an_evaluation_ends_as_if_it_had_not_been(place, whole, 
     process.communicate()
     assert not (last / "00000006.json").exists()
     done = (last / "00000004.json").stat().st_mtime_ns
-    state = train(watched(place), tmp_path / "run")
+    state = train(watched(place), workdir=tmp_path / "run")
     assert_equal_trees(state, whole[1])
     assert found(tmp_path / "run", 6)["weights"] == comparable(whole[0], 6, tmp_path)
     assert (last / "00000004.json").stat().st_mtime_ns == done
-    train(watched(place), tmp_path / "run")  # finished: left alone
+    train(watched(place), workdir=tmp_path / "run")  # finished: left alone
     assert len(list(last.iterdir())) == 2
 
 
@@ -178,7 +178,7 @@ def test_minutes_bound_an_evaluation(place, whole, tmp_path, caplog):
     shutil.copytree(whole[0], tmp_path / "run")
     config = watched(place, max_minutes=1e-5, count=40, raw=False)
     config.training.total_steps = 8
-    train(config, tmp_path / "run")
+    train(config, workdir=tmp_path / "run")
     weights = found(tmp_path / "run", 8)["weights"]
     assert {name: each["count"] for name, each in weights.items()} == {"ema": 8, "ema_0.1": 8}
     assert "evaluate ema: 8 of 40 images were measured in the " in caplog.text
@@ -194,7 +194,7 @@ def test_weights_that_cannot_be_evaluated_do_not_end_a_run(place, tmp_path, monk
 
     monkeypatch.setattr(Asked, "draw", poisoned)
     config = watched(place, steps=6)
-    state = train(config, tmp_path / "run")
+    state = train(config, workdir=tmp_path / "run")
     assert list(found(tmp_path / "run", 6)["weights"]) == ["ema", "ema_0.1"]
     assert "step 6: raw weights are not evaluated: 4 of the first 4 samples are not" in caplog.text
 
@@ -203,7 +203,7 @@ def test_weights_that_cannot_be_evaluated_do_not_end_a_run(place, tmp_path, monk
 
     monkeypatch.setattr(Asked, "draw", full)
     config.training.total_steps = 7
-    assert int(state.step) == 6 and int(train(config, tmp_path / "run").step) == 7
+    assert int(state.step) == 6 and int(train(config, workdir=tmp_path / "run").step) == 7
     assert found(tmp_path / "run", 7)["weights"] == {}
     assert "ema weights are not evaluated: memory ran out" in caplog.text
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_writes_nothing(place, tmp_path, change, message):
     if change.get("reference") == "20":
         change = {"reference": str(place / "reference_20.npz")}
     with pytest.raises(UserError, match=message):
-        train(watched(place, **change), tmp_path / "run")
+        train(watched(place, **change), workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -233,7 +233,7 @@ def test_images_need_no_autoencoder(place, tmp_path):
     config = small_config()
     config.evaluation = ConfigDict(dict(vae=str(place / "vae")))
     with pytest.raises(UserError, match=r"evaluation\.vae is given, but samples are images"):
-        train(config, tmp_path / "run")
+        train(config, workdir=tmp_path / "run")
 
 
 def held_out(config, source, devices=None):
@@ -286,4 +286,4 @@ def test_a_data_set_without_a_test_split_has_no_held_out_loss(tmp_path):
     config = small_config(data__name="nowhere")
     config.evaluation = ConfigDict(dict(loss_steps=2))
     with pytest.raises(UserError, match=r"evaluation\.loss_steps needs a test split: data set"):
-        train(config, tmp_path / "run")
+        train(config, workdir=tmp_path / "run")

@@ -65,7 +65,7 @@ def test_modes_change_no_number(chosen, latent_run, tmp_path):
     with contextlib.ExitStack() as stack:
         for name in chosen:
             stack.enter_context(mode(name, MODES[name]))
-        ours = numbers("modes"), train(small_latent_config(), tmp_path / "run")
+        ours = numbers("modes"), train(small_latent_config(), workdir=tmp_path / "run")
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
@@ -83,7 +83,7 @@ def test_modes_change_no_number(chosen, latent_run, tmp_path):
 def test_debugging_modes_end_in_one_line(name, value, latent_run, tmp_path):
     with mode(name, value):
         for action in (
-            lambda: train(small_latent_config(), tmp_path / "run"),
+            lambda: train(small_latent_config(), workdir=tmp_path / "run"),
             lambda: sample(latent_run[0], seeds=[0]),
         ):
             with pytest.raises(

@@ -159,7 +159,7 @@ def test_training_and_sampling_go_on_from_the_last_good_checkpoint(run, tmp_path
         sample(workdir, seeds=[0])
     assert "checkpoint 4 is used instead" in caplog.text
     assert (workdir / "checkpoints" / "6").exists()  # sampling touches nothing
-    again = train(small_config(), workdir)
+    again = train(small_config(), workdir=workdir)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert (workdir / "checkpoints_damaged" / "6").exists() and (
@@ -234,7 +234,7 @@ def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path, monkeypa
     config.training.update(total_steps=100, log_steps=10, checkpoint_steps=20)
     pattern = r"had no finite gradient; the parameters have blown up.*go on from checkpoint (\d+)"
     with pytest.raises(UserError, match=pattern) as raised:
-        train(config, tmp_path / "run")
+        train(config, workdir=tmp_path / "run")
     text = str(raised.value)
     named = int(re.search(pattern, text)[1])
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")

@@ -201,10 +201,10 @@ def test_a_notebook_can_go_on_after_an_interrupt(tmp_path, monkeypatch):
     )
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(interruption.Interrupted, match="checkpoint 2 of 6 steps is saved"):
-        loop.train(config, tmp_path / "run")
+        loop.train(config, workdir=tmp_path / "run")
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     monkeypatch.undo()
-    assert int(loop.train(config, tmp_path / "run").step) == 6
+    assert int(loop.train(config, workdir=tmp_path / "run").step) == 6
 
 
 REPORT = {"images_per_s": 0.0, "data_wait_share": 0.0, "beside_share": 0.0}
@@ -220,10 +220,10 @@ def test_a_run_preempted_at_a_snapshot_and_a_grid_leaves_them_behind_later(tmp_p
     config = small_latent_config(ema=ema, training__checkpoint_steps=100, training__grid_steps=4)
     monkeypatch.setattr(distributed.PreemptionNotice, "reached", at_question(4))
     with pytest.raises(interruption.Preempted, match="checkpoint 4 of 6 steps"):
-        loop.train(config, tmp_path)
+        loop.train(config, workdir=tmp_path)
     monkeypatch.undo()
     assert not (tmp_path / "grids" / "00000004.png").exists()
-    loop.train(config, tmp_path)
+    loop.train(config, workdir=tmp_path)
     assert Checkpoints(tmp_path / "ema_snapshots").steps() == [2, 4, 6]
     grids = sorted((tmp_path / "grids").iterdir())
     assert [path.name for path in grids] == ["00000004.png", "00000006.png"]
@@ -231,7 +231,7 @@ def test_a_run_preempted_at_a_snapshot_and_a_grid_leaves_them_behind_later(tmp_p
     times = [path.stat().st_mtime_ns for path in grids]
     whole = grids[1].read_bytes()
     grids[1].unlink()
-    loop.train(config, tmp_path)
+    loop.train(config, workdir=tmp_path)
     assert grids[1].read_bytes() == whole and grids[0].stat().st_mtime_ns == times[0]
 
 
@@ -241,13 +241,13 @@ def test_a_profile_is_written_however_the_run_ends(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(distributed.PreemptionNotice, "reached", at_question(3))
     with caplog.at_level("INFO", logger="diffit_jax"), pytest.raises(interruption.Preempted):
-        loop.train(small_latent_config(), tmp_path / "run", profile_steps=(2, 100))
+        loop.train(small_latent_config(), workdir=tmp_path / "run", profile_steps=(2, 100))
     assert "wrote a trace of steps 2-3" in caplog.text and list(
         (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     )
     monkeypatch.undo()
     with caplog.at_level("INFO", logger="diffit_jax"):
-        loop.train(small_latent_config(), tmp_path / "run", profile_steps=(50, 60))
+        loop.train(small_latent_config(), workdir=tmp_path / "run", profile_steps=(50, 60))
     assert "no trace was written: steps 50-60 were not among those of this run" in caplog.text
 
 

@@ -263,7 +263,7 @@ def test_minus_one_fills(shape, devices, expected):
 )
 def test_impossible_meshes_write_nothing(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train(small_config(**change), tmp_path / "run")
+        train(small_config(**change), workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -284,11 +284,12 @@ def test_an_axis_that_divides_nothing_is_refused():
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     """Three updates with parameters divided over two devices, three more with copies on both: as if
     it had been one mesh."""
-    whole = train(small_latent_config(), tmp_path / "whole")
+    whole = train(small_latent_config(), workdir=tmp_path / "whole")
     train(
-        small_latent_config(mesh={"data": 1, "fsdp": 2}, training__total_steps=3), tmp_path / "run"
+        small_latent_config(mesh={"data": 1, "fsdp": 2}, training__total_steps=3),
+        workdir=tmp_path / "run",
     )
-    state = train(small_latent_config(training__accumulation=2), tmp_path / "run")
+    state = train(small_latent_config(training__accumulation=2), workdir=tmp_path / "run")
     assert isinstance(state, TrainState) and int(state.step) == 6
     for ours, theirs in zip(jax.tree.leaves(state.ema), jax.tree.leaves(whole.ema), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

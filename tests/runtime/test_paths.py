@@ -78,8 +78,10 @@ def test_a_run_by_relative_paths_from_train_to_convert(tmp_path, monkeypatch):
     """What the README's table does, as functions: train, continue, sample, convert there and
     back."""
     monkeypatch.chdir(tmp_path)
-    train(small_latent_config(training__total_steps=2), "runs/a")
-    assert int(train(small_latent_config(training__total_steps=4), Path("runs/a")).step) == 4
+    train(small_latent_config(training__total_steps=2), workdir="runs/a")
+    assert (
+        int(train(small_latent_config(training__total_steps=4), workdir=Path("runs/a")).step) == 4
+    )
     assert (
         sample("runs/a", seeds=[0], overrides={"sampler.num_steps": 2}, output="s.npz")
         == tmp_path / "s.npz"
@@ -88,11 +90,11 @@ def test_a_run_by_relative_paths_from_train_to_convert(tmp_path, monkeypatch):
         sample(Run("runs/a"), seeds=[0, 1], overrides={"sampler.num_steps": 2}).parent
         == tmp_path / "runs" / "a"
     )
-    convert.workdir_to_weights("runs/a", "w.safetensors")
+    convert.workdir_to_weights("runs/a", weights="w.safetensors")
     convert.weights_to_workdir(
         "w.safetensors", workdir="runs/b", config=small_latent_config().to_dict()
     )
-    convert.workdir_to_workdir("runs/b", "runs/c", slim=True)
+    convert.workdir_to_workdir("runs/b", target="runs/c", slim=True)
     assert Checkpoints("runs/c/checkpoints").steps() == [0]
     weights = Weights("w.safetensors", small_latent_config().to_dict())
     assert sample(weights, seeds=[0], overrides={"sampler.num_steps": 2}).parent == tmp_path
@@ -101,13 +103,13 @@ def test_a_run_by_relative_paths_from_train_to_convert(tmp_path, monkeypatch):
 
 def test_functions_of_a_notebook_refuse_an_empty_path(latent_run):
     for call in (
-        lambda: train(small_latent_config(), ""),
+        lambda: train(small_latent_config(), workdir=""),
         lambda: sample("", seeds=[0]),
         lambda: sample(latent_run[0], seeds=[0], output=""),
         lambda: Weights("", {}),
-        lambda: score("", "digits"),
-        lambda: convert.workdir_to_weights(latent_run[0], ""),
-        lambda: convert.workdir_to_workdir(latent_run[0], "", None),
+        lambda: score("", dataset="digits"),
+        lambda: convert.workdir_to_weights(latent_run[0], weights=""),
+        lambda: convert.workdir_to_workdir(latent_run[0], target="", slim=None),
     ):
         with pytest.raises(UserError, match="is empty: name a path"):
             call()

@@ -156,7 +156,7 @@ def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_pat
         parallel.prove_rows(two_devices(), 6)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="rows of the batch in wrong places"):
-        train(small_latent_config(), tmp_path / "run")
+        train(small_latent_config(), workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -189,7 +189,7 @@ def test_another_batch_size_goes_on(mine, tmp_path, monkeypatch):
 
 def test_training_that_went_on_is_said_and_an_older_checkpoint_can_be_named(mine, monkeypatch):
     interrupted(monkeypatch, 1, mine, seeds=range(8), overrides={"batch_per_device": 1})
-    train(small_latent_config(training__total_steps=8), mine)
+    train(small_latent_config(training__total_steps=8), workdir=mine)
     with pytest.raises(
         UserError,
         match=r"another network \(workdir .*checkpoint 6, now .*checkpoint 8\): repeat that "
@@ -381,7 +381,7 @@ def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
         "save_state",
         lambda checkpoints, state, size: save(checkpoints, poison(state), size),
     )
-    train(config, tmp_path)
+    train(config, workdir=tmp_path)
     monkeypatch.undo()
     assert checkpoints_of(tmp_path) == [2, 4]
     with pytest.raises(

@@ -37,7 +37,7 @@ compiler.CACHE.mkdir()
 estimates = {}
 for name, topology in TOPOLOGIES.items():
     config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
-    report = preflight.preflight(config, topology, programs=["train"])
+    report = preflight.preflight(config, topology=topology, programs=["train"])
     estimates[name] = [topology, report.train.step_s]
     print(f"{name:32} {topology:10} {report.train.step_s:.5f} s")
 known = json.loads(FILE.read_text()) if FILE.exists() else {}

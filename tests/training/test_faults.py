@@ -195,7 +195,7 @@ def test_full_disk_during_a_save(small_disk, tmp_path, monkeypatch):
         match=r"could not be written to .*: make room; checkpoint \d+ is the last good one|cannot "
         r"be written",
     ) as error:
-        train(config, workdir)
+        train(config, workdir=workdir)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
     saved = checkpoints_of(workdir)
@@ -204,7 +204,7 @@ def test_full_disk_during_a_save(small_disk, tmp_path, monkeypatch):
     shutil.copytree(workdir, elsewhere)
     state = train(
         small_latent_config(training__total_steps=saved[-1] + 2, training__keep_checkpoints=50),
-        elsewhere,
+        workdir=elsewhere,
     )
     assert int(state.step) == saved[-1] + 2
 
@@ -239,7 +239,7 @@ def save_then_jump(*arguments):  # the first save is done when the clock jumps
     offset[0] = {jump}
 
 verb.save_state = save_then_jump
-verb.train(small_latent_config(training__checkpoint_minutes=10.0), {workdir!r})
+verb.train(small_latent_config(training__checkpoint_minutes=10.0), workdir={workdir!r})
 """
 
 
@@ -266,5 +266,5 @@ def test_checkpoints_by_time_and_kept_for_good(tmp_path):
         training__total_steps=11, training__log_steps=1, training__checkpoint_steps=1000
     )
     config.training.update(checkpoint_minutes=1e-9, keep_every_steps=4, keep_checkpoints=2)
-    train(config, tmp_path)
+    train(config, workdir=tmp_path)
     assert checkpoints_of(tmp_path) == [4, 8, 10, 11]

@@ -31,7 +31,7 @@ def stopped_and_continued(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         for total in (4, 6):
-            train(watched(training__total_steps=total), workdir)
+            train(watched(training__total_steps=total), workdir=workdir)
             time.sleep(1.1)  # files of events are named by the second
     return workdir
 

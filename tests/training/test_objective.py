@@ -50,7 +50,7 @@ def test_a_projection_head_is_trained_saved_and_resumed(tmp_path, monkeypatch):
     """It has an item of its own in checkpoints, an interrupted run ends as one that was not, bit
     for bit, and who only samples sees nothing of it."""
     config = small_config(training__total_steps=4)
-    whole = train(config, tmp_path / "whole", objective=projection())
+    whole = train(config, workdir=tmp_path / "whole", objective=projection())
     assert set(whole.objective) == {"params", "opt_state"}
     fresh = projection().init(
         experiment=type("E", (), {"model": type("M", (), {"sample_shape": (8, 8, 1)})}),
@@ -58,18 +58,18 @@ def test_a_projection_head_is_trained_saved_and_resumed(tmp_path, monkeypatch):
     )
     moved = whole.objective["params"]["head"]["kernel"] - fresh["head"]["kernel"]
     assert np.abs(moved).max() > 1e-4
-    plain = train(config, tmp_path / "plain")
+    plain = train(config, workdir=tmp_path / "plain")
     for ours, theirs in ((whole.params, plain.params), (whole.ema, plain.ema)):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert jax.tree.structure(whole.opt_state) == jax.tree.structure(plain.opt_state)
 
     monkeypatch.setattr(distributed.PreemptionNotice, "reached", at_question(3))
     with pytest.raises(interruption.Preempted):
-        train(config, tmp_path / "halves", objective=projection())
+        train(config, workdir=tmp_path / "halves", objective=projection())
     monkeypatch.undo()
     assert checkpoints_of(tmp_path / "halves") == [2, 3]
     assert (tmp_path / "halves/checkpoints/3/objective").exists()
-    assert_equal_trees(train(config, tmp_path / "halves", objective=projection()), whole)
+    assert_equal_trees(train(config, workdir=tmp_path / "halves", objective=projection()), whole)
     for raw in (False, True):
         assert sample(Run(tmp_path / "whole", raw=raw), seeds=[0]).exists()
 
@@ -97,7 +97,7 @@ class OfAverage(Objective):
 
 def test_a_teacher_that_is_the_average(tmp_path):
     """It is the network itself before the first update: nothing moves, but the loss is finite."""
-    state = train(small_config(training__total_steps=3), tmp_path, objective=OfAverage())
+    state = train(small_config(training__total_steps=3), workdir=tmp_path, objective=OfAverage())
     assert int(state.skipped) == 0
     assert_equal_trees(state.params, state.ema)
 
@@ -118,5 +118,5 @@ class AtTwoLevels(Objective):
 
 
 def test_an_objective_with_two_noise_levels_trains(tmp_path):
-    state = train(small_config(training__total_steps=3), tmp_path, objective=AtTwoLevels())
+    state = train(small_config(training__total_steps=3), workdir=tmp_path, objective=AtTwoLevels())
     assert int(state.step) == 3 and int(state.skipped) == 0

@@ -215,7 +215,7 @@ def test_too_many_bad_batches_end_the_run(tmp_path, monkeypatch):
             batch = self._source.read(indices)
             return batch | {"latent": batch["latent"] * np.inf}
 
-    train(small_latent_config(training__total_steps=2), tmp_path)
+    train(small_latent_config(training__total_steps=2), workdir=tmp_path)
     monkeypatch.setattr(
         loop, "open_training_data", lambda experiment: Poisoned(open_training_data(experiment))
     )
@@ -223,7 +223,8 @@ def test_too_many_bad_batches_end_the_run(tmp_path, monkeypatch):
         UserError, match=r"the last 4 batches up to step 6 had .* checkpoint 2 in .*, the last good"
     ):
         train(
-            small_latent_config(training__max_bad_steps=3, training__checkpoint_steps=100), tmp_path
+            small_latent_config(training__max_bad_steps=3, training__checkpoint_steps=100),
+            workdir=tmp_path,
         )
     assert (tmp_path / "checkpoints" / "2").exists()
 

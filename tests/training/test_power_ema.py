@@ -120,9 +120,9 @@ def test_a_run_with_snapshots(tmp_path):
         training__checkpoint_steps=3,
         **more,
     )
-    train(config(training__total_steps=3), tmp_path)
-    state = train(config(training__total_steps=8), tmp_path)
-    whole = train(config(training__total_steps=8), tmp_path / "whole")
+    train(config(training__total_steps=3), workdir=tmp_path)
+    state = train(config(training__total_steps=8), workdir=tmp_path)
+    whole = train(config(training__total_steps=8), workdir=tmp_path / "whole")
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert Checkpoints(tmp_path / "ema_snapshots").steps() == [2, 3, 4, 6, 8]

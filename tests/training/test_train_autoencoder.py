@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("autoencoder")
-    return workdir, train_autoencoder("digits8", workdir, SMALL, data)
+    return workdir, train_autoencoder("digits8", workdir=workdir, settings=SMALL, data_dir=data)
 
 
 def test_the_loss_is_what_its_formula_says():
@@ -87,13 +87,17 @@ def test_an_interrupted_training_ends_as_one_that_was_not(data, trained, tmp_pat
     with monkeypatch.context() as interrupted:
         interrupted.setattr(distributed.PreemptionNotice, "reached", at_question(7))
         with pytest.raises(interruption.Preempted, match="checkpoint 7 of 300 steps is saved"):
-            train_autoencoder("digits8", tmp_path, SMALL, data)
+            train_autoencoder("digits8", workdir=tmp_path, settings=SMALL, data_dir=data)
     assert not (tmp_path / "config.json").exists()
-    assert train_autoencoder("digits8", tmp_path, SMALL, data) == trained[1]
+    assert (
+        train_autoencoder("digits8", workdir=tmp_path, settings=SMALL, data_dir=data) == trained[1]
+    )
     ours, theirs = (diffusers.load(place) for place in (tmp_path, trained[0]))
     assert ours[0] == theirs[0]
     assert_equal_trees(ours[1], theirs[1])
-    assert train_autoencoder("digits8", tmp_path, SMALL, data) == trained[1]  # finished
+    assert (
+        train_autoencoder("digits8", workdir=tmp_path, settings=SMALL, data_dir=data) == trained[1]
+    )  # finished
 
 
 def test_what_is_written_is_what_diffusers_writes(tmp_path):
@@ -142,5 +146,5 @@ def test_what_cannot_be_is_said(data, trained, dataset, changes, message):
     settings = AutoencoderTraining(**{**vars(SMALL), **changes})
     before = sorted(path.name for path in trained[0].iterdir())
     with pytest.raises(UserError, match=message):
-        train_autoencoder(dataset, trained[0], settings, data)
+        train_autoencoder(dataset, workdir=trained[0], settings=settings, data_dir=data)
     assert sorted(path.name for path in trained[0].iterdir()) == before

@@ -171,8 +171,8 @@ def test_loss_falls():
 def test_resumed_run_equals_uninterrupted_run(run, tmp_path):
     """Stopped after three of six updates, between two checkpoints' intervals, and started anew."""
     _, uninterrupted = run
-    train(small_config(training__total_steps=3), tmp_path)
-    assert_equal_trees(train(small_config(), tmp_path), uninterrupted)
+    train(small_config(training__total_steps=3), workdir=tmp_path)
+    assert_equal_trees(train(small_config(), workdir=tmp_path), uninterrupted)
 
 
 def test_finished_run_is_left_alone(run):
@@ -182,7 +182,7 @@ def test_finished_run_is_left_alone(run):
         for path in workdir.rglob("*")
         if "config" not in path.name
     )
-    assert_equal_trees(train(small_config(), workdir), state)
+    assert_equal_trees(train(small_config(), workdir=workdir), state)
     assert [entry for entry in before if "events" in entry[0]] == [
         entry
         for entry in sorted((path.name, path.stat().st_mtime) for path in workdir.rglob("*"))
@@ -241,6 +241,6 @@ def test_finished_run_is_left_alone(run):
 )
 def test_impossible_configs_write_nothing(change, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
-        train(small_config(**change), tmp_path / "run")
+        train(small_config(**change), workdir=tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -94,7 +94,11 @@ def test_steady_state_moves_nothing_and_compiles_nothing(config):
 )
 def test_profile_and_cache_are_reported(tmp_path, caplog):
     with caplog.at_level("INFO", logger="diffit_jax"):
-        train(small_latent_config(training__total_steps=4), tmp_path / "run", profile_steps=(2, 3))
+        train(
+            small_latent_config(training__total_steps=4),
+            workdir=tmp_path / "run",
+            profile_steps=(2, 3),
+        )
     assert (
         "training step: compilation cache" in caplog.text
         and "wrote a trace of steps 2-3" in caplog.text

@@ -28,7 +28,7 @@ def curve(tmp_path_factory):
     for seed in (0, 1, 2):
         workdir = tmp_path_factory.mktemp("run")
         given = ConfigDict(config.to_dict() | {"seed": seed})
-        train(given, workdir)
+        train(given, workdir=workdir)
         losses[str(seed)] = list(read_figures(workdir)["loss"].values())
     return Curve(config.to_dict(), "here", [2, 4, 6], losses)
 
@@ -42,11 +42,11 @@ def test_the_same_seed_here_is_on_its_curve(curve):
 
 def test_another_seed_is_inside_and_another_rate_is_not(curve):
     other = ConfigDict(dict(curve.config) | {"seed": 7})
-    checked = check(curve, other, steps=6)
+    checked = check(curve, config=other, steps=6)
     assert not checked.outside and checked.from_same_seed is None
     wrong = ConfigDict(curve.config)
     wrong.optimizer.learning_rate = 0.3
-    checked = check(curve, wrong, steps=6)
+    checked = check(curve, config=wrong, steps=6)
     assert 2 in checked.outside and "outside" in table(checked)
 
 

@@ -28,7 +28,9 @@ CONFIG = small_latent_config(
 
 def test_weights_to_workdir_and_back(tmp_path):
     convert.weights_to_workdir(WEIGHTS["a"], workdir=tmp_path / "run", config=CONFIG)
-    convert.workdir_to_weights(tmp_path / "run", tmp_path / "back.safetensors", index_buffers=True)
+    convert.workdir_to_weights(
+        tmp_path / "run", weights=tmp_path / "back.safetensors", index_buffers=True
+    )
     original, back = load_file(WEIGHTS["a"]), load_file(tmp_path / "back.safetensors")
     assert original.keys() == back.keys()
     for name, tensor in original.items():
@@ -49,12 +51,12 @@ def test_a_converted_run_can_be_sampled_and_trained(tmp_path):
         assert np.isfinite(arrays["arr_0"]).all()
     from ml_collections import ConfigDict
 
-    assert int(train(ConfigDict(config), tmp_path / "run").step) == 2
+    assert int(train(ConfigDict(config), workdir=tmp_path / "run").step) == 2
 
 
 def test_another_resolution(tmp_path):
     convert.weights_to_workdir(WEIGHTS["a"], workdir=tmp_path / "run", config=CONFIG, input_size=16)
-    convert.workdir_to_weights(tmp_path / "run", tmp_path / "w.safetensors")
+    convert.workdir_to_weights(tmp_path / "run", weights=tmp_path / "w.safetensors")
     assert load_file(tmp_path / "w.safetensors")["pos_embed"].shape == (1, 64, 64)
 
 
@@ -64,12 +66,13 @@ def test_training_goes_on_the_same_in_the_slim_parametrisation(latent_run, tmp_p
     source, _ = latent_run
     old = tmp_path / "old"
     shutil.copytree(source, old)
-    convert.workdir_to_workdir(old, tmp_path / "slim", slim=True)
-    convert.workdir_to_workdir(tmp_path / "slim", tmp_path / "back", slim=False)
+    convert.workdir_to_workdir(old, target=tmp_path / "slim", slim=True)
+    convert.workdir_to_workdir(tmp_path / "slim", target=tmp_path / "back", slim=False)
     states = {}
     for name, slim in (("old", False), ("slim", True), ("back", False)):
         states[name] = train(
-            small_latent_config(training__total_steps=10, model__slim_tmsa=slim), tmp_path / name
+            small_latent_config(training__total_steps=10, model__slim_tmsa=slim),
+            workdir=tmp_path / name,
         )
         assert int(states[name].step) == 10
     reference = to_slim(states["old"])
@@ -103,7 +106,7 @@ def test_conversion_touches_nothing_of_its_source(latent_run, tmp_path):
     shutil.copytree(latent_run[0], source)
     truncate(*data_files(source / "checkpoints" / "6"))
     before = sorted(source.rglob("*"))
-    convert.workdir_to_workdir(source, tmp_path / "new", slim=True)
+    convert.workdir_to_workdir(source, target=tmp_path / "new", slim=True)
     assert sorted(source.rglob("*")) == before and (tmp_path / "new" / "checkpoints" / "4").exists()
 
 
@@ -114,11 +117,17 @@ def test_refusals(latent_run, run, tmp_path):
             "holds a run already",
         ),
         (
-            lambda: convert.workdir_to_workdir(latent_run[0], latent_run[0], None),
+            lambda: convert.workdir_to_workdir(latent_run[0], target=latent_run[0], slim=None),
             "holds a run already",
         ),
-        (lambda: convert.workdir_to_weights(run[0], tmp_path / "w"), "holds no latent_diffit"),
-        (lambda: convert.workdir_to_weights(tmp_path / "none", tmp_path / "w"), "holds no run"),
+        (
+            lambda: convert.workdir_to_weights(run[0], weights=tmp_path / "w"),
+            "holds no latent_diffit",
+        ),
+        (
+            lambda: convert.workdir_to_weights(tmp_path / "none", weights=tmp_path / "w"),
+            "holds no run",
+        ),
         (
             lambda: convert.weights_to_workdir(__file__, workdir=tmp_path / "x", config=CONFIG),
             "truncated or no safetensors file",

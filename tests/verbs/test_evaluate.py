@@ -338,13 +338,13 @@ def test_published_figures(place, tmp_path):
         figures = found | {"fid": found["fid"] + error}
         (row,) = self_test(
             tmp_path,
-            place / "inception.safetensors",
-            (Published("samples.npz", "reference.npz", figures),),
+            inception=place / "inception.safetensors",
+            published=(Published("samples.npz", "reference.npz", figures),),
             batch_per_device=BATCH,
         )
         assert row["passed"] is passed and set(row["metrics"]) == set(found)
     with pytest.raises(UserError, match=r"fetch admnet_guided_upsampled_imagenet256\.npz and"):
-        self_test(tmp_path, place / "inception.safetensors")
+        self_test(tmp_path, inception=place / "inception.safetensors")
 
 
 def test_two_processes_of_four_devices(place, tmp_path):

@@ -55,7 +55,10 @@ def steps_shown(workdir, tag="loss"):
 def test_every_point_is_shown_once_after_a_resume(tmp_path, first, logs):
     """Resumed at a step that was logged, or between two."""
     for total in (first, 10):
-        train(small_latent_config(training__log_steps=logs, training__total_steps=total), tmp_path)
+        train(
+            small_latent_config(training__log_steps=logs, training__total_steps=total),
+            workdir=tmp_path,
+        )
         time.sleep(1.1)  # files of events are named by the second
     expected = {step for step in range(1, 11) if step % logs == 0} | {first, 10}
     assert steps_shown(tmp_path) == sorted(expected)
@@ -63,10 +66,10 @@ def test_every_point_is_shown_once_after_a_resume(tmp_path, first, logs):
 
 def test_steps_that_are_made_twice_are_shown_once(tmp_path):
     """Steps after the last good checkpoint are logged again: the first copies are not shown."""
-    train(small_latent_config(training__log_steps=1), tmp_path)
+    train(small_latent_config(training__log_steps=1), workdir=tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     time.sleep(1.1)
-    train(small_latent_config(training__log_steps=1, training__total_steps=8), tmp_path)
+    train(small_latent_config(training__log_steps=1, training__total_steps=8), workdir=tmp_path)
     assert steps_shown(tmp_path) == list(range(1, 9))
 
 
@@ -134,7 +137,7 @@ def test_what_cannot_be_drawn_is_one_warning(tmp_path, caplog, samples):
 
 def test_a_run_of_five_channels_goes_on_through_its_grids_and_is_sampled(tmp_path):
     config = small_config(model__image_channels=5, training__total_steps=2, training__grid_steps=1)
-    train(config, tmp_path)
+    train(config, workdir=tmp_path)
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == [
         "00000001.png",
         "00000002.png",
@@ -147,7 +150,9 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
     """Nowhere to write it, then no memory to draw it."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "grids").write_text("a file in the way")
-    assert int(train(small_latent_config(training__grid_steps=3), tmp_path / "run").step) == 6
+    assert (
+        int(train(small_latent_config(training__grid_steps=3), workdir=tmp_path / "run").step) == 6
+    )
     assert (
         "00000003.png could not be made" in caplog.text
         and "00000006.png could not be made" in caplog.text
@@ -159,7 +164,7 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
         )
 
     monkeypatch.setattr(train_verb.Sampler, "draw", full)
-    assert int(train(small_latent_config(), tmp_path / "other").step) == 6
+    assert int(train(small_latent_config(), workdir=tmp_path / "other").step) == 6
     assert (
         "00000006.png could not be drawn: memory ran out (" in caplog.text
         and "fewer training.grid_images" in caplog.text
@@ -218,7 +223,7 @@ def test_a_work_directory_deleted_while_the_run_goes_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(train_verb, "save_state", deleting)
     config = small_latent_config(training__checkpoint_steps=2)
     try:
-        train(config, tmp_path / "run")
+        train(config, workdir=tmp_path / "run")
     except UserError as error:  # Orbax may miss the directory first: that is said
         assert "put the directory back, which has been moved or deleted" in str(error)
         return
@@ -245,7 +250,7 @@ def test_files_of_an_owner_without_a_name(latent_run, tmp_path):
         for name in (".", *names):
             os.chown(os.path.join(folder, name), 12345, 12345)
     sample(mine, seeds=[0], output=tmp_path / "s.npz")
-    assert int(train(small_latent_config(training__total_steps=7), mine).step) == 7
+    assert int(train(small_latent_config(training__total_steps=7), workdir=mine).step) == 7
 
 
 def test_a_profiler_that_is_busy_does_not_end_a_run(tmp_path, caplog):
@@ -257,7 +262,7 @@ def test_a_profiler_that_is_busy_does_not_end_a_run(tmp_path, caplog):
             int(
                 train(
                     small_latent_config(training__total_steps=2),
-                    tmp_path / "run",
+                    workdir=tmp_path / "run",
                     profile_steps=(1, 2),
                 ).step
             )

@@ -53,7 +53,7 @@ def test_a_name_is_all_that_training_needs(data, tmp_path, name, monkeypatch):
     """By its path, and by its name alone where the variable says where data sets live; what the
     manifest says stands in config.json."""
     config = short(config_of("own_images", f"{data}/{name}"))
-    state = train(config, tmp_path / "run")
+    state = train(config, workdir=tmp_path / "run")
     assert int(state.step) == 2 and int(state.skipped) == 0
     written = json.loads((tmp_path / "run/config.json").read_text())
     assert written["model"]["num_classes"] == (0 if name == "plain" else 2)
@@ -71,11 +71,11 @@ def test_a_latent_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
     """The posterior is drawn by the example's key: with six updates at once as with three twice."""
     config = short(config_of("own_images", f"{data}/latents"))
     config.training.update(total_steps=6, checkpoint_steps=3)
-    whole = train(config, tmp_path / "whole")
+    whole = train(config, workdir=tmp_path / "whole")
     config.training.total_steps = 3
-    train(config, tmp_path / "run")
+    train(config, workdir=tmp_path / "run")
     config.training.total_steps = 6
-    twice = train(config, tmp_path / "run")
+    twice = train(config, workdir=tmp_path / "run")
     for one, other in zip(
         jax.tree.leaves(whole.params), jax.tree.leaves(twice.params), strict=True
     ):
@@ -105,7 +105,7 @@ def test_a_manifest_that_disagrees_with_the_config_is_refused(
         if changes.get("autoencoder") == "":
             config.model.update(input_channels=4)
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path / "run")
+        train(config, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -149,7 +149,7 @@ def test_released_weights_get_a_new_label_table(tmp_path):
 def test_latents_of_others_become_moments(tmp_path, means, said, caplog):
     """log variance = 2 ln std, channels last, with their labels; the range of pixels is told."""
     arrays = others_latents(tmp_path / "latents.zip", means)
-    manifest = import_latents(tmp_path / "latents.zip", "theirs", tmp_path)
+    manifest = import_latents(tmp_path / "latents.zip", name="theirs", data_dir=tmp_path)
     assert ("too pale" in caplog.text) == (said == "[0, 1]")
     assert said in manifest.autoencoder["pixels"] and manifest.class_counts == (8, 8, 8)
     batch = open_records(tmp_path / "theirs", "train").read(np.arange(24))
@@ -165,7 +165,7 @@ def test_latents_of_others_become_moments(tmp_path, means, said, caplog):
         np.testing.assert_allclose(moments[0, ..., 4:], log_variance, rtol=1e-6)
     with zipfile.ZipFile(tmp_path / "latents.zip") as archive:
         archive.extractall(tmp_path / "folder")
-    import_latents(tmp_path / "folder", "same", tmp_path)
+    import_latents(tmp_path / "folder", name="same", data_dir=tmp_path)
     one, other = (
         tmp_path / name / "train-00000-of-00001.array_record" for name in ("theirs", "same")
     )
@@ -179,12 +179,15 @@ def test_latents_of_an_unknown_kind_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"channel means are .* which neither range of pixels gives"
     ):
-        import_latents(tmp_path / "unknown.zip", "x", tmp_path)
+        import_latents(tmp_path / "unknown.zip", name="x", data_dir=tmp_path)
     others_latents(tmp_path / "plain.zip", (0.86, -0.28, 0.22, 0.37), labels=False)
     with pytest.raises(UserError, match=r"has no labels in dataset.json: .*--unlabelled"):
-        import_latents(tmp_path / "plain.zip", "x", tmp_path)
-    assert import_latents(tmp_path / "plain.zip", "x", tmp_path, unlabelled=True).classes == ()
+        import_latents(tmp_path / "plain.zip", name="x", data_dir=tmp_path)
+    assert (
+        import_latents(tmp_path / "plain.zip", name="x", data_dir=tmp_path, unlabelled=True).classes
+        == ()
+    )
     write_folder(tmp_path / "pictures", pets(12))
     with pytest.raises(UserError, match=r"has no img-mean-std-\*.npy"):
-        import_latents(tmp_path / "pictures", "y", tmp_path)
+        import_latents(tmp_path / "pictures", name="y", data_dir=tmp_path)
     assert not (tmp_path / "y").exists()

@@ -80,7 +80,7 @@ def command(tmp_path, *arguments, config=None):
 def reported(answers):
     """(config, its report)."""
     config = large_latent(mesh={"data": 1, "fsdp": 4})
-    return config, preflight.preflight(config, "v5e:2x2")
+    return config, preflight.preflight(config, topology="v5e:2x2")
 
 
 def test_report(reported):
@@ -133,17 +133,17 @@ def test_report(reported):
 def test_the_second_time_comes_from_the_cache(reported, monkeypatch):
     config, first = reported
     monkeypatch.setattr(compiler, "_ask", None)  # nobody is asked
-    second = preflight.preflight(config, "v5e:2x2")
+    second = preflight.preflight(config, topology="v5e:2x2")
     assert second.train.compute_s == first.train.compute_s
     with pytest.raises(TypeError):
-        preflight.preflight(large_latent(model__depth=3), "v5e:2x2", programs=["train"])
+        preflight.preflight(large_latent(model__depth=3), topology="v5e:2x2", programs=["train"])
 
 
 def test_kinds_of_experiments():
     """An image network with EDM, accumulation and two more averages, over two slices."""
     config = small_config(training__batch_size=64, training__accumulation=2)
     config.ema.power_lengths = (0.05, 0.10)
-    report = preflight.preflight(config, "v5e:2x4", num_slices=2, programs=["train"])
+    report = preflight.preflight(config, topology="v5e:2x4", num_slices=2, programs=["train"])
     assert (
         report.setting.chips == 16
         and report.setting.averages == 3
@@ -164,7 +164,7 @@ def test_what_is_not_priced_is_said(reported):
     assert "NOT PRICED" not in preflight_report.render(report)
     config = ConfigDict(config.to_dict())
     config.sampling.guidance = dict(kind="autoguidance", scale=2.0)
-    guided = preflight.preflight(config, "v5e:2x2", programs=["sample"])
+    guided = preflight.preflight(config, topology="v5e:2x2", programs=["sample"])
     assert guided.train is None and guided.fits and guided.sample.batch.images == 8
     assert "NOT PRICED: sampling's autoguidance" in preflight_report.render(guided)
 
@@ -318,7 +318,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
     with pytest.raises(
         UserError, match=r"TPU compiler is not installed: bash launch/setup_env\.sh test"
     ):
-        preflight.preflight(small_config(), "v5e:2x2")
+        preflight.preflight(small_config(), topology="v5e:2x2")
 
 
 @pytest.mark.tpu_compiler
@@ -334,7 +334,7 @@ def test_configs_still_fit_and_are_no_slower(name):
         f"no estimates for libtpu {compiler.libtpu_version()}: run tests/studies/estimates.py"
     )
     topology, seconds = baselines[name]
-    report = preflight.preflight(config_of(name), topology, programs=["train"])
+    report = preflight.preflight(config_of(name), topology=topology, programs=["train"])
     assert report.fits and report.memory.headroom > 0
     train = report.train
     assert not train.unpriced_kernels and not train.unknown_loops and not train.even_conditionals

@@ -37,7 +37,7 @@ def small_networks(tmp_path_factory):
 
 def test_the_chain_from_latents_to_scores():
     programs = ["sample", "encode", "decode", "inception"]
-    found = preflight.preflight(small_latent_config(), "v5e:2x2", programs=programs)
+    found = preflight.preflight(small_latent_config(), topology="v5e:2x2", programs=programs)
     chain = found.chain
     assert list(chain.programs) == programs[1:] and chain.fits and found.fits
     # A slice of eight for each of four chips, and a batch of 32.
@@ -57,14 +57,14 @@ def test_the_chain_from_latents_to_scores():
 
 def test_too_little_memory_for_all_together():
     programs = ["sample", "decode", "inception"]
-    found = preflight.preflight(small_latent_config(), "v5e:2x2", programs=programs)
+    found = preflight.preflight(small_latent_config(), topology="v5e:2x2", programs=programs)
     chain = found.chain
     assert not type(chain)(chain.programs, chain.held, chain.together, chain.together - 1).fits
 
 
 def test_images_have_no_autoencoder():
     with pytest.raises(UserError, match="encode or decode, but the config names no autoencoder"):
-        preflight.preflight(small_config(), "v5e:2x2", programs=["decode"])
+        preflight.preflight(small_config(), topology="v5e:2x2", programs=["decode"])
 
 
 def watched(**settings):
@@ -78,7 +78,7 @@ def test_evaluations_of_a_run_are_priced_beside_its_state():
     """Two evaluations of 1,000 samples and one of 5,000, of averaged and raw weights, on four
     chips."""
     found = preflight.preflight(
-        watched(final_count=5000), "v5e:2x2", programs=["sample", "decode", "inception"]
+        watched(final_count=5000), topology="v5e:2x2", programs=["sample", "decode", "inception"]
     )
     evaluating, steps = found.evaluating, found.chain.programs
     images_per_s = [
@@ -98,8 +98,8 @@ def test_evaluations_of_a_run_are_priced_beside_its_state():
 
 
 def test_a_run_that_is_evaluated_is_priced_with_that_unless_programs_are_named():
-    found = preflight.preflight(watched(raw=False), "v5e:2x2")
+    found = preflight.preflight(watched(raw=False), topology="v5e:2x2")
     assert found.train and found.sample and list(found.chain.programs) == ["decode", "inception"]
     assert found.evaluating.kinds == 1
-    plain = preflight.preflight(small_latent_config(), "v5e:2x2")
+    plain = preflight.preflight(small_latent_config(), topology="v5e:2x2")
     assert plain.chain is None and plain.evaluating is None

@@ -119,7 +119,10 @@ def test_autoguidance_by_an_earlier_run(latent_run, tmp_path):
     from diffit_jax.verbs.train import train
 
     weak = tmp_path / "weak"
-    train(small_latent_config(training__total_steps=2, model__hidden_size=8, model__depth=1), weak)
+    train(
+        small_latent_config(training__total_steps=2, model__hidden_size=8, model__depth=1),
+        workdir=weak,
+    )
     draw = lambda name, **settings: arrays_of(
         sample(latent_run[0], seeds=[0, 1], output=tmp_path / name, **settings)
     )["arr_0"]

@@ -136,7 +136,7 @@ def test_it_finds_the_planted_length_of_the_average(place, tmp_path):
     """Of a run with snapshots, and the number of steps beside it: two programs."""
     config = small_latent_config(optimizer__learning_rate=0.05, optimizer__warmup_steps=0)
     config.ema.power_lengths, config.ema.snapshot_steps = (0.05, 0.2), 2
-    train(config, tmp_path / "run")
+    train(config, workdir=tmp_path / "run")
     planted(place, Run(tmp_path / "run", ema_length=0.15), "averages.npz", {})
     found = swept(
         place,

@@ -35,7 +35,9 @@ def main() -> None:
             fewer_devices=flags.FLAGS.fewer_devices,
         )
     else:
-        figures = benchmark.measure(CONFIG.value, STEPS.value, FEWER_DEVICES(CONFIG.value))
+        figures = benchmark.measure(
+            CONFIG.value, steps=STEPS.value, devices=FEWER_DEVICES(CONFIG.value)
+        )
         if not distributed.is_first():
             return
         for name, value in figures.items():

@@ -22,7 +22,9 @@ def main() -> None:
 
     path = CURVE.value or Path(__file__).parents[1] / "configs" / "curves" / "digits.json"
     curve = Curve.read(path)
-    checked = check(curve, CONFIG.value, STEPS.value, WORKDIR.value, FEWER_DEVICES)
+    checked = check(
+        curve, config=CONFIG.value, steps=STEPS.value, workdir=WORKDIR.value, devices=FEWER_DEVICES
+    )
     print(table(checked))
     if checked.from_same_seed is not None:
         print(f"at most {checked.from_same_seed:.2%} from the curve of the same seed")

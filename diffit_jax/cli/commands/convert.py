@@ -78,10 +78,10 @@ def main() -> None:
     if TO_WEIGHTS.value:
         convert.workdir_to_weights(
             WORKDIR.value,
-            TO_WEIGHTS.value,
-            INDEX_BUFFERS.value,
-            ALLOW_NONFINITE.value,
-            OVERWRITE.value,
+            weights=TO_WEIGHTS.value,
+            index_buffers=INDEX_BUFFERS.value,
+            allow_nonfinite=ALLOW_NONFINITE.value,
+            overwrite=OVERWRITE.value,
         )
     elif WEIGHTS.value:
         weights = str(hub.local(WEIGHTS.value, "--weights"))
@@ -96,7 +96,9 @@ def main() -> None:
             num_classes=NUM_CLASSES.value,
         )
     else:
-        convert.workdir_to_workdir(WORKDIR.value, TO_WORKDIR.value, slim, ALLOW_NONFINITE.value)
+        convert.workdir_to_workdir(
+            WORKDIR.value, target=TO_WORKDIR.value, slim=slim, allow_nonfinite=ALLOW_NONFINITE.value
+        )
     print(f"wrote {TO_WORKDIR.value or TO_WEIGHTS.value}")
 
 

@@ -66,7 +66,9 @@ def main() -> None:
         answer = preflight.sweep(config, topology, num_slices, preflight.parse_sweep(SWEEP.value))
         fits = answer.best is not None
     else:
-        answer = preflight.preflight(config, topology, num_slices, PROGRAMS.value)
+        answer = preflight.preflight(
+            config, topology=topology, num_slices=num_slices, programs=PROGRAMS.value
+        )
         fits = answer.fits
         print(report.render(answer))
         if EXPLAIN.value:

@@ -28,7 +28,11 @@ def main() -> None:
     # They are a matter of seconds for one process; of several the others wait.
     found = distributed.on_primary(
         lambda: score(
-            SAMPLES.value, DATASET.value, data_dir, output=OUTPUT.value, overwrite=OVERWRITE.value
+            SAMPLES.value,
+            dataset=DATASET.value,
+            data_dir=data_dir,
+            output=OUTPUT.value,
+            overwrite=OVERWRITE.value,
         )
     )
     if found:

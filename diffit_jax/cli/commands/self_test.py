@@ -22,7 +22,7 @@ def main() -> None:
 
     asked = INCEPTION.value
     rows = self_test.self_test(
-        FOLDER.value, asked["inception"], batch_per_device=asked["batch_per_device"]
+        FOLDER.value, inception=asked["inception"], batch_per_device=asked["batch_per_device"]
     )
     if distributed.is_first():
         print(self_test.table(rows))

@@ -26,9 +26,9 @@ def main() -> None:
     steps = PROFILE_STEPS.value and parse_numbers("--profile_steps", PROFILE_STEPS.value)
     train(
         CONFIG.value,
-        WORKDIR.value,
-        (steps[0], steps[-1]) if steps else None,
-        FEWER_DEVICES(CONFIG.value),
+        workdir=WORKDIR.value,
+        profile_steps=(steps[0], steps[-1]) if steps else None,
+        devices=FEWER_DEVICES(CONFIG.value),
     )
 
 

@@ -50,7 +50,9 @@ def main() -> None:
         kl_weight=KL_WEIGHT.value,
         seed=SEED.value,
     )
-    train_autoencoder(DATASET.value, WORKDIR.value, settings, DATA_DIR.value or "")
+    train_autoencoder(
+        DATASET.value, workdir=WORKDIR.value, settings=settings, data_dir=DATA_DIR.value or ""
+    )
 
 
 def run() -> None:
