@@ -51,7 +51,11 @@ def launch(verb: str) -> None:
     """Runs a verb with the arguments of this process."""
     module = importlib.import_module(f"diffit_jax.cli.commands.{verb}")
     sys.modules["__main__"].__doc__ = module.__doc__  # what --help begins with
-    module.run()
+    run(
+        module.main,
+        getattr(module, "CLUSTER", None),
+        getattr(module, "takes_devices", lambda: True),
+    )
 
 
 def main() -> None:

@@ -11,14 +11,4 @@ from diffit_jax.models.model import (
     variable_shapes,
 )
 
-__all__ = [
-    "MODELS",
-    "Model",
-    "as_network",
-    "attention_in_words",
-    "init_variables",
-    "parameter_facts",
-    "variable_shapes",
-]
-
 MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}

@@ -46,6 +46,6 @@ def main() -> None:
         files.replace_in_words(JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
 
 
-def run() -> None:
-    # The processes of a sweep need the devices for themselves.
-    cli.run(main, CLUSTER, takes_devices=lambda: not SWEEP.value)
+def takes_devices() -> bool:
+    """The processes of a sweep need them for themselves."""
+    return not SWEEP.value

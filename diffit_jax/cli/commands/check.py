@@ -37,7 +37,3 @@ def main() -> None:
             "JAX_DEFAULT_MATMUL_PRECISION=highest"
         )
     print(f"inside the band at all {len(checked.updates)} reports")
-
-
-def run() -> None:
-    cli.run(main)

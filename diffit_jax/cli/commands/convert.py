@@ -100,7 +100,3 @@ def main() -> None:
             WORKDIR.value, target=TO_WORKDIR.value, slim=slim, allow_nonfinite=ALLOW_NONFINITE.value
         )
     print(f"wrote {TO_WORKDIR.value or TO_WEIGHTS.value}")
-
-
-def run() -> None:
-    cli.run(main)

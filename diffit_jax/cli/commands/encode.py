@@ -53,7 +53,3 @@ def main() -> None:
         VAE_AT_ONCE.value,
     )
     encode(encoding=encoding, **SOURCE.value)
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

@@ -71,7 +71,3 @@ def main() -> None:
     )
     if distributed.is_first():
         print(evaluate.table(scores))
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

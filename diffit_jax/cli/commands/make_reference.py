@@ -38,7 +38,3 @@ def main() -> None:
     )
     if distributed.is_first():
         print(f"wrote {path}")
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

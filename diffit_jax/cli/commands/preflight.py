@@ -78,7 +78,3 @@ def main() -> None:
         files.replace_in_words(JSON.value, text.encode())
     if not fits:
         cli.fail("it does not fit (see above)")
-
-
-def run() -> None:
-    cli.run(main)

@@ -34,7 +34,3 @@ def main() -> None:
         cli.fail("--crop, --size, --channels and --upright are for pictures, not for latents")
     values.pop("workers")
     import_latents.import_latents(**values)
-
-
-def run() -> None:
-    cli.run(main)

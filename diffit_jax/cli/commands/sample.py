@@ -59,7 +59,3 @@ def main() -> None:
         frames=TRAJECTORY.value,
     )
     print(f"wrote {path} and {path.with_suffix('.png')}")
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

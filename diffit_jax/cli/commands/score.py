@@ -37,7 +37,3 @@ def main() -> None:
     )
     if found:
         print(score_table(found))
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

@@ -88,7 +88,3 @@ def _command(best: Mapping[str, Any]) -> str:
     words += [f"--{key}={value}" for key, value in best.items()]
     words += [f"--count={COUNT.value}"] if COUNT.value else []
     return shlex.join(["python", "launch/evaluate.py", *words])
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

@@ -30,7 +30,3 @@ def main() -> None:
         profile_steps=(steps[0], steps[-1]) if steps else None,
         devices=FEWER_DEVICES(CONFIG.value),
     )
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)

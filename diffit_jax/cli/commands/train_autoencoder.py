@@ -53,7 +53,3 @@ def main() -> None:
     train_autoencoder(
         DATASET.value, workdir=WORKDIR.value, settings=settings, data_dir=DATA_DIR.value or ""
     )
-
-
-def run() -> None:
-    cli.run(main, CLUSTER)
