@@ -23,7 +23,11 @@ setup(
     # An installed package has the configs too, as `diffit_jax.configs`.
     packages=[*find_packages(include=["diffit_jax", "diffit_jax.*"]), "diffit_jax.configs"],
     package_dir={"diffit_jax.configs": "configs"},
-    package_data={"diffit_jax": ["py.typed"], "diffit_jax.data": ["imagenet_classes.txt"]},
+    package_data={
+        "diffit_jax": ["py.typed"],
+        "diffit_jax.data": ["imagenet_classes.txt"],
+        "diffit_jax.configs": ["curves/*.json"],
+    },
     python_requires=">=3.11",
     entry_points={"console_scripts": ["diffit = diffit_jax.cli:main"]},
     install_requires=[

@@ -5,6 +5,7 @@ import importlib.util
 import linecache
 import os
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,24 @@ class Given:
                 following = self.overrides[index + 1 : index + 2]
                 found = value if equals else (following[0] if following else None)
         return found
+
+
+def own(name: str, flag: str) -> Path:
+    """A file of `configs/`, as it comes with this package: beside it in a checkout, inside of it or
+    beside the script where it is installed.
+
+    Raises:
+      UserError: it is not there; `flag` names another one.
+    """
+    package, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    places = [folder / "configs" / name for folder in (package.parent, package, script.parents[1])]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        what = "a config" if name.endswith(".py") else "a file"
+        raise UserError(
+            f"there is no configs/{name} in this installation ({places[0]}): name {what} by {flag}"
+        )
+    return path
 
 
 def load(file: str) -> ConfigDict:

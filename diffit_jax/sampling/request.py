@@ -3,9 +3,7 @@
 import dataclasses
 import hashlib
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -284,17 +282,7 @@ def config_for_weights(
         return config.to_dict()
     size = official.read_input_size(weights) if input_size is None else input_size
     name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
-    package, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
-    # Beside the package in a checkout, inside of it or beside the script where it is installed.
-    folders = [package.parent, package, script.parents[1]]
-    places = [folder / "configs" / f"{name}.py" for folder in folders]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise UserError(
-            f"there is no configs/{name}.py in this installation ({places[0]}): name a config by "
-            "--config"
-        )
-    return config_files.load(str(path)).to_dict()
+    return config_files.load(str(config_files.own(f"{name}.py", "--config"))).to_dict()
 
 
 class Networks(NamedTuple):

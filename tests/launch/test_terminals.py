@@ -134,8 +134,9 @@ def test_configs_are_found_beside_the_script(tmp_path):
     code = """
 import sys
 from diffit_jax.errors import UserError
+from diffit_jax.runtime import config_files
 from diffit_jax.sampling import request
-request.__file__ = "/site-packages/diffit_jax/sampling/request.py"
+config_files.__file__ = "/site-packages/diffit_jax/runtime/config_files.py"
 print(request.config_for_weights(None, sys.argv[1])["model"]["depth"])
 sys.argv[0] = "/elsewhere/launch/sample.py"
 try:

@@ -92,6 +92,11 @@ def test_the_command(curve, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "c.json"]
 
 
+def test_the_curve_that_comes_with_it_is_found(tmp_path):
+    result = launch("check", "--steps", 1, tmp_path=tmp_path)
+    assert_one_line_error(result, "--steps is 1: the curve begins at update 20")
+
+
 def test_what_is_no_curve(curve, tmp_path):
     (tmp_path / "c.json").write_text('{"loss": []}')
     result = launch("check", "--curve", "c.json", tmp_path=tmp_path)

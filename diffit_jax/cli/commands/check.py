@@ -15,13 +15,11 @@ FEWER_DEVICES = cli.define_fewer_devices()
 
 
 def main() -> None:
-    from pathlib import Path
-
+    from diffit_jax.runtime import config_files
     from diffit_jax.training.loggers import Curve
     from diffit_jax.verbs.check import check, table
 
-    path = CURVE.value or Path(__file__).parents[1] / "configs" / "curves" / "digits.json"
-    curve = Curve.read(path)
+    curve = Curve.read(CURVE.value or config_files.own("curves/digits.json", "--curve"))
     checked = check(
         curve, config=CONFIG.value, steps=STEPS.value, workdir=WORKDIR.value, devices=FEWER_DEVICES
     )
