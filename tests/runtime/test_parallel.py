@@ -1,18 +1,17 @@
 """The mesh: the same numbers on every one, nothing held whole by a device, and clear errors."""
 
-import json
 import math
 import shutil
 import subprocess
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
-from support import pods, warm
+from support import warm
 from support.configs import config_of, small_config, small_latent_config
-from support.processes import environment, free_port
+from support.pods import WORKER, pod_runs
+from support.processes import environment
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
@@ -22,7 +21,6 @@ from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.state import TrainState, abstract_state
 from diffit_jax.verbs.train import train
 
-WORKER = Path(__file__).parents[1] / "mesh_worker.py"
 # data, fsdp, tensor, accumulation, devices; see mesh_worker.py
 MESHES = {
     "one": "1,1,1,1,1",
@@ -117,31 +115,6 @@ def test_saved_on_eight_devices_and_resumed_on_fewer(mesh_runs, name):
     assert_goes_on(part(mesh_runs, name), part(mesh_runs, "fsdp"))
 
 
-def pod_runs(topology, processes, output, *requests):
-    """What mesh_worker.py's first process writes, of several whose devices lie as those of a
-    topology do."""
-    port = free_port()
-    pod = pods.arrangement(topology)
-    command = [
-        warm.python(),
-        str(WORKER),
-        str(output),
-        str(len(pod["places"]) // processes),
-        *requests,
-    ]
-    clusters = [f"127.0.0.1:{port},{processes},{number}" for number in range(processes)]
-    environments = [environment(CLUSTER=cluster, POD=json.dumps(pod)) for cluster in clusters]
-    running = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each)
-        for each in environments
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors[-3000:]
-    with np.load(output) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
 def test_two_processes_are_one_mesh(mesh_runs, mesh_folder, tmp_path):
     """Five updates and samples of 2 processes x 4 devices, whose rows have gaps, are those of one
     device; and they go on from what eight devices saved."""
@@ -152,14 +125,6 @@ def test_two_processes_are_one_mesh(mesh_runs, mesh_folder, tmp_path):
     assert len(results["pair/latent/losses"]) == 5
     assert_same_run(part(results, "pair"), half_of(part(mesh_runs, "one")), "latent")
     assert_goes_on(part(results, "resumed"), part(mesh_runs, "fsdp"))
-
-
-def test_four_processes_are_one_mesh(mesh_runs, tmp_path):
-    """Five updates and samples of 4 processes x 4 devices, as on a v5p:2x2x4, where every process
-    has gaps."""
-    results = pod_runs("v5p:2x2x4", 4, tmp_path / "runs.npz", "four=1,16,1,1,16,half")
-    assert len(results["four/latent/losses"]) == 5
-    assert_same_run(part(results, "four"), half_of(part(mesh_runs, "one")), "latent")
 
 
 def bytes_per_device(tree):

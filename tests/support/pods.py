@@ -1,15 +1,19 @@
 """Pods played on this machine: meshes whose devices lie, and belong to processes, as those of a TPU
 topology."""
 
+import json
 import os
+import subprocess
 
 import numpy as np
 from jax.sharding import Mesh
+from support.processes import ROOT, environment, free_port
 
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+WORKER = ROOT / "tests" / "mesh_worker.py"
 
 
 def pod_mesh(topology, shape=MeshShape(-1, -1), num_slices=1):
@@ -48,3 +52,30 @@ def arranged(layout, devices):
         [groups[process][number] for process, number in layout["places"]], dtype=object
     )
     return Mesh(placed.reshape(layout["sizes"]), parallel.AXES)
+
+
+def pod_runs(topology, processes, output, *requests):
+    """What mesh_worker.py's first process writes, of several whose devices lie as those of a
+    topology do."""
+    from support import warm
+
+    port = free_port()
+    pod = arrangement(topology)
+    command = [
+        warm.python(),
+        str(WORKER),
+        str(output),
+        str(len(pod["places"]) // processes),
+        *requests,
+    ]
+    clusters = [f"127.0.0.1:{port},{processes},{number}" for number in range(processes)]
+    environments = [environment(CLUSTER=cluster, POD=json.dumps(pod)) for cluster in clusters]
+    running = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=each)
+        for each in environments
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+    with np.load(output) as arrays:
+        return {name: arrays[name] for name in arrays.files}
