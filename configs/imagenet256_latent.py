@@ -7,7 +7,7 @@ the paper (arXiv 2312.02139) unless another source is named.
 
 from ml_collections import ConfigDict
 
-from diffit_jax.models.latent import named_size
+from diffit_jax.models.diffit.latent import named_size
 
 
 def get_config(size: str = "XL/2") -> ConfigDict:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diffit_jax.data.records import MOMENTS, Manifest, read_manifest
 from diffit_jax.data.sources import data_folder
 from diffit_jax.errors import UserError
-from diffit_jax.models.latent import named_size
+from diffit_jax.models.diffit.latent import named_size
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -38,7 +38,7 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """(workdir, final state) of a finished small run; tests only read it."""
-    from diffit_jax.verbs.train import train
+    from diffit_jax.training.train import train
 
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train(small_config(), workdir=workdir)
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latent_run(tmp_path_factory):
     """The same of the small latent experiment."""
-    from diffit_jax.verbs.train import train
+    from diffit_jax.training.train import train
 
     workdir = tmp_path_factory.mktemp("latent_run")
     return workdir, train(small_latent_config(), workdir=workdir)

@@ -29,12 +29,7 @@ from support.pods import arranged
 
 from diffit_jax.data.sources import batches
 from diffit_jax.experiment import build
-from diffit_jax.runtime import distributed, parallel
-from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.runtime.parallel import MeshShape
-from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.training.loop import Watch
-from diffit_jax.training.state import (
+from diffit_jax.run.state import (
     Opened,
     abstract_state,
     create_state,
@@ -42,6 +37,11 @@ from diffit_jax.training.state import (
     restore_state,
     save_state,
 )
+from diffit_jax.runtime import distributed, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.parallel import MeshShape
+from diffit_jax.sampling.sampler import Sampler
+from diffit_jax.training.loop import Watch
 from diffit_jax.training.step import compile_train_step
 
 POD = json.loads(os.environ.get("POD", "null"))

@@ -9,10 +9,9 @@ if [ "${1:-}" = --colab ]; then
   shift
   python="${PYTHON:-python3.13 $(echo "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13)}"
   VENV=.venv-colab CONSTRAINTS=constraints-colab.txt PYTHON="$python" bash launch/setup_env.sh test
-  core=(models diffusion interop sampling evaluation data test_{before,limits,configs,workdir}.py
+  core=(models diffusion interop sampling ingest data experiment run test_{before,limits,configs}.py
     launch/test_{colab,notebooks}.py runtime/test_{backend,checkpoint,contents,rows}.py
-    training/test_{training,optimizer,train_autoencoder,watch,loggers}.py
-    verbs/test_{sample,convert,prepare,own_data,sweep,matrix,check}.py)
+    evaluation training/test_{training,train_autoencoder,watch,loggers,matrix,check}.py)
   JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 3 --dist loadfile \
     "${core[@]/#/tests/}" "$@"
 fi

@@ -13,19 +13,19 @@ from support.fid import save_inception
 from support.golden import GOLDEN
 from support.pictures import pets, picture, write_folder
 
-from diffit_jax import workdir as workdirs
-from diffit_jax.data import shards
 from diffit_jax.data.records import open_records
+from diffit_jax.evaluation.evaluate import evaluate
 from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
+from diffit_jax.ingest import shards
+from diffit_jax.ingest.prepare import prepare
+from diffit_jax.run import workdir as workdirs
 from diffit_jax.runtime import parallel
+from diffit_jax.sampling.convert import workdir_to_weights
 from diffit_jax.sampling.request import Run, Weights
 from diffit_jax.sampling.sample import sample
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.verbs.convert import workdir_to_weights
-from diffit_jax.verbs.evaluate import evaluate
-from diffit_jax.verbs.prepare import prepare
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 BEFORE = GOLDEN / "before"
 

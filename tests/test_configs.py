@@ -13,10 +13,10 @@ from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.samplers import Ancestral, Heun
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.training.state import open_training_data
-from diffit_jax.verbs.train import train
+from diffit_jax.run.state import open_training_data
+from diffit_jax.training.train import train
 
-# Made of a data set's manifest: tests/verbs/test_own_data.py and tests/launch/test_notebooks.py.
+# Made of a data set's manifest: tests/ingest/test_own_data.py and tests/launch/test_notebooks.py.
 OF_DATA = ("own_images", "chain")
 
 

@@ -12,9 +12,9 @@ from support.processes import ROOT
 from diffit_jax import models, platforms
 from diffit_jax.experiment import build
 from diffit_jax.platforms import PLATFORMS
+from diffit_jax.run.state import open_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import slice_size
-from diffit_jax.training.state import open_experiment
 from diffit_jax.training.step import batch_shapes, lower_train_step
 
 

@@ -124,7 +124,8 @@ class SamplingFlags:
         cli.when_parsed.append(self._define)
 
     def _define(self) -> None:
-        from diffit_jax import limits, sections
+        from diffit_jax import limits
+        from diffit_jax.experiment import sections
 
         def define(name: str, declared: Any, help_text: str) -> None:
             kind = limits.type_of(declared)
@@ -242,7 +243,7 @@ class ScoreFlags:
 
 
 if TYPE_CHECKING:
-    from diffit_jax.data.decoding import Framing
+    from diffit_jax.ingest.decoding import Framing
 
 
 class SourceFlags:
@@ -302,7 +303,7 @@ class SourceFlags:
         }
 
     def _framing(self) -> "Framing":
-        from diffit_jax.data.decoding import Framing
+        from diffit_jax.ingest.decoding import Framing
 
         channels = int(self._channels.value)
         return Framing(self._crop.value, self._size.value, channels, self._upright.value)

@@ -310,7 +310,7 @@ def batches(
       batch_size: examples per batch.
       seed: of the shuffle, at least 0.
       first_step: number of the first batch.
-      rows: which rows of each global batch this process reads, see `rows.local_rows`; None: all
+      rows: which rows of each global batch this process reads, see `parallel.local_rows`; None: all
         of them.
 
     Returns:

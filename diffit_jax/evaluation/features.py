@@ -8,8 +8,8 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.interop import inception as interop
-from diffit_jax.models import inception
-from diffit_jax.models.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception, Taps
+from diffit_jax.models.pretrained import inception
+from diffit_jax.models.pretrained.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception, Taps
 from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
 BATCH_PER_DEVICE = 32

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator
 from diffit_jax.evaluation.pictures import DrawnPictures
 from diffit_jax.experiment import Experiment
+from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.state import Opened, TrainState
 from diffit_jax.runtime import backend, distributed, files
 from diffit_jax.sampling.decoder import Decoder, Decoding
 from diffit_jax.sampling.request import Asked, Drawing, Run
 from diffit_jax.sampling.sampler import batch_size, default_labels
-from diffit_jax.training.state import Opened, TrainState
 
 log = logging.getLogger(__name__)
 

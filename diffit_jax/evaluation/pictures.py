@@ -9,11 +9,11 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from etils import epath
 
-from diffit_jax.data.decoding import Framing
-from diffit_jax.data.images import Loader, open_images
 from diffit_jax.data.labels import spread
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError, one_line
+from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.images import Loader, open_images
 from diffit_jax.runtime import npz
 from diffit_jax.runtime.npz import NpzArray
 from diffit_jax.runtime.ranges import in_short

@@ -22,7 +22,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf
 from diffit_jax.interop.weight_files import WeightFiles
-from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import files
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"

@@ -18,7 +18,7 @@ from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf, Tensors
 from diffit_jax.interop.torch_files import TorchFile
 from diffit_jax.interop.weight_files import WeightFiles
-from diffit_jax.models.inception import BLOCKS, SIDE, STEM, Inception
+from diffit_jax.models.pretrained.inception import BLOCKS, SIDE, STEM, Inception
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers, official
-from diffit_jax.models.autoencoder import Autoencoder
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
 
 
 def write(folder: str | Path) -> None:

@@ -1,7 +1,7 @@
 """The networks, as pure Flax modules: shapes in, shapes out."""
 
-from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.image import ImageDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.models.model import (
     Model,
     as_network,

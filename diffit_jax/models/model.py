@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from diffit_jax import limits, platforms
 from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, one_of, share
 from diffit_jax.models import placement
-from diffit_jax.models.attention import BACKENDS
-from diffit_jax.models.blocks import REMAT_POLICIES
+from diffit_jax.models.diffit.attention import BACKENDS
+from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 
 
 class Model(nn.Module, kw_only=True):

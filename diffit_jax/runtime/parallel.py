@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffit_jax import limits, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
-from diffit_jax.models import attention_kernel
+from diffit_jax.models.diffit import attention_kernel
 from diffit_jax.models.placement import FSDP, TENSOR, Axes, Fact, Placement, under
 from diffit_jax.runtime import backend, distributed
 

@@ -9,10 +9,10 @@ import numpy as np
 from etils import epath
 
 from diffit_jax import platforms
-from diffit_jax import workdir as workdirs
 from diffit_jax.data import pixels
 from diffit_jax.interop import diffusers
-from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
+from diffit_jax.run import workdir as workdirs
 from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
 Jitted = Callable[[dict[str, Any], jax.Array], Any]

@@ -11,19 +11,19 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import workdir as workdirs
 from diffit_jax.data.labels import give_out, parse_labels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.sections import CHOICES, Sampling
 from diffit_jax.interop import official
+from diffit_jax.run import power_ema
+from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.state import Opened, TrainState, items_of, open_experiment
 from diffit_jax.runtime import backend, checkpoint, config_files, distributed, files, hub, parallel
 from diffit_jax.runtime.console import Progress
 from diffit_jax.runtime.ranges import first_few, in_short
 from diffit_jax.sampling.decoder import Decoder, Decoding
 from diffit_jax.sampling.sampler import Sampler, Variables, default_labels
-from diffit_jax.sections import CHOICES, Sampling
-from diffit_jax.training import power_ema
-from diffit_jax.training.state import Opened, TrainState, items_of, open_experiment
 
 _LONGEST_NAME = 160
 
@@ -69,7 +69,7 @@ class Run:
 
         Args:
           workdir: of the run.
-          ema_length: asks for an average made of its snapshots, see `training.power_ema`.
+          ema_length: asks for an average made of its snapshots, see `run.power_ema`.
           checkpoint: step of a checkpoint (with `ema_length`: of a snapshot) instead of the newest.
           allow_nonfinite: whether parameters may have NaNs or infinities.
           raw: whether the parameters themselves are asked for, not an average.

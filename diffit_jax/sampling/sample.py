@@ -23,12 +23,12 @@ from etils import epath
 
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
+from diffit_jax.experiment.spaces import Space
 from diffit_jax.runtime import backend, distributed, files, interruption, npz
 from diffit_jax.runtime.console import Progress
 from diffit_jax.runtime.ranges import in_short
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.request import Asked, Drawing, Networks, Run, Weights
-from diffit_jax.spaces import Space
 
 log = logging.getLogger(__name__)
 

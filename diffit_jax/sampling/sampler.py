@@ -15,10 +15,10 @@ from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.diffusion.samplers import Drawn
 from diffit_jax.diffusion.seams import Network, Process
 from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.sections import SamplingMethod
 from diffit_jax.models import Model
 from diffit_jax.models.model import cast_before_use, count_multiply_adds
 from diffit_jax.runtime import backend, distributed, parallel
-from diffit_jax.sections import SamplingMethod
 
 Variables = dict[str, Any]
 

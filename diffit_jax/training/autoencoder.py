@@ -15,7 +15,7 @@ from flax import struct
 from diffit_jax import limits
 from diffit_jax.data import pixels
 from diffit_jax.limits import Count, Width, above, at_least
-from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.training.step import example_keys
 
 GROUPS = 8  # of the normalisations; narrow stages have too few channels for the published 32

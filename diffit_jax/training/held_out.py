@@ -12,9 +12,9 @@ import numpy as np
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import Experiment
+from diffit_jax.run.objective import DENOISING
+from diffit_jax.run.state import Opened, open_training_data
 from diffit_jax.runtime import backend, distributed, parallel
-from diffit_jax.training.objective import DENOISING
-from diffit_jax.training.state import Opened, open_training_data
 from diffit_jax.training.step import example_keys
 
 SEED = 0  # of noise levels and noise, whatever the run's: curves of several runs compare

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffit_jax import workdir as workdirs
 from diffit_jax.errors import UserError, one_line
+from diffit_jax.run import workdir as workdirs
 from diffit_jax.runtime import files
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from diffit_jax.experiment import Experiment
 from diffit_jax.models.model import training_flops
 from diffit_jax.runtime import distributed, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.chips import peak_flops
 from diffit_jax.runtime.console import Progress
-from diffit_jax.tpu.chips import peak_flops
 
 log = logging.getLogger(__name__)
 

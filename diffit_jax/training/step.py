@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from diffit_jax import platforms
 from diffit_jax.diffusion.seams import Process
 from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.sections import EMA
+from diffit_jax.run.objective import AVERAGE, DENOISING, Objective
+from diffit_jax.run.optimizer import learning_rate, make_optimizer
+from diffit_jax.run.power_ema import gamma_of, power_rate
+from diffit_jax.run.state import Opened, TrainState
 from diffit_jax.runtime import distributed, parallel
-from diffit_jax.sections import EMA
-from diffit_jax.training.objective import AVERAGE, DENOISING, Objective
-from diffit_jax.training.optimizer import learning_rate, make_optimizer
-from diffit_jax.training.power_ema import gamma_of, power_rate
-from diffit_jax.training.state import Opened, TrainState
 
 Batch = dict[str, Any]  # of global arrays, or their shapes
 

@@ -73,7 +73,7 @@ import sys
 from diffit_jax import cli
 from diffit_jax.sampling import sampler
 from diffit_jax.evaluation import small
-from diffit_jax.verbs import train
+from diffit_jax.training import train
 from diffit_jax.data.sources import Wanted, open_dataset
 open_dataset("digits", "train", {str(tmp_path)!r}, Wanted((8, 8, 1), 10))
 assert "tensorflow" not in sys.modules

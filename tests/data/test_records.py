@@ -8,12 +8,13 @@ import pytest
 from support.configs import small_latent_config
 from support.processes import ROOT
 
-from diffit_jax.data import records, shards
+from diffit_jax.data import records
 from diffit_jax.data.records import ArraySpec, RecordSource, open_records
 from diffit_jax.data.sources import batches, open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.training.objective import Objective
-from diffit_jax.verbs.train import train
+from diffit_jax.ingest import shards
+from diffit_jax.run.objective import Objective
+from diffit_jax.training.train import train
 
 COUNT, SHAPE = 300, (2, 4, 4, 8)
 

@@ -8,6 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 from diffit_jax.data.sources import Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.neighbours import nearest_distances
+from diffit_jax.evaluation.score import score
 from diffit_jax.evaluation.scores import (
     distance_between,
     frechet_distance,
@@ -16,7 +17,6 @@ from diffit_jax.evaluation.scores import (
 )
 from diffit_jax.evaluation.small import score_images
 from diffit_jax.sampling.sample import sample
-from diffit_jax.verbs.score import score
 
 
 def test_frechet_of_known_gaussians():

@@ -21,18 +21,18 @@ from support.trees import assert_equal_trees
 from diffit_jax import models
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.evaluate import evaluate
 from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.evaluation.pictures import open_pictures
+from diffit_jax.run.state import create_state, open_experiment
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.request import Asked, Drawing, Run
 from diffit_jax.training.held_out import SEED, HeldOutLoss
-from diffit_jax.training.state import create_state, open_experiment
 from diffit_jax.training.step import example_keys
-from diffit_jax.verbs.evaluate import evaluate
-from diffit_jax.verbs.make_reference import make_reference
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 METRICS = ("fid", "precision")
 BATCH = 4

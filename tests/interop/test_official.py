@@ -20,7 +20,7 @@ from support.memory import MEASURE
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official, tensors
 from diffit_jax.interop.official import resize_bias_table, resize_position_embedding
-from diffit_jax.models.latent import LatentDiffiT, named_size
+from diffit_jax.models.diffit.latent import LatentDiffiT, named_size
 
 
 def without_buffers(tensors):

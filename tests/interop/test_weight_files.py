@@ -15,7 +15,7 @@ from support.golden import GOLDEN
 
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
 
 WEIGHTS = GOLDEN / "diffit_b_noindex.safetensors"
 

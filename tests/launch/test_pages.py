@@ -21,7 +21,7 @@ from support.processes import environment, write_config
 
 from diffit_jax import models
 from diffit_jax.interop import official
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -70,18 +70,18 @@ LISTS = {
     # Of all digits; tests/launch/test_notebooks.py makes one of some.
     "python launch/make_reference.py --dataset digits": "parsed",
     "python launch/make_reference.py --dataset cifar10": "parsed",
-    # It draws 50,000; tests/verbs/test_evaluate.py draws six.
+    # It draws 50,000; tests/evaluation/test_evaluate.py draws six.
     "python launch/evaluate.py --weights": "parsed",
     "python launch/evaluate.py --workdir": "parsed",
     "python launch/self_test.py": "parsed",
     "python launch/benchmark.py --config configs/digits.py": "run",
     "python launch/benchmark.py": "parsed",
-    # tests/verbs/test_preflight.py runs it, for small networks.
+    # tests/preflight/test_preflight.py runs it, for small networks.
     "python launch/preflight.py": "parsed",
-    # tests/verbs/test_matrix.py runs a sweep of a small network.
+    # tests/training/test_matrix.py runs a sweep of a small network.
     "python launch/benchmark.py --config configs/imagenet256_latent.py": "parsed",
     "python launch/benchmark.py --sweep": "a flag that the text names",
-    # tests/verbs/test_check.py trains a small network beside a curve.
+    # tests/training/test_check.py trains a small network beside a curve.
     "python launch/check.py": "parsed",
     "bash launch/local.sh": "dry",
     "bash launch/tpu_pod.sh create\\|": "a pattern of all actions",

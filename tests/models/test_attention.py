@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import TMSA, dense_tile, merge, partition, relative_position_index
-from diffit_jax.models.blocks import DiffiTResBlock
+from diffit_jax.models.diffit.attention import (
+    TMSA,
+    dense_tile,
+    merge,
+    partition,
+    relative_position_index,
+)
+from diffit_jax.models.diffit.blocks import DiffiTResBlock
 from diffit_jax.models.placement import Placement, under
 
 WINDOW, HEADS, CHANNELS, TIME = 3, 2, 8, 6

@@ -14,14 +14,19 @@ from support.counts import multiply_adds
 
 from diffit_jax import models
 from diffit_jax.experiment import build
-from diffit_jax.models import attention_kernel
-from diffit_jax.models.attention import BACKENDS, TMSA, choose_backend, relative_position_index
+from diffit_jax.models.diffit import attention_kernel
+from diffit_jax.models.diffit.attention import (
+    BACKENDS,
+    TMSA,
+    choose_backend,
+    relative_position_index,
+)
 from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.models.placement import Placement, under
+from diffit_jax.preflight import compiler
+from diffit_jax.run.state import open_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
-from diffit_jax.tpu import compiler
-from diffit_jax.training.state import open_experiment
 from diffit_jax.training.step import lower_train_step
 
 

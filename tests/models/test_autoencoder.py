@@ -10,7 +10,7 @@ from support.golden import golden
 
 from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
-from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import Decoder
 

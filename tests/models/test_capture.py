@@ -9,9 +9,9 @@ import pytest
 from diffit_jax import models
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.errors import UserError
-from diffit_jax.models.blocks import DiffiTBlock, repeat_block
-from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.blocks import DiffiTBlock, repeat_block
+from diffit_jax.models.diffit.image import ImageDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
 
 IMAGE = ImageDiffiT(8, channels=(8, 16), num_blocks=(2, 1), head_width=8, time_width=16)
 LATENT = LatentDiffiT(8, hidden_size=16, depth=3, num_heads=2, num_classes=0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffit_jax import models
-from diffit_jax.models.image import ImageDiffiT
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.image import ImageDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.backend import enable_x64
 

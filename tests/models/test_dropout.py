@@ -9,7 +9,7 @@ from support.configs import small_config, small_latent_config
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
-from diffit_jax.models.blocks import dropped
+from diffit_jax.models.diffit.blocks import dropped
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 
@@ -67,7 +67,7 @@ def test_networks_drop_only_with_keys(name):
 
 def test_every_block_has_its_own_mask(monkeypatch):
     """Blocks share parameters' names and code: what tells their keys apart is their number."""
-    from diffit_jax.models import blocks
+    from diffit_jax.models.diffit import blocks
 
     seen = []
     original = blocks.dropped

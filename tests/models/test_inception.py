@@ -8,7 +8,7 @@ from support.fid import save_inception
 from support.golden import GOLDEN, golden
 
 from diffit_jax.interop import inception as interop
-from diffit_jax.models import inception
+from diffit_jax.models.pretrained import inception
 
 
 @pytest.fixture(scope="module")

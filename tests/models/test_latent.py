@@ -11,8 +11,8 @@ from diffit_jax import models
 from diffit_jax.diffusion.guidance import Constant, PowerCosine, Unguided, guide
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
-from diffit_jax.models.blocks import position_embedding
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.blocks import position_embedding
+from diffit_jax.models.diffit.latent import LatentDiffiT
 
 SMALL = dict(
     input_size=8,

@@ -9,8 +9,8 @@ import pytest
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.models.attention import TMSA
-from diffit_jax.models.blocks import (
+from diffit_jax.models.diffit.attention import TMSA
+from diffit_jax.models.diffit.blocks import (
     DiffiTBlock,
     DiffiTResBlock,
     TimeToken,
@@ -18,7 +18,7 @@ from diffit_jax.models.blocks import (
     gelu,
     sinusoidal_embedding,
 )
-from diffit_jax.models.image import ImageDiffiT
+from diffit_jax.models.diffit.image import ImageDiffiT
 
 SMALL = dict(
     image_size=8,

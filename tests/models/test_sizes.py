@@ -6,7 +6,7 @@ from support.counts import multiply_adds
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.models.latent import SIZES, LatentDiffiT, named_size
+from diffit_jax.models.diffit.latent import SIZES, LatentDiffiT, named_size
 from diffit_jax.models.model import traced_multiply_adds
 
 SMALL = dict(

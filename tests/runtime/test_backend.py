@@ -12,13 +12,13 @@ import pytest
 from support.configs import small_config, small_latent_config
 from support.processes import ROOT, command, environment, write_config
 
-from diffit_jax import workdir
 from diffit_jax.errors import UserError
+from diffit_jax.run import workdir
+from diffit_jax.run.state import create_state, open_experiment
 from diffit_jax.runtime import backend
 from diffit_jax.sampling.sample import sample
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.training.state import create_state, open_experiment
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ from support.damage import data_files, truncate
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
+from diffit_jax.run.state import abstract_state, items_of, restore_state
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.sample import sample
-from diffit_jax.training.state import abstract_state, items_of, restore_state
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 TREE = {"a": np.arange(5000, dtype=np.float32), "b": {"c": np.ones((3, 4), np.float32)}}
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_used(tmp_path, caplog):
 def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path, monkeypatch):
     """One update makes the parameters huge, still finite, and checkpoints go on being written."""
     at_45 = lambda _, update: jnp.where(update == 45, 1e30, 1e-3)
-    monkeypatch.setattr("diffit_jax.training.optimizer.learning_rate", at_45)
+    monkeypatch.setattr("diffit_jax.run.optimizer.learning_rate", at_45)
     monkeypatch.setattr("diffit_jax.training.step.learning_rate", at_45)
     config = small_config(training__grid_steps=1000, training__keep_checkpoints=5)
     config.training.update(total_steps=100, log_steps=10, checkpoint_steps=20)

@@ -13,9 +13,9 @@ from support.pictures import pets, write_folder
 from support.processes import ROOT
 
 from diffit_jax.errors import UserError
+from diffit_jax.ingest.prepare import prepare
 from diffit_jax.runtime import hub
 from diffit_jax.runtime.hub import Address
-from diffit_jax.verbs.prepare import prepare
 
 pytest.importorskip("huggingface_hub")
 

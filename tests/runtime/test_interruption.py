@@ -191,7 +191,7 @@ def test_a_notebook_can_go_on_after_an_interrupt(tmp_path, monkeypatch):
     """Without the commands' listener: Ctrl-C in the loop saves, and raises what a notebook shows;
     signals are as they were before."""
     from diffit_jax.runtime import interruption
-    from diffit_jax.verbs import train as loop
+    from diffit_jax.training import train as loop
 
     config = small_latent_config(training__checkpoint_steps=100)
     monkeypatch.setattr(
@@ -214,7 +214,7 @@ def test_a_run_preempted_at_a_snapshot_and_a_grid_leaves_them_behind_later(tmp_p
     """[2, 4, 6], not [2, 6]; the grid of the step too; and nothing that is there is drawn again."""
     from diffit_jax.runtime import distributed, interruption
     from diffit_jax.runtime.checkpoint import Checkpoints
-    from diffit_jax.verbs import train as loop
+    from diffit_jax.training import train as loop
 
     ema = {"halflife_images": 64, "power_lengths": (0.05, 0.10), "snapshot_steps": 2}
     config = small_latent_config(ema=ema, training__checkpoint_steps=100, training__grid_steps=4)
@@ -237,7 +237,7 @@ def test_a_run_preempted_at_a_snapshot_and_a_grid_leaves_them_behind_later(tmp_p
 
 def test_a_profile_is_written_however_the_run_ends(tmp_path, monkeypatch, caplog):
     from diffit_jax.runtime import distributed, interruption
-    from diffit_jax.verbs import train as loop
+    from diffit_jax.training import train as loop
 
     monkeypatch.setattr(distributed.PreemptionNotice, "reached", at_question(3))
     with caplog.at_level("INFO", logger="diffit_jax"), pytest.raises(interruption.Preempted):

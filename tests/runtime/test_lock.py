@@ -13,8 +13,8 @@ from support.configs import small_latent_config
 from support.processes import command, environment, write_config
 
 from diffit_jax.errors import UserError
+from diffit_jax.run.workdir import claimed
 from diffit_jax.runtime import files
-from diffit_jax.workdir import claimed
 
 OWNER = """
 import sys, time

@@ -16,10 +16,10 @@ from support.processes import environment
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.models.placement import Fact
+from diffit_jax.run.state import TrainState, abstract_state
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
-from diffit_jax.training.state import TrainState, abstract_state
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 # data, fsdp, tensor, accumulation, devices; see mesh_worker.py
 MESHES = {

@@ -12,14 +12,14 @@ from support.processes import command, write_config
 
 from diffit_jax.data.sources import Wanted, open_dataset
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.score import score
+from diffit_jax.run.workdir import claim
 from diffit_jax.runtime import files
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.sampling import convert
 from diffit_jax.sampling.request import Run, Weights
 from diffit_jax.sampling.sample import sample
-from diffit_jax.verbs import convert
-from diffit_jax.verbs.score import score
-from diffit_jax.verbs.train import train
-from diffit_jax.workdir import claim
+from diffit_jax.training.train import train
 
 
 @pytest.mark.parametrize(

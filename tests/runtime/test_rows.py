@@ -15,7 +15,7 @@ from diffit_jax.data.sources import ShuffledBatches, SyntheticSource
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 ESTIMATES = json.loads((Path(__file__).parents[1] / "golden" / "estimates.json").read_text())
 # With how many batches one contiguous block for each process would read in all: what there was

@@ -8,10 +8,10 @@ from support.configs import small_config
 from support.fid import VAE, save_vae
 
 from diffit_jax.errors import UserError
+from diffit_jax.experiment.spaces import LatentSpace
 from diffit_jax.interop import diffusers
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.sample import sample
-from diffit_jax.spaces import LatentSpace
 
 
 @pytest.fixture(scope="module")

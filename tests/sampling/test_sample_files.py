@@ -15,13 +15,13 @@ from support.processes import checkpoints_of
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
-from diffit_jax.models.latent import LatentDiffiT
+from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.runtime.ranges import in_short, parse_numbers
 from diffit_jax.sampling import sample as sample_files
 from diffit_jax.sampling.request import Run, Weights, default_name
 from diffit_jax.sampling.sample import sample, stretches
 from diffit_jax.sampling.sampler import Sampler
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def poisoned(tmp_path, value=np.nan):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
-    from diffit_jax.verbs import convert
+    from diffit_jax.sampling import convert
 
     path, config = poisoned(tmp_path, value), small_latent_config().to_dict()
     message = (
@@ -363,8 +363,8 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
 
 def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     """It is refused, with the tensor's name, unless it is asked for."""
-    from diffit_jax.training import state as train_state
-    from diffit_jax.verbs import train as train_verb
+    from diffit_jax.run import state as train_state
+    from diffit_jax.training import train as train_verb
 
     config = small_config(training__total_steps=4)
     # A checkpoint of a version that did not look.

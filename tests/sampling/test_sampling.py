@@ -12,10 +12,10 @@ from diffit_jax.diffusion import guidance
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
 from diffit_jax.models.model import cast_before_use
+from diffit_jax.run.state import create_state
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.sample import sample
 from diffit_jax.sampling.sampler import Sampler, copy_bytes, copy_fits
-from diffit_jax.training.state import create_state
 
 
 @pytest.fixture(scope="module")

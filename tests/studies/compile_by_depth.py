@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax.experiment import build
+from diffit_jax.run.state import abstract_state
 from diffit_jax.runtime import parallel
-from diffit_jax.training.state import abstract_state
 from diffit_jax.training.step import make_train_step, step_metrics
 
 ROOT = Path(__file__).parents[2]

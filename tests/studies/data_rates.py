@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffit_jax.data import records, shards
-from diffit_jax.data.decoding import Framing, decode
+from diffit_jax.data import records
 from diffit_jax.data.records import RecordSource, open_records
 from diffit_jax.data.sources import batches
-from diffit_jax.verbs.prepare import prepare
+from diffit_jax.ingest import shards
+from diffit_jax.ingest.decoding import Framing, decode
+from diffit_jax.ingest.prepare import prepare
 
 
 def small_pictures(folder: Path, count: int = 50_000) -> Path:

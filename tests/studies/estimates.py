@@ -1,4 +1,4 @@
-"""Writes the estimates that tests/verbs/test_preflight.py compares with, for the version of
+"""Writes the estimates that tests/preflight/test_preflight.py compares with, for the version of
 libtpu at hand: python tests/studies/estimates.py
 
 Run it after a change that is meant to change them, or with a new libtpu; the file keeps those of
@@ -18,8 +18,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
-from diffit_jax.tpu import compiler
-from diffit_jax.verbs import preflight
+from diffit_jax.preflight import compiler, preflight
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "tests" / "golden" / "estimates.json"
@@ -42,7 +41,7 @@ for name, topology in TOPOLOGIES.items():
     print(f"{name:32} {topology:10} {report.train.step_s:.5f} s")
 known = json.loads(FILE.read_text()) if FILE.exists() else {}
 FILE.write_text(json.dumps(known | {compiler.libtpu_version(): estimates}, indent=2) + "\n")
-of_tests = ["tests/verbs/test_preflight.py", "tests/verbs/test_pricing.py"]
+of_tests = ["tests/preflight/test_preflight.py", "tests/preflight/test_pricing.py"]
 tests = [sys.executable, "-m", "pytest", *of_tests]
 renewing = os.environ | {"RENEW_ANSWERS": str(compiler.CACHE)}
 sys.exit(subprocess.run(tests, cwd=ROOT, env=renewing).returncode)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.memory import MEASURE
 
 from diffit_jax.interop import official, tensors
-from diffit_jax.models.latent import LatentDiffiT, named_size
+from diffit_jax.models.diffit.latent import LatentDiffiT, named_size
 
 
 def main() -> None:

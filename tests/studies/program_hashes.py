@@ -20,8 +20,8 @@ import jax
 from support.configs import CONFIGS, config_of, small_config, small_latent_config
 
 from diffit_jax.errors import UserError
+from diffit_jax.run.state import open_experiment
 from diffit_jax.sampling.sampler import sampler_without_autoguidance
-from diffit_jax.training.state import open_experiment
 from diffit_jax.training.step import batch_shapes, lower_train_step
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -14,11 +14,11 @@ import sys
 import numpy as np
 from etils import epath
 
-from diffit_jax import workdir as workdirs
 from diffit_jax.diffusion.guidance import PowerCosine
+from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.state import open_experiment
 from diffit_jax.sampling.request import restore_variables
 from diffit_jax.sampling.sampler import Sampler, default_labels
-from diffit_jax.training.state import open_experiment
 
 
 @dataclasses.dataclass(frozen=True)

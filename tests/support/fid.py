@@ -16,7 +16,7 @@ from support.golden import GOLDEN
 from diffit_jax import models
 from diffit_jax.interop import inception as interop
 from diffit_jax.interop import tensors
-from diffit_jax.models.inception import SIDE, Inception
+from diffit_jax.models.pretrained.inception import SIDE, Inception
 
 # Of the FID network's width: every unit has a whole number of channels. A narrower one has so few
 # outputs that a CPU of many threads divides sums among them, and rounds in another way.

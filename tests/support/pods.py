@@ -18,7 +18,7 @@ WORKER = ROOT / "tests" / "mesh_worker.py"
 
 def pod_mesh(topology, shape=MeshShape(-1, -1), num_slices=1):
     """The mesh of a topology's own devices, which only have numbers and processes."""
-    from diffit_jax.tpu.compiler import topology_devices
+    from diffit_jax.preflight.compiler import topology_devices
 
     shape = MeshShape(shape.data, shape.fsdp, shape.tensor, num_slices)
     return parallel.make_mesh(topology_devices(topology, num_slices), shape)

@@ -20,10 +20,10 @@ from support.trees import assert_equal_trees
 from diffit_jax.data.sources import Wanted, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import build
+from diffit_jax.run.state import abstract_state, restore_state
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.training.state import abstract_state, restore_state
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,7 +227,7 @@ CLOCK = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from support.configs import small_latent_config
-from diffit_jax.verbs import train as verb
+from diffit_jax.training import train as verb
 
 real, offset = time.time, [0.0]
 time.time = lambda: real() + offset[0]

@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from diffit_jax.errors import UserError
 from diffit_jax.training.loggers import WeightsAndBiases, check_wandb, events_in, flat, read_figures
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 
 def watched(**more):

@@ -9,8 +9,8 @@ from support.configs import config_of
 from support.pictures import cifar10_archive
 from support.processes import QUICK_TO_COMPILE, ROOT, environment, write_config
 
-from diffit_jax.data.decoding import Framing
-from diffit_jax.verbs.prepare import prepare
+from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.prepare import prepare
 
 
 def test_the_loss_falls_inside_a_band(tmp_path):

@@ -16,13 +16,13 @@ from support.trees import assert_equal_trees
 from diffit_jax.data import digits
 from diffit_jax.data.records import open_records
 from diffit_jax.errors import UserError
+from diffit_jax.ingest.encode import Encoding, encode
+from diffit_jax.ingest.prepare import prepare
 from diffit_jax.interop import diffusers
-from diffit_jax.models.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import distributed, interruption
 from diffit_jax.training.autoencoder import AutoencoderTraining, initial_state, losses
-from diffit_jax.verbs.encode import Encoding, encode
-from diffit_jax.verbs.prepare import prepare
-from diffit_jax.verbs.train_autoencoder import train_autoencoder
+from diffit_jax.training.train_autoencoder import train_autoencoder
 
 SMALL = AutoencoderTraining(channels=(16, 16), steps=300, batch_size=8)
 

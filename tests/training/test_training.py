@@ -11,13 +11,14 @@ from support.trees import assert_equal_trees
 
 from diffit_jax.data.sources import SyntheticSource, batches
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import EMA, Optimizer, build
+from diffit_jax.experiment import build
+from diffit_jax.experiment.sections import EMA, Optimizer
+from diffit_jax.run.optimizer import learning_rate, make_optimizer
+from diffit_jax.run.state import abstract_state, create_state
 from diffit_jax.runtime import parallel
 from diffit_jax.training.loggers import events_in
-from diffit_jax.training.optimizer import learning_rate, make_optimizer
-from diffit_jax.training.state import abstract_state, create_state
 from diffit_jax.training.step import ema_rate, ema_update, make_train_step, step_metrics
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 
 def test_ema_rate_is_edms():

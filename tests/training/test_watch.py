@@ -10,13 +10,13 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax.data.sources import batches
 from diffit_jax.experiment import build
-from diffit_jax.models.image import ImageDiffiT
+from diffit_jax.models.diffit.image import ImageDiffiT
 from diffit_jax.models.model import traced_multiply_adds
+from diffit_jax.run.state import create_state, open_experiment, open_training_data
 from diffit_jax.runtime import parallel
 from diffit_jax.training.loop import Compilations, Watch
-from diffit_jax.training.state import create_state, open_experiment, open_training_data
 from diffit_jax.training.step import compile_train_step
-from diffit_jax.verbs.train import train
+from diffit_jax.training.train import train
 
 
 def test_multiply_adds_of_an_image_network():

@@ -25,7 +25,7 @@ CLUSTER = cli.define_cluster()
 
 def main() -> None:
     from diffit_jax.runtime import distributed, files, ranges
-    from diffit_jax.verbs import benchmark
+    from diffit_jax.training import benchmark
 
     if SWEEP.value:
         figures = benchmark.matrix(

@@ -16,8 +16,8 @@ FEWER_DEVICES = cli.define_fewer_devices()
 
 def main() -> None:
     from diffit_jax.runtime import config_files
+    from diffit_jax.training.check import check, table
     from diffit_jax.training.loggers import Curve
-    from diffit_jax.verbs.check import check, table
 
     curve = Curve.read(CURVE.value or config_files.own("curves/digits.json", "--curve"))
     checked = check(

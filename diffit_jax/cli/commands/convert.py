@@ -52,8 +52,8 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 
 def main() -> None:
     from diffit_jax.runtime import hub
+    from diffit_jax.sampling import convert
     from diffit_jax.sampling.request import config_for_weights
-    from diffit_jax.verbs import convert
 
     cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
     cli.require_one(to_workdir=TO_WORKDIR.value, to_weights=TO_WEIGHTS.value)

@@ -42,7 +42,7 @@ flags.mark_flag_as_required("vae")
 
 
 def main() -> None:
-    from diffit_jax.verbs.encode import Encoding, encode
+    from diffit_jax.ingest.encode import Encoding, encode
 
     encoding = Encoding(
         VAE.value,

@@ -44,10 +44,10 @@ SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale â
 
 
 def main() -> None:
+    from diffit_jax.evaluation import evaluate
     from diffit_jax.runtime import distributed
     from diffit_jax.runtime.ranges import parse_ranges
     from diffit_jax.sampling.request import Drawing
-    from diffit_jax.verbs import evaluate
 
     of_network = NETWORK.workdir.value, NETWORK.weights.value
     cli.require_one(samples=SAMPLES.value, workdir=of_network[0], weights=of_network[1])

@@ -23,9 +23,9 @@ flags.mark_flag_as_required("output")
 
 def main() -> None:
     from diffit_jax.data.sources import open_dataset
+    from diffit_jax.evaluation.make_reference import make_reference
     from diffit_jax.evaluation.pictures import DatasetPictures, open_pictures
     from diffit_jax.runtime import distributed, hub
-    from diffit_jax.verbs.make_reference import make_reference
 
     cli.require_one(samples=SAMPLES.value, dataset=DATASET.value)
     if SAMPLES.value:

@@ -49,9 +49,8 @@ flags.mark_flag_as_required("topology")
 
 
 def main() -> None:
+    from diffit_jax.preflight import preflight, report
     from diffit_jax.runtime import files
-    from diffit_jax.tpu import report
-    from diffit_jax.verbs import preflight
 
     config, topology, num_slices = CONFIG.value, TOPOLOGY.value, NUM_SLICES.value
     if config is not None and BATCH.value is not None:

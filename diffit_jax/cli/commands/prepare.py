@@ -23,8 +23,8 @@ LATENTS = flags.DEFINE_bool(
 
 
 def main() -> None:
-    from diffit_jax.data.decoding import Framing
-    from diffit_jax.verbs import import_latents, prepare
+    from diffit_jax.ingest import import_latents, prepare
+    from diffit_jax.ingest.decoding import Framing
 
     values = SOURCE.value
     if not LATENTS.value:

@@ -19,9 +19,9 @@ CLUSTER = cli.define_cluster()
 
 
 def main() -> None:
+    from diffit_jax.evaluation.score import score
     from diffit_jax.evaluation.small import score_table
     from diffit_jax.runtime import distributed
-    from diffit_jax.verbs.score import score
 
     cli.require_one(samples=SAMPLES.value)
     data_dir = DATA_DIR.value or ""

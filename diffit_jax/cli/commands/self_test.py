@@ -17,8 +17,8 @@ flags.mark_flag_as_required("folder")
 
 
 def main() -> None:
+    from diffit_jax.evaluation import self_test
     from diffit_jax.runtime import distributed
-    from diffit_jax.verbs import self_test
 
     asked = INCEPTION.value
     rows = self_test.self_test(

@@ -43,9 +43,9 @@ flags.mark_flag_as_required("sweep")
 
 
 def main() -> None:
+    from diffit_jax.evaluation import evaluate, sweep
     from diffit_jax.runtime import distributed
     from diffit_jax.sampling.request import Drawing
-    from diffit_jax.verbs import evaluate, sweep
 
     cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     if not SCORES.reference.value:

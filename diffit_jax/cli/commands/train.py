@@ -21,7 +21,7 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     from diffit_jax.runtime.ranges import parse_numbers
-    from diffit_jax.verbs.train import train
+    from diffit_jax.training.train import train
 
     steps = PROFILE_STEPS.value and parse_numbers("--profile_steps", PROFILE_STEPS.value)
     train(

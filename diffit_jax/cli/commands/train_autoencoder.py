@@ -36,7 +36,7 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     from diffit_jax.training.autoencoder import AutoencoderTraining
-    from diffit_jax.verbs.train_autoencoder import train_autoencoder
+    from diffit_jax.training.train_autoencoder import train_autoencoder
 
     if not all(text.isdigit() for text in CHANNELS.value):
         cli.fail(f"--channels {','.join(CHANNELS.value)} must be whole numbers, as 32,64,64,64")

@@ -1,0 +1,399 @@
+"""An experiment: what a config describes, as checked and typed values.
+
+Every section of a config becomes one frozen object: a model, a process, or settings (`sections`,
+`parallel.MeshShape`). `build` makes them all, so that a mistake in a config is reported before
+anything is allocated, compiled or written.
+"""
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffit_jax import limits
+from diffit_jax.data import augment
+from diffit_jax.data.augment import Augmentation
+from diffit_jax.diffusion import PROCESSES
+from diffit_jax.diffusion.seams import Process
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import sections
+from diffit_jax.experiment.sections import EMA, Data, Evaluation, Optimizer, Sampling, Training
+from diffit_jax.experiment.spaces import Space, make_space
+from diffit_jax.limits import FREE, at_least
+from diffit_jax.models import MODELS, Model
+from diffit_jax.runtime import config_files
+from diffit_jax.runtime.parallel import MeshShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole config.
+
+    Attributes:
+      seed: of parameters, data order, noise and dropout in training (samples have seeds of their
+        own).
+      model: the network.
+      process: the diffusion process around it.
+      data, optimizer, ema, training, sampling: the sections of those names.
+      space: how examples enter the step and samples leave it; it follows from `data`,
+        `augmentation` and `sampling`.
+      augmentation, evaluation, mesh: the sections of those names, which may be left out.
+    """
+
+    seed: Annotated[int, at_least(0, most=2**32 - 1)]
+    model: Model
+    process: Process
+    data: Data
+    optimizer: Optimizer
+    ema: EMA
+    training: Training
+    sampling: Annotated[Sampling, FREE]
+    space: Annotated[Space, FREE]
+    augmentation: Augmentation = augment.NONE
+    evaluation: Annotated[Evaluation, FREE] = dataclasses.field(default_factory=Evaluation)
+    mesh: Annotated[MeshShape, FREE] = dataclasses.field(default_factory=MeshShape)
+
+    def __post_init__(self):
+        limits.check(self, section="")
+        self.model.check()
+        _check_output(self)
+        _check_augmentation(self)
+        _check_sampling(self)
+        self.evaluation.check(self.data.autoencoder)
+
+    def with_sampling(self, sampling: Sampling) -> "Experiment":
+        """The same experiment, sampled in another way.
+
+        Raises:
+          UserError: it cannot be.
+        """
+        space = make_space(self.data, sampling.pixel_rounding, self.augmentation)
+        return dataclasses.replace(self, sampling=sampling, space=space)
+
+
+# Sections whose class one of their keys chooses: that key, and the classes by name.
+CHOICES: Mapping[str, tuple[str, Mapping[str, type]]] = {
+    "model": ("name", MODELS),
+    "process": ("name", PROCESSES),
+    "sampling.sampler": ("name", sections.SAMPLERS),
+    "sampling.guidance": ("kind", sections.GUIDANCE),
+}
+
+
+def build(
+    config: ConfigDict | Mapping[str, Any], config_file: epath.PathLike | None = None
+) -> Experiment:
+    """Checks a config and makes the objects that it describes; allocates nothing.
+
+    Args:
+      config: nested mapping, one entry for each section of `Experiment` (`space` follows from the
+        others). Sections in `CHOICES` choose their class by a key. Keys that have a default may be
+        left out.
+      config_file: of the work directory that it was read from, if it was: perhaps another version
+        of this package wrote it.
+
+    Raises:
+      UserError: an unknown or missing key, or a value that cannot be; the message names it, and the
+        file.
+    """
+    plain = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
+    if config_file is None:
+        return _build(plain, _Here())
+    try:
+        return _build(plain, _InFile(config_file))
+    except UserError as error:
+        if str(config_file) in str(error):
+            raise
+        raise UserError(f"{config_file}: {error}") from error
+
+
+def class_name(section: str, value: Any) -> str | None:
+    """The name by which a config chooses the class of a section's object; None if it does not."""
+    _, classes = CHOICES.get(section, ("", {}))
+    return next((name for name, cls in classes.items() if cls is type(value)), None)
+
+
+def keys_of(section: str, cls: type) -> dict[str, dataclasses.Field]:
+    """The keys of a section (a dataclass or Flax module), beside the one that chooses its class."""
+    of_flax = ("parent", "name") if section == "model" else ()
+    return {
+        field.name: field
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in of_flax
+    }
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    """Whether the key of this field may be left out."""
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
+    """The class of every section of a config by its dotted name, as far as they are known."""
+    classes = {
+        field.name: limits.type_of(field.type)
+        for field in dataclasses.fields(Experiment)
+        if field.name not in ("seed", "space")
+    }
+    for section, (key, choices) in CHOICES.items():
+        classes.pop(section, None)
+        name = _node(config, f"{section}.{key}")
+        if isinstance(name, str) and name in choices:
+            classes[section] = choices[name]
+    return classes
+
+
+def given_config(given: config_files.Given) -> ConfigDict:
+    """The config that a command line names, with the keys that it overrides: any key that a section
+    has, whether or not the file lists it.
+
+    Args:
+      given: what the command line says; it names a file.
+
+    Raises:
+      UserError: a mistake in the file, a key that no section has, or a value of another type.
+    """
+    assert given.file is not None
+    config, keys = config_files.load(given.file), given.keys()
+    for section, (key, choices) in CHOICES.items():
+        name = given.text_of(f"{section}.{key}")
+        if name is not None and name in choices:
+            _choose(config, section, name)
+    added = _complete(config)
+    for key in keys:
+        _check_key(config, key)
+    config_files.override(config, given, given.file)
+    _remove(config, set(added) - set(keys))
+    return config.lock()
+
+
+def _choose(config: ConfigDict, section: str, name: str) -> None:
+    """Changes the class of a section in `CHOICES`. A sampler or guidance of another kind keeps what
+    the two have in common."""
+    key, choices = CHOICES[section]
+    node = _node(config, section)
+    if not isinstance(node, ConfigDict) or node.get(key) == name:
+        return
+    with config.unlocked():
+        node[key] = name
+        if section.startswith("sampling."):
+            known = keys_of(section, choices[name])
+            for other in [other for other in node if other != key and other not in known]:
+                del node[other]
+
+
+def _complete(config: ConfigDict) -> list[str]:
+    """Adds the keys with a default that a config leaves out, in their section's type, so that each
+    can be overridden; returns their dotted names."""
+    added: list[str] = []
+    with config.unlocked():
+        for section, cls in section_classes(config).items():
+            parent, _, last = section.rpartition(".")
+            above = _node(config, parent) if parent else config
+            if isinstance(above, ConfigDict) and last not in above:
+                above[last] = ConfigDict()
+                added.append(section)
+            node = _node(config, section)
+            if isinstance(node, ConfigDict):
+                added += [f"{section}.{name}" for name in _complete_section(node, section, cls)]
+    return added
+
+
+def _complete_section(node: Any, section: str, cls: type) -> list[str]:
+    added = []
+    for name, field in keys_of(section, cls).items():
+        kind = limits.type_of(field.type)
+        if f"{section}.{name}" in CHOICES or not has_default(field):
+            continue
+        if name not in node:
+            make: Any = field.default_factory
+            missing = field.default is dataclasses.MISSING
+            default: Any = make() if missing else field.default
+            node[name] = np.dtype(default).name if kind is np.dtype else default
+            added.append(name)
+        elif kind is float and node.get_type(name) is int:
+            with node.ignore_type():  # `scale=2` may become 1.5
+                node[name] = float(node[name])
+    return added
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    """Raises `UserError` if a config whose keys are all there (`_complete`) has no such one."""
+    section = ""
+    for name in key.split("."):
+        node = _node(config, section) if section else config
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"config key {key} is unknown: {section} is not a section")
+        section = f"{section}.{name}" if section else name
+        if name not in node:
+            raise unknown_key(section, list(node))
+
+
+def _remove(config: ConfigDict, keys: Iterable[str]) -> None:
+    """Takes keys out of a config again, and sections that are empty then."""
+    with config.unlocked():
+        for key in sorted(keys, key=len, reverse=True):
+            parent, _, name = key.rpartition(".")
+            node: Any = _node(config, parent) if parent else config
+            if not isinstance(node[name], ConfigDict) or not len(node[name]):
+                del node[name]
+
+
+def _node(config: Any, section: str) -> Any:
+    """The section of a dotted name, or whatever is there; None if nothing is."""
+    for part in section.split("."):
+        is_section = isinstance(config, ConfigDict | Mapping)
+        config = config[part] if is_section and part in config else None
+    return config
+
+
+class _Here:
+    """What is wrong with a key of a config that somebody has just written."""
+
+    def unknown(self, key: str, known: Iterable[str]) -> UserError:
+        return unknown_key(key, known)
+
+    def missing(self, key: str) -> UserError:
+        return UserError(f"config key {key} is missing: add it to the config")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> UserError:
+    """What is said of a key that its section does not have: one that is like it, there or in a
+    section of its own.
+
+    Args:
+      key: dotted.
+      known: names in its section.
+    """
+    section, _, name = key.rpartition(".")
+    dot = "." if section else ""
+    deeper = {
+        f"{below}.{field}".removeprefix(f"{section}{dot}")
+        for below, (_, classes) in CHOICES.items()
+        if below.startswith(f"{section}{dot}")
+        for cls in classes.values()
+        for field in keys_of(below, cls)
+    }
+    names = {full: full for full in (*known, *sorted(deeper))}
+    ends = {full.rpartition(".")[2]: full for full in names}
+    close = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(
+        name, ends, n=1
+    )
+    hint = f"known are {', '.join(known)}"
+    if close:
+        hint = f"did you mean {section}{dot}{(ends | names)[close[0]]}?"
+    return UserError(f"config key {key} is unknown: {hint}")
+
+
+class _InFile(_Here):
+    """What is wrong with a key of a run's config."""
+
+    def __init__(self, path: epath.PathLike):
+        self._path = path
+
+    def unknown(self, key: str, known: Iterable[str]) -> UserError:
+        return UserError(
+            f"{self._path} has the key {key}, which this version of diffit_jax does not know "
+            f"(known are {', '.join(known)}): it was written by another version or program; use "
+            "that one, or delete the key if the run does not depend on it"
+        )
+
+    def missing(self, key: str) -> UserError:
+        return UserError(
+            f"{self._path} has no key {key}, which this version of diffit_jax needs: it was "
+            "written by another version or program; use that one, or add the key"
+        )
+
+
+def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
+    fields = {
+        field.name: field for field in dataclasses.fields(Experiment) if field.name != "space"
+    }
+    required = [name for name, field in fields.items() if not has_default(field)]
+    _check_keys("", config, fields, required, wrong)
+    values: dict[str, Any] = {}
+    for name, given in config.items():
+        if name == "seed":
+            values[name] = given
+        else:
+            values[name] = _make(name, given, limits.type_of(fields[name].type), wrong)
+    space = make_space(
+        values["data"], values["sampling"].pixel_rounding, values.get("augmentation", augment.NONE)
+    )
+    return Experiment(**values, space=space)
+
+
+def _make(section: str, given: Any, cls: Any, wrong: _Here) -> Any:
+    """The object of a section, and those of the sections in it."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"config key {section} is {given!r}: it must be a section")
+    arguments = dict(given)
+    if section in CHOICES:
+        key, choices = CHOICES[section]
+        name = arguments.pop(key, None)
+        if name not in choices:
+            raise UserError(f"config key {section}.{key} is {name!r}: use {' or '.join(choices)}")
+        cls = choices[name]
+    keys = keys_of(section, cls)
+    required = [name for name, field in keys.items() if not has_default(field)]
+    _check_keys(f"{section}.", arguments, keys, required, wrong)
+    for name, value in arguments.items():
+        if f"{section}.{name}" in CHOICES:
+            arguments[name] = _make(f"{section}.{name}", value, None, wrong)
+        elif isinstance(value, list):  # of JSON, where Flax wants hashable tuples
+            arguments[name] = tuple(value)
+    return cls(**arguments)
+
+
+def _check_keys(
+    prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str], wrong: _Here
+) -> None:
+    for key in given:
+        if key not in known:
+            raise wrong.unknown(f"{prefix}{key}", known)
+    for key in required:
+        if key not in given:
+            raise wrong.missing(f"{prefix}{key}")
+
+
+def _check_output(experiment: Experiment) -> None:
+    model, process = experiment.model, experiment.process
+    needed = process.output_channels(model.sample_shape[-1])
+    if model.output_channels != needed:
+        raise UserError(
+            f"the process wants a network with {needed} output channels, the model has "
+            f"{model.output_channels}: change model.learn_sigma (latent_diffit), process.variance "
+            "and process.loss_type (ddpm) or process.name"
+        )
+
+
+def _check_augmentation(experiment: Experiment) -> None:
+    has = experiment.model.augment_labels
+    needed = experiment.augmentation.num_labels
+    if has != needed:
+        raise UserError(
+            f"config key model.augment_labels is {has}, but the augmentation tells the network "
+            f"{needed} numbers: set it to {needed}, or augmentation.probability to 0 for none"
+        )
+
+
+def _check_sampling(experiment: Experiment) -> None:
+    """Raises `UserError` if the experiment cannot be sampled as its section `sampling` says."""
+    model, guidance = experiment.model, experiment.sampling.guidance
+    experiment.sampling.sampler.check(experiment.process)
+    if guidance.channels > model.sample_shape[-1]:
+        raise UserError(
+            f"config key sampling.guidance.channels is {guidance.channels}: the model has only "
+            f"{model.sample_shape[-1]} channels"
+        )
+    if guidance.needs_labels and not model.num_classes:
+        raise UserError(
+            "config key sampling.guidance.scale guides by labels, but model.num_classes is 0: set "
+            "it to 1"
+        )

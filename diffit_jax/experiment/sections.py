@@ -1,0 +1,292 @@
+"""The sections of a config that are plain settings: frozen, typed, and checked when they are made.
+
+Keys that are marked `FREE` may change when a run is continued.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from diffit_jax import limits
+from diffit_jax.data import pixels
+from diffit_jax.diffusion import GUIDANCE, SAMPLERS
+from diffit_jax.diffusion.guidance import Guidance, Unguided
+from diffit_jax.diffusion.samplers import SamplingMethod
+from diffit_jax.errors import UserError
+from diffit_jax.limits import FREE, Count, CountOrZero, above, at_least, one_of, share
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Section `data`.
+
+    Attributes:
+      name: of the data set: "digits", "synthetic", or what launch/prepare.py or launch/encode.py
+        has written by this name.
+      data_dir: where prepared data sets live, local, `gs://` or `hf://`; "" is
+        tensorflow-datasets' default, `~/tensorflow_datasets`.
+      autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and
+        so are samples.
+      latent_mean, latent_scale: of latents: the network sees `(z - latent_mean) * latent_scale`;
+        one number, or one for each channel. Encoded data say theirs in their manifest.
+    """
+
+    name: str
+    data_dir: Annotated[limits.Path, FREE] = ""
+    autoencoder: str = ""
+    latent_mean: Sequence[float] = (0.0,)
+    latent_scale: Sequence[Annotated[float, above(0)]] = (0.18215,)  # of Stable Diffusion's
+
+    def __post_init__(self):
+        limits.check(self, "data")
+        if not self.latent_mean or not self.latent_scale:
+            raise UserError("config keys data.latent_mean and data.latent_scale need a number each")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Section `optimizer`.
+
+    Attributes:
+      learning_rate: after the ramp-up.
+      warmup_steps: updates over which it rises from 0.
+      name: "adam" (AdamW if there is weight decay) or "lamb", for very large batches.
+      beta1, beta2, epsilon: Adam's.
+      weight_decay: share of a weight taken off per update, times the learning rate. Only matrices
+        and convolutions decay: not biases, norms, label tables or position biases.
+      max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
+      schedule: "constant" after the ramp-up, or "cosine" down to 0.
+      decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
+      replace_nonfinite: whether not-a-number in a gradient becomes 0, and infinity ±100,000, as in
+        EDM's code, before a batch whose gradient or loss is not finite is skipped.
+    """
+
+    learning_rate: Annotated[float, above(0)]
+    warmup_steps: CountOrZero
+    name: Annotated[str, one_of("adam", "lamb")] = "adam"
+    beta1: Annotated[float, share(below_one=True)] = 0.9
+    beta2: Annotated[float, share(below_one=True)] = 0.999
+    epsilon: Annotated[float, above(0)] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    max_gradient_norm: Annotated[float, at_least(0)] = 0.0
+    schedule: Annotated[str, one_of("constant", "cosine")] = "constant"
+    decay_steps: CountOrZero = 0
+    replace_nonfinite: bool = False
+
+    def __post_init__(self):
+        limits.check(self, "optimizer")
+        if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"config key optimizer.decay_steps is {self.decay_steps}: it must be above "
+                f"{self.warmup_steps}, the warmup_steps"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """Section `ema`: EDM's moving average of the parameters, stated in images so that the batch
+    size does not change its length.
+
+    Attributes:
+      halflife_images: after so many images a parameter's weight in the average has halved.
+      rampup_ratio: the half-life is at most this share of the images seen so far, so that the
+        average forgets the start of training.
+      power_lengths: lengths of further averages whose snapshots make one of any length after
+        training, see `run.power_ema`; EDM2 has (0.05, 0.10). Each costs 4 bytes per parameter,
+        and a snapshot as much on disk.
+      snapshot_steps: updates between snapshots of these.
+    """
+
+    halflife_images: Annotated[float, above(0)]
+    rampup_ratio: Annotated[float, above(0)] = 0.05
+    power_lengths: Sequence[Annotated[float, above(0, below=12**-0.5)]] = ()
+    snapshot_steps: Annotated[Count, FREE] = 10_000
+
+    def __post_init__(self):
+        limits.check(self, "ema")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Section `training`.
+
+    Attributes:
+      batch_size: images per update, over all devices.
+      label_dropout: share of the labels replaced by "no label", which classifier-free guidance
+        needs. In [0, 1].
+      total_steps: updates of the whole run (batches, to be exact: one with a gradient that is not
+        finite makes no update).
+      accumulation: parts into which a batch is cut to save memory; their gradients are averaged
+        into one update.
+      max_bad_steps: so many batches in a row without a finite gradient end the run.
+      log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and
+        checkpoints.
+      checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report;
+        0: never.
+      keep_checkpoints: how many of the newest checkpoints stay.
+      keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
+      grid_images: images in a sample grid.
+      wandb: project at Weights & Biases, or entity/project, where figures and pictures go too, see
+        `training.loggers`; empty: none.
+    """
+
+    batch_size: Count
+    label_dropout: Annotated[float, share()]
+    total_steps: Annotated[Count, FREE]
+    log_steps: Annotated[Count, FREE] = 100
+    grid_steps: Annotated[Count, FREE] = 10_000
+    checkpoint_steps: Annotated[Count, FREE] = 5_000
+    keep_checkpoints: Annotated[Count, FREE] = 3
+    grid_images: Annotated[Count, FREE] = 100
+    accumulation: Annotated[Count, FREE] = 1
+    max_bad_steps: Annotated[Count, FREE] = 20
+    checkpoint_minutes: Annotated[float, at_least(0), FREE] = 0.0
+    keep_every_steps: Annotated[CountOrZero, FREE] = 0
+    wandb: Annotated[str, FREE] = ""
+
+    def __post_init__(self):
+        limits.check(self, "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Section `sampling`: how samples are drawn unless the command line says otherwise.
+
+    Attributes:
+      sampler: section `sampling.sampler`: `name`, and the attributes of that class in
+        `diffusion.SAMPLERS`. "ddpm" (ancestral) and "ddim" belong to the process ddpm; "euler",
+        "heun" and "dpm_solver" (2M) serve any process.
+      guidance: section `sampling.guidance`, which may be left out: `kind`, and the attributes of
+        that class in `diffusion.GUIDANCE`.
+      batch_per_device: samples that each device draws per call of the sampler.
+      pixel_rounding: from [-1, 1] to uint8: "edm" or "adm", see `pixels.to_pixels`.
+    """
+
+    sampler: SamplingMethod
+    batch_per_device: Annotated[int, at_least(1, most=1_000_000)]
+    guidance: Guidance = dataclasses.field(default_factory=Unguided)
+    pixel_rounding: Annotated[str, one_of(*pixels.ROUNDINGS)] = "edm"
+
+    def __post_init__(self):
+        limits.check(self, "sampling")
+
+    def overridden(self, overrides: Mapping[str, Any]) -> "Sampling":
+        """The section with values from the command line, each of which must have an effect.
+
+        Args:
+          overrides: by key within the section: `batch_per_device`, `sampler` (a name),
+            `sampler.num_steps`, `guidance` (a kind), `guidance.scale` … A sampler or guidance of
+            another kind keeps what the two have in common.
+
+        Raises:
+          UserError: a key that has no effect, or a value that cannot be.
+        """
+        values = {name: value for name, value in overrides.items() if name in _PLAIN}
+        for section, classes in CHOICES.items():
+            given = {
+                name.removeprefix(f"{section}."): value
+                for name, value in overrides.items()
+                if name.startswith(f"{section}.")
+            }
+            values[section] = _chosen(
+                section, classes, getattr(self, section), overrides.get(section), given
+            )
+        for name in overrides:
+            if name not in _PLAIN and name.partition(".")[0] not in CHOICES:
+                raise UserError(f"--{name} is unknown: see --help")
+        return dataclasses.replace(self, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Section `evaluation`, which may be left out: how a run is watched while it trains. Weights
+    are its raw parameters and all of its averages.
+
+    Attributes:
+      steps: updates between evaluations: samples are drawn, decoded and compared with a reference,
+        as the verb `evaluate` does it; one more after the last update. 0: none.
+      reference: npz file of statistics, see `evaluation.reference`.
+      inception: weights of the FID network, see `interop.inception`.
+      vae: folder of the autoencoder that decodes latents, see `interop.diffusers`. Sample grids
+        show pictures if it is given, whether or not there are evaluations.
+      vae_dtype: of its convolutions.
+      count: samples of each kind of weights, of the seeds 0, 1, 2 …, always the same.
+      final_count: of those after the last update; 0: as many.
+      metrics: names in `reference.METRICS`; none: all but KID that the reference serves.
+      raw: whether the raw parameters are evaluated too, or averages only.
+      max_minutes: an evaluation stops measuring after so long and scores what there is; 0: never.
+      batch_per_device: pictures of which a device extracts the features at once.
+      loss_steps: updates between measurements of the loss on examples of the test split, at noise
+        levels and with noise that are always the same; 0: none.
+      loss_examples: how many of the test split's first examples.
+    """
+
+    steps: CountOrZero = 0
+    reference: limits.Path = ""
+    inception: limits.Path = ""
+    vae: limits.Path = ""
+    vae_dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
+    count: Annotated[int, at_least(2)] = 10_000
+    final_count: Annotated[int, at_least(2, besides=(0,))] = 0
+    metrics: Sequence[str] = ()
+    raw: bool = True
+    max_minutes: Annotated[float, at_least(0)] = 0.0
+    batch_per_device: Count = 32
+    loss_steps: CountOrZero = 0
+    loss_examples: Count = 2_048
+
+    def __post_init__(self):
+        limits.check(self, "evaluation")
+        for key in ("reference", "inception"):
+            if self.steps and not getattr(self, key):
+                what = {"reference": "npz file of statistics", "inception": "FID network's file"}
+                raise UserError(
+                    f"config key evaluation.{key} is missing: name the {what[key]}, or set "
+                    "evaluation.steps to 0"
+                )
+
+    def check(self, autoencoder: str) -> None:
+        """Raises `UserError` if samples cannot become pictures, or are some already;
+        `autoencoder`: the config's `data.autoencoder`."""
+        if self.steps and autoencoder and not self.vae:
+            raise UserError(
+                f"config key evaluation.vae is missing: samples are latents of {autoencoder}; name "
+                "that autoencoder's folder, or set evaluation.steps to 0"
+            )
+        if self.vae and not autoencoder:
+            raise UserError(
+                "config key evaluation.vae is given, but samples are images: leave it out"
+            )
+
+
+# The parts of the section `sampling` whose class is chosen by name, and the classes.
+CHOICES = {"sampler": SAMPLERS, "guidance": GUIDANCE}
+_PLAIN = ("batch_per_device", "pixel_rounding")
+
+
+def _chosen(
+    section: str, classes: Mapping[str, Any], old: Any, name: str | None, given: Mapping[str, Any]
+) -> Any:
+    """A sampler or guidance: `old` with the values of `given`, or one of another class."""
+    if name is not None and name not in classes:
+        raise UserError(f"--{section} {name} is unknown: use {', '.join(classes)}")
+    chosen: Any = old.__class__ if name is None else classes[name]
+    name = next(name for name, cls in classes.items() if cls is chosen)
+    fields = {field.name: field for field in dataclasses.fields(chosen)}
+    for key in given:
+        if key not in fields:
+            raise UserError(f"--{section}.{key} has no effect with {section} {name}: leave it out")
+    kept: dict[str, Any] = {key: getattr(old, key) for key in fields if hasattr(old, key)}
+    one, other = getattr(chosen, "alternatives", ("", ""))
+    if one in given and other in given:
+        raise UserError(
+            f"--{section}.{one} and --{section}.{other} both say how many steps there are: leave "
+            "out either"
+        )
+    if one in given:
+        kept.pop(other, None)
+    for key, field in fields.items():
+        needed = field.default is dataclasses.MISSING
+        if needed and key not in kept and key not in given:
+            raise UserError(f"--{section}.{key} is missing: {section} {name} needs it")
+    return chosen(**{**kept, **given})

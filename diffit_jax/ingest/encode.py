@@ -1,0 +1,296 @@
+"""The verb `encode`: from pictures to the moments of their latents, to train on."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from diffit_jax.data import records
+from diffit_jax.data.records import ArraySpec, Manifest
+from diffit_jax.data.sources import folder_to_write
+from diffit_jax.errors import UserError
+from diffit_jax.ingest import latent_statistics
+from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.encoder import Encoder
+from diffit_jax.ingest.images import Loaded, Loader, default_workers, open_images
+from diffit_jax.ingest.places import Index
+from diffit_jax.ingest.prepare import check_shape, facts_of, kept, label_of, progress_of, report
+from diffit_jax.ingest.shards import Shards
+from diffit_jax.interop import diffusers
+from diffit_jax.runtime import backend, distributed, files, hub, interruption, npz, parallel
+from diffit_jax.sampling.decoder import VAE_FILES
+
+log = logging.getLogger(__name__)
+
+STORED = ("float16", "float32")
+_POLL_S = 0.5
+_MANY = 100_000  # pictures whose index is kept while a command is not done
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How pictures become moments.
+
+    Attributes:
+      vae: folder of the autoencoder, see `diffusers.load`; `hf://` too.
+      dtype: of its convolutions.
+      stored: dtype of the moments on disk, one of `STORED`.
+      orientations: 2: of the picture and its mirror image; 1: of the picture.
+      batch_per_device: pictures that each device encodes in a call.
+      at_once: pictures of a slice of it, see `decoder.slice_size`.
+    """
+
+    vae: epath.PathLike
+    dtype: str = "float32"
+    stored: str = "float16"
+    orientations: int = 2
+    batch_per_device: int = 32
+    at_once: int | None = None
+
+    def __post_init__(self):
+        if self.stored not in STORED:
+            raise UserError(f"--stored {self.stored} is unknown: use {' or '.join(STORED)}")
+        if self.orientations not in (1, 2):
+            raise UserError(f"--orientations is {self.orientations}: use 1 or 2")
+
+
+@backend.pinned()
+@backend.memory_for("lower --batch_per_device or --vae_at_once")
+def encode(
+    source: epath.PathLike,
+    *,
+    name: str,
+    encoding: Encoding,
+    data_dir: epath.PathLike = "",
+    split: str = "train",
+    framing: Framing = Framing(),
+    unlabelled: bool = False,
+    workers: int | None = None,
+) -> Manifest:
+    """Writes the moments of a source's pictures as `DATA_DIR/NAME`: ArrayRecord shards and a
+    manifest.
+
+    Each process encodes shards of its own on its own devices, while other processes of its host
+    decode pictures. The same command goes on where it was interrupted, on as many hosts as there
+    are then. On devices of one kind the files are the same, byte for byte, however often it was
+    interrupted.
+
+    Args:
+      source, name, data_dir, split, framing, unlabelled, workers: as of `prepare.prepare`; the
+        source may be a data set that it wrote.
+      encoding: the autoencoder, and what is kept of its posterior.
+
+    Returns:
+      The manifest, on every process.
+
+    Raises:
+      UserError: as `prepare.prepare`; an autoencoder that cannot be read or does not take the
+        pictures, or moments that are not finite.
+      interruption.Interrupted, interruption.Preempted: finished shards stay.
+    """
+    folder = folder_to_write(name, data_dir)
+    place = hub.local(source, "source")
+    index_file = folder / f".{split}.index"
+    index = distributed.first_then_all(
+        lambda: _indexed(place, split, unlabelled, index_file),
+        lambda: Index.from_bytes(index_file.read_bytes()),
+    )
+    mesh = parallel.local_mesh()
+    vae = hub.local(encoding.vae, "vae", VAE_FILES)
+    module, variables = diffusers.load(vae, encoding.dtype, parallel.replicated(mesh))
+    encoder = Encoder(
+        module,
+        variables,
+        mesh,
+        batch_per_device=encoding.batch_per_device,
+        orientations=encoding.orientations,
+        at_once=encoding.at_once,
+    )
+    workers = default_workers() if workers is None else workers
+    with Loader(index, framing, workers) as loader:
+        image = loader.first_shape()
+        _check_image(index, image, encoder)
+        shape = encoder.shape_of(image)
+        arrays = records.layout(moments=ArraySpec(shape, encoding.stored))
+        crop = dict(index.crop) or dataclasses.asdict(framing)
+        identity = {
+            "source": index.digest(),
+            "crop": crop,
+            "image": list(image),
+            "stored": encoding.stored,
+            "autoencoder": encoder.identity(),
+        }
+        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
+        distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
+        with distributed.first_holds(lambda: files.owned(folder, "data set")):
+            distributed.on_primary(shards.begin)
+            _write(
+                shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image
+            )
+            if distributed.is_first():
+                shards.finish(
+                    index.classes,
+                    lambda sums: {
+                        "source": facts_of(index, source, split) | {"image_shape": list(image)},
+                        "crop": crop,
+                        "autoencoder": _autoencoder_facts(encoder, encoding),
+                        "statistics": latent_statistics.of_sums(sums),
+                    },
+                )
+            distributed.on_primary(lambda: index_file.unlink(missing_ok=True))
+    manifest = records.read_manifest(folder, split)
+    report(manifest, folder, index)
+    latent_statistics.say(manifest)
+    return manifest
+
+
+def _indexed(place: epath.Path, split: str, unlabelled: bool, index_file: epath.Path) -> Index:
+    """The index of a source; as a file too where other processes need it, or where making it takes
+    long (a tar of ImageNet's size has 1.3 million headers)."""
+    about = f"{place} {split} {unlabelled} {_sizes(place)}"
+    if index_file.exists():
+        with contextlib.suppress(OSError, KeyError, *npz.DAMAGED):
+            index = Index.from_bytes(index_file.read_bytes())
+            if index.about == about:
+                return index
+    index = dataclasses.replace(open_images(place, split, unlabelled), about=about)
+    if jax.process_count() > 1 or len(index) > _MANY:
+        files.make_directory(index_file.parent, "data_dir")
+        files.write_bytes(index_file, index.to_bytes())
+    return index
+
+
+def _sizes(place: epath.Path) -> str:
+    """Bytes of a source that is a file: another one of the same name has others."""
+    return "" if place.is_dir() or not place.exists() else str(files.size(place))
+
+
+def _check_image(index: Index, image: tuple[int, ...], encoder: Encoder) -> None:
+    factor, channels = encoder.module.factor, encoder.module.image_channels
+    if image[0] % factor or image[1] % factor or image[2] != channels:
+        raise UserError(
+            f"the pictures ({index.names[0]}) are {image[1]}×{image[0]} with {image[2]} channels, "
+            f"the autoencoder takes {channels} channels and sides that are multiples of {factor}: "
+            "change --crop and --size"
+        )
+
+
+def _autoencoder_facts(encoder: Encoder, encoding: Encoding) -> dict[str, Any]:
+    channels = encoder.module.latent_channels
+    scaling = {
+        name: np.broadcast_to(getattr(encoder.module, name), channels).astype(float).tolist()
+        for name in ("latent_mean", "latent_scale")
+    }
+    return {
+        "path": str(encoding.vae),
+        "factor": encoder.module.factor,
+        **encoder.identity(),
+        **scaling,
+        "dtype": encoding.dtype,
+    }
+
+
+def _write(
+    shards: Shards,
+    index: Index,
+    *,
+    loader: Loader,
+    encoder: Encoder,
+    stored: str,
+    image: tuple[int, ...],
+) -> None:
+    """Writes the shards that are missing: each process its own, and returns when all are there."""
+    missing = np.flatnonzero(
+        distributed.from_first([line is None for line in shards.lines()])
+    ).tolist()
+    mine = missing[jax.process_index() :: jax.process_count()]
+    progress = progress_of(shards, missing, "encode", "picture")
+    started, encoded = time.monotonic(), 0
+    notices = distributed.PreemptionNotice(ctrl_c=True)
+    with progress, notices as notice:
+        stream = _encoded(shards, mine, loader=loader, encoder=encoder, index=index, image=image)
+        for shard, parts in itertools.groupby(stream, key=lambda part: part[0]):
+            with shards.writing(shard) as writer:
+                for _, group, result in parts:
+                    # Not `notice.reached`: processes do not go in step.
+                    if interruption.noticed():
+                        raise notice.ending(kept(shards))
+                    for loaded in group:
+                        if loaded.pixels is None:
+                            name = index.names[loaded.number]
+                            writer.line.skipped.append((name, loaded.reason))
+                        writer.remark(list(loaded.remarks))
+                    good = [loaded for loaded in group if loaded.pixels is not None]
+                    if result is not None:
+                        moments = result.result()[0]
+                        _check_finite(moments, good, index)
+                        writer.line.add_sums(**latent_statistics.sums_of(moments))
+                        for loaded, array in zip(good, moments.astype(stored), strict=True):
+                            writer.add(label_of(index, loaded.number), moments=array)
+                    encoded += len(good)
+                    # Other processes are about as far.
+                    progress.advance(len(group) * jax.process_count())
+            seconds = max(time.monotonic() - started, 1e-9)
+            progress.say(
+                f"{encoded * jax.process_count() / seconds:.1f} images/s | chips waiting "
+                f"{encoder.waited_s / seconds:.1%}"
+            )
+        _await_all(shards)
+
+
+def _await_all(shards: Shards) -> None:
+    """Returns when the other processes have written their shards too."""
+    while jax.process_count() > 1 and shards.missing():
+        if interruption.noticed():
+            raise interruption.Preempted(kept(shards))
+        time.sleep(_POLL_S)
+
+
+def _encoded(
+    shards: Shards,
+    mine: list[int],
+    *,
+    loader: Loader,
+    encoder: Encoder,
+    index: Index,
+    image: tuple[int, ...],
+) -> Iterator[tuple[int, list[Loaded], Any]]:
+    """(shard, some of its pictures, their moments to come) in order, one call ahead: the devices
+    have the next pictures while the last ones' moments are written.
+
+    Which pictures are encoded together is fixed, for sums come out the same only then.
+    """
+    numbers = [number for shard in mine for number in shards.numbers(shard)]
+    stream = loader.load(numbers)
+    waiting: collections.deque[tuple[int, list[Loaded], Any]] = collections.deque()
+    for shard in mine:
+        count = len(shards.numbers(shard))
+        for start in range(0, count, encoder.batch_size):
+            size = min(encoder.batch_size, count - start)
+            group = list(itertools.islice(stream, size))
+            good = [loaded.pixels for loaded in group if loaded.pixels is not None]
+            for loaded in group:
+                if loaded.pixels is not None:
+                    check_shape(index.names[loaded.number], loaded.pixels.shape, image)
+            waiting.append((shard, group, encoder.start(np.stack(good)) if good else None))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+    yield from waiting
+
+
+def _check_finite(moments: np.ndarray, good: list[Loaded], index: Index) -> None:
+    finite = np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
+    if not finite.all():
+        names = [index.names[good[row].number] for row in np.flatnonzero(~finite)[:3]]
+        raise UserError(
+            f"the autoencoder's moments of {', '.join(names)} are not finite: use --vae_dtype "
+            "float32, or another autoencoder"
+        )

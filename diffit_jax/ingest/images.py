@@ -1,0 +1,336 @@
+"""Pictures as people have them: `open_images` says what a source holds, `load` brings its pictures,
+decoded and cropped by processes of their own, in their order."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import glob
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from diffit_jax.data import records
+from diffit_jax.errors import UserError
+from diffit_jax.ingest import containers, places, tables
+from diffit_jax.ingest.decoding import Broken, Framing, decode, frame
+from diffit_jax.ingest.places import Index, Place
+from diffit_jax.runtime import interruption
+
+FEWEST = 10  # pictures of a data set: with fewer a wrong folder was named
+_CHUNK, _CHUNK_BYTES = 256, 2**21  # pictures that a process decodes at once, at most
+_CHUNKS_AHEAD = 3  # of each process
+
+
+def open_images(
+    path: epath.PathLike, split: str = "train", unlabelled: bool = False, fewest: int = FEWEST
+) -> Index:
+    """The pictures of a source.
+
+    Args:
+      path: a folder (of class folders or flat, of tars, of Parquet files, of CIFAR-10's batches,
+        that tensorflow-datasets or `prepare` wrote), a zip, a tar, a Parquet file, a CIFAR-10
+        archive, or a pattern with `*` of several files; absolute, local or `gs://`.
+      split: which one, where a source has several.
+      unlabelled: whether to leave labels out.
+      fewest: how many there must be.
+
+    Raises:
+      UserError: there is no such source, or it holds no pictures or fewer than `fewest`, or labels
+        that cannot be told.
+    """
+    index = _open(epath.Path(path), split, unlabelled)
+    if len(index) < fewest:
+        raise UserError(
+            f"{path} has {len(index)} pictures, a data set needs {fewest} or more: name the folder "
+            "or file that has them all"
+        )
+    return index
+
+
+def _open(path: epath.Path, split: str, unlabelled: bool) -> Index:
+    if any(character in path.name for character in "*?["):
+        found = sorted(map(epath.Path, _matching(path)), key=str)
+        if not found:
+            raise UserError(f"there is no file {path}: correct the pattern")
+        return _open_files(found, unlabelled)
+    if not path.exists():
+        raise UserError(f"there is no {path}: name a folder, or an archive of pictures")
+    if path.is_dir():
+        return _open_folder(path, split, unlabelled)
+    if path.name.endswith((".tar.gz", ".tgz")) and (files := tables.cifar_files(path)):
+        return tables.index_cifar(str(path), files, split, unlabelled)
+    return _open_files([path], unlabelled)
+
+
+def _matching(path: epath.Path) -> list[Any]:
+    """Files whose name matches the last part of a path; a folder that is called so is itself."""
+    if path.exists():
+        return [path]
+    if "://" in str(path):
+        return list(path.parent.glob(path.name))
+    return glob.glob(str(path))
+
+
+def _open_files(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{paths[0]} and others are files of different kinds: name one kind")
+    (kind,) = kinds
+    if kind == "parquet":
+        return tables.index_parquet(paths, unlabelled)
+    if kind == "tar":
+        return containers.index_tars(paths, unlabelled)
+    if kind == "zip":
+        if len(paths) > 1:
+            raise UserError(f"{paths[0]} and others are several zip files: name one")
+        return containers.index_zip(paths[0], unlabelled)
+    if "tfrecord" in paths[0].name:
+        raise _tfrecords(paths[0])
+    raise UserError(
+        f"{paths[0]} is neither a folder nor a zip, tar or Parquet file: name one of these"
+    )
+
+
+def _kind(path: epath.Path) -> str:
+    for kind in ("parquet", "tar", "zip"):
+        if path.name.endswith(f".{kind}"):
+            return kind
+    return "tar" if path.name.endswith((".tar.gz", ".tgz")) else "other"
+
+
+def _open_folder(folder: epath.Path, split: str, unlabelled: bool) -> Index:
+    if (folder / "dataset_info.json").exists():
+        return tables.index_tfds(folder, split, unlabelled)
+    if (folder / records.manifest_name(split)).exists():
+        return _prepared(folder, split, unlabelled)
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if any(entry.name.startswith(("data_batch_1", "test_batch")) for entry in entries):
+        files = tables.cifar_files(folder)
+        if files:
+            return tables.index_cifar(str(folder), files, split, unlabelled)
+    for end in (".parquet", ".tar"):
+        found = sorted((entry for entry in entries if entry.name.endswith(end)), key=str)
+        if found:
+            return _open_files(_of_split(found, split), unlabelled)
+    if any("tfrecord" in entry.name for entry in entries):
+        raise _tfrecords(folder)
+    data = folder / "data"  # where the hub's data sets have their tables
+    if data.is_dir() and any(entry.name.endswith(".parquet") for entry in data.iterdir()):
+        return _open_folder(data, split, unlabelled)
+    return containers.index_folder(folder, unlabelled)
+
+
+def _of_split(paths: Sequence[epath.Path], split: str) -> Sequence[epath.Path]:
+    """The files of a split, where names begin with those of splits."""
+    known = ("train", "test", "validation", "val", "dev")
+    named = [path for path in paths if path.name.lower().startswith(known)]
+    if not named:
+        return paths
+    wanted = [path for path in named if path.name.lower().startswith(split)]
+    if not wanted:
+        others = sorted({path.name.partition("-")[0] for path in named})
+        raise UserError(
+            f"{paths[0].parent} has no files of split {split!r}, only {', '.join(others)}: change "
+            "--split"
+        )
+    return wanted
+
+
+def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
+    """Of a data set that `prepare` wrote."""
+    source = records.open_records(folder, split)
+    if records.IMAGE not in source.manifest.arrays:
+        raise UserError(f"{folder} holds latents, not pictures: name their source")
+    counts = [shard.count for shard in source.manifest.shards]
+    files = tuple(str(folder / shard.file) for shard in source.manifest.shards)
+    rows = [(file, row, 0) for file, count in enumerate(counts) for row in range(count)]
+    classes = () if unlabelled else source.manifest.classes
+    labels = source.read_labels() if classes else None
+    names = [f"{split}:{number}" for number in range(len(rows))]
+    shape = source.manifest.arrays[records.IMAGE].shape
+    return Index(
+        "record",
+        files,
+        np.array(rows, np.int64),
+        names,
+        labels,
+        classes,
+        shape=shape,
+        crop=source.manifest.crop,
+    )
+
+
+def _tfrecords(path: epath.Path) -> UserError:
+    return UserError(
+        f"{path} holds TFRecords, which cannot be read without TensorFlow: {tables.AS_ARRAY_RECORD}"
+    )
+
+
+# --- Loading
+
+# Number and name of a picture, and its place or pixels.
+_Task = tuple[int, str, Place | np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A picture, or why there is none.
+
+    Attributes:
+      number: in its index.
+      pixels: (H, W, C) uint8; None: it is broken.
+      reason: why.
+      remarks: what was unusual, see `decode`.
+    """
+
+    number: int
+    pixels: np.ndarray | None
+    reason: str = ""
+    remarks: Sequence[str] = ()
+
+
+class Loader:
+    """Decodes pictures in processes of their own. Use it as a context manager."""
+
+    def __init__(self, index: Index, framing: Framing, workers: int):
+        """Starts them.
+
+        Args:
+          index: of the source.
+          framing: of the pictures.
+          workers: how many processes; 0: this one alone.
+        """
+        self._index, self._framing, self._workers = index, framing, workers
+        self._bytes = 2**14  # of a picture, until one was seen
+        self._pool = None
+        if workers:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_begin,
+                initargs=(os.getpid(),),
+            )
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def first_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of the first picture that can be read.
+
+        Raises:
+          UserError: none of the first hundred can.
+        """
+        for number in range(min(100, len(self._index))):
+            pixels = self._load_here(number).pixels
+            if pixels is not None:
+                self._bytes = pixels.nbytes
+                return pixels.shape
+        raise UserError(
+            f"none of the first {min(100, len(self._index))} pictures can be read (the first: "
+            f"{self._index.names[0]}: {self._load_here(0).reason}): look at the source"
+        )
+
+    def load(self, numbers: Sequence[int]) -> Iterator[Loaded]:
+        """Pictures of the index, in the order of `numbers`, read ahead as far as memory is spared.
+
+        Raises:
+          UserError: a process was ended from outside, or the files cannot be read.
+        """
+        if self._pool is None:
+            yield from map(self._load_here, numbers)
+            return
+        size = max(1, min(_CHUNK, _CHUNK_BYTES // self._bytes))
+        waiting: collections.deque[Any] = collections.deque()
+        chunks = (numbers[start : start + size] for start in range(0, len(numbers), size))
+        try:
+            for chunk in chunks:
+                waiting.append(self._submit(chunk))
+                if len(waiting) > self._workers * _CHUNKS_AHEAD:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that decodes pictures was ended (was memory short? or has the script "
+                "that calls this no `if __name__ == '__main__'`?): use fewer --workers, or 0"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _submit(self, chunk: Sequence[int]) -> Any:
+        assert self._pool is not None
+        tasks = [self._task(number) for number in chunk]
+        return self._pool.submit(_load_chunk, tasks, self._framing)
+
+    def _task(self, number: int) -> _Task:
+        index = self._index
+        place = index.place(number) if index.pixels is None else index.pixels[number]
+        return number, index.names[number], place
+
+    def _load_here(self, number: int) -> Loaded:
+        return _load(self._task(number), self._framing)
+
+
+def _load_chunk(tasks: Sequence[_Task], framing: Framing) -> list[Loaded]:
+    return [_load(task, framing) for task in tasks]
+
+
+def _load(task: _Task, framing: Framing) -> Loaded:
+    number, name, place = task
+    try:
+        if isinstance(place, np.ndarray):
+            content = place
+        elif place.kind == "record":
+            content = records.read_record(place.path, place.first)[records.IMAGE]
+        else:
+            content = places.read(place)
+        if isinstance(content, np.ndarray):
+            pixels, remarks = frame(content, framing)
+        else:
+            pixels, remarks = decode(content, framing, name)
+    except Broken as error:
+        return Loaded(number, None, str(error))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        return Loaded(number, None, error.strerror or type(error).__name__)
+    except OSError as error:  # a disk or network that fails would make every picture a broken one
+        raise UserError(
+            f"{name} cannot be read ({error.strerror or error}): look at the disk or network, then "
+            "run the same command again"
+        ) from error
+    return Loaded(number, pixels, remarks=remarks)
+
+
+def _begin(parent: int) -> None:
+    """What a process does first: Ctrl-C is for its parent, whose end is its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in interruption.ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@functools.cache
+def default_workers() -> int:
+    """Processes to decode with: one for each core that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,288 @@
+"""Tables of pictures: Parquet files of the Hugging Face hub, data sets that tensorflow-datasets has
+prepared, and CIFAR-10's archives."""
+
+import contextlib
+import io
+import json
+import pickle
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from diffit_jax.errors import UserError
+from diffit_jax.ingest import places
+from diffit_jax.ingest.places import Index
+
+# --- Parquet
+
+
+def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
+    """Of Hugging Face tables: a column of {bytes, path}, and a column of labels; the names of
+    classes stand in the metadata."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UserError(
+            f"{paths[0]} cannot be read without the library pyarrow: pip install pyarrow"
+        ) from error
+    rows: list[tuple[int, int, int]] = []
+    labels: list[np.ndarray] = []
+    classes: tuple[str, ...] = ()
+    label_column = None
+    for number, path in enumerate(paths):
+        try:
+            with path.open("rb") as file:
+                table = parquet.ParquetFile(file)
+                schema = table.schema_arrow
+                if places.image_column(schema) is None:
+                    raise UserError(
+                        f"{path} has no column of pictures ({{bytes, path}}), only "
+                        f"{', '.join(schema.names)}: name another file"
+                    )
+                label_column, classes = _label_column(schema)
+                for group in range(table.num_row_groups):
+                    count = table.metadata.row_group(group).num_rows
+                    rows += [(number, group, row) for row in range(count)]
+                if label_column:
+                    labels.append(table.read([label_column]).column(0).to_numpy())
+        except pyarrow.ArrowException as error:
+            raise UserError(
+                f"{path} is not a whole Parquet file ({' '.join(str(error).split())[:100]}): fetch "
+                "it again"
+            ) from error
+    names = [f"{paths[file].name}:{group}:{row}" for file, group, row in rows]
+    found = np.concatenate(labels) if labels and not unlabelled else None
+    said = []
+    if found is None and not unlabelled:
+        said.append("no labels: its tables have no column of them")
+    elif found is not None and found.max() < 0:
+        said.append("no labels: all are -1, as in test splits")
+        found = None
+    elif found is not None and found.min() < 0:
+        raise UserError(
+            f"{paths[0].parent} has rows without a label (-1) among others: say --unlabelled"
+        )
+    return _index_of(paths, rows, names, found, classes=classes, said=said)
+
+
+def _index_of(
+    paths: Sequence[epath.Path],
+    rows: Sequence[tuple[int, int, int]],
+    names: list[str],
+    labels: np.ndarray | None,
+    *,
+    classes: tuple[str, ...],
+    said: Sequence[str],
+) -> Index:
+    if labels is None:
+        classes = ()
+    elif not classes:
+        classes = tuple(str(number) for number in range(int(labels.max()) + 1))
+    return Index(
+        "table",
+        tuple(map(str, paths)),
+        np.array(rows, np.int64).reshape(-1, 3),
+        names,
+        None if labels is None else labels.astype(np.int32),
+        classes,
+        tuple(said),
+    )
+
+
+def _label_column(schema: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Name of the column of labels, and the classes' names as far as the metadata have them."""
+    features: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    for name, feature in features.items():
+        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel":
+            return name, tuple(feature.get("names") or ())
+    return next((name for name in ("label", "labels") if name in schema.names), None), ()
+
+
+# --- tensorflow-datasets
+
+# What is to be done with data sets in another format.
+AS_ARRAY_RECORD = (
+    "prepare it again with tensorflow_datasets.load(…, "
+    "builder_kwargs=dict(file_format='array_record')), or name the original pictures"
+)
+
+
+def index_tfds(folder: epath.Path, split: str, unlabelled: bool) -> Index:
+    """Of a data set that tensorflow-datasets has prepared as ArrayRecord: its feature `image`, and
+    `label` where there is one."""
+    builder = places.tfds_builder(str(folder))
+    if builder.info.file_format.value != "array_record":
+        raise UserError(
+            f"{folder} is prepared as {builder.info.file_format.value}, which cannot be read "
+            f"without TensorFlow: {AS_ARRAY_RECORD}"
+        )
+    if split not in builder.info.splits:
+        raise UserError(
+            f"{folder} has no split {split!r}: use --split "
+            f"{' or '.join(sorted(builder.info.splits))}"
+        )
+    features = builder.info.features
+    if "image" not in features:
+        raise UserError(f"{folder} has no feature image, only {', '.join(features)}")
+    source = places.tfds_source(f"{folder}::{split}")
+    count = len(source)
+    labels, classes = None, ()
+    if "label" in features and not unlabelled:
+        labels = np.array([source[index]["label"] for index in range(count)], np.int32)
+        classes = tuple(features["label"].names)
+    rows = np.stack([np.zeros(count, np.int64), np.arange(count), np.zeros(count, np.int64)], 1)
+    names = [f"{split}:{index}" for index in range(count)]
+    return Index("tfds", (f"{folder}::{split}",), rows, names, labels, classes)
+
+
+# --- CIFAR-10
+
+_SIDE, _ROW = 32, 1 + 3 * 32 * 32
+_TRAIN, _TEST = [f"data_batch_{number}" for number in range(1, 6)], ["test_batch"]
+_META = ("batches.meta.txt", "batches.meta")
+
+
+def cifar_files(path: epath.Path) -> dict[str, bytes] | None:
+    """The files of CIFAR-10, in a folder or `.tar.gz`, by name; None if there are none."""
+    wanted = {f"{name}{end}" for name in [*_TRAIN, *_TEST] for end in ("", ".bin")} | set(_META)
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()} & wanted
+        return {name: (path / name).read_bytes() for name in names} or None
+    found: dict[str, bytes] = {}
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*") as archive:
+            for entry in archive:
+                name = entry.name.rpartition("/")[2]
+                part = archive.extractfile(entry) if name in wanted else None
+                if part is not None:
+                    found[name] = part.read()
+                elif entry.isfile() and not found and entry.size > 10**8:
+                    break  # some other, large archive
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a whole archive ({error}): fetch it again") from error
+    return found or None
+
+
+def index_cifar(source: str, files: Mapping[str, bytes], split: str, unlabelled: bool) -> Index:
+    """Of CIFAR-10's binary or Python archive: `train` is the five data batches, `test` the last."""
+    if split not in ("train", "test"):
+        raise UserError(f"{source} has no split {split!r}: use --split train or test")
+    binary = any(name.endswith(".bin") for name in files)
+    batches = [
+        f"{name}.bin" if binary else name for name in (_TRAIN if split == "train" else _TEST)
+    ]
+    missing = [name for name in batches if name not in files]
+    if missing:
+        raise UserError(f"{source} has no {', '.join(missing)}: fetch it again")
+    read = _binary_batch if binary else _python_batch
+    parts = [read(files[name], f"{source}: {name}") for name in batches]
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if len(labels) == 0 or labels.max() > 9:
+        raise UserError(f"{source} has labels beyond 9, which CIFAR-10 has not: fetch it again")
+    rows = np.stack([np.zeros(len(labels)), np.arange(len(labels)), np.zeros(len(labels))], 1)
+    return Index(
+        "pixels",
+        (),
+        rows.astype(np.int64),
+        [f"{split}:{index}" for index in range(len(labels))],
+        None if unlabelled else labels.astype(np.int32),
+        () if unlabelled else _cifar_classes(files),
+        pixels=np.ascontiguousarray(pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)),
+    )
+
+
+def _binary_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3072) uint8 and labels (n,): rows of a label and three planes."""
+    if not content or len(content) % _ROW:
+        raise UserError(
+            f"{name} has {len(content)} bytes, not a multiple of {_ROW}: fetch it again"
+        )
+    rows = np.frombuffer(content, np.uint8).reshape(-1, _ROW)
+    return rows[:, 1:], rows[:, 0]
+
+
+def _python_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a pickle of a dictionary."""
+    batch = _unpickled(content, name)
+    try:
+        pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _ROW - 1):
+            raise ValueError(f"data of {pixels.shape} {pixels.dtype} and {len(labels)} labels")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is no batch of CIFAR-10 ({error}): fetch it again") from error
+    return pixels, labels
+
+
+def _cifar_classes(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    if "batches.meta.txt" in files:
+        names = files["batches.meta.txt"].decode(errors="replace").split()
+    elif "batches.meta" in files:
+        meta = _unpickled(files["batches.meta"], "batches.meta")
+        names = [name.decode(errors="replace") for name in meta.get(b"label_names", [])]
+    else:
+        names = []
+    return tuple(names) if len(names) == 10 else tuple(str(number) for number in range(10))
+
+
+def _unpickled(content: bytes, name: str) -> Any:
+    """What a pickle of arrays, text and numbers holds; nothing else is made, and nothing run."""
+    try:
+        return _Arrays(io.BytesIO(content), encoding="bytes").load()
+    except UserError:
+        raise
+    except Exception as error:  # whatever pickle says of damaged bytes
+        raise UserError(f"{name} is not a whole pickle ({error}): fetch it again") from error
+
+
+class _Arrays(pickle.Unpickler):
+    """Knows arrays of numbers, and no other class or function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            "_reconstruct": lambda *_: _Array(),
+            "ndarray": None,  # an argument of the first
+            "dtype": lambda text, *_: _Dtype(text),
+            "encode": lambda text, _: text.encode("latin1"),  # bytes, as Python 3 writes them
+        }
+        place = re.sub(r"^numpy(\._?core)?(\.multiarray)?$", "numpy", module)
+        if place in ("numpy", "_codecs") and name in known:
+            return known[name]
+        raise UserError(
+            f"a pickle names {module}.{name}, which is not loaded, only arrays and text are: fetch "
+            "the archive from its own page"
+        )
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`, whose state is the order of bytes."""
+
+    def __init__(self, text: Any):
+        self.dtype = np.dtype(text.decode() if isinstance(text, bytes) else text)
+        if self.dtype.kind not in "iufb":
+            raise UserError("a pickle holds an array of objects, which is not loaded")
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """Stands in for an array, which its state fills."""
+
+    def __init__(self):
+        self._array = np.zeros(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        array = np.frombuffer(content, dtype.dtype)
+        self._array = array.reshape(shape, order="F" if fortran else "C")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self._array if dtype is None else self._array.astype(dtype)

@@ -1,0 +1,333 @@
+"""Time-dependent multi-head self-attention (TMSA), DiffiT Eq. 3-6, inside non-overlapping windows.
+
+Shape suffixes: B batch, N windows, L tokens of a window, C channels, T width of the time token, H
+heads, D head width.
+
+Eq. 3-6 as written, for spatial tokens x_s and the time token x_t:
+
+    q = x_s W_qs + x_t W_qt,  k = x_s W_ks + x_t W_kt,  v = x_s W_vs + x_t W_vt
+    TMSA = softmax(q kᵀ / √D + bias) v
+
+Two exact simplifications are built in (tests/models/test_attention.py proves both against the
+equations above):
+
+  * Whatever is the same for every key (x_t W_kt, and any key bias) adds a constant to each row of
+    logits, which the softmax ignores. It can never change the output, so it is never computed and
+    its gradient is exactly zero.
+  * The weights of a row sum to one, so whatever is the same for every value passes straight
+    through: TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from diffit_jax import platforms
+from diffit_jax.errors import UserError
+from diffit_jax.models.diffit import attention_kernel
+from diffit_jax.models.placement import (
+    FSDP,
+    TENSOR,
+    Param,
+    at_least_float32,
+    param,
+    per_shard,
+    platform,
+)
+
+
+def relative_position_index(window: int) -> np.ndarray:
+    """Row of the bias table that belongs to each pair of tokens of a window.
+
+    Args:
+      window: side w of the square window, L = w² tokens in row-major order.
+
+    Returns:
+      (L, L) int32, `[query, key] = (r_q - r_k + w - 1)(2w - 1) + (c_q - c_k + w - 1)`, in [0, (2w -
+      1)²).
+    """
+    row, column = np.divmod(np.arange(window * window), window)
+    row_offset = row[:, None] - row[None, :] + window - 1
+    column_offset = column[:, None] - column[None, :] + window - 1
+    return (row_offset * (2 * window - 1) + column_offset).astype(np.int32)
+
+
+# Tokens that attend together: (rows, columns) of pixels, whole windows each way, row by row.
+Tile = tuple[int, int]
+
+_LANES = 128  # of a TPU's vector unit; arrays are padded to multiples of it
+
+
+def dense_tile(height: int, width: int, window: int) -> Tile:
+    """The tile in which a TPU computes windows of an image together, masked to themselves.
+
+    Windows of 16 tokens by themselves would fill an eighth of what its units take at once. A tile
+    has at most 128 tokens, unless a window has more, and is as wide as the image where it can be:
+    then tokens stay in the order in which they lie in memory.
+    """
+
+    def largest(length: int, others: int) -> int:
+        sides = range(window, length + 1, window)
+        fitting = [side for side in sides if length % side == 0 and side * others <= _LANES]
+        return max(fitting, default=window)
+
+    columns = largest(width, window)
+    return largest(height, columns) if columns == width else window, columns
+
+
+def partition(x_BHWC: jax.Array, tile: Tile) -> jax.Array:
+    """Cuts (B, height, width, C) into non-overlapping tiles: (B, N, L, C), tiles and tokens both
+    row-major."""
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = tile
+    x = x_BHWC.reshape(batch, height // rows, rows, width // columns, columns, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns, channels)
+
+
+def merge(x_BNLC: jax.Array, height: int, width: int, tile: Tile) -> jax.Array:
+    """Puts the tiles of `partition` back together: (B, N, L, C) → (B, height, width, C)."""
+    batch, _, _, channels = x_BNLC.shape
+    rows, columns = tile
+    x = x_BNLC.reshape(batch, height // rows, width // columns, rows, columns, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
+
+
+def tile_index(tile: Tile, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `relative_position_index`, of a tile: ((L, L) int32, 0 between windows; (L, L) bool,
+    whether two tokens share a window)."""
+    row, column = np.divmod(np.arange(tile[0] * tile[1]), tile[1])
+    of_window = (row // window) * tile[1] + column // window
+    shared = of_window[:, None] == of_window[None, :]
+    token = (row % window) * window + column % window
+    index = relative_position_index(window)[token[:, None], token[None, :]]
+    return np.where(shared, index, 0), shared
+
+
+def _xavier_to_heads(scale: float = 1.0):
+    """Xavier-uniform for kernels (C, shares, heads, head width), with `scale` times its
+    variance."""
+    return nn.initializers.variance_scaling(
+        scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3)
+    )
+
+
+# How attention is computed. "auto" is the kernel on TPUs, where it serves the window and compiles,
+# and XLA elsewhere.
+BACKENDS = ("auto", "xla", "pallas", "cudnn")
+
+
+def choose_backend(
+    wanted: str, platform: str, window: int, head_width: int, dtype: jnp.dtype
+) -> tuple[str, str]:
+    """How attention is computed for a platform.
+
+    Args:
+      wanted: a name in `BACKENDS`.
+      platform: "tpu", "gpu" or "cpu".
+      window: side of the window.
+      head_width: channels of a head.
+      dtype: of the matrix products.
+
+    Returns:
+      ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on
+      other platforms than TPUs only if it is asked for by name, emulated and slow.
+    """
+    here = platforms.of(platform)
+    if wanted in ("auto", "pallas"):
+        if wanted == "auto" and here.auto_attention != "pallas":
+            return here.auto_attention, ""
+        reason = attention_kernel.supports(window)
+        if reason:
+            return "xla", f"the kernel does not serve it: {reason}"
+        refusal = attention_kernel.refusal() if wanted == "auto" else ""
+        return (
+            ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
+        )
+    if wanted == "cudnn" and (
+        not here.has_cudnn or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128
+    ):
+        return (
+            "xla",
+            "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8",
+        )
+    return wanted, ""
+
+
+def _softmax_attention(
+    q_BHLD: jax.Array,
+    k_BHLD: jax.Array,
+    v_BHLD: jax.Array,
+    table: jax.Array,
+    *,
+    window: int,
+    backend: str,
+) -> jax.Array:
+    """softmax(q kᵀ + bias) v by the TPU's kernel or cuDNN's. The table's heads come last."""
+    if backend == "pallas":
+        strips = attention_kernel.bias_strips(table, window)
+        return attention_kernel.attention(
+            q_BHLD, k_BHLD, v_BHLD, strips, interpret=not platforms.of(platform()).compiles_kernel
+        )
+    bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q_BHLD.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLD, k_BHLD, v_BHLD))
+    return jax.nn.dot_product_attention(
+        q, k, v, bias_HLL[None], scale=1.0, implementation="cudnn"
+    ).transpose(0, 2, 1, 3)
+
+
+class TMSA(nn.Module):
+    """Time-dependent self-attention among the tokens of each window.
+
+    The parameters are those of the released model, (q, k, v) × heads × head width with a bias for
+    the spatial and the time projection, although the key's share of `time_qkv` and both key biases
+    have no effect (see the top of this file). The slim parametrisation leaves these out, and
+    computes the same functions.
+
+    Attributes:
+      num_heads: number of heads; must divide C.
+      window: side of the square window, L = window².
+      dtype: dtype of the matrix products; parameters, logits and softmax are float32 (at least).
+      slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take
+        the place of `time_qkv_kernel`, `time_qkv_bias` and `qkv_bias`.
+      backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
+        ("intermediates") with XLA only, which is therefore used when they are asked for.
+      tile: tokens that come together, where they are those of several windows (`dense_tile`).
+    """
+
+    num_heads: int
+    window: int
+    dtype: jnp.dtype = jnp.float32
+    slim: bool = False
+    backend: str = "xla"
+    tile: Tile | None = None
+
+    @nn.compact
+    def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
+        """Maps tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
+        channels = x_BNLC.shape[-1]
+        if channels % self.num_heads:
+            raise UserError(
+                f"{channels} channels do not divide into {self.num_heads} heads: change channels "
+                "or the head width"
+            )
+        head_width = channels // self.num_heads
+        spatial, time, bias_table = self._input_projections(channels, time_BT.shape[-1])
+        x_BNLC = x_BNLC.astype(self.dtype)
+        spatial_kernel = spatial.kernel.ready(self.dtype)
+        time_kernel = time.kernel.ready(self.dtype)
+        query, value = 0, time_kernel.shape[1] - 1  # a slim time projection has no key between
+
+        def from_time(share: int) -> jax.Array:
+            projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, share])
+            return projected + (time.bias[share] + spatial.bias[share]).astype(self.dtype)
+
+        # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
+        # bias: both would cancel in the softmax (top of this file).
+        q_BNHLD, k_BNHLD, v_BNHLD = (
+            jnp.einsum("bnlc,chd->bnhld", x_BNLC, spatial_kernel[:, index]) for index in range(3)
+        )
+        # Eq. 3 and 5, the part of the time token, with both biases.
+        q_time_BHD, v_time_BHD = from_time(query), from_time(value)
+        q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
+        q_BNHLD, k_BNHLD, v_BNHLD = (checkpoint_name(x, "qkv") for x in (q_BNHLD, k_BNHLD, v_BNHLD))
+
+        # Eq. 6. The weights of a row sum to one, so that the time's share of the values, the same
+        # for every token, is added behind them.
+        out_BNHLD = self._attend(q_BNHLD, k_BNHLD, v_BNHLD, bias_table)
+        out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
+        return self._project_out(out_BNHLD, channels)
+
+    def _input_projections(
+        self, channels: int, time_width: int
+    ) -> tuple["_Projection", "_Projection", jax.Array]:
+        """Parameters, released or slim: (spatial projection, time projection, position bias)."""
+        heads, head_width = self.num_heads, channels // self.num_heads
+        letters, shares = ("qv", 2) if self.slim else ("qkv", 3)
+        # Without the key's share, the bounds of a fresh time projection stay those of the released
+        # shape.
+        slim_scale = (time_width + shares * channels) / (time_width + 3 * channels)
+        over = (FSDP, None, TENSOR, None)  # (C, shares, heads, head width)
+
+        def projection(prefix: str, width: int, count: int, kernel: str, init: Any) -> _Projection:
+            biases = (shares, heads, head_width)
+            return _Projection(
+                param(self, f"{prefix}{kernel}_kernel", init, (width, count, *biases[1:]), over),
+                param(
+                    self,
+                    f"{prefix}{letters}_bias",
+                    nn.initializers.zeros_init(),
+                    biases,
+                    (None, TENSOR, None),
+                    decays=False,
+                ).value,
+            )
+
+        spatial = projection("", channels, 3, "qkv", _xavier_to_heads())
+        time = projection("time_", time_width, shares, letters, _xavier_to_heads(slim_scale))
+        bias_table = param(
+            self,
+            "relative_position_bias",
+            nn.initializers.truncated_normal(0.02),
+            ((2 * self.window - 1) ** 2, heads),
+            (None, TENSOR),
+            decays=False,
+        )
+        return spatial, time, bias_table.value
+
+    def _attend(
+        self, q_BNHLD: jax.Array, k_BNHLD: jax.Array, v_BNHLD: jax.Array, bias_table: jax.Array
+    ) -> jax.Array:
+        """softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch."""
+        head_width = q_BNHLD.shape[-1]
+        backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
+        if backend == "xla" or self.is_mutable_collection("intermediates"):
+            tile = self.tile or (self.window, self.window)
+            index_LL, shared_LL = tile_index(tile, self.window)
+            bias_LLH = bias_table[index_LL]
+            if not shared_LL.all():
+                bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
+            logits = jnp.einsum(
+                "bnhqd,bnhkd->bnhqk",
+                q_BNHLD,
+                k_BNHLD,
+                preferred_element_type=at_least_float32(self.dtype),
+            )
+            weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
+            # Kept only when the caller asks for "intermediates".
+            self.sow("intermediates", "attention", weights)
+            return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
+        attend = functools.partial(_softmax_attention, window=self.window, backend=backend)
+        windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
+        out_BNHLD = per_shard(attend)(*windows, bias_table).reshape(q_BNHLD.shape)
+        return checkpoint_name(out_BNHLD, "attention")
+
+    def _project_out(self, out_BNHLD: jax.Array, channels: int) -> jax.Array:
+        """The heads together: (B, N, L, C)."""
+        heads, head_width = out_BNHLD.shape[2], out_BNHLD.shape[-1]
+        kernel = param(
+            self,
+            "out_kernel",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2),
+            (heads, head_width, channels),
+            (TENSOR, None, FSDP),
+        ).ready(self.dtype)
+        zeros = nn.initializers.zeros_init()
+        bias = param(self, "out_bias", zeros, (channels,), decays=False).value
+        return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, kernel) + bias.astype(self.dtype)
+
+
+class _Projection(NamedTuple):
+    """A projection to the shares (q, k, v or q, v) of every head.
+
+    Attributes:
+      kernel: (C or T, shares, H, D).
+      bias: (shares, H, D).
+    """
+
+    kernel: Param
+    bias: jax.Array

@@ -1,0 +1,522 @@
+"""The verb `preflight`: what a config will do on a TPU pod, found out by the TPU's compiler on any
+machine before the pod is rented.
+
+The programs of training and sampling, and of the networks between images, latents and scores, are
+compiled for a topology with their real shardings; nothing is allocated. Every time here is the
+compiler's estimate, not a measurement; `preflight.cost` says how it is added up.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffit_jax import models
+from diffit_jax.data import pixels
+from diffit_jax.errors import UserError
+from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.in_training import kinds
+from diffit_jax.experiment import Experiment, build
+from diffit_jax.models.model import count_multiply_adds, training_flops
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.inception import SIDE, Inception
+from diffit_jax.preflight import compiler, report
+from diffit_jax.preflight.cost import cost, parse
+from diffit_jax.preflight.figures import (
+    Calibration,
+    Chain,
+    Compiled,
+    Drawing,
+    Evaluating,
+    Held,
+    Memory,
+    Product,
+    Report,
+    Run,
+    Sampling,
+    Setting,
+    Step,
+    Sweep,
+    TooLarge,
+    Trial,
+)
+from diffit_jax.run.state import Opened, TrainState, open_experiment
+from diffit_jax.runtime import backend, parallel, ranges
+from diffit_jax.runtime.chips import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
+from diffit_jax.sampling.decoder import AT_ONCE, Decoder, per_slice
+from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
+from diffit_jax.training.step import batch_shapes, lower_train_step
+
+log = logging.getLogger(__name__)
+
+CHAIN = ("encode", "decode", "inception")
+# What `--sweep` varies, and over which values where none are given; batch is per chip.
+SWEEPS = {
+    "batch": ("2", "4", "8", "16", "32"),
+    "remat": ("none", "dots", "full"),
+    "mesh": ("fsdp=1", "fsdp=4", "fsdp=16", "fsdp=64"),
+    "num_heads": ("16", "9"),
+}
+_AXES = r"(data|fsdp|tensor)=-?\d+"
+_WRITTEN = {"batch": r"\d+", "num_heads": r"\d+", "mesh": rf"{_AXES}(\+{_AXES})*", "remat": r"\w+"}
+
+
+@backend.pinned()
+def preflight(
+    config: ConfigDict, *, topology: str, num_slices: int = 1, programs: Sequence[str] | None = None
+) -> Report:
+    """Compiles the programs of a config for a topology and says what they need and take.
+
+    Args:
+      config: of the experiment; its data and weights need not be there.
+      topology: chip and grid of a slice, such as `v5e:16x16`.
+      num_slices: how many slices.
+      programs: which of "train" and "sample", and of `CHAIN`; None: these two, and those of its
+        evaluations if it has a section `evaluation`.
+
+    Returns:
+      What they need and take; `sample` is how this chip would draw.
+
+    Raises:
+      UserError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
+    """
+    programs = _chosen(config, programs)
+    chip, devices = chip_of(topology), compiler.topology_devices(topology, num_slices)
+    config = ConfigDict(config.to_dict())
+    if num_slices > 1:
+        mesh_section = config.to_dict().get("mesh") or {}
+        config.mesh = ConfigDict({**mesh_section, "num_slices": num_slices})
+    with compiler.for_another_machine():  # it may try the attention kernel
+        opened = open_experiment(config, devices)
+    experiment, state = opened.experiment, opened.state
+    chips = len(devices) // chip.devices
+    held = _held(state)
+
+    compiled = functools.partial(compiler.compile_for, topology=topology, num_slices=num_slices)
+    train = sample = chain = None
+    if "train" in programs:
+        log.info("compiling the train step for %d chips", chips)
+        train = _price_training(opened, chip, chips, compiled, num_slices > 1)
+    if "sample" in programs:
+        log.info("compiling the sample step for %d chips", chips)
+        sample = price_sampling(opened, chip, chips, compiled)
+    if chained := [program for program in CHAIN if program in programs]:
+        log.info("compiling %s for %d chips", ", ".join(chained), chips)
+        chain = price_chain(
+            opened, chip=chip, chips=chips, compiled=compiled, programs=chained, sampling=sample
+        )
+    evaluating = price_evaluating(
+        opened, chip=chip, chips=chips, state_bytes=held.total, sampling=sample, chain=chain
+    )
+    fitting = train if isinstance(train, Step) else None
+    parts = train, sample and sample.batch, chain, evaluating
+    return Report(
+        setting=_setting(opened, topology, num_slices, chip, chips),
+        fits=all(one.fits for one in parts if one is not None),
+        memory=Memory.of(chip.memory / chip.devices, held, fitting and fitting.memory),
+        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        train=train,
+        sample=sample,
+        chain=chain,
+        evaluating=evaluating,
+        run=fitting and _run(experiment, chips, fitting.step_s),
+    )
+
+
+def _price_training(
+    opened: Opened,
+    chip: Chip,
+    chips: int,
+    compiled: Callable[[jax.stages.Lowered], Compiled | TooLarge],
+    several_slices: bool,
+) -> Step | TooLarge:
+    """The update; arguments as of `price_sampling`."""
+    experiment = opened.experiment
+    batch = batch_shapes(experiment, opened.mesh)
+    answer = compiled(lower_train_step(opened, opened.state, batch))
+    if not isinstance(answer, Compiled):
+        return answer
+    size = experiment.training.batch_size
+    # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
+    crossing_s = _held(opened.state).parameters / (SLICE_BANDWIDTH / chip.devices)
+    return Step.of(
+        answer,
+        chip,
+        chips,
+        images=size,
+        flops=training_flops(experiment.model) * size,
+        between_slices_s=crossing_s if several_slices else 0.0,
+    )
+
+
+def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]:
+    """The programs that are asked for, or of a config."""
+    known = ("train", "sample", *CHAIN)
+    if programs is None:
+        experiment = build(config)
+        of_evaluations = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
+        return [*known[:2], *(of_evaluations if experiment.evaluation.steps else ())]
+    if not programs:
+        raise UserError(f"--programs is empty: use some of {', '.join(known)}")
+    for program in programs:
+        if program not in known:
+            raise UserError(f"--programs has {program!r}: use some of {', '.join(known)}")
+    return programs
+
+
+def with_batch(config: ConfigDict, topology: str, num_slices: int, per_chip: int) -> ConfigDict:
+    """A copy of a config with this many images per chip of a topology in a batch."""
+    return _vary(config, topology, num_slices, {"batch": str(per_chip)})
+
+
+def parse_sweep(text: str) -> dict[str, list[str]]:
+    """`batch,remat` or `batch=4,8,16,mesh=fsdp=4,fsdp=16+tensor=2` → values by names in `SWEEPS`.
+
+    Raises:
+      UserError: an unknown name or a value that cannot be.
+    """
+
+    def reader(name: str) -> Callable[[str], str]:
+        def read(value: str) -> str:
+            if not re.fullmatch(_WRITTEN[name], value):
+                raise ValueError(value)
+            return value
+
+        return read
+
+    wanted = "write values as in batch=4,8,16 or mesh=fsdp=4,fsdp=16+tensor=2"
+    known = {
+        name: ranges.Swept(reader(name), wanted, bare=True, nested=name == "mesh")
+        for name in SWEEPS
+    }
+    return ranges.parse_sweep(text, known)
+
+
+def sweep(
+    config: ConfigDict,
+    topology: str,
+    num_slices: int,
+    settings: Mapping[str, Sequence[str]],
+    show: Callable[[str], None] = print,
+) -> Sweep:
+    """The training step for all combinations of settings, compared.
+
+    Args:
+      config, topology, num_slices: as for `preflight`.
+      settings: of `parse_sweep`; where there are no values, those of `SWEEPS`.
+      show: called with each line of the table when it is known, and with the best one at the end.
+
+    Raises:
+      UserError: a value that cannot be.
+    """
+    dimensions = {name: values or SWEEPS[name] for name, values in settings.items()}
+    trials = []
+    show(report.sweep_header(dimensions))
+    for varied in ranges.combinations(dimensions):
+        changed = _vary(config, topology, num_slices, varied)
+        try:
+            trial = Trial(
+                varied,
+                preflight(changed, topology=topology, num_slices=num_slices, programs=["train"]),
+            )
+        except UserError as error:
+            trial = Trial(varied, error=str(error))
+        show(report.sweep_row(trial))
+        trials.append(trial)
+    done = Sweep(trials)
+    show("\n" + (report.sweep_row(done.best, best=True) if done.best else "none fits"))
+    return done
+
+
+def _vary(
+    config: ConfigDict, topology: str, num_slices: int, settings: Mapping[str, str]
+) -> ConfigDict:
+    """A copy of a config with some settings changed.
+
+    Args:
+      config, topology, num_slices: as for `preflight`.
+      settings: name in `SWEEPS` → value as on the command line: "8" images per chip,
+        "fsdp=16+tensor=2" for the mesh.
+    """
+    changed = ConfigDict(config.to_dict())
+    for name, value in settings.items():
+        if name == "batch":
+            changed.training.batch_size = int(value) * compiler.count_chips(topology, num_slices)
+        elif name == "mesh":
+            sizes = dict(part.split("=") for part in value.split("+"))
+            changed.mesh = ConfigDict(
+                {"data": -1} | {axis: int(size) for axis, size in sizes.items()}
+            )
+        else:
+            changed.model[name] = int(value) if name == "num_heads" else value
+    return changed
+
+
+def calibrate(topology: str) -> Calibration:
+    """The estimate for large bfloat16 matrix products against the peak: how far the compiler's
+    estimates can be trusted on a chip. Asked of a product of 8192³ and two of the XL/2 network's.
+    """
+    chip = chip_of(topology).device()
+    device = compiler.topology_devices(chip.example)[:1]
+    mesh = parallel.make_mesh(device)
+    rows = []
+    for m, k, n in ((8192, 8192, 8192), (8192, 1152, 4608), (8192, 4608, 1152)):
+        a, b = (
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parallel.replicated(mesh))
+            for shape in ((m, k), (k, n))
+        )
+        with compiler.for_another_machine():
+            text = jax.jit(jnp.matmul).lower(a, b).compile().as_text() or ""
+        seconds = cost(parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
+        share = 2 * m * k * n / seconds / chip.peak_flops
+        rows.append(Product(f"{m} x {k} x {n}", seconds, share))
+    return Calibration(rows)
+
+
+def _setting(opened: Opened, topology: str, num_slices: int, chip: Chip, chips: int) -> Setting:
+    experiment, model = opened.experiment, opened.experiment.model
+    settings = experiment.training
+    return Setting(
+        topology=topology,
+        num_slices=num_slices,
+        chips=chips,
+        calibrated=chip.calibrated,
+        mesh=dict(opened.mesh.shape),
+        batch_size=settings.batch_size,
+        batch_per_chip=settings.batch_size / chips,
+        accumulation=settings.accumulation,
+        remat=model.remat,
+        num_heads=model.heads[0],
+        head_width=model.heads[1],
+        attention=models.attention_in_words(model, "tpu"),
+        sampled_without="autoguidance" if experiment.sampling.guidance.needs_weaker else "",
+        averages=1 + len(opened.state.power_emas),
+        jax=jax.__version__,
+        libtpu=compiler.libtpu_version(),
+    )
+
+
+def _held(state: TrainState) -> Held:
+    """What each device holds between steps, by what it is for."""
+
+    def on_device(*trees: Any) -> int:
+        return sum(map(_bytes_on_device, jax.tree.leaves(trees)))
+
+    return Held(
+        parameters=on_device(state.params, state.constants),
+        optimizer=on_device(state.opt_state),
+        ema=on_device(state.ema),
+        power_emas=[on_device(one) for one in state.power_emas],
+    )
+
+
+def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _run(experiment: Experiment, chips: int, step_s: float) -> Run:
+    settings = experiment.training
+    example = experiment.space.batch(1, experiment.model.sample_shape).values()
+    per_image = sum(leaf.size * leaf.dtype.itemsize for leaf in example)
+    hours = settings.total_steps * step_s / 3600
+    hosts = max(chips // CHIPS_PER_HOST, 1)
+    return Run(
+        steps=settings.total_steps,
+        hours=hours,
+        chip_hours=hours * chips,
+        hosts=hosts,
+        data_bytes_per_s_per_host=settings.batch_size / step_s * per_image / hosts,
+    )
+
+
+Ask = Callable[[jax.stages.Lowered], Compiled | TooLarge]
+
+
+def price_sampling(opened: Opened, chip: Chip, chips: int, compiled: Ask) -> Sampling:
+    """Drawing a batch as the chip would (autoguidance's second network is not known here; the
+    report says so), and the other way if there is one."""
+    experiment, variables = opened.experiment, opened.state.ema_variables
+    size = copy_bytes(experiment.model, variables)
+    wanted = size > 0 and copy_fits(size, chip.memory / chip.devices)
+
+    def price(copy: bool) -> Sampling:
+        sampler = sampler_without_autoguidance(experiment, opened.mesh, copy=copy)
+        batch = compiled(sampler.lower(variables))
+        if isinstance(batch, Compiled):
+            flops = 2 * sampler.multiply_adds(variables)
+            batch = Drawing.of(batch, chip, chips, images=sampler.batch_size, flops=flops)
+        return Sampling(batch, size if copy else 0)
+
+    alternative = price(not wanted) if size else None
+    return dataclasses.replace(price(wanted), alternative=alternative)
+
+
+def price_chain(
+    opened: Opened,
+    *,
+    chip: Chip,
+    chips: int,
+    compiled: Ask,
+    programs: Sequence[str],
+    sampling: Sampling | None,
+) -> Chain:
+    """The networks between images, latents and scores: the published autoencoder in bfloat16, a
+    slice on each device, and the FID network, a batch.
+
+    Args:
+      opened: the experiment.
+      chip, chips: of the topology.
+      compiled: asks the compiler.
+      programs: which of "encode", "decode" and "inception".
+      sampling: how the experiment draws, for what its network and these take together.
+
+    Raises:
+      UserError: a program of an autoencoder for an experiment without one.
+    """
+    with_autoencoder = bool(opened.experiment.data.autoencoder)
+    if not with_autoencoder and {"encode", "decode"} & set(programs):
+        raise UserError("--programs has encode or decode, but the config names no autoencoder")
+    chain = _Chained(opened)
+    priced: dict[str, Step | TooLarge] = {}
+    for name in programs:
+        lowered, images, adds = getattr(chain, name)()
+        answer = compiled(lowered)
+        if isinstance(answer, Compiled):
+            answer = Step.of(answer, chip, chips, images=images, flops=2 * images * adds)
+        priced[name] = answer
+    held = {
+        "autoencoder": _bytes(chain.of_autoencoder) if with_autoencoder else 0,
+        "inception": _bytes(chain.of_inception),
+    }
+    return Chain(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
+
+
+_Program = tuple[jax.stages.Lowered, int, int]  # …, its images, and multiply-adds of each
+
+
+class _Chained:
+    """The programs between pictures, latents and scores, lowered; of shapes only.
+
+    Attributes:
+      of_autoencoder, of_inception: their variables.
+    """
+
+    def __init__(self, opened: Opened):
+        self._mesh, self._latent = opened.mesh, opened.experiment.model.sample_shape
+        self._autoencoder = Autoencoder(latent_channels=self._latent[-1], dtype=jnp.bfloat16)
+        whole = self._autoencoder.factor
+        factor = whole if opened.experiment.data.autoencoder else 1
+        self._image = (self._latent[0] * factor, self._latent[1] * factor, 3)
+        self._inception = Inception()
+        self.of_autoencoder = _variables(self._mesh, self._autoencoder, (whole, whole, 3))
+        self.of_inception = _variables(self._mesh, self._inception, (SIDE, SIDE, 3))
+
+    def inception(self) -> _Program:
+        extractor = Extractor(self._inception, self.of_inception, self._mesh)
+        adds = _multiply_adds(self._inception.apply, self.of_inception, (SIDE, SIDE, 3))
+        return extractor.lower(self._image), extractor.batch_size, adds
+
+    def decode(self) -> _Program:
+        decoder = Decoder(
+            self._autoencoder, self.of_autoencoder, self._mesh, batch_per_device=AT_ONCE
+        )
+        return decoder.lower(self._latent), decoder.batch_size, self._adds("decode", self._latent)
+
+    def encode(self) -> _Program:
+        def encode(variables: Any, image_BHWC: jax.Array) -> Any:
+            image_BHWC = pixels.to_model(image_BHWC)
+            return self._autoencoder.apply(variables, image_BHWC, method="encode")
+
+        count, sharding = AT_ONCE * self._mesh.size, parallel.batch_sharding(self._mesh)
+        batch = jax.ShapeDtypeStruct((count, *self._image), np.uint8, sharding=sharding)
+        lowered = per_slice(encode, self._mesh, AT_ONCE).lower(self.of_autoencoder, batch)
+        return lowered, count, self._adds("encode", self._image)
+
+    def _adds(self, method: str, example: tuple[int, ...]) -> int:
+        apply = functools.partial(self._autoencoder.apply, method=method)
+        return _multiply_adds(apply, self.of_autoencoder, example)
+
+
+def price_evaluating(
+    opened: Opened,
+    *,
+    chip: Chip,
+    chips: int,
+    state_bytes: int,
+    sampling: Sampling | None,
+    chain: Chain | None,
+) -> Evaluating | None:
+    """The evaluations that an experiment asks for while it trains; None if it asks for none, or one
+    of their programs was not priced.
+
+    Args:
+      opened: the experiment.
+      chip, chips: of the topology.
+      state_bytes: of what each device holds between steps.
+      sampling, chain: as they were priced.
+    """
+    experiment = opened.experiment
+    settings = experiment.evaluation
+    if not settings.steps or sampling is None or chain is None:
+        return None
+    wanted = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
+    steps = [sampling.batch, *(chain.programs.get(name) for name in wanted)]
+    fitting = [step for step in steps if isinstance(step, Step)]
+    if len(fitting) < len(steps):
+        return None
+    beside = max(map(_beside, fitting))
+    seconds = sum(1 / (step.images_per_s_per_chip * chips) for step in fitting)
+    weights = len(list(kinds(experiment, opened.state, settings.raw)))
+    total = experiment.training.total_steps
+    last = settings.final_count or settings.count
+    before = -(-total // settings.steps) - 1  # the last one comes after the last update
+    images = before * settings.count + last
+    return Evaluating(
+        kinds=weights,
+        seconds_per_image=seconds,
+        memory=state_bytes + sum(chain.held.values()) + beside,
+        limit=chip.memory / chip.devices,
+        run_hours=weights * images * seconds / 3600,
+    )
+
+
+def _beside(step: Step) -> int:
+    """Bytes that a program needs beside its arguments."""
+    return step.memory.outputs + step.memory.temporaries + step.memory.program
+
+
+def _variables(mesh: jax.sharding.Mesh, module: Any, example: tuple[int, ...]) -> Any:
+    """Shapes of a network's variables, on every device."""
+    return parallel.abstract(mesh, models.variable_shapes(module, example))
+
+
+def _multiply_adds(apply: Callable, variables: Any, example: tuple[int, ...]) -> int:
+    """Of one example, (H, W, C)."""
+    shape = jax.ShapeDtypeStruct((1, *example), jnp.float32)
+    return count_multiply_adds(jax.make_jaxpr(apply)(variables, shape).jaxpr)
+
+
+def _bytes(variables: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+
+
+def _together(
+    sampling: Sampling | None, priced: Mapping[str, Step | TooLarge], held: Mapping[str, int]
+) -> int | None:
+    """Bytes on each device while samples are drawn, decoded and measured: all weights, and the
+    largest of what the programs need beside; None if one of them is not known."""
+    wanted = [name for name, size in (("decode", held["autoencoder"]), ("inception", 1)) if size]
+    steps = [sampling.batch if sampling else None, *(priced.get(name) for name in wanted)]
+    fitting = [step for step in steps if isinstance(step, Step)]
+    if len(fitting) < len(steps):
+        return None
+    weights = fitting[0].memory.arguments + sum(held.values())
+    return weights + max(map(_beside, fitting))

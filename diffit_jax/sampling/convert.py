@@ -1,0 +1,198 @@
+"""The verb `convert`: between released weights and work directories, and between the two
+parametrisations of TMSA."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffit_jax import models
+from diffit_jax.errors import UserError
+from diffit_jax.experiment import Experiment
+from diffit_jax.interop import official
+from diffit_jax.interop.parametrisation import to_released, to_slim
+from diffit_jax.models.diffit.latent import LatentDiffiT
+from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.state import (
+    Opened,
+    TrainState,
+    fresh_state,
+    open_experiment,
+    restore_state,
+    save_state,
+)
+from diffit_jax.runtime import backend, files, hub, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.sampling.request import restore_variables
+
+
+@backend.pinned()
+def weights_to_workdir(
+    weights: epath.PathLike,
+    *,
+    workdir: epath.PathLike,
+    config: Mapping[str, Any],
+    input_size: int | None = None,
+    slim: bool = False,
+    allow_nonfinite: bool = False,
+    num_classes: int | None = None,
+) -> None:
+    """Turns a released file into a work directory with a checkpoint of step 0, to sample from or to
+    train on.
+
+    Args:
+      weights: as in `official.load`.
+      workdir: directory to write, local or `gs://`.
+      config: config of the run; its model takes the sizes of the file.
+      input_size: side of the latents, if not that of the file.
+      slim: whether to leave out the parameters of TMSA that have no effect.
+      allow_nonfinite: whether the file may have NaNs and infinities.
+      num_classes: of the new run, to be trained on other data: its label table is a new one, every
+        row of which is the file's row for "no label", so that training begins with the
+        unconditional network. None: the table of the file.
+
+    Raises:
+      UserError: a file that cannot be read, or without a label table to take a row from; a config
+        that cannot be; a directory that holds a run or cannot be written.
+    """
+    weights, workdir = hub.local(weights, "--weights"), files.resolve(workdir, "--to_workdir")
+    change: dict[str, Any] = {"slim_tmsa": slim}
+    change |= {} if input_size is None else {"input_size": input_size}
+    change |= {} if num_classes is None else {"num_classes": num_classes}
+    config = official.fit_config(config, weights, **change)
+    experiment = open_experiment(config, to_train=False).experiment
+    _refuse_run(workdir)
+    _, variables = official.load(weights, input_size, allow_nonfinite=allow_nonfinite)
+    if num_classes is not None:
+        variables = _with_new_labels(variables, num_classes, weights)
+    if slim:
+        variables = to_slim(variables)
+    state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
+    _write(workdir, config, experiment, state)
+
+
+@backend.pinned()
+def workdir_to_weights(
+    workdir: epath.PathLike,
+    *,
+    weights: epath.PathLike,
+    index_buffers: bool = False,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes the averaged parameters of a run's newest checkpoint as a file that the released code
+    can load.
+
+    Args:
+      workdir: of the run.
+      weights: file to write.
+      index_buffers: see `official.save`.
+      allow_nonfinite: whether the parameters may have NaNs and infinities.
+      overwrite: whether a file that is there may be replaced.
+
+    Raises:
+      UserError: no run or checkpoint there, a model of another kind, a file that cannot be written.
+    """
+    weights = files.resolve(weights, "--to_weights")
+    files.refuse_existing(weights, "--to_weights", overwrite)
+    workdir, opened = _open_latent(workdir)
+    _, variables = restore_variables(workdir, opened.state, allow_nonfinite=allow_nonfinite)
+    model: Any = opened.experiment.model
+    official.save(weights, model, variables, index_buffers)
+
+
+@backend.pinned()
+def workdir_to_workdir(
+    workdir: epath.PathLike,
+    *,
+    target: epath.PathLike,
+    slim: bool | None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Writes the newest checkpoint of a run, optimizer state and all, into another work directory
+    with a parametrisation of choice.
+
+    Training there goes on at the same step with the same losses.
+
+    Args:
+      workdir: of the run.
+      target: directory to write.
+      slim: the parametrisation of the new run; None: that of the old.
+      allow_nonfinite: whether parameters and averages may have NaNs and infinities.
+
+    Raises:
+      UserError: as `workdir_to_weights`, or a target that holds a run.
+    """
+    target = files.resolve(target, "--to_workdir")
+    workdir, opened = _open_latent(workdir)
+    config = workdirs.read_config(workdir)
+    _refuse_run(target)
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
+    state = restore_state(checkpoints, opened.state, allow_nonfinite)
+    if state is None:
+        raise UserError(f"workdir {workdir} holds no checkpoint: train first")
+    if slim is not None and slim != opened.experiment.model.slim_tmsa:
+        state = (to_slim if slim else to_released)(state)
+        other: Any = opened.experiment.model
+        facts = models.parameter_facts(other.clone(slim_tmsa=slim))
+        state = jax.device_put(state, parallel.shardings(opened.mesh, state, facts))
+        config["model"]["slim_tmsa"] = slim
+    _write(target, config, opened.experiment, state)
+
+
+def _with_new_labels(
+    variables: Mapping[str, Any], num_classes: int, weights: epath.Path
+) -> dict[str, Any]:
+    """The variables with a label table for other classes."""
+    time = variables["params"]["time"]
+    if "label" not in time:
+        raise UserError(f"{weights} has no label table: leave out --num_classes")
+    no_label = time["label"]["embedding"][-1:]
+    table = {"embedding": jnp.tile(no_label, (num_classes + 1, 1))}
+    params = variables["params"] | {"time": time | {"label": table}}
+    return {**variables, "params": params}
+
+
+def _write(
+    workdir: epath.Path, config: Mapping[str, Any], experiment: Experiment, state: TrainState
+) -> None:
+    """A work directory with one checkpoint; if it cannot be written, what was begun goes away."""
+    with files.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
+        _refuse_run(workdir)  # another conversion may have been faster
+        try:
+            keep = experiment.training.keep_checkpoints
+            checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep)
+            save_state(checkpoints, state, experiment.training.batch_size)
+            checkpoints.wait()
+            # Last: with it, the directory holds a run.
+            workdirs.write_config(workdir, ConfigDict(config))
+        except BaseException:
+            if (workdir / workdirs.CHECKPOINTS).exists():
+                (workdir / workdirs.CHECKPOINTS).rmtree()
+            raise
+
+
+def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
+    workdir = files.resolve(workdir, "--workdir")
+    opened = open_experiment(
+        workdirs.read_config(workdir), to_train=False, config_file=workdir / workdirs.CONFIG_FILE
+    )
+    if not isinstance(opened.experiment.model, LatentDiffiT):
+        raise UserError(
+            f"workdir {workdir} holds no latent_diffit: only that model can be converted"
+        )
+    return workdir, opened
+
+
+def _refuse_run(workdir: epath.Path) -> None:
+    if (workdir / workdirs.CONFIG_FILE).exists():
+        raise UserError(f"--to_workdir {workdir} holds a run already: choose another directory")
+    folder = workdir / workdirs.CHECKPOINTS  # a conversion that was killed leaves it empty
+    if folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir()):
+        raise UserError(
+            f"--to_workdir {workdir} holds a run already, though without its config: move {folder} "
+            "away, or choose another directory"
+        )

@@ -1,0 +1,217 @@
+"""The verb `benchmark`: how fast a config trains on the devices at hand, or which of many settings
+is the fastest."""
+
+import contextlib
+import functools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from diffit_jax import experiment, models, platforms
+from diffit_jax.errors import UserError
+from diffit_jax.models.diffit.blocks import REMAT_POLICIES
+from diffit_jax.models.model import training_flops
+from diffit_jax.run.state import create_state, open_experiment, open_training_data
+from diffit_jax.runtime import backend, distributed, parallel, ranges
+from diffit_jax.runtime.apart import apart
+from diffit_jax.runtime.chips import peak_flops
+from diffit_jax.runtime.console import Progress
+from diffit_jax.training.loop import batches_on
+from diffit_jax.training.step import compile_train_step
+
+
+@backend.pinned()
+@backend.memory_for(backend.TRAINING_MEMORY)
+def measure(
+    config: ConfigDict, *, steps: int, devices: Sequence[jax.Device] | None = None
+) -> dict[str, Any]:
+    """Compiles the training step of a config and times updates on its own data, the loader
+    included.
+
+    Args:
+      config: as for training; nothing is written.
+      steps: updates to time, after three that are not.
+      devices: to use; None: all of all processes, which take part together.
+
+    Returns:
+      `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step;
+        `step_ms_median`, `step_ms_min`:
+      milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median;
+      `data_wait_share`: share of the time spent waiting for a batch; `mfu`: share of the devices'
+      bfloat16 peak, where it is known; `matmul_precision`: of float32 products;
+      `attention`: how it is computed;
+      `peak_memory_gb`: of the process on a CPU, else of this process's first device.
+    """
+    opened = open_experiment(config, devices)
+    experiment, mesh, size = opened.experiment, opened.mesh, opened.experiment.training.batch_size
+    source = distributed.first_then_all(lambda: open_training_data(experiment))
+    distributed.check_agreement(
+        {"config": config.to_json, "code version": distributed.code_version}
+    )
+    parallel.prove_rows(mesh, size)
+    waits: list[float] = []
+    waiting = functools.partial(_timed, waits)
+    stream = batches_on(mesh, source, size, experiment.seed, waiting=waiting)
+    state, batch = create_state(experiment, mesh), next(stream)
+    train_step, collected, compile_s = compile_train_step(opened, state, batch)
+
+    times: list[float] = []
+    shown = distributed.is_first()
+    with Progress("benchmark", steps + 3, shown=shown) as progress, distributed.lost_processes():
+        for _ in range(steps + 3):
+            with _timed(times):
+                state, collected = train_step(state, collected, batch, opened.objective.frozen)
+                batch = next(stream)
+                jax.block_until_ready(state)
+            progress.advance()
+    median = statistics.median(times[3:])
+    device = parallel.local_device(mesh)
+    peak, flops = peak_flops(device), training_flops(experiment.model) * size / median / mesh.size
+    return {
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "compile_s": compile_s,
+        "step_ms_median": median * 1e3,
+        "step_ms_min": min(times[3:]) * 1e3,
+        "steps_per_s": 1 / median,
+        "images_per_s": size / median,
+        "data_wait_share": sum(waits[4:]) / sum(times[3:]),
+        **({"mfu": flops / peak} if peak else {}),
+        "matmul_precision": backend.matmul_precision(),
+        "attention": models.attention_in_words(experiment.model, device.platform),
+        "peak_memory_gb": _peak_memory(device) / 1e9,
+    }
+
+
+@contextlib.contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    """Notes how long the block took."""
+    started = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - started)
+
+
+def _peak_memory(device: jax.Device) -> int:
+    """Bytes: of the device where it counts them, else the largest resident size of this process."""
+    counted = device.memory_stats() or {}
+    if "peak_bytes_in_use" in counted:
+        return counted["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+# What `--sweep` varies; batch is of all devices.
+KNOWN = {
+    "batch": ranges.Swept(int, "it must be a whole number", bare=True),
+    "remat": ranges.Swept(str, bare=True),
+    "attention": ranges.Swept(str, bare=True),
+}
+_KEYS = {"batch": "training.batch_size", "remat": "model.remat", "attention": "model.attention"}
+_UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
+
+
+def matrix(
+    config: ConfigDict,
+    *,
+    steps: int,
+    sweep: Mapping[str, Sequence[Any]],
+    fewer_devices: bool = False,
+    show: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Times updates for all combinations of settings.
+
+    Each is measured in a process of its own: what one holds the next does not lack, the memory is
+    its own, and one that is too large ends itself only. This process leaves the devices alone.
+
+    Args:
+      config: as for training; nothing is written.
+      steps: updates to time, of each.
+      sweep: values by names in `KNOWN`; none stand for the usual ones. `batch`: images per update,
+        over all devices; half the config's, its own, twice it. `remat`: names in `REMAT_POLICIES`;
+        all. `attention`: names in `attention.BACKENDS`; those of this platform, see `platforms`.
+      fewer_devices: as many devices as the batch divides over, rather than an error.
+      show: called with each line of the table when it is known, and at the end with the best.
+
+    Returns:
+      Of each combination its settings, with the figures of
+        `benchmark.measure` or an `error`.
+
+    Raises:
+      UserError: a value that cannot be, or none of them can be measured.
+    """
+    own = config.training.batch_size
+    usual: dict[str, Callable[[], Sequence[Any]]] = {
+        "batch": lambda: (max(own // 2, 1), own, own * 2),
+        "remat": lambda: tuple(REMAT_POLICIES),
+        "attention": lambda: platforms.of(apart(_platform)).attentions,
+    }
+    dimensions = {name: values or usual[name]() for name, values in sweep.items()}
+    trials = ranges.combinations(dimensions)
+    configs = [_varied(config, trial) for trial in trials]
+    for changed in configs:
+        experiment.build(changed)
+
+    show(" ".join(f"{name:>9}" for name in dimensions) + f" {_UNITS}")
+    found = []
+    for trial, changed in zip(trials, configs, strict=True):
+        try:
+            figures = apart(_measure, changed.to_dict(), steps, fewer_devices)
+        except UserError as error:
+            figures = {"error": str(error)}
+        found.append(figures | trial)
+        show(_row(trial, figures))
+    measured = [one for one in found if "error" not in one]
+    if not measured:
+        raise UserError(f"none could be measured; the last: {found[-1]['error']}")
+    best = max(measured, key=lambda one: one["images_per_s"])
+    keys = " ".join(f"--config.{_KEYS[name]}={best[name]}" for name in dimensions)
+    show(f"\nbest: {best['images_per_s']:,.1f} images/s on {best['devices']} x {best['device']}")
+    show(f"with {keys}")
+    return found
+
+
+def _varied(config: ConfigDict, trial: Mapping[str, Any]) -> ConfigDict:
+    changed = ConfigDict(config.to_dict())
+    for name, value in trial.items():
+        name, _, key = _KEYS[name].partition(".")
+        section: Any = changed[name]
+        section[key] = value
+    return changed
+
+
+def _row(trial: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    settings = " ".join(f"{value!s:>9}" for value in trial.values())
+    if "error" in figures:
+        return f"{settings}   {figures['error']}"
+    used = f"{figures['mfu']:7.1%}" if "mfu" in figures else f"{'-':>7}"
+    return (
+        f"{settings} {figures['images_per_s']:10,.1f} {figures['step_ms_median']:9,.1f} {used} "
+        f"{figures['peak_memory_gb']:7.2f}"
+    )
+
+
+def _platform() -> str:
+    return backend.devices()[0].platform
+
+
+def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[str, Any]:
+    """`benchmark.measure`, of a network whose attention is computed as its config says."""
+    given = ConfigDict(config)
+    built, wanted = experiment.build(given), config["model"].get("attention", "auto")
+    platform = _platform()
+    if wanted not in ("auto", built.model.attention_backend(platform)[0]):
+        words = models.attention_in_words(built.model, platform)
+        raise UserError(f"not served here: {words}")
+    devices = None
+    if fewer_devices:
+        devices = parallel.fitting_devices(
+            built.training.batch_size, built.mesh, built.training.accumulation
+        )
+    return measure(given, steps=steps, devices=devices)

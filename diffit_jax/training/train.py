@@ -1,0 +1,439 @@
+"""The verb `train`: a run from its config to its last checkpoint."""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffit_jax import models
+from diffit_jax.data import pixels
+from diffit_jax.data.sources import Source
+from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.evaluation.in_training import InTraining, kinds
+from diffit_jax.experiment import Experiment
+from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.objective import DENOISING, Objective
+from diffit_jax.run.state import (
+    Opened,
+    TrainState,
+    all_finite,
+    create_state,
+    named,
+    open_experiment,
+    open_training_data,
+    restore_state,
+    save_state,
+)
+from diffit_jax.runtime import backend, distributed, files, interruption, parallel
+from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.sampling.sampler import Sampler, default_labels, sampler_without_autoguidance
+from diffit_jax.training.held_out import HeldOutLoss, open_held_out
+from diffit_jax.training.loggers import Loggers, check_wandb
+from diffit_jax.training.loop import Hooks, Tracer, Watch, batches_on, cache_report, run_loop
+from diffit_jax.training.step import compile_train_step, gradient_is_finite
+
+log = logging.getLogger(__name__)
+
+
+class Looks(NamedTuple):
+    """What looks at weights while they are trained.
+
+    Attributes:
+      grid_sampler: draws the sample grids.
+      evaluations: compare samples with a reference.
+      held_out: the loss on examples that are not trained on, or None.
+    """
+
+    grid_sampler: Sampler
+    evaluations: InTraining
+    held_out: HeldOutLoss | None
+
+    @classmethod
+    def open(cls, opened: Opened, config: ConfigDict, workdir: epath.Path) -> "Looks":
+        """Opens and checks everything; writes nothing. Errors as of `InTraining` and
+        `open_held_out`."""
+        experiment, held_out = opened.experiment, None
+        wandb = experiment.training.wandb if distributed.is_first() else ""
+        distributed.first_then_all(lambda: check_wandb(wandb))
+        count = experiment.training.grid_images
+        grid_sampler = sampler_without_autoguidance(experiment, opened.mesh, count)
+        evaluations = InTraining(opened, config.to_dict(), workdir)
+        if experiment.evaluation.loss_steps:
+            source = distributed.first_then_all(lambda: open_held_out(experiment))
+            held_out = HeldOutLoss(opened, source)
+        return cls(grid_sampler, evaluations, held_out)
+
+
+class RunFiles:
+    """What a run leaves in its work directory while it goes on."""
+
+    def __init__(self, opened: Opened, config: ConfigDict, workdir: epath.Path, looks: Looks):
+        self.workdir, self._opened, self._config = workdir, opened, config
+        self._experiment, self._looks = opened.experiment, looks
+        training = opened.experiment.training
+        keep, keep_every = training.keep_checkpoints, training.keep_every_steps
+        self.checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep, keep_every)
+        self._snapshots: Checkpoints | None = None
+        if opened.experiment.ema.power_lengths:
+            self._snapshots = Checkpoints(workdir / workdirs.SNAPSHOTS, keep=10**6)
+        self._loggers = Loggers()
+        self._first_step = 0
+
+    def restore(self) -> TrainState | None:
+        """The state of the newest usable checkpoint; newer ones, which are not, are set aside."""
+        state = restore_state(self.checkpoints, self._opened.state)
+        if state is not None:
+            self._first_step = int(state.step)
+            self.checkpoints.set_aside_after(self._first_step)
+        return state
+
+    def open_log(self) -> None:
+        """Begins to log figures and pictures, on process 0."""
+        if distributed.is_first() and not self._loggers:
+            self._loggers = Loggers.open(self.workdir, self._config, self._first_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes figures of a step."""
+        self._loggers.figures(step, values)
+
+    def save(self, state: TrainState) -> None:
+        """Begins to write a checkpoint. When it is there, so is all that was left before it."""
+        if self._snapshots:
+            self._snapshots.wait()
+        self._loggers.flush()
+        self._put_back()
+        save_state(self.checkpoints, state, self._experiment.training.batch_size)
+
+    def _put_back(self) -> None:
+        """What was in the directory beside checkpoints, if somebody has deleted it."""
+        if self._loggers and not (self.workdir / workdirs.CONFIG_FILE).exists():
+            log.warning(
+                "%s was deleted while the run went on; its config and events are written anew",
+                self.workdir,
+            )
+            workdirs.write_config(files.make_directory(self.workdir, "workdir"), self._config)
+            self._loggers.close()
+            self._loggers = Loggers.open(self.workdir, self._config, self._first_step)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether samples are compared with a reference after this step."""
+        return self._looks.evaluations.due(step)
+
+    def measures_loss(self, step: int) -> bool:
+        """Whether the loss on held-out examples is measured after this step."""
+        steps = self._experiment.evaluation.loss_steps
+        return bool(steps) and self.every(steps, step)
+
+    def leaves_something(self, step: int) -> bool:
+        """Whether `leave_behind` has something to do."""
+        return self._snapshot_due(step) or self._grid_due(step) or self.evaluates(step)
+
+    def every(self, steps: int, step: int) -> bool:
+        """Every so many steps, and at the last one."""
+        return step % steps == 0 or step == self._experiment.training.total_steps
+
+    def _snapshot_due(self, step: int) -> bool:
+        due = self.every(self._experiment.ema.snapshot_steps, step)
+        return self._snapshots is not None and due
+
+    def _grid_due(self, step: int) -> bool:
+        return self.every(self._experiment.training.grid_steps, step)
+
+    def leave_behind(self, step: int, state: TrainState, restored: bool = False) -> None:
+        """What a step leaves behind beside checkpoints: a snapshot of averages, a grid of samples,
+        an evaluation. A restored step may have ended before it did; what is there stays.
+
+        Raises:
+          interruption.Preempted, interruption.Interrupted: in an evaluation. The checkpoint of
+            `step` is there, and so is what is measured.
+        """
+        snapshots = self._snapshots
+        if snapshots and self._snapshot_due(step) and step not in snapshots.steps():
+            facts = {"step": step, "updates": step - int(state.skipped)}
+            # One after the other: Orbax's processes wait for each other under names made of steps.
+            self.checkpoints.wait()
+            snapshots.save(step, {"power_emas": dict(named(state.power_emas))}, facts)
+        if self._grid_due(step):
+            grid = self.workdir / workdirs.GRIDS / f"{step:08d}.png"
+            if not (restored and distributed.agreed(grid.exists())):
+                self._write_grid(step, grid, state)
+        if self.evaluates(step) and not (restored and self._looks.evaluations.done(step)):
+            self._evaluate(step, state)
+
+    def _write_grid(self, step: int, path: epath.Path, state: TrainState) -> None:
+        """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps
+        can be compared.
+
+        A run does not end because there is no picture of it: one that cannot be made is a warning.
+        """
+        sampler, space = self._looks.grid_sampler, self._looks.evaluations.space
+        seeds = np.arange(self._experiment.training.grid_images)
+        labels = default_labels(seeds, self._experiment.model.num_classes)
+        try:
+            with backend.memory_for("fewer training.grid_images take less"):
+                samples = sampler.draw(state.ema_variables, seeds, labels)
+                finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+                if self._looks.evaluations.decoder:
+                    samples = space.leave(samples)
+        except OutOfMemory as error:
+            log.warning("the grid %s could not be drawn: %s", path, error)
+            return
+        if not distributed.is_first():
+            return
+        if not finite.all():
+            bad = int((~finite).sum())
+            log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
+        grid = pixels.write_preview(path, samples, space.preview)
+        if grid is not None:
+            self._loggers.picture(step, "grid", grid)
+
+    def measure_loss(self, step: int, state: TrainState) -> None:
+        """Logs the loss on held-out examples, of the parameters and every average."""
+        assert self._looks.held_out
+        weights = kinds(self._experiment, state)
+        found = self._looks.held_out({one.name: one.variables for one in weights})
+        self.log(step, {f"held_out_loss/{name}": loss for name, loss in found.items()})
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in found.items())
+        log.info("step %d: held-out loss %s", step, losses)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Compares samples of the weights of a step with the reference."""
+        try:
+            found = self._looks.evaluations.run(step, state)
+        except (interruption.Preempted, interruption.Interrupted) as notice:
+            self.wait()
+            kept = f"checkpoint {step} is saved in {self.checkpoints.directory}, and {notice}"
+            raise type(notice)(kept) from notice
+        self.open_log()
+        self.log(step, found.values)
+        for name, pictures in found.pictures.items():
+            grid = pixels.image_grid(pictures, columns=8)
+            self._loggers.picture(step, f"samples/{name}", grid)
+        self._loggers.flush()
+        self._looks.evaluations.finish(found)  # last: what is there is not done again
+        log.info("step %d: %s; it took %.3g s", step, found.in_words(), found.seconds)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        self.checkpoints.wait()
+        if self._snapshots:
+            self._snapshots.wait()
+
+    def close(self) -> None:
+        """Ends the log."""
+        self._loggers.close()
+
+
+@backend.pinned()
+@backend.memory_for(backend.TRAINING_MEMORY)
+def train(
+    config: ConfigDict,
+    *,
+    workdir: epath.PathLike,
+    profile_steps: tuple[int, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    objective: Objective = DENOISING,
+) -> TrainState:
+    """Trains a config in a work directory, from its newest checkpoint if there is one, up to
+    `training.total_steps`.
+
+    The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/`,
+    figures in `evaluations/` and checkpoints in `checkpoints/`. A run that was killed and started
+    again ends with the same parameters as one that never stopped.
+
+    Args:
+      config: of the experiment.
+      workdir: local or `gs://`.
+      profile_steps: (first, last) step of a profiler trace in `profile/`, for TensorBoard or
+        Perfetto; None: no trace.
+      devices: to train on; None: all of all processes. `parallel.fitting_devices` leaves out those
+        that the batch does not divide over.
+      objective: what is minimised.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: a config that cannot be, a directory that holds another config's run, is in use or
+        cannot be written, or a run that has diverged.
+      interruption.Preempted: the machine is about to be taken away; a checkpoint is saved.
+      interruption.Interrupted: the same after Ctrl-C.
+    """
+    # --- Check everything before the first thing is written.
+    workdir = files.resolve(workdir, "workdir")
+    opened = open_experiment(config, devices, objective=objective)
+    looks = Looks.open(opened, config, workdir)
+    source = distributed.first_then_all(lambda: open_training_data(opened.experiment))
+    distributed.check_agreement(
+        {"config": config.to_json, "code version": distributed.code_version}
+    )
+    parallel.prove_rows(opened.mesh, opened.experiment.training.batch_size)
+    with distributed.first_holds(lambda: workdirs.claimed(workdir, config)):
+        distributed.check_shared(workdir)
+        run = RunFiles(opened, config, workdir, looks)
+        return _train(opened, source, run, profile_steps)
+
+
+def _train(
+    opened: Opened, source: Source, run: RunFiles, profile_steps: tuple[int, int] | None
+) -> TrainState:
+    """`train` in a directory that is this run's."""
+    training, mesh = opened.experiment.training, opened.mesh
+    state = _first_state(opened, run)
+    first, total, size = int(state.step), training.total_steps, training.batch_size
+    if first >= total:
+        run.wait()
+        run.close()
+        return state
+
+    # --- The update, compiled before the clock starts.
+    watch = Watch(opened.experiment, mesh)
+    stream = batches_on(
+        mesh, source, size, opened.experiment.seed, first=first, waiting=watch.data_wait
+    )
+    batch = next(stream)
+    with cache_report("training step"):
+        compiled = compile_train_step(opened, opened.state, batch)
+    kind = mesh.devices.flat[0].device_kind
+    log.info("compiled the training step in %.1f s for %d x %s", compiled[2], mesh.size, kind)
+    all_finite(state)  # compiled too: each checkpoint asks
+
+    run.open_log()
+    watch.start(first)
+    tracer = Tracer(run.workdir / workdirs.PROFILE, profile_steps)
+    hooks = _Training(opened, run, watch, tracer, step=compiled[:2], state=state)
+    stream = itertools.chain([batch], stream)
+    del state, batch  # whose memory the updates take over
+    with tracer:
+        run_loop("train", hooks, stream, first, total)
+    run.close()
+    return hooks.state
+
+
+class _Training(Hooks):
+    """A run that is being trained.
+
+    Attributes:
+      state: after the last update.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        run: RunFiles,
+        watch: Watch,
+        tracer: Tracer,
+        *,
+        step: tuple[Any, Any],
+        state: TrainState,
+    ):
+        """`step`: the compiled update, and empty metrics."""
+        self._opened, self._run, self._watch, self._tracer = opened, run, watch, tracer
+        self._step, self._collected = step
+        self.state, self.checkpoints = state, run.checkpoints
+        self._saved_at = time.monotonic()
+
+    def before(self, step: int) -> None:
+        self._tracer.before(step)
+
+    def update(self, batch: Any) -> None:
+        frozen = self._opened.objective.frozen
+        self.state, self._collected = self._step(self.state, self._collected, batch, frozen)
+
+    def look(self, step: int, say: Callable[[str], None]) -> bool:
+        run, training = self._run, self._opened.experiment.training
+        due = run.every(training.checkpoint_steps, step) or run.evaluates(step)
+        if run.every(training.log_steps, step):
+            # A report waits for the devices, and so is where the clock is looked at.
+            values = {name: float(value) for name, value in self._collected.compute().items()}
+            values |= self._watch.report(step)
+            run.log(step, values)
+            say(_line(values))
+            empty = type(self._collected).empty()
+            self._collected = jax.device_put(empty, parallel.replicated(self._opened.mesh))
+            if values["skipped_in_row"] >= training.max_bad_steps:
+                raise _diverged(self._opened.experiment, self.state, run.checkpoints)
+            if training.checkpoint_minutes:
+                minutes = (time.monotonic() - self._saved_at) / 60
+                due = distributed.agreed(minutes > training.checkpoint_minutes) or due
+        if run.measures_loss(step):
+            with self._watch.paused(self.state):
+                run.measure_loss(step, self.state)
+        return due
+
+    def save(self, step: int) -> None:
+        self._run.save(self.state)
+        self._saved_at = time.monotonic()
+
+    def after(self, step: int) -> None:
+        if self._run.leaves_something(step):
+            with self._watch.paused(self.state):
+                self._run.leave_behind(step, self.state)
+        self._tracer.after(step)
+        if step % self._opened.experiment.training.log_steps == 0:
+            self._watch.begin_interval(step)  # checkpoints do not count
+
+    def wait(self) -> None:
+        self._run.wait()
+
+
+def _first_state(opened: Opened, run: RunFiles) -> TrainState:
+    """A fresh state, or that of the newest usable checkpoint; says what is trained."""
+    experiment, mesh = opened.experiment, opened.mesh
+    state = run.restore()
+    if state is None:
+        state = create_state(experiment, mesh, opened.objective)
+    step, total = int(state.step), experiment.training.total_steps
+    parameters = f"{parameter_overview.count_parameters(state.params):,}"
+    platform = mesh.devices.flat[0].platform
+    log.info("model %s: %s parameters", type(experiment.model).__name__, parameters)
+    log.info("attention: %s", models.attention_in_words(experiment.model, platform))
+    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+    begins = "resuming at" if step else "starting at"
+    log.info("%s step %d of %d in %s", begins, step, total, run.workdir)
+    if step:
+        run.leave_behind(step, state, restored=True)
+    return state
+
+
+def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoints) -> UserError:
+    """The end of a run whose batches have no finite gradient any more: what is to blame, and which
+    checkpoint is good."""
+    checkpoints.wait()
+    step, in_row, skipped = int(state.step), int(state.skipped_in_row), int(state.skipped)
+    blame, followed = "the parameters have blown up: look at the rate", step - skipped
+    if gradient_is_finite(experiment, state):
+        blame, followed = "the network is sound: look at the data", None
+    good = checkpoints.good_steps(updates=followed)
+    newer = [other for other in checkpoints.steps() if good and other > good[-1]]
+    way = f" (first move {', '.join(map(str, newer))} away from there)" if newer else ""
+    place = "the start"
+    if good:
+        place = f"checkpoint {good[-1]} in {checkpoints.directory}, the last good one{way}"
+    return UserError(
+        f"the last {in_row} batches up to step {step} had no finite gradient; {blame}, "
+        f"and go on from {place}"
+    )
+
+
+def _line(values: dict[str, float]) -> str:
+    """A report on the width of a phone; everything else is in the log of figures."""
+    speed = values["images_per_s"]
+    return (
+        f"loss {values['loss']:.4f} | {speed:,.{0 if speed >= 10 else 2}f} images/s"
+        + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
+        + (
+            f" | waiting {values['data_wait_share']:.0%}"
+            if values["data_wait_share"] > 0.01
+            else ""
+        )
+        + (f" | not training {values['beside_share']:.0%}" if values["beside_share"] else "")
+        + (f" | {values['skipped']:.0f} batches skipped" if values["skipped"] else "")
+    )
