@@ -109,3 +109,17 @@ def test_each_line_of_the_readme_imports_from_lines_above_it():
     assert [room for room, names in rooms.items() if "preflight" in names] == ["cli"]
     upwards = {room: rooms[room] - set(order[:place]) for place, room in enumerate(order)}
     assert not {room: names for room, names in upwards.items() if names}
+
+
+def test_each_room_says_in_fifteen_lines_what_it_holds_and_may_import():
+    package = ROOT / "diffit_jax"
+    for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
+        text = (folder / "README.md").read_text()
+        assert len(text.splitlines()) <= 15, folder
+        for name in re.findall(r"`([a-z_/]+\.py)`", text):
+            assert list(folder.glob(f"**/{name}")) or (package / name).exists(), (folder, name)
+        said = re.search(r"^Imports: (.*?)(?=^\*\*|\Z|^$)", text, re.DOTALL | re.MULTILINE)[1]
+        named = set(re.findall(r"`(\w+)", said))
+        used = {room for path in folder.rglob("*.py") for room in imported(path)} - {folder.name}
+        if "above it" not in said and "everything" not in said:
+            assert used <= named, (folder, used - named)
