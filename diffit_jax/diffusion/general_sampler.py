@@ -171,6 +171,22 @@ class General(Churning, OfDenoiser):
         conditioning: Conditioning,
         frames: int = 0,
     ) -> Drawn:
+        """Draws samples by a Runge-Kutta method of second order (Karras et al. 2022, Algorithm 3,
+        for any schedule and scaling) with EDM's churn; arguments as of `SamplingMethod.draw`.
+
+        A step from t_i to t_{i+1}, with f(x, t) the right-hand side of this file's equation:
+
+            t̂ where σ(t̂) = σ(t_i) + gamma σ(t_i)                       `churned`
+            x̂ = s(t̂)/s(t_i) x + √(σ(t̂)² - σ(t_i)²) s(t̂) S_noise eps
+            d = f(x̂, t̂),  x' = x̂ + alpha h d  where h = t_{i+1} - t̂
+            d' = f(x', t̂ + alpha h)
+            x = x̂ + h ((1 - 1/(2 alpha)) d + 1/(2 alpha) d')
+
+        The last step, and each of "euler", is x̂ + h d.
+
+        Returns:
+          x (B, H, W, C) at σ = 0, or a pytree like `noise(0)`, and the frames.
+        """
         path = self.path(process)
         t = np.append(path.time(self.levels(process)), 0.0)
         sigma = path.sigma(t[:-1])

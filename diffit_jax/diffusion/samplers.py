@@ -255,6 +255,9 @@ class _InNoiseLevels(OfDenoiser):
           sigmas: (N + 1,) descending noise levels that end in 0.
           frames: as of `draw`.
           round_sigma: to noise levels that the network knows, for those beside the grid.
+
+        Returns:
+          x (B, H, W, C) float32 at sigma = 0, or a pytree like `noise(0)`, and the frames.
         """
         raise NotImplementedError
 
@@ -262,7 +265,16 @@ class _InNoiseLevels(OfDenoiser):
 @dataclasses.dataclass(frozen=True)
 class Heun(Churning, _InNoiseLevels):
     """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at
-    the end. 2N - 1 evaluations.
+    the end. 2N - 1 evaluations. Its lines, for t_i = sigmas[i], eps of standard deviation S_noise:
+
+         2  x_0 = t_0 z
+         5  t̂ = t_i + gamma t_i                           `churned`
+         6  x̂ = x_i + √(t̂² - t_i²) eps                    `added_noise`
+         7  d = (x̂ - D(x̂; t̂)) / t̂
+         8  x_{i+1} = x̂ + (t_{i+1} - t̂) d                 predicts
+         9  unless t_{i+1} = 0:
+        10  d' = (x_{i+1} - D(x_{i+1}; t_{i+1})) / t_{i+1}
+        11  x_{i+1} = x̂ + (t_{i+1} - t̂) (d + d') / 2      corrects
 
     It is deterministic unless it churns: then fresh noise is added wherever
     churn_sigma_low <= sigma <= churn_sigma_high.
@@ -292,6 +304,7 @@ class Heun(Churning, _InNoiseLevels):
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
     ) -> Drawn:
+        """Draws samples by the lines above; arguments and value as of `_InNoiseLevels.solve`."""
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         sigma_hat = round_sigma(self.churned(sigma))
         # Made in float64, rounded once: the noise that lifts the level t to t̂.
@@ -323,6 +336,8 @@ class Heun(Churning, _InNoiseLevels):
             x = tree_map(lambda start, way: start + (target - level) * way, start, combined)
             return (x, start, slope), denoised
 
+        # The grid of evaluations, two for a step but for the last; guidance follows the level of
+        # each, and the level at which its step begins.
         x = tree_map(lambda z: jnp.float32(sigmas[0]) * z, noise(0))
         levels = np.stack([sigma_hat, next_sigma], axis=1).ravel()[:-1]
         carry = x, x, tree_map(jnp.zeros_like, x)
@@ -363,6 +378,10 @@ class DPMSolver(_InNoiseLevels):
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
     ) -> Drawn:
+        """Draws samples by the update of this class's docstring (Lu et al. 2022, DPM-Solver++,
+        Algorithm 2, with s = 1 and sigma = e^-lambda); arguments and value as of
+        `_InNoiseLevels.solve`."""
+        # 1 / (2 r) of each step; 0, first order, at both ends.
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         ratio = next_sigma / sigma  # e^-h
         extrapolation = np.zeros(len(sigma))
@@ -458,6 +477,18 @@ class Ancestral:
         conditioning: Conditioning,
         frames: int = 0,
     ) -> Drawn:
+        """Draws samples by Algorithm 2 of Ho et al. 2020; arguments as of `SamplingMethod.draw`.
+
+        Its lines, for k = K - 1 … 0 (the schedule's own steps; `timesteps[k]` is what the network
+        knows k by):
+
+            1  x_K = z
+            3  z standard normal, 0 in the last step
+            4  x_{k-1} = mean(x_k, y) + exp(½ ln variance) z      `update`
+
+        Returns:
+          x_0 (B, H, W, C) float32, or a pytree like `noise(0)`, and the frames: estimates of x_0.
+        """
         schedule = self.schedule(process)
         update = self.update(schedule)
         timesteps = jnp.asarray(schedule.timesteps, jnp.int32)
