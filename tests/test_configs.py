@@ -1,10 +1,14 @@
 """Every config in `configs/` describes an experiment that can be, and the ImageNet ones the
 paper's."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from support.configs import CONFIGS, config_of
+from support.golden import GOLDEN
 
 from diffit_jax.data.augment import Augmentation
 from diffit_jax.data.sources import SyntheticSource
@@ -20,13 +24,26 @@ from diffit_jax.training.train import train
 OF_DATA = ("own_images", "chain")
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in OF_DATA)
-)
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in OF_DATA)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_config_can_be(name):
     config = config_of(name)
     build(config)
     assert config.is_locked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_as_text(name):
+    """A change of a recipe shows in review. RENEW_CONFIGS=1 writes the texts anew."""
+    values = traverse_util.flatten_dict(config_of(name).to_dict(), sep=".")
+    text = "".join(f"{key} = {value!r}\n" for key, value in sorted(values.items()))
+    place = GOLDEN / "configs" / f"{name}.txt"
+    if os.environ.get("RENEW_CONFIGS"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text)
+    assert text == place.read_text()
 
 
 def decay(experiment):
