@@ -69,8 +69,8 @@ def test_nobody_else_decides_by_the_names_of_platforms():
     """But where devices are counted or looked for."""
     for path in sorted((ROOT / "diffit_jax").rglob("*.py")):
         name = str(path.relative_to(ROOT / "diffit_jax"))
-        known = {"platforms.py", "runtime/parallel.py", "verbs/benchmark.py"}
-        if name not in known and not name.startswith("tpu/"):
+        known = {"platforms.py", "runtime/parallel.py", "training/benchmark.py"}
+        if name not in known and not name.startswith("preflight/"):
             found = re.findall(
                 r"platform\w*(?:\(\))? [!=]= \"\w+\"|platform_dependent\(", path.read_text()
             )

@@ -142,8 +142,8 @@ def test_a_shard_of_other_records_is_named(folder, tmp_path):
 
 def test_processes_that_decode_import_no_jax():
     """They are started for every core: half a second and 200 MB each."""
-    for name in ("decoding", "places", "records", "images"):
-        text = (ROOT / f"diffit_jax/data/{name}.py").read_text()
+    for name in ("ingest/decoding", "ingest/places", "data/records", "ingest/images"):
+        text = (ROOT / f"diffit_jax/{name}.py").read_text()
         assert "import jax" not in text and "from jax" not in text
 
 

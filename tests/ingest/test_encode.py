@@ -177,7 +177,8 @@ def test_two_processes_of_four_devices_write_the_same_data_set(place, whole, tmp
     flags += ["--data_dir", tmp_path, "--batch_per_device", 1, "--workers", 0]
     flags += ["--num_processes", 2, "--coordinator", f"127.0.0.1:{port}", "--process_id"]
     code = (
-        f"import runpy, sys; from diffit_jax.data import shards; shards.MOST_BYTES = {5 * RECORD}; "
+        f"import runpy, sys; from diffit_jax.ingest import shards; "
+        f"shards.MOST_BYTES = {5 * RECORD}; "
         f"sys.argv[0] = '{ROOT}/launch/encode.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = [sys.executable, "-c", code, *map(str, flags)]

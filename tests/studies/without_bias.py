@@ -19,7 +19,7 @@ SETTINGS = [
     ("imagenet256_latent", "v5p:2x2x4", 32),
 ]
 EDITS = {
-    "diffit_jax/models/attention_kernel.py": [
+    "diffit_jax/models/diffit/attention_kernel.py": [
         (
             "_dot(q, k, 1, 1) + strips_ref[0, :, _keys(len(k), start)].astype(jnp.float32)",
             "_dot(q, k, 1, 1)",
@@ -31,7 +31,7 @@ EDITS = {
             "table.shape[1]",
         ),
     ],
-    "diffit_jax/tpu/schedule.py": [
+    "diffit_jax/preflight/schedule.py": [
         ("2 * tokens - attention_kernel.BLOCK)", "attention_kernel.BLOCK)")
     ],
 }

@@ -143,10 +143,10 @@ def import_what_takes_long() -> None:
     import importlib
     import pkgutil
 
-    from diffit_jax import verbs
-
-    for module in pkgutil.iter_modules(verbs.__path__):
-        importlib.import_module(f"diffit_jax.verbs.{module.name}")
+    for room in ("sampling", "ingest", "evaluation", "training", "preflight"):
+        package = importlib.import_module(f"diffit_jax.{room}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
     for name in ("sklearn.datasets", "sklearn.svm"):  # where the digits come from and are scored
         importlib.import_module(name)
 
