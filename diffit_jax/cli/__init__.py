@@ -64,8 +64,12 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked.lstrip("-") in ("help", "h"):
         width = max(map(len, known))
-        print("usage: diffit VERB [--flag=value …]; diffit VERB --help says which\n")
-        print("\n".join(f"  {verb:{width}}  {text}" for verb, text in known.items()))
+        lines = [f"  {verb:{width}}  {text}" for verb, text in known.items()]
+        usage = "usage: diffit VERB [--flag=value …]; diffit VERB --help says which"
+        try:
+            print("\n".join([usage, "", *lines]), flush=True)
+        except BrokenPipeError:
+            _stop_printing()
         return
     verb = asked.replace("-", "_")
     if verb not in known:
@@ -255,8 +259,8 @@ def _end_with(error: BaseException) -> NoReturn:
         raise error
     except UserError as error:
         fail(str(error) + _preflight_command(error))
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _stop_printing()
         sys.exit(1)
     except OSError as error:
         if error.filename is None and error.errno in (
@@ -280,6 +284,11 @@ def _end_with(error: BaseException) -> NoReturn:
         interruption.finished(interruption.EXIT_INTERRUPTED)
         print(line, file=sys.stderr, flush=True)
         sys.exit(interruption.EXIT_INTERRUPTED)
+
+
+def _stop_printing() -> None:
+    """Whoever read our output has had enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _mend_streams() -> None:
@@ -358,6 +367,10 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         rest = flags.FLAGS([argv[0], *(_config.take_from(argv[1:]) if _config else argv[1:])])
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname in verbs():
+            fail(f"--{error.flagname} is no flag but a verb: diffit {error.flagname} --help")
+        fail(f"{str(error).strip().splitlines()[0]} (--help lists the flags)")
     except flags.Error as error:
         fail(f"{str(error).strip().splitlines()[0]} (--help lists the flags)")
     except UserError as error:

@@ -277,6 +277,18 @@ def test_an_unknown_verb_names_the_nearest():
     assert "known are benchmark, check" in diffit("xyz").stderr
 
 
+def test_a_flag_that_became_a_verb_is_named(tmp_path):
+    for flag in ("sweep", "make_reference", "self_test"):
+        result = launch("evaluate", "--samples", "s.npz", f"--{flag}", "x", tmp_path=tmp_path)
+        assert_one_line_error(result, f"--{flag} is no flag but a verb: diffit {flag} --help")
+
+
+def test_the_list_of_verbs_may_be_cut_short(tmp_path):
+    command = f"{sys.executable} -m diffit_jax | head -n 1"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("usage: diffit VERB") and not result.stderr
+
+
 def test_help_shows_every_flag_of_a_verb_and_none_of_libraries():
     shown = diffit("sample", "--help")
     names = set(re.findall(r"(?m)^  --([\w.]+): \S", shown.stdout))
