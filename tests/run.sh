@@ -9,9 +9,11 @@ if [ "${1:-}" = --colab ]; then
   shift
   python="${PYTHON:-python3.13 $(echo "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13)}"
   VENV=.venv-colab CONSTRAINTS=constraints-colab.txt PYTHON="$python" bash launch/setup_env.sh test
-  core=(models diffusion interop sampling ingest data experiment run test_{before,limits,configs}.py
+  core=(models diffusion interop sampling data experiment run test_{before,limits,configs}.py
+    ingest/test_{images,picture_files,prepare,own_data}.py
+    evaluation/test_{evaluation,in_training,metrics,sweep}.py
     launch/test_{colab,notebooks}.py runtime/test_{backend,checkpoint,contents,rows}.py
-    evaluation training/test_{training,train_autoencoder,watch,loggers,matrix,check}.py)
+    training/test_{training,train_autoencoder,watch,loggers,matrix,check}.py)
   JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 3 --dist loadfile \
     "${core[@]/#/tests/}" "$@"
 fi
