@@ -367,11 +367,10 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         rest = flags.FLAGS([argv[0], *(_config.take_from(argv[1:]) if _config else argv[1:])])
-    except flags.UnrecognizedFlagError as error:
-        if error.flagname in verbs():
-            fail(f"--{error.flagname} is no flag but a verb: diffit {error.flagname} --help")
-        fail(f"{str(error).strip().splitlines()[0]} (--help lists the flags)")
     except flags.Error as error:
+        unknown = getattr(error, "flagname", None)
+        if unknown in verbs():
+            fail(f"--{unknown} is no flag but a verb: diffit {unknown} --help")
         fail(f"{str(error).strip().splitlines()[0]} (--help lists the flags)")
     except UserError as error:
         fail(str(error))

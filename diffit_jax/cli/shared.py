@@ -9,6 +9,7 @@ from absl import flags
 from diffit_jax import cli
 
 if TYPE_CHECKING:
+    from diffit_jax.ingest.decoding import Framing
     from diffit_jax.sampling.decoder import Decoding
     from diffit_jax.sampling.request import Run, Weights
 
@@ -240,10 +241,6 @@ class ScoreFlags:
         )
         output, overwrite = self._output.value, self.overwrite.value
         return {"comparison": comparison, "output": output, "overwrite": overwrite}
-
-
-if TYPE_CHECKING:
-    from diffit_jax.ingest.decoding import Framing
 
 
 class SourceFlags:

@@ -270,7 +270,7 @@ def parse(text: str) -> dict[str, list[Any]]:
                 if kind in (int, float, str) and not limits.is_path(field.type):
                     kinds[f"{section}.{field.name}"] = kind
     kinds |= {"pixel_rounding": str, "batch_per_device": int}
-    return ranges.parse_sweep(text, {key: ranges.Swept(kind) for key, kind in kinds.items()})
+    return ranges.parse_sweep(text, {key: ranges.SweepKey(kind) for key, kind in kinds.items()})
 
 
 def table(swept: Swept) -> str:

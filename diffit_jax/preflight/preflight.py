@@ -104,7 +104,10 @@ def preflight(
     train = sample = chain = None
     if "train" in programs:
         log.info("compiling the train step for %d chips", chips)
-        train = _price_training(opened, chip, chips, compiled, num_slices > 1)
+        # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and
+        # back.
+        crossing_s = held.parameters / (SLICE_BANDWIDTH / chip.devices) * (num_slices > 1)
+        train = _price_training(opened, chip, chips, compiled, crossing_s)
     if "sample" in programs:
         log.info("compiling the sample step for %d chips", chips)
         sample = price_sampling(opened, chip, chips, compiled)
@@ -136,24 +139,22 @@ def _price_training(
     chip: Chip,
     chips: int,
     compiled: Callable[[jax.stages.Lowered], Compiled | TooLarge],
-    several_slices: bool,
+    between_slices_s: float,
 ) -> Step | TooLarge:
-    """The update; arguments as of `price_sampling`."""
+    """The update; arguments as of `price_sampling` and `Step.of`."""
     experiment = opened.experiment
     batch = batch_shapes(experiment, opened.mesh)
     answer = compiled(lower_train_step(opened, opened.state, batch))
     if not isinstance(answer, Compiled):
         return answer
     size = experiment.training.batch_size
-    # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and back.
-    crossing_s = _held(opened.state).parameters / (SLICE_BANDWIDTH / chip.devices)
     return Step.of(
         answer,
         chip,
         chips,
         images=size,
         flops=training_flops(experiment.model) * size,
-        between_slices_s=crossing_s if several_slices else 0.0,
+        between_slices_s=between_slices_s,
     )
 
 
@@ -194,7 +195,7 @@ def parse_sweep(text: str) -> dict[str, list[str]]:
 
     wanted = "write values as in batch=4,8,16 or mesh=fsdp=4,fsdp=16+tensor=2"
     known = {
-        name: ranges.Swept(reader(name), wanted, bare=True, nested=name == "mesh")
+        name: ranges.SweepKey(reader(name), wanted, bare=True, nested=name == "mesh")
         for name in SWEEPS
     }
     return ranges.parse_sweep(text, known)

@@ -36,7 +36,7 @@ def parse_ranges(flag: str, text: str) -> list[list[int]]:
     return [parse_numbers(flag, part) for part in text.split(",")]
 
 
-class Swept(NamedTuple):
+class SweepKey(NamedTuple):
     """A setting that `parse_sweep` knows.
 
     Attributes:
@@ -52,7 +52,7 @@ class Swept(NamedTuple):
     nested: bool = False
 
 
-def parse_sweep(text: str, known: Mapping[str, Swept]) -> dict[str, list[Any]]:
+def parse_sweep(text: str, known: Mapping[str, SweepKey]) -> dict[str, list[Any]]:
     """`guidance.scale=1,1.5,2,ema_length=0.05,0.1` → values by name: the one syntax of `--sweep`.
 
     Args:

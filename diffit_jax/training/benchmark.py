@@ -109,9 +109,9 @@ def _peak_memory(device: jax.Device) -> int:
 
 # What `--sweep` varies; batch is of all devices.
 KNOWN = {
-    "batch": ranges.Swept(int, "it must be a whole number", bare=True),
-    "remat": ranges.Swept(str, bare=True),
-    "attention": ranges.Swept(str, bare=True),
+    "batch": ranges.SweepKey(int, "it must be a whole number", bare=True),
+    "remat": ranges.SweepKey(str, bare=True),
+    "attention": ranges.SweepKey(str, bare=True),
 }
 _KEYS = {"batch": "training.batch_size", "remat": "model.remat", "attention": "model.attention"}
 _UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
