@@ -28,7 +28,7 @@ from support.configs import small_config, small_latent_config
 from support.pods import arranged
 
 from diffit_jax.data.sources import batches
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.run.state import (
     Opened,
     abstract_state,

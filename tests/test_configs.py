@@ -16,7 +16,7 @@ from diffit_jax.diffusion import GUIDANCE
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.samplers import Ancestral, Heun
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.run.state import open_training_data
 from diffit_jax.training.train import train
 

@@ -10,8 +10,7 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build, keys_of, section_classes
-from diffit_jax.experiment.config import CHOICES
+from diffit_jax.experiment.config import CHOICES, build, keys_of, section_classes
 from diffit_jax.run.state import open_experiment
 
 CONFIGS = {"image": small_config, "latent": small_latent_config}

@@ -10,7 +10,7 @@ from support.configs import small_latent_config
 from support.processes import ROOT
 
 from diffit_jax import models, platforms
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.platforms import PLATFORMS
 from diffit_jax.run.state import open_experiment
 from diffit_jax.runtime import parallel

@@ -122,7 +122,7 @@ class ConfigFlag:
 
     def take_from(self, arguments: Sequence[str]) -> list[str]:
         """Loads the config that a command line names; returns the other arguments."""
-        from diffit_jax import experiment
+        from diffit_jax.experiment import config as experiment
         from diffit_jax.runtime import config_files
 
         given = config_files.Given.find(flags.FLAGS.read_flags_from_files(list(arguments), False))
@@ -194,7 +194,7 @@ def define_fewer_devices() -> "Callable[[ConfigDict], Any]":
     def devices(config: "ConfigDict") -> Any:
         if not fewer.value:
             return None
-        from diffit_jax import experiment
+        from diffit_jax.experiment import config as experiment
         from diffit_jax.runtime import parallel
 
         built = experiment.build(config)

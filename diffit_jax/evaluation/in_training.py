@@ -12,7 +12,7 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator
 from diffit_jax.evaluation.pictures import DrawnPictures
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import Opened, TrainState
 from diffit_jax.runtime import backend, distributed, files

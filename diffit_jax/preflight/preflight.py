@@ -24,7 +24,7 @@ from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.in_training import kinds
-from diffit_jax.experiment import Experiment, build
+from diffit_jax.experiment.config import Experiment, build
 from diffit_jax.models.model import count_multiply_adds, training_flops
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.models.pretrained.inception import SIDE, Inception

@@ -12,7 +12,7 @@ import jax
 from diffit_jax import models
 from diffit_jax.diffusion import guidance
 from diffit_jax.diffusion.seams import Process
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 
 AVERAGE = "average"  # name, in `uses`, of the network's variables with the averaged parameters
 

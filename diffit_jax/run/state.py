@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from diffit_jax import models
 from diffit_jax.data.sources import Source, Wanted, open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment, build, class_name
+from diffit_jax.experiment.config import Experiment, build, class_name
 from diffit_jax.run.objective import DENOISING, Objective
 from diffit_jax.run.optimizer import make_optimizer
 from diffit_jax.runtime import backend, parallel

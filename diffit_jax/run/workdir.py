@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax import limits
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment, build, class_name
+from diffit_jax.experiment.config import Experiment, build, class_name
 from diffit_jax.runtime import files
 
 CONFIG_FILE = "config.json"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.diffit.latent import LatentDiffiT

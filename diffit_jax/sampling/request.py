@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax.data.labels import give_out, parse_labels
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import CHOICES, Sampling
 from diffit_jax.interop import official
 from diffit_jax.run import power_ema

@@ -14,7 +14,7 @@ from diffit_jax.diffusion import guidance, samplers
 from diffit_jax.diffusion.guidance import Guidance
 from diffit_jax.diffusion.samplers import Drawn
 from diffit_jax.diffusion.seams import Network, Process
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import SamplingMethod
 from diffit_jax.models import Model
 from diffit_jax.models.model import cast_before_use, count_multiply_adds

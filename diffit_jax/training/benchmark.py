@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffit_jax import experiment, models, platforms
+from diffit_jax import models, platforms
 from diffit_jax.errors import UserError
+from diffit_jax.experiment import config as experiment
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 from diffit_jax.models.model import training_flops
 from diffit_jax.run.state import create_state, open_experiment, open_training_data

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.run.objective import DENOISING
 from diffit_jax.run.state import Opened, open_training_data
 from diffit_jax.runtime import backend, distributed, parallel

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from diffit_jax.data.sources import Source, batches
 from diffit_jax.errors import one_line
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.models.model import training_flops
 from diffit_jax.runtime import distributed, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints

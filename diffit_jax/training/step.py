@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffit_jax import platforms
 from diffit_jax.diffusion.seams import Process
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import EMA
 from diffit_jax.run.objective import AVERAGE, DENOISING, Objective
 from diffit_jax.run.optimizer import learning_rate, make_optimizer

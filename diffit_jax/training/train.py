@@ -17,7 +17,7 @@ from diffit_jax.data import pixels
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
-from diffit_jax.experiment import Experiment
+from diffit_jax.experiment.config import Experiment
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.objective import DENOISING, Objective
 from diffit_jax.run.state import (

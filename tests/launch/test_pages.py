@@ -237,7 +237,8 @@ def test_dry_runs(page, line, scratch):
 PARSE = """
 import json, os, runpy, sys, traceback
 import jax
-from diffit_jax import cli, experiment
+from diffit_jax import cli
+from diffit_jax.experiment import config as experiment
 cli.run = lambda *_, **__: print(cli._parse(sys.argv))
 answers = []
 for arguments in json.loads(sys.argv[1]):

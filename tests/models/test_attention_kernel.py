@@ -13,7 +13,7 @@ from support.configs import config_of, small_config, small_latent_config
 from support.counts import multiply_adds
 
 from diffit_jax import models
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit import attention_kernel
 from diffit_jax.models.diffit.attention import (
     BACKENDS,

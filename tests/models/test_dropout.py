@@ -8,7 +8,7 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit.blocks import dropped
 
 KEYS = jax.random.split(jax.random.key(0), 8)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.models.placement import Placement, nowhere, under
 from diffit_jax.runtime import parallel
 

@@ -19,7 +19,7 @@ from support.processes import write_config
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.preflight import compiler, preflight
 from diffit_jax.preflight import report as preflight_report
 from diffit_jax.preflight.figures import Sweep

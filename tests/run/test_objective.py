@@ -10,7 +10,7 @@ from support.processes import at_question, checkpoints_of
 from support.trees import assert_equal_trees
 
 from diffit_jax import models
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.run.objective import AVERAGE, Objective
 from diffit_jax.run.state import abstract_state
 from diffit_jax.runtime import distributed, interruption, parallel

@@ -13,7 +13,7 @@ from support.configs import small_config, small_latent_config
 from diffit_jax import models
 from diffit_jax.data.sources import ShuffledBatches
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.experiment.sections import Optimizer
 from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.run.objective import DENOISING, Objective

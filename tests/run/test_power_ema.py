@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from support.configs import small_latent_config
 
-from diffit_jax import experiment
 from diffit_jax.errors import UserError
+from diffit_jax.experiment import config as experiment
 from diffit_jax.run.power_ema import gamma_of, power_rate, reconstruction
 from diffit_jax.run.state import open_experiment
 from diffit_jax.runtime.checkpoint import Checkpoints

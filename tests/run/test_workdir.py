@@ -6,8 +6,9 @@ import shutil
 import pytest
 from support.configs import small_latent_config
 
-from diffit_jax import experiment, limits
+from diffit_jax import limits
 from diffit_jax.errors import UserError
+from diffit_jax.experiment import config as experiment
 from diffit_jax.run import workdir
 from diffit_jax.sampling.sample import sample
 from diffit_jax.training.train import train

@@ -13,7 +13,7 @@ from support.configs import small_config, small_latent_config
 from support.damage import data_files, truncate
 
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.run.state import abstract_state, items_of, restore_state
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict, config_dict
 from support.configs import small_config, small_latent_config
 from support.processes import command, write_config
 
-from diffit_jax import experiment
 from diffit_jax.errors import UserError
+from diffit_jax.experiment import config as experiment
 from diffit_jax.runtime import config_files
 
 

@@ -14,7 +14,7 @@ from support.pods import WORKER, pod_runs
 from support.processes import environment
 
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.models.placement import Fact
 from diffit_jax.run.state import TrainState, abstract_state
 from diffit_jax.runtime import parallel

@@ -68,7 +68,7 @@ def test_sampling_from_weights_is_sampling_with_them(tmp_path):
     arrays = arrays_of(path)
     assert arrays["arr_0"].shape == (3, 32, 32, 4) and arrays["arr_1"].tolist() == [7, 1, 7]
     module, variables = official.load(WEIGHTS["a"])
-    from diffit_jax import experiment
+    from diffit_jax.experiment import config as experiment
     from diffit_jax.runtime import parallel
 
     mesh = parallel.make_mesh()

@@ -10,7 +10,7 @@ from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.diffusion import guidance
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.models.model import cast_before_use
 from diffit_jax.run.state import create_state
 from diffit_jax.runtime import parallel

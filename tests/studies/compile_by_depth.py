@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.run.state import abstract_state
 from diffit_jax.runtime import parallel
 from diffit_jax.training.step import make_train_step, step_metrics

@@ -12,7 +12,7 @@ from support.configs import small_latent_config
 from support.processes import ROOT
 
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.training.check import check, table
 from diffit_jax.training.loggers import Curve, read_figures
 from diffit_jax.training.train import train

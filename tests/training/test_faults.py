@@ -19,7 +19,7 @@ from support.trees import assert_equal_trees
 
 from diffit_jax.data.sources import Wanted, open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.run.state import abstract_state, restore_state
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.checkpoint import Checkpoints

@@ -11,7 +11,7 @@ from support.trees import assert_equal_trees
 
 from diffit_jax.data.sources import SyntheticSource, batches
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.experiment.sections import EMA, Optimizer
 from diffit_jax.run.optimizer import learning_rate, make_optimizer
 from diffit_jax.run.state import abstract_state, create_state

@@ -9,7 +9,7 @@ import pytest
 from support.configs import small_config, small_latent_config
 
 from diffit_jax.data.sources import batches
-from diffit_jax.experiment import build
+from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit.image import ImageDiffiT
 from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.run.state import create_state, open_experiment, open_training_data
