@@ -1,7 +1,7 @@
-"""Packaging. Ranges say what the code works with; constraints.txt and, for Colab,
-constraints-colab.txt pin what is tested.
+"""Packaging.
 
-The floors are Colab's versions: what came preinstalled there is not to be moved.
+Ranges say what the code works with; constraints.txt and, for Colab, constraints-colab.txt pin what
+is tested. The floors are Colab's versions: what came preinstalled there is not to be moved.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""The whole chain in small, for `bash launch/quickstart.sh chain`: latent DiffiT on 4×4 latents of
-digits of 32×32 pixels, evaluated while it trains.
+"""The whole chain in small, for `bash launch/quickstart.sh chain`.
 
-`--config configs/chain.py:FOLDER` takes what the chain has put in a folder: the latents in
+Latent DiffiT on 4×4 latents of digits of 32×32 pixels, evaluated while it trains.
+`--config configs/chain.py:FOLDER` takes the chain's results in a folder: the latents in
 FOLDER/data, the autoencoder and the reference.
 """
 
@@ -15,6 +15,7 @@ from diffit_jax.data.sources import data_folder
 
 
 def get_config(folder: str = "runs/chain") -> ConfigDict:
+    """Return the config; `folder` is the chain's."""
     place = Path(os.path.expanduser(folder)).absolute()
     name = "digit_latents"
     manifest = read_manifest(data_folder(name, place / "data"), "train")

@@ -16,6 +16,7 @@ EDM_RAMP_UP_IMAGES = 10_000_000  # the learning rate rises over so many (EDM's c
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    """Return the config; `variant` is "" or "conditional"."""
     if variant not in VARIANTS:
         raise UserError(
             f"configs/cifar10.py:{variant} is unknown: write configs/cifar10.py:conditional or "
@@ -25,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    # The 50,000 training pictures: `launch/prepare.py --source cifar-10-python.tar.gz --name
+    # The 50,000 training images: `launch/prepare.py --source cifar-10-python.tar.gz --name
     # cifar10` makes them.
     config.data = ConfigDict(dict(name="cifar10", data_dir=""))
 

@@ -1,10 +1,13 @@
-"""Latent DiffiT on 8×8 handwritten digits, taken as 1-channel latents: the ImageNet recipe in
-small, on two CPU cores in four minutes."""
+"""Latent DiffiT on 8×8 handwritten digits, taken as 1-channel latents.
+
+The ImageNet recipe in small, on two CPU cores in four minutes.
+"""
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """Return the config."""
     config = ConfigDict()
     config.seed = 0
 

@@ -1,8 +1,7 @@
-"""FFHQ at 64×64 in pixels with the image-space network: the paper's FID 2.22 (Table 1). It has no
-labels.
+"""FFHQ at 64×64 in pixels with the image-space network: the paper's FID 2.22 (Table 1).
 
-`configs/ffhq64_h1.py` has four blocks in each stage. What is not said here is as in `cifar10`, with
-its sources.
+It has no labels. `configs/ffhq64_h1.py` has four blocks in each stage. Everything else is as in
+`cifar10`, with its sources.
 """
 
 from pathlib import Path
@@ -12,10 +11,11 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """Return the config."""
     of_cifar10 = run_path(str(Path(__file__).with_name("cifar10.py")))
     config = of_cifar10["get_config"]()
 
-    # The 70,000 pictures: `launch/prepare.py --source FFHQ --name ffhq64 --crop resize --size 64`
+    # The 70,000 images: `launch/prepare.py --source FFHQ --name ffhq64 --crop resize --size 64`
     # makes them.
     config.data.name = "ffhq64"
 

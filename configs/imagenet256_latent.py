@@ -11,6 +11,7 @@ from diffit_jax.models.diffit.latent import named_size
 
 
 def get_config(size: str = "XL/2") -> ConfigDict:
+    """Return the config of a network of this size, a name in `models.diffit.latent.SIZES`."""
     config = ConfigDict()
     config.seed = 0
 

@@ -1,5 +1,7 @@
-"""ImageNet at 512×512 in the latent space of a VAE: the paper's FID 2.67 (Table 1). What is not
-said here is as at 256×256."""
+"""ImageNet at 512×512 in the latent space of a VAE: the paper's FID 2.67 (Table 1).
+
+Everything else is as at 256×256.
+"""
 
 from pathlib import Path
 from runpy import run_path
@@ -8,6 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(size: str = "XL/2") -> ConfigDict:
+    """Return the config of a network of this size."""
     config = run_path(str(Path(__file__).with_name("imagenet256_latent.py")))["get_config"](size)
     config.data.name = "imagenet512_latents"
     config.model.input_size = 64  # 512 pixels over the VAE's factor 8

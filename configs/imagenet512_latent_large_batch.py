@@ -1,5 +1,7 @@
-"""ImageNet at 512×512 with batches of 4,096, for pods. What is not said here is as in
-`imagenet512_latent`."""
+"""ImageNet at 512×512 with batches of 4,096, for pods.
+
+Everything else is as in `imagenet512_latent`.
+"""
 
 import math
 from pathlib import Path
@@ -11,6 +13,7 @@ BATCH_SIZE, PAPER_BATCH_SIZE = 4096, 512
 
 
 def get_config(size: str = "XL/2") -> ConfigDict:
+    """Return the config of a network of this size."""
     config = run_path(str(Path(__file__).with_name("imagenet512_latent.py")))["get_config"](size)
     config.training.batch_size = BATCH_SIZE
 

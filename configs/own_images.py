@@ -1,4 +1,4 @@
-"""Your own pictures, in pixels or latents: what launch/prepare.py or launch/encode.py has written.
+"""Your own images, in pixels or latents: what launch/prepare.py or launch/encode.py has written.
 
 `--config configs/own_images.py:flowers` takes the data set of that name in ~/tensorflow_datasets,
 `--config configs/own_images.py:data/flowers` the one in another folder; `:flowers:B/2` a larger
@@ -17,6 +17,7 @@ from diffit_jax.models.diffit.latent import named_size
 
 
 def get_config(argument: str = "") -> ConfigDict:
+    """Return the config for a prepared data set, named by `argument`."""
     name, _, size = argument.partition(":")
     if not name:
         raise UserError("name your data: --config configs/own_images.py:NAME")
@@ -31,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
         dict(
             batch_size=64,
             label_dropout=0.1 if num_classes else 0.0,
-            total_steps=200_000,  # 12.8 million pictures; a grid shows when it is enough
+            total_steps=200_000,  # 12.8 million images; a grid shows when it is enough
             log_steps=100,
             grid_steps=5_000,
             checkpoint_steps=5_000,
@@ -51,7 +52,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def _pixels(config: ConfigDict, manifest: Manifest, num_classes: int, guidance: dict) -> None:
-    """The network of images with EDM, narrower than the paper's."""
+    """Fill in the network of images with EDM, narrower than the paper's."""
     height, width, channels = manifest.example_shape
     # Stages down to a side of 8 or less, as long as windows of 4×4 fit.
     sides = [height]
@@ -59,7 +60,7 @@ def _pixels(config: ConfigDict, manifest: Manifest, num_classes: int, guidance: 
         sides.append(sides[-1] // 2)
     if height != width or height % 4:
         raise UserError(
-            f"the pictures are {width}×{height}: prepare them with equal sides that 4 divides "
+            f"the images are {width}×{height}: prepare them with equal sides that 4 divides "
             "(--crop center --size 64)"
         )
     config.model = ConfigDict(
@@ -82,10 +83,10 @@ def _pixels(config: ConfigDict, manifest: Manifest, num_classes: int, guidance: 
 def _latents(
     config: ConfigDict, manifest: Manifest, num_classes: int, guidance: dict, size: str
 ) -> None:
-    """The latent network with ADM's diffusion, as for ImageNet."""
+    """Fill in the latent network with ADM's diffusion, as for ImageNet."""
     side, width, channels = manifest.example_shape
     if side != width or side % 2:
-        raise UserError(f"the latents are {width}×{side}: encode pictures with equal sides")
+        raise UserError(f"the latents are {width}×{side}: encode images with equal sides")
     vae, found = manifest.autoencoder, manifest.statistics
     config.data.autoencoder = str(vae.get("path", "unknown")).rstrip("/").rpartition("/")[2]
     # Latents that others made say nothing of their scale: here each channel gets mean 0 and

@@ -14,6 +14,6 @@ class OutOfMemory(UserError):
     """A program that does not fit the devices' memory, or the host's."""
 
 
-def one_line(error: object, most: int | None = None) -> str:
-    """The text of an error (or of anything) as one line, of at most so many characters."""
-    return " ".join(str(error).split())[:most]
+def one_line(error: object, limit: int | None = None) -> str:
+    """Return the text of an error (or of anything) as one line, of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -1,5 +1,4 @@
-"""What a setting may be: its type and range stand beside the field that holds it, and are checked
-in one way.
+"""Ranges of settings, declared where the field is, and one check for all of them.
 
     batch_size: Annotated[int, at_least(1)]
     name: Annotated[str, one_of("adam", "lamb")]
@@ -16,13 +15,13 @@ import inspect
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import numpy as np
 
 from diffit_jax.errors import UserError
 
-INT32_MOST = 2**31 - 1  # what the counters of a state and the indices of an array hold
+INT32_MAX = 2**31 - 1  # what the counters of a state and the indices of an array hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,45 +29,45 @@ class Limits:
     """The range of a number (or of a sequence's length), or the values of a text.
 
     Attributes:
-      least, above: lower end, itself allowed or not.
-      most, below: upper end, itself allowed or not.
-      besides: single values allowed outside of the range.
+      ge, gt: lower end, itself allowed or not.
+      le, lt: upper end, itself allowed or not.
+      also: single values allowed outside of the range.
       infinite: whether a number may be infinite. Not-a-number it may never be.
       choices: the values of a text, or the names of a dtype's; () is any.
     """
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    besides: tuple[float, ...] = ()
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    also: tuple[float, ...] = ()
     infinite: bool = False
     choices: tuple[str, ...] = ()
 
-    def hold(self, number: float) -> bool:
+    def contains(self, number: float) -> bool:
         """Whether a number keeps to them."""
         within = (
-            (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-            and (self.below is None or number < self.below)
+            (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+            and (self.lt is None or number < self.lt)
         )
-        return number in self.besides or (
+        return number in self.also or (
             within and number == number and (self.infinite or abs(number) < math.inf)
         )
 
-    def in_words(self, number: float) -> str:
-        """What a number must be that is not so, for people."""
-        low = self.least if self.above is None else self.above
-        high = self.most if self.below is None else self.below
-        if high == INT32_MOST and low is not None and number < high:
+    def describe(self, number: float) -> str:
+        """Describe the limit that the number violates, for an error message."""
+        low = self.ge if self.gt is None else self.gt
+        high = self.le if self.lt is None else self.lt
+        if high == INT32_MAX and low is not None and number < high:
             high = None  # nobody wants to read it
         if low is None and high is None:
             words = "a finite number"
         elif high is None:
-            words = f"at least {_short(low)}" if self.above is None else f"above {_short(low)}"
+            words = f"at least {_short(low)}" if self.gt is None else f"above {_short(low)}"
         elif low is None:
-            words = f"at most {_short(high)}" if self.below is None else f"below {_short(high)}"
+            words = f"at most {_short(high)}" if self.lt is None else f"below {_short(high)}"
         else:
             ends = {
                 (True, True): "",
@@ -76,53 +75,53 @@ class Limits:
                 (True, False): ", and not the latter",
             }
             words = f"between {_short(low)} and {_short(high)}" + ends.get(
-                (self.above is None, self.below is None), ""
+                (self.gt is None, self.lt is None), ""
             )
         finite = "finite and " if number in (math.inf, -math.inf) or number != number else ""
         return (words if words == "a finite number" else finite + words) + "".join(
-            f", or {_short(value)}" for value in self.besides
+            f", or {_short(value)}" for value in self.also
         )
 
 
 def at_least(
-    least: float, most: float | None = None, besides: tuple[float, ...] = (), infinite: bool = False
+    ge: float, le: float | None = None, also: tuple[float, ...] = (), infinite: bool = False
 ) -> Limits:
-    """A number from `least` on, up to `most` if there is such an end."""
-    return Limits(least=least, most=most, besides=besides, infinite=infinite)
+    """Require a number of at least `ge`, and of at most `le` if it is given."""
+    return Limits(ge=ge, le=le, also=also, infinite=infinite)
 
 
 def above(low: float, below: float | None = None) -> Limits:
-    """A number above `low`, and below another one if it is given."""
-    return Limits(above=low, below=below)
+    """Require a number above `low`, and below another one if it is given."""
+    return Limits(gt=low, lt=below)
 
 
-def share(below_one: bool = False) -> Limits:
-    """A number between 0 and 1, which may be both, or only 0."""
-    return Limits(least=0, below=1) if below_one else Limits(least=0, most=1)
+def fraction(below_one: bool = False) -> Limits:
+    """Require a number between 0 and 1, both included unless `below_one`."""
+    return Limits(ge=0, lt=1) if below_one else Limits(ge=0, le=1)
 
 
 def one_of(*choices: str) -> Limits:
-    """One of some texts."""
+    """Require one of some texts."""
     return Limits(choices=choices)
 
 
 FINITE = Limits()
 # Beside a field whose setting may differ between a config and the run that it continues, because
 # the numbers do not depend on it.
-FREE = "free"
+RESUMABLE = "free"
 Path = Annotated[str, "path"]  # as a person writes it, see `files.resolve`
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
-Side = Annotated[int, at_least(1, most=2**14)]  # of an image or latent
-Width = Annotated[int, at_least(1, most=2**20)]
-NoiseLevel = Annotated[float, at_least(1e-9, most=1e9)]  # whose square float32 holds
-GridPower = Annotated[float, at_least(0.1, most=1000)]  # rho of EDM's grid, which has 7
+Side = Annotated[int, at_least(1, le=2**14)]  # of an image or latent
+Width = Annotated[int, at_least(1, le=2**20)]
+NoiseLevel = Annotated[float, at_least(1e-9, le=1e9)]  # whose square float32 holds
+GridPower = Annotated[float, at_least(0.1, le=1000)]  # rho of EDM's grid, which has 7
 Dtype = Annotated[np.dtype, one_of("float32", "bfloat16")]
 
 
-def is_free(declared: Any) -> bool:
-    """Whether a field with this declaration has the mark `FREE`."""
-    return FREE in getattr(declared, "__metadata__", ())
+def is_resumable(declared: Any) -> bool:
+    """Whether a field with this declaration has the mark `RESUMABLE`."""
+    return RESUMABLE in getattr(declared, "__metadata__", ())
 
 
 def is_path(declared: Any) -> bool:
@@ -131,12 +130,12 @@ def is_path(declared: Any) -> bool:
 
 
 def type_of(declared: Any) -> Any:
-    """The plain type of a declaration: int, float, bool, str, `np.dtype`, a `Sequence` of …"""
+    """Return the plain type of a declaration: int, float, bool, str, dtype or a sequence."""
     return _parts(declared)[0]
 
 
-def explained(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of its fields, by their names."""
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the documentation of a class's fields by name, from its docstring and its bases'."""
     texts: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         _, _, attributes = (inspect.cleandoc(owner.__doc__ or "") + "\n").partition("Attributes:\n")
@@ -147,7 +146,7 @@ def explained(cls: type) -> dict[str, str]:
 
 
 def _parts(declared: Any) -> tuple[Any, Limits]:
-    """(type, limits) of a declaration."""
+    """Return (type, limits) of a declaration."""
     if get_origin(declared) is not Annotated:
         return declared, FINITE
     declared, *marks = get_args(declared)
@@ -155,7 +154,7 @@ def _parts(declared: Any) -> tuple[Any, Limits]:
 
 
 def check(settings: Any, section: str | None = None) -> None:
-    """Checks the fields of a dataclass (or Flax module) against their declarations.
+    """Check the fields of a dataclass (or Flax module) against their declarations.
 
     Args:
       settings: the object.
@@ -177,15 +176,31 @@ def check(settings: Any, section: str | None = None) -> None:
             raise UserError(f"{owner}{field.name} {problem}")
 
 
+class Section:
+    """Base class of dataclasses whose fields are checked when an object is made.
+
+    `class Optimizer(Section, name="optimizer")`: `name` is the config's section.
+    """
+
+    _section: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, name: str | None = None, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        cls._section = cls._section if name is None else name
+
+    def __post_init__(self):
+        check(self, self._section)
+
+
 def _problem(value: Any, declared: Any) -> str:
-    """What is wrong with a value, "" if nothing is."""
+    """Describe the mistake in a value, "" if there is none."""
     declared, limits = _parts(declared)
     if get_origin(declared) is Sequence:
         (item_type,) = get_args(declared)
         if not isinstance(value, list | tuple):
             return f"is {value!r}: it must be a list"
-        if not limits.hold(len(value)):
-            return f"is {value!r}: it must have {limits.in_words(len(value))} entries"
+        if not limits.contains(len(value)):
+            return f"is {value!r}: it must have {limits.describe(len(value))} entries"
         problems = [(item, _problem(item, item_type)) for item in value]
         item, problem = next(((item, problem) for item, problem in problems if problem), (None, ""))
         return problem and f"has {item!r}: each {problem.partition(': it ')[2]}"
@@ -202,12 +217,12 @@ def _problem(value: Any, declared: Any) -> str:
         return f"is {value!r}: it must be of type {declared.__name__}"
     if limits.choices and value not in limits.choices:
         return f"is {value!r}: use {', '.join(limits.choices)}"
-    if declared is int and limits.most is None and limits.below is None:
-        limits = dataclasses.replace(limits, most=INT32_MOST)
+    if declared is int and limits.le is None and limits.lt is None:
+        limits = dataclasses.replace(limits, le=INT32_MAX)
     if declared in (int, float) and not (
-        limits.hold(value) and (declared is int or _fits_float(value))
+        limits.contains(value) and (declared is int or _fits_float(value))
     ):
-        return f"is {value!r}: it must be {limits.in_words(value)}"
+        return f"is {value!r}: it must be {limits.describe(value)}"
     return ""
 
 

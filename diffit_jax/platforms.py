@@ -22,7 +22,7 @@ class Platform:
       repeats_fusions: whether XLA fuses a computation into each of its consumers, and repeats it.
       tiles_last_axes: whether the two last axes of an array lie in tiles.
       resampling: precision of the products of an augmentation. On TPUs "high" is three products of
-        bfloat16 in place of six: 1.5e-5 off the golden pictures of EDM's code, by emulation.
+        bfloat16 in place of six: 1.5e-5 off the golden images of EDM's code, by emulation.
         (Elsewhere that name would mean less.)
       donates: whether a step takes over the memory of its state. On CPUs memory is not scarce, and
         XLA's in-place updates make a small network's step 1.3 times as long.
@@ -65,20 +65,21 @@ _OTHERS = {"gpu": ("cuda", "rocm")}  # names that devices and lowering rules hav
 
 
 def of(name: str) -> Platform:
-    """The entry of a platform, as devices and lowering rules name it; of one that nobody knows, no
-    decision is taken."""
+    """Return the entry of a platform, by the name that devices and lowering rules have for it.
+
+    For an unknown platform, an entry that decides nothing.
+    """
     known = {other: family for family, others in _OTHERS.items() for other in others}
     return PLATFORMS.get(known.get(name, name), Platform())
 
 
 def of_mesh(mesh: jax.sharding.Mesh) -> Platform:
-    """The entry of a mesh's devices."""
+    """Return the entry of a mesh's devices."""
     return of(mesh.devices.flat[0].platform)
 
 
 def where(decision: str, function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`function(*arrays)` where a program runs on a platform of which `decision` is true, and the
-    arrays as they are elsewhere."""
+    """Compute `function(*arrays)` on platforms with this `decision`, the arrays elsewhere."""
     names = [name for name, entry in PLATFORMS.items() if getattr(entry, decision)]
     names = [one for name in names for one in _OTHERS.get(name, (name,))]
     branches = {name: lambda *xs: tuple(function(*xs)) for name in names}

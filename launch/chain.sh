@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/quickstart.sh runs for `chain`: from pictures to a number, with digits enlarged to
+# What launch/quickstart.sh runs for `chain`: from images to a number, with digits enlarged to
 # 32×32 pixels in place of ImageNet. Everything lies in the work directory; run it again to go on.
 #   bash launch/chain.sh WORKDIR [short]      short: so little training that nothing is learnt
 set -euo pipefail
@@ -7,9 +7,9 @@ workdir="$(realpath -m "$1")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"
 data=(--data_dir "$workdir/data")
-pictures=() autoencoder=() train=() sample=() adm=() count=1000
+images=() autoencoder=() train=() sample=() adm=() count=1000
 if [ "${2:-}" = short ]; then
-  pictures=(360)
+  images=(360)
   autoencoder=(--steps 4 --channels "8,8,8,8")
   train=(--config.training.total_steps=8 --config.training.grid_images=10
     --config.evaluation.count=20 --config.evaluation.raw=False --config.model.depth=1)
@@ -18,10 +18,10 @@ if [ "${2:-}" = short ]; then
   count=360
 fi
 
-# Pictures as people have them: PNG files in class folders.
-$python -m diffit_jax.data.digits "$workdir/pictures" "${pictures[@]}"
+# Images as people have them: PNG files in class folders.
+$python -m diffit_jax.data.digits "$workdir/images" "${images[@]}"
 for split in train test; do
-  $python launch/prepare.py --source "$workdir/pictures/$split" --split "$split" \
+  $python launch/prepare.py --source "$workdir/images/$split" --split "$split" \
     --name digits32 "${data[@]}" --crop resize --size 32
 done
 $python launch/train_autoencoder.py --dataset digits32 "${data[@]}" \

@@ -74,7 +74,7 @@ need_run() {
           "--weights FILE"
       ;;
     encode)
-      has source || fail "name the pictures after --: -- --source PATH --name NAME --vae DIR"
+      has source || fail "name the images after --: -- --source PATH --name NAME --vae DIR"
       ;;
     *) fail "--verb $verb is unknown: use train, encode, benchmark, sample or evaluate" ;;
   esac

@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh [digits|digits_latent|chain] [workdir]
 #                                      default: digits, in runs/digits; run it again to continue
 # digits is the image-space network with EDM, digits_latent the latent network with ADM's diffusion;
-# chain is the way of ImageNet in small: pictures, an autoencoder, latents, and ADM's metrics.
+# chain is the way of ImageNet in small: images, an autoencoder, latents, and ADM's metrics.
 set -euo pipefail
 experiment=digits
 case "${1:-}" in

@@ -56,7 +56,7 @@ def latent_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_extractor_each():
     """One extractor for each FID network, mesh and rule: most of the time of a file that measures
-    pictures would be compiling."""
+    images would be compiling."""
     from diffit_jax.evaluation.features import Extractor
 
     with pytest.MonkeyPatch.context() as patch:

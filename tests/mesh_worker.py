@@ -30,7 +30,7 @@ from support.pods import arranged
 from diffit_jax.data.sources import batches
 from diffit_jax.experiment.config import build
 from diffit_jax.run.state import (
-    Opened,
+    Setup,
     abstract_state,
     create_state,
     open_training_data,
@@ -72,7 +72,7 @@ def run(
     mesh = parallel.make_mesh(devices, shape)
     if POD and mesh.devices.shape == tuple(POD["sizes"]):
         mesh = arranged(POD, devices)
-    parallel.prove_rows(mesh, 16)
+    parallel.verify_batch_sharding(mesh, 16)
     Watch(experiment, mesh).report(1)  # of a device of this process, wherever it lies
     state = (
         restore_state(Checkpoints(resume), abstract_state(experiment, mesh))
@@ -84,14 +84,14 @@ def run(
         [np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)]
     )
     first, losses = flat(state.params), []
-    mine = parallel.local_rows(mesh, 16)
+    mine = parallel.local_batch_indices(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, mine)
     batch = parallel.put_batch(mesh, next(data), 16)
-    step, empty, _ = compile_train_step(Opened(experiment, mesh, state), state, batch)
+    step, empty, _ = compile_train_step(Setup(experiment, mesh, state), state, batch)
     results = {"first": first}
     sampler = None if resume else Sampler(experiment, mesh)
 
-    def look(name: str = "") -> dict[str, np.ndarray]:
+    def inspect(name: str = "") -> dict[str, np.ndarray]:
         samples = (
             {}
             if resume
@@ -103,7 +103,7 @@ def run(
         if (
             number == STEPS // 2 and steps == STEPS and mesh.size == 1
         ):  # what others that end here are compared with
-            results |= look("half_")
+            results |= inspect("half_")
         if save and number == STEPS // 2:
             checkpoints = Checkpoints(save, keep=1)
             save_state(checkpoints, state, 16)
@@ -111,7 +111,7 @@ def run(
         state, collected = step(state, empty, batch, {})
         losses.append(float(collected.compute()["loss"]))
         batch = parallel.put_batch(mesh, next(data), 16)
-    return results | {"losses": np.array(losses)} | look()
+    return results | {"losses": np.array(losses)} | inspect()
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def main() -> None:
             )
             results |= {f"{name}/{kind}/{key}": value for key, value in outcome.items()}
             print(name, kind, outcome["losses"][-1], flush=True)
-    if distributed.is_first():
+    if distributed.is_primary():
         np.savez(sys.argv[1], **results)
 
 

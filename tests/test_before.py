@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from support.fid import save_inception
 from support.golden import GOLDEN
-from support.pictures import pets, picture, write_folder
+from support.images import image, pets, write_folder
 
 from diffit_jax.data.records import open_records
 from diffit_jax.evaluation.evaluate import evaluate
@@ -82,7 +82,7 @@ def test_parts_of_samples_are_completed(before, monkeypatch):
 
 
 def test_a_partial_measurement_is_completed(before, tmp_path, monkeypatch):
-    """Four of six pictures are measured: the last two are, the digest is that of all six. (By
+    """Four of six images are measured: the last two are, the digest is that of all six. (By
     another version of jax all are.)"""
     folder, _ = before
     expected = json.loads((BEFORE / "expected.json").read_text())
@@ -166,7 +166,7 @@ def test_records_are_read(before):
     assert moments["moments"].shape == (12, 2, 4, 4, 8) and moments["moments"].dtype == np.float16
     assert moments["label"].tolist() == images["label"].tolist() == [0] * 6 + [1] * 6
     order = [*range(0, 12, 2), *range(1, 12, 2)]  # cats, then dogs
-    np.testing.assert_array_equal(images["image"], [picture(n, 8, 8) for n in order])
+    np.testing.assert_array_equal(images["image"], [image(n, 8, 8) for n in order])
     expected = json.loads((BEFORE / "expected.json").read_text())["moments_sha256"]
     assert hashlib.sha256(moments["moments"].tobytes()).hexdigest() == expected
 

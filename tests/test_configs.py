@@ -73,7 +73,7 @@ def test_imagenet_recipes_are_the_papers():
 
 
 def test_pixel_recipes_are_the_papers():
-    for name, size, channels, blocks, window, dropout, share, rate, batch, steps in (
+    for name, size, channels, blocks, window, dropout, fraction, rate, batch, steps in (
         ("cifar10", 32, (128, 256, 256), (2, 2, 2), 4, 0.13, 0.12, 1e-3, 512, 18),
         ("cifar10_h1", 32, (128, 256, 256), (4, 4, 4), 4, 0.13, 0.12, 1e-3, 512, 18),
         ("ffhq64", 64, (128, 256, 256, 256), (1, 2, 2, 2), 8, 0.05, 0.15, 2e-4, 256, 40),
@@ -83,7 +83,7 @@ def test_pixel_recipes_are_the_papers():
         model, training = experiment.model, experiment.training
         assert (model.image_size, model.channels, model.num_blocks) == (size, channels, blocks)
         assert (model.window, model.dropout, model.augment_labels) == (window, dropout, 9)
-        assert model.num_classes == 0 and experiment.augmentation == Augmentation(share)
+        assert model.num_classes == 0 and experiment.augmentation == Augmentation(fraction)
         assert (experiment.optimizer.learning_rate, training.batch_size) == (rate, batch)
         # EDM: the rate rises over 10 million images, the average's half-life is half a million.
         np.testing.assert_allclose(experiment.optimizer.warmup_steps * batch, 1e7, rtol=1e-4)

@@ -55,30 +55,14 @@ def layout():
     )
 
 
-def test_the_layout_names_every_file_of_the_package():
-    tree = layout().split("```")[1]
-    package = ROOT / "diffit_jax"
-    files = {path.relative_to(package) for path in package.rglob("*.py")}
-    for file in sorted(
-        file for file in files if not file.stem.startswith("__") and file.parts[0] != "configs"
-    ):
-        room = f"{file.parts[0]}/" if len(file.parts) > 1 else file.name
-        entry = re.search(
-            rf"^  {re.escape(room)}(.*?)(?=^  \S|^\S)", tree, re.DOTALL | re.MULTILINE
-        )
-        assert entry and re.search(rf"\b{file.stem}\b", room + entry[1]), file
-
-
-def test_the_walks_name_files_and_functions_that_are_there():
+def test_the_walks_name_functions_that_are_there():
     text = layout().split("```")[2]
-    sources = [*ROOT.glob("launch/*.py"), *ROOT.glob("diffit_jax/**/*.py")]
-    code = "\n".join(path.read_text() for path in sources)
-    for name in re.findall(r"`([^`]+)`", text.split("A few agreements")[0]):
-        if name.endswith(".py"):
-            assert any(str(path).endswith(f"/{name}") for path in sources), name
-        elif re.fullmatch(r"[\w.]+", name):  # not a folder or a flag
-            last = name.rpartition(".")[2]
-            assert re.search(rf"(def|class) {last}\b|\b{last}:", code), name
+    code = "\n".join(path.read_text() for path in ROOT.glob("diffit_jax/**/*.py"))
+    names = [name for name in re.findall(r"`([\w.]+)`", text) if not name.endswith(".py")]
+    assert len(names) > 20
+    for name in names:
+        last = name.rpartition(".")[2]
+        assert re.search(rf"(def|class) {last}\b|\b{last}:|\"{last}\"", code), name
 
 
 def imported(path):
@@ -111,15 +95,83 @@ def test_each_line_of_the_readme_imports_from_lines_above_it():
     assert not {room: names for room, names in upwards.items() if names}
 
 
-def test_each_room_says_in_fifteen_lines_what_it_holds_and_may_import():
+def test_each_room_names_its_files_and_imports_in_fifteen_lines():
     package = ROOT / "diffit_jax"
     for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
         text = (folder / "README.md").read_text()
         assert len(text.splitlines()) <= 15, folder
-        for name in re.findall(r"`([a-z_/]+\.py)`", text):
+        named = re.findall(r"`([a-z_/]+\.py)`", text)
+        for name in named:
             assert list(folder.glob(f"**/{name}")) or (package / name).exists(), (folder, name)
+        if folder.name != "cli":  # whose files are the verbs
+            files = {path.name for path in folder.rglob("*.py")} - {"__init__.py"}
+            assert files <= {name.rpartition("/")[2] for name in named}, folder
         said = re.search(r"^Imports: (.*?)(?=^\*\*|\Z|^$)", text, re.DOTALL | re.MULTILINE)[1]
-        named = set(re.findall(r"`(\w+)", said))
+        may = set(re.findall(r"`(\w+)", said))
         used = {room for path in folder.rglob("*.py") for room in imported(path)} - {folder.name}
         if "above it" not in said and "everything" not in said:
-            assert used <= named, (folder, used - named)
+            assert used <= may, (folder, used - may)
+
+
+def with_arrays(annotation):
+    """Whether an annotation is of arrays, not of functions of them."""
+    text = ast.unparse(annotation) if annotation else ""
+    return re.search(r"\b(jax\.Array|np\.ndarray)\b", text) and "Callable" not in text
+
+
+def public_functions(path):
+    """Functions and methods, `__call__` among them, without those of private classes."""
+
+    def visit(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+                yield from visit(child)
+            elif isinstance(child, ast.FunctionDef) and not re.match("_(?!_call__)", child.name):
+                yield child
+
+    return visit(ast.parse(path.read_text()))
+
+
+def test_public_functions_give_the_shapes_of_their_arrays():
+    """In the docstring, "(B, H, W, C)", "a scalar", "shaped like x", or by a parameter's suffix."""
+    in_text = re.compile(
+        r"\([^()]*(\([^()]*\)[^()]*)?,[^()]*\)|scalar|like |same shape|elementwise"
+    )
+    in_name = re.compile(r"_[a-z0-9]*[A-Z][A-Za-z0-9]*$")
+    missing, seen = [], 0
+    for room in ("models", "diffusion", "training"):
+        for path in sorted((ROOT / "diffit_jax" / room).rglob("*.py")):
+            for function in public_functions(path):
+                arguments = function.args
+                every = arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+                arrays = [one.arg for one in every if with_arrays(one.annotation)]
+                unnamed = [name for name in arrays if not in_name.search(name)]
+                seen += bool(arrays or with_arrays(function.returns))
+                shown = in_text.search(ast.get_docstring(function) or "")
+                if (unnamed or with_arrays(function.returns)) and not shown:
+                    missing.append(f"{path}:{function.lineno} {function.name}")
+    assert seen > 100 and not missing
+
+
+def test_docstrings_name_parameters_and_attributes_that_are_there():
+    wrong = []
+    for path in sorted((ROOT / "diffit_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                section = "Args"
+                arguments = node.args
+                every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                every += [one for one in (arguments.vararg, arguments.kwarg) if one]
+                known = {one.arg for one in every}
+            elif isinstance(node, ast.ClassDef):
+                section, known = "Attributes", set(re.findall(r"\w+", ast.unparse(node.body[1:])))
+            else:
+                continue
+            text = ast.get_docstring(node) or ""
+            entries = re.search(rf"^{section}:\n((?:  .*\n?|\n)+)", text, re.MULTILINE)
+            # An entry "name, name: text"; what base classes have is "as in" them.
+            form = r"^  (\*{0,2}\w+(?:, \*{0,2}\w+)*): (?!as in `|N\.)"
+            names = re.findall(form, entries[1] if entries else "", re.MULTILINE)
+            named = {name.strip("* ") for line in names for name in line.split(",")}
+            wrong += [f"{path}:{node.lineno} {name}" for name in named - known]
+    assert not wrong

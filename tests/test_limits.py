@@ -11,7 +11,7 @@ from support.configs import small_config, small_latent_config
 from diffit_jax import limits
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import CHOICES, build, keys_of, section_classes
-from diffit_jax.run.state import open_experiment
+from diffit_jax.run.state import setup_experiment
 
 CONFIGS = {"image": small_config, "latent": small_latent_config}
 VALUES = (
@@ -90,7 +90,7 @@ def test_any_value_is_taken_or_refused_in_one_line(kind, config, section, name):
             node = node.setdefault(part, {})
         node[name] = value
         try:
-            open_experiment(config) if section == "model" else build(config)
+            setup_experiment(config) if section == "model" else build(config)
         except UserError as error:
             assert "\n" not in str(error) and name in str(error), (value, error)
 
@@ -111,9 +111,9 @@ def test_every_attribute_is_declared():
         (limits.Count, 2**31, "is 2147483648: it must be between 1 and 2147483647"),
         (limits.Count, True, "is True: it must be of type int"),
         (limits.Count, 2.0, "is 2.0: it must be of type int"),
-        (limits.Annotated[float, limits.share()], 1.5, "is 1.5: it must be between 0 and 1"),
+        (limits.Annotated[float, limits.fraction()], 1.5, "is 1.5: it must be between 0 and 1"),
         (
-            limits.Annotated[float, limits.share(below_one=True)],
+            limits.Annotated[float, limits.fraction(below_one=True)],
             1,
             "is 1: it must be between 0 and 1, and not the latter",
         ),
@@ -129,9 +129,9 @@ def test_every_attribute_is_declared():
             "is nan: it must be finite and at least 0",
         ),
         (float, -math.inf, "is -inf: it must be a finite number"),
-        (limits.Annotated[int, limits.at_least(1, besides=(-1,))], -1, ""),
+        (limits.Annotated[int, limits.at_least(1, also=(-1,))], -1, ""),
         (
-            limits.Annotated[int, limits.at_least(1, besides=(-1,))],
+            limits.Annotated[int, limits.at_least(1, also=(-1,))],
             0,
             "is 0: it must be at least 1, or -1",
         ),

@@ -12,7 +12,7 @@ from support.processes import ROOT
 from diffit_jax import models, platforms
 from diffit_jax.experiment.config import build
 from diffit_jax.platforms import PLATFORMS
-from diffit_jax.run.state import open_experiment
+from diffit_jax.run.state import setup_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import slice_size
 from diffit_jax.training.step import batch_shapes, lower_train_step
@@ -35,11 +35,11 @@ def test_names_of_devices_lead_to_an_entry():
 
 
 def test_the_step_takes_over_memory_where_the_entry_says_so(as_cpu):
-    opened = open_experiment(small_latent_config())
+    setup = setup_experiment(small_latent_config())
 
     def donated():
-        batch = batch_shapes(opened.experiment, opened.mesh)
-        return "tf.aliasing_output" in lower_train_step(opened, opened.state, batch).as_text()
+        batch = batch_shapes(setup.experiment, setup.mesh)
+        return "tf.aliasing_output" in lower_train_step(setup, setup.state, batch).as_text()
 
     assert not donated()
     as_cpu(donates=True)
@@ -50,10 +50,10 @@ def test_slices_and_attention_follow_the_entry(as_cpu):
     mesh = parallel.make_mesh()
     model = build(small_latent_config(model__attention="auto")).model
     assert slice_size(mesh, 32) == 1
-    assert models.attention_in_words(model, "cpu") == "xla (auto, not on a TPU)"
+    assert models.describe_attention(model, "cpu") == "xla (auto, not on a TPU)"
     as_cpu(decodes_one=False, auto_reason="as an entry says")
     assert slice_size(mesh, 32) == 8
-    assert models.attention_in_words(model, "cpu") == "xla (as an entry says)"
+    assert models.describe_attention(model, "cpu") == "xla (as an entry says)"
 
 
 def test_a_function_is_lowered_for_the_platforms_of_a_decision(as_cpu):

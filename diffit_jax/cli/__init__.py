@@ -38,8 +38,10 @@ _COMMANDS = Path(__file__).parent / "commands"
 
 
 def verbs() -> dict[str, str]:
-    """What each verb does, in a line, by its name. Their modules are only read: two of them would
-    define the same flags."""
+    """Return each verb's summary line by its name.
+
+    Their modules are only parsed: two of them would define the same flags.
+    """
     found = {}
     for path in sorted(_COMMANDS.glob("[a-z]*.py")):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -48,7 +50,7 @@ def verbs() -> dict[str, str]:
 
 
 def launch(verb: str) -> None:
-    """Runs a verb with the arguments of this process."""
+    """Run a verb with the arguments of this process."""
     module = importlib.import_module(f"diffit_jax.cli.commands.{verb}")
     sys.modules["__main__"].__doc__ = module.__doc__  # what --help begins with
     run(
@@ -59,7 +61,7 @@ def launch(verb: str) -> None:
 
 
 def main() -> None:
-    """The console script: the first argument is the verb."""
+    """Run the console script: the first argument is the verb."""
     known = verbs()
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked.lstrip("-") in ("help", "h"):
@@ -81,8 +83,10 @@ def main() -> None:
 
 
 class _PathParser(flags.ArgumentParser):
-    """A path as it is meant: absolute, with `~` and `file://` resolved. One to read from may be an
-    address on the Hugging Face hub."""
+    """Parser of flags that take a path: absolute, with `~` and `file://` resolved.
+
+    One to read from may be an address on the Hugging Face hub.
+    """
 
     def __init__(self, flag: str, to_read: bool, words: Sequence[str]):
         self._flag, self._to_read, self._words = flag, to_read, words
@@ -104,9 +108,11 @@ class _PathParser(flags.ArgumentParser):
 def define_path(
     name: str, help_text: str, to_read: bool = False, words: Sequence[str] = ()
 ) -> flags.FlagHolder:
-    """A flag that takes a path, None if it is not given: the one door by which paths come in, see
-    `files.resolve`. `to_read`: whether `hf://` will do, see `hub.local`; `words`: what else may
-    stand there."""
+    """Define a flag that takes a path, None if it is not given, see `files.resolve`.
+
+    All paths come in by it. `to_read`: whether `hf://` will do, see `hub.local`; `words`: other
+    values that are allowed.
+    """
     parser = _PathParser(f"--{name}", to_read, words)
     return flags.DEFINE(parser, name, None, help_text, serializer=flags.ArgumentSerializer())
 
@@ -121,16 +127,21 @@ class ConfigFlag:
         self._required = required
 
     def take_from(self, arguments: Sequence[str]) -> list[str]:
-        """Loads the config that a command line names; returns the other arguments."""
+        """Load the config that a command line names; return the other arguments."""
+        arguments = flags.FLAGS.read_flags_from_files(list(arguments), False)
+        if not any(re.match(r"--?(no)?config\b", argument) for argument in arguments):
+            if self._required:
+                raise UserError("--config is missing: name a file with get_config()")
+            return list(arguments)
         from diffit_jax.experiment import config as experiment
         from diffit_jax.runtime import config_files
 
-        given = config_files.Given.find(flags.FLAGS.read_flags_from_files(list(arguments), False))
+        given = config_files.ConfigArgs.find(arguments)
         if given.file is not None:
             self.value = experiment.given_config(given)
         elif given.overrides:
             raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
-        elif self._required:
+        elif self._required:  # it stands after "--" only
             raise UserError("--config is missing: name a file with get_config()")
         return list(given.others)
 
@@ -143,14 +154,14 @@ def define_config(
     help_text: str = "File with get_config(); override keys by --config.section.key=value.",
     required: bool = False,
 ) -> ConfigFlag:
-    """The flag `--config`; `required`: whether the command ends if it is not given."""
+    """Define the flag `--config`; `required`: whether the command ends if it is not given."""
     global _config
     _config = ConfigFlag(help_text, required)
     return _config
 
 
 def require_one(**flag_values: str | None) -> None:
-    """Ends the command unless exactly one of the flags is given."""
+    """End the command unless exactly one of the flags is given."""
     if sum(value is not None for value in flag_values.values()) != 1:
         fail(
             f"exactly one of {', '.join(f'--{name}' for name in flag_values)} is needed (--help "
@@ -159,7 +170,7 @@ def require_one(**flag_values: str | None) -> None:
 
 
 def define_cluster() -> "Callable[[], Cluster]":
-    """The flags by which several processes find each other; what it returns reads them."""
+    """Define the flags that connect several processes; return a function of their values."""
     coordinator = flags.DEFINE_string(
         "coordinator", None, "host:port of process 0; not needed on TPU pods and under Slurm."
     )
@@ -182,8 +193,10 @@ def define_cluster() -> "Callable[[], Cluster]":
 
 
 def define_fewer_devices() -> "Callable[[ConfigDict], Any]":
-    """The flag that leaves devices out; what it returns takes a config and gives the devices to
-    train it on, None for all."""
+    """Define the flag that leaves devices out.
+
+    Returns a function that takes a config and returns the devices to train it on, None for all.
+    """
     fewer = flags.DEFINE_bool(
         "fewer_devices",
         False,
@@ -210,12 +223,11 @@ def run(
     cluster: "Callable[[], Cluster] | None" = None,
     takes_devices: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Parses the flags, joins the other processes if `cluster` is given, takes the devices (unless
-    it leaves them to processes of its own), and calls `main`.
+    """Parse the flags, join the other processes, take the devices, and call `main`.
 
-    A mistake of the user's ends in one line on stderr and exit status 1; a preemption, after
-    everything is saved, in exit status 75 (EX_TEMPFAIL), which means: run the same command again to
-    go on.
+    Joins if `cluster` is given, takes devices unless they are for processes of its own. A mistake
+    of the user's ends in one line on stderr and exit status 1; a preemption, after everything is
+    saved, in exit status 75 (EX_TEMPFAIL), which means: run the same command again to resume.
     """
 
     def guarded(_: Sequence[str]) -> None:
@@ -239,7 +251,7 @@ def run(
             if takes_devices():
                 # At the end jax waits a minute for the others, and then ends all: what the first
                 # one still has to write or to send takes longer.
-                distributed.meet()
+                distributed.barrier()
         except (Exception, KeyboardInterrupt) as error:
             _end_with(error)
         interruption.finished()
@@ -254,7 +266,7 @@ def run(
 
 
 def _end_with(error: BaseException) -> NoReturn:
-    """Ends the command as an error or an interruption asks for; what is neither is raised again."""
+    """End the command as an error or an interruption asks for; raise other errors again."""
     try:
         raise error
     except UserError as error:
@@ -287,13 +299,12 @@ def _end_with(error: BaseException) -> NoReturn:
 
 
 def _stop_printing() -> None:
-    """Whoever read our output has had enough."""
+    """Discard further output: its reader has had enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _mend_streams() -> None:
-    """What cannot be printed in the terminal's encoding is printed as an escape; a stream that is
-    closed swallows everything."""
+    """Escape characters that the terminal's encoding lacks; make a closed stream swallow all."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             # For as long as the process lives.
@@ -314,7 +325,7 @@ def _import_jax() -> None:
 
 
 def _preflight_command(error: UserError) -> str:
-    """If memory ran out, the command that says what fits, with this command's config."""
+    """Return the command that says what fits, with this command's config, if memory ran out."""
     if not isinstance(error, OutOfMemory):
         return ""
     of_config = " ".join(
@@ -335,8 +346,10 @@ def _preflight_command(error: UserError) -> str:
 
 
 def _cache_programs() -> None:
-    """Compiled programs are kept in the home directory, unless the environment says where, or there
-    is no such directory."""
+    """Keep compiled programs in the home directory.
+
+    Unless the environment names another one, or there is no such directory.
+    """
     import jax
 
     from diffit_jax.runtime.files import home
@@ -353,6 +366,7 @@ def _parse(argv: list[str]) -> list[str]:
             define()
     except UserError as error:
         fail(str(error))
+    # Help without absl's, which lists the flags of every library.
     wanted = next(
         (
             argument
@@ -365,6 +379,7 @@ def _parse(argv: list[str]) -> list[str]:
         with contextlib.suppress(BrokenPipeError):
             _print_help(of_all=wanted.endswith("full"))
         sys.exit(0)
+    # absl's errors begin with the culprit; the rest of them is noise.
     try:
         rest = flags.FLAGS([argv[0], *(_config.take_from(argv[1:]) if _config else argv[1:])])
     except flags.Error as error:
@@ -380,7 +395,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _print_help(of_all: bool) -> None:
-    """What a command does, and its flags; `of_all`: those of its libraries too."""
+    """Print a command's summary and flags; `of_all`: those of its libraries too."""
     print((sys.modules["__main__"].__doc__ or "").strip() + "\n\nflags:")
     by_module = flags.FLAGS.flags_by_module_dict()
     names = [name for name in by_module if of_all or name.startswith("diffit_jax.")]
@@ -393,7 +408,7 @@ def _print_help(of_all: bool) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the command with one line on stderr and exit status 1."""
+    """End the command with one line on stderr and exit status 1."""
     print("error: " + one_line(message), file=sys.stderr)
     sys.exit(1)
 

@@ -1,5 +1,4 @@
-"""Flags that commands share: which network is drawn from and how, with what samples are compared,
-and of which source a data set is made."""
+"""Flags of several commands: networks, sampling, scores, sources of images."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -9,14 +8,16 @@ from absl import flags
 from diffit_jax import cli
 
 if TYPE_CHECKING:
-    from diffit_jax.ingest.decoding import Framing
+    from diffit_jax.ingest.decoding import Preprocessing
     from diffit_jax.sampling.decoder import Decoding
     from diffit_jax.sampling.request import Run, Weights
 
 
 class NetworkFlags:
-    """The flags that name a network: a run's, at one of its checkpoints or averages, or released
-    weights with a config."""
+    """The flags that name a network: of a run, or released weights with a config.
+
+    A run's at one of its checkpoints or averages.
+    """
 
     def __init__(self):
         self.workdir = cli.define_path("workdir", "Directory of the run, local or gs://.")
@@ -52,8 +53,10 @@ class NetworkFlags:
     def source(
         self, ema_length: float | None = None, checkpoint: int | None = None
     ) -> "Run | Weights":
-        """The network; the command ends if the flags do not fit together. `ema_length` and
-        `checkpoint` are in place of the flags'."""
+        """Return the network; end the command if the flags do not fit together.
+
+        `ema_length` and `checkpoint` replace the flags'.
+        """
         from diffit_jax.runtime import hub
         from diffit_jax.sampling.request import Run, Weights, config_for_weights
 
@@ -99,21 +102,22 @@ class DecodingFlags:
         self._dtype = flags.DEFINE_enum(
             "vae_dtype", None, ["float32", "bfloat16"], "Of the autoencoder's convolutions."
         )
-        self._at_once = flags.DEFINE_integer(
-            "vae_at_once",
+        self._chunk_size = flags.DEFINE_integer(
+            "vae_batch_size",
             None,
             "Latents that an accelerator decodes at once, 8 if not said; a CPU decodes one.",
             lower_bound=1,
         )
+        flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
 
     def decoding(self) -> "Decoding | None":
-        """How to decode, if it is asked for."""
+        """Return how to decode, if it is asked for."""
         from diffit_jax.sampling.decoder import Decoding
 
         if self._vae.value:
-            return Decoding(self._vae.value, self._dtype.value or "float32", self._at_once.value)
-        if self._dtype.value or self._at_once.value:
-            cli.fail("--vae_dtype and --vae_at_once go with --vae")
+            return Decoding(self._vae.value, self._dtype.value or "float32", self._chunk_size.value)
+        if self._dtype.value or self._chunk_size.value:
+            cli.fail("--vae_dtype and --vae_batch_size go with --vae")
         return None
 
 
@@ -138,16 +142,16 @@ class SamplingFlags:
                 self._holders[name] = make(name, None, help_text)
 
         for field in dataclasses.fields(sections.Sampling):
-            explained = limits.explained(sections.Sampling)
+            field_docs = limits.field_docs(sections.Sampling)
             if field.name not in sections.CHOICES:
-                define(field.name, field.type, explained[field.name])
+                define(field.name, field.type, field_docs[field.name])
                 continue
             choices = sections.CHOICES[field.name]
             define(field.name, str, f"{', '.join(choices)}.")
             keys: dict[str, tuple[list[str], Any, str]] = {}
             for kind, cls in choices.items():
                 for key in dataclasses.fields(cls):
-                    text = limits.explained(cls).get(key.name, "")
+                    text = limits.field_docs(cls).get(key.name, "")
                     of, _, _ = keys.setdefault(key.name, ([], key.type, text))
                     of.append(kind)
             for key, (of, declared, text) in keys.items():
@@ -162,12 +166,12 @@ class SamplingFlags:
 
 
 def define_samples(help_text: str) -> flags.FlagHolder:
-    """The flag that names pictures."""
+    """Define the flag that names images."""
     return cli.define_path("samples", help_text, to_read=True)
 
 
 def define_data_dir() -> flags.FlagHolder:
-    """The flag that says where data sets live."""
+    """Define the flag of the directory of data sets."""
     help_text = "Where prepared data sets live; default: ~/tensorflow_datasets."
     return cli.define_path("data_dir", help_text, to_read=True)
 
@@ -187,12 +191,12 @@ class InceptionFlags:
             "resize",
             "tf1",
             ["tf1", "pytorch_fid"],
-            "How pictures come to 299 pixels: as ADM's suite has it.",
+            "How images come to 299 pixels: as ADM's suite has it.",
         )
         self._batch = flags.DEFINE_integer(
             "inception_batch",
             32,
-            "Pictures in the FID network at once, on each device.",
+            "Images in the FID network at once, on each device.",
             lower_bound=1,
         )
 
@@ -215,7 +219,7 @@ class ScoreFlags:
     """The flags of what samples are compared with, and where the scores go."""
 
     def __init__(self, output: str, replaced: str):
-        """`output`: where they go unless it is said; `replaced`: what may be replaced."""
+        """Define the flags; `output`: the default; `replaced`: what may be replaced."""
         self.reference = cli.define_path(
             "reference", "npz file of statistics: ADM's, EDM's or our own.", to_read=True
         )
@@ -232,7 +236,7 @@ class ScoreFlags:
         self.overwrite = flags.DEFINE_bool("overwrite", False, f"Replace {replaced}.")
 
     def value(self, inception: InceptionFlags) -> dict[str, Any]:
-        """As arguments of the verbs; the command ends if there is no network."""
+        """Return arguments of the verbs; end the command if there is no network."""
         from diffit_jax.evaluation.evaluator import Comparison
 
         network = inception.value
@@ -249,7 +253,7 @@ class SourceFlags:
     def __init__(self):
         self._source = cli.define_path(
             "source",
-            "Folder, zip, tar, Parquet file or CIFAR-10 archive of pictures, a pattern with *, a "
+            "Folder, zip, tar, Parquet file or CIFAR-10 archive of images, a pattern with *, a "
             "folder of tensorflow-datasets, or hf://datasets/owner/name/path.",
             to_read=True,
         )
@@ -262,11 +266,12 @@ class SourceFlags:
         self._split = flags.DEFINE_enum(
             "split", "train", ["train", "test"], "Which of the data set's splits it becomes."
         )
+        # What is done to each image.
         self._crop = flags.DEFINE_enum(
             "crop",
             "none",
             ["none", "center", "adm", "resize"],
-            "How pictures come to one size: none (they have it), center (the central square, "
+            "How images come to one size: none (they have it), center (the central square, "
             "Lanczos), adm (ADM's centre crop, for ImageNet), resize (Lanczos, not cropped).",
         )
         self._size = flags.DEFINE_integer("size", 0, "Side in pixels, with --crop.", lower_bound=0)
@@ -274,13 +279,13 @@ class SourceFlags:
         self._upright = flags.DEFINE_bool(
             "upright",
             True,
-            "Turn pictures as EXIF says; --noupright leaves them as stored, as ADM and DiT do.",
+            "Turn images as EXIF says; --noupright leaves them as stored, as ADM and DiT do.",
         )
         self._unlabelled = flags.DEFINE_bool("unlabelled", False, "Leave labels out.")
         self._workers = flags.DEFINE_integer(
             "workers",
             None,
-            "Processes that decode pictures; default: one for each core; 0: the command's own.",
+            "Processes that decode images; default: one for each core; 0: the command's own.",
             lower_bound=0,
         )
         flags.mark_flag_as_required("source")
@@ -294,13 +299,13 @@ class SourceFlags:
             "name": self._name.value,
             "data_dir": self._data_dir.value or "",
             "split": self._split.value,
-            "framing": self._framing(),
+            "preprocessing": self._preprocessing(),
             "unlabelled": self._unlabelled.value,
             "workers": self._workers.value,
         }
 
-    def _framing(self) -> "Framing":
-        from diffit_jax.ingest.decoding import Framing
+    def _preprocessing(self) -> "Preprocessing":
+        from diffit_jax.ingest.decoding import Preprocessing
 
         channels = int(self._channels.value)
-        return Framing(self._crop.value, self._size.value, channels, self._upright.value)
+        return Preprocessing(self._crop.value, self._size.value, channels, self._upright.value)

@@ -1,11 +1,9 @@
-"""EDM's augmentation of images (Karras et al. 2022, appendix F.2, after StyleGAN2-ADA): drawn and
-applied inside the training step. The network is told what was done to each image, so that its
-samples show none of it.
+"""EDM's augmentation of images (Karras et al. 2022, appendix F.2, after StyleGAN2-ADA).
 
-Every operation is drawn by the example's own key and applied with static shapes, and nothing is
-looked up by index, which is slow on TPUs.
-
-Images are resampled under affine maps without aliasing, by a few products with small matrices.
+Operations are drawn and applied inside the training step, and the network is conditioned on them,
+so that its samples show none of it. Every operation is drawn by the example's own key and applied
+with static shapes, without gathers, which are slow on TPUs. Images are resampled under affine maps
+without aliasing, by a few products with small matrices.
 
 Shape suffixes: B batch, H, W, C height, width and channels; P points of the finer grid on which
 images are resampled.
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits, platforms
-from diffit_jax.limits import at_least, share
+from diffit_jax.limits import at_least, fraction
 from diffit_jax.models.placement import platform
 
 # Strengths, EDM's own.
@@ -41,9 +39,11 @@ Often = Annotated[float, at_least(0)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Section `augmentation`. An operation is applied to an image with the probability
-    min(`probability` · its multiplier, 1); what it does then is drawn too.
+class Augmentation(limits.Section, name="augmentation"):
+    """Section `augmentation`: how often each operation is applied.
+
+    An operation is applied to an image with the probability min(`probability` · its multiplier, 1);
+    its strength is drawn too.
 
     Attributes:
       probability: EDM has 0.12 for CIFAR-10 and 0.15 for FFHQ; 0: no augmentation.
@@ -64,7 +64,7 @@ class Augmentation:
       saturation: of multiplying colours, not luma, by 2^w.
     """
 
-    probability: Annotated[float, share()] = 0.0
+    probability: Annotated[float, fraction()] = 0.0
     x_flip: Often = 1e8
     y_flip: Often = 1.0
     quarter_turn: Often = 0.0
@@ -78,9 +78,6 @@ class Augmentation:
     luma_flip: Often = 0.0
     hue: Often = 0.0
     saturation: Often = 0.0
-
-    def __post_init__(self):
-        limits.check(self, "augmentation")
 
     def applies(self, name: str) -> bool:
         """Whether an operation, by the name of its multiplier, is ever applied."""
@@ -117,7 +114,7 @@ _RECOLOURED = ("brightness", "contrast", "luma_flip", "hue", "saturation")
 def augment(
     settings: Augmentation, images_BHWC: jax.Array, key_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented images, each by its own key.
+    """Augment images (B, H, W, C), each by its own key.
 
     Args:
       settings: section `augmentation`.
@@ -132,7 +129,7 @@ def augment(
 
 
 def draw(settings: Augmentation, key_B: jax.Array) -> dict[str, jax.Array]:
-    """What is done to images with these keys.
+    """Draw the operations for images with these keys.
 
     Args:
       settings: section `augmentation`.
@@ -186,7 +183,9 @@ def draw(settings: Augmentation, key_B: jax.Array) -> dict[str, jax.Array]:
 
 
 def labels(settings: Augmentation, draws: Draws, size: tuple[int, int]) -> jax.Array:
-    """(B, `num_labels`) float32: what the network is told, all 0 for an image that is left alone.
+    """Return the network's augmentation labels, (B, `num_labels`) float32.
+
+    All 0 for an image that is not augmented.
 
     Args:
       settings: section `augmentation`.
@@ -216,7 +215,7 @@ def labels(settings: Augmentation, draws: Draws, size: tuple[int, int]) -> jax.A
 
 
 def apply(settings: Augmentation, images_BHWC: jax.Array, draws: Draws) -> jax.Array:
-    """Does to images what was drawn.
+    """Apply drawn operations to images.
 
     Args:
       settings: section `augmentation`: which operations there are.
@@ -254,23 +253,25 @@ def apply(settings: Augmentation, images_BHWC: jax.Array, draws: Draws) -> jax.A
 
 
 def _size(x_BHWC: jax.Array) -> tuple[int, int]:
-    """(H, W)."""
+    """Return (H, W)."""
     return x_BHWC.shape[1], x_BHWC.shape[2]
 
 
 def _whole_pixels(shares_B2: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """(B, 2) float32: how many pixels a `whole_shift` is along x and y."""
+    """Return how many pixels a `whole_shift` is along x and y, (B, 2) float32."""
     height, width = size
     return jnp.round(shares_B2 * jnp.array([width, height]) * WHOLE_SHIFT_MOST)
 
 
 def _shifted(x_BHWC: jax.Array, pixels_B2: jax.Array) -> jax.Array:
-    """Images moved by whole pixels to the right and, as EDM has it, up; what comes in is mirrored
-    at the edge, which is not repeated."""
+    """Shift images (B, H, W, C) by whole pixels to the right and, as EDM has it, up.
+
+    Pixels that come in are mirrored at the edge, which is not repeated.
+    """
     height, width = x_BHWC.shape[1:3]
 
     def rows(length: int, shift_B: jax.Array) -> jax.Array:
-        """(B, to, from) one-hot."""
+        """Return one-hot rows (B, to, from)."""
         source = jnp.arange(length) - shift_B[:, None]
         source = length - 1 - jnp.abs(length - 1 - jnp.abs(source))
         return (source[:, :, None] == jnp.arange(length)).astype(jnp.float32)
@@ -281,7 +282,7 @@ def _shifted(x_BHWC: jax.Array, pixels_B2: jax.Array) -> jax.Array:
 
 
 def inverse_map(draws: Draws, size: tuple[int, int]) -> jax.Array:
-    """Where the pixels of augmented images come from.
+    """Return the affine maps from pixels of augmented images to where they come from.
 
     Args:
       draws: (B,) `scale`, `rotation`, `stretch`, `stretch_angle` (may be left out: 0) and (B, 2)
@@ -314,7 +315,7 @@ def inverse_map(draws: Draws, size: tuple[int, int]) -> jax.Array:
 
 
 def _recoloured(settings: Augmentation, x_BHWC: jax.Array, draws: Draws) -> jax.Array:
-    """Images through an affine map of their colours; grey ones through its mean."""
+    """Apply affine maps of colours to images; to grey ones by the map's mean."""
     batch, channels = len(x_BHWC), x_BHWC.shape[-1]
     luma = np.ones(3) / math.sqrt(3)
     matrix, offset = jnp.broadcast_to(jnp.eye(3), (batch, 3, 3)), jnp.zeros((batch, 3))
@@ -347,8 +348,10 @@ def _recoloured(settings: Augmentation, x_BHWC: jax.Array, draws: Draws) -> jax.
 
 
 def resampled(x_BHWC: jax.Array, inverse_B23: jax.Array) -> jax.Array:
-    """Images under affine maps, without aliasing: the image, mirrored beyond its edges, is brought
-    to twice the resolution, sampled there bilinearly, and brought back.
+    """Resample images under affine maps, without aliasing.
+
+    The image, mirrored beyond its edges, is brought to twice the resolution, sampled there
+    bilinearly, and brought back.
 
     Args:
       x_BHWC: (B, H, W, C) float32.
@@ -391,13 +394,13 @@ _MARGIN = len(_SYM6) // 4  # pixels beyond each edge that the way back needs
 
 
 def _fine_points(length: int) -> np.ndarray:
-    """(P,) float64 positions of the fine grid along a side, in pixels from its middle."""
+    """Return positions of the fine grid along a side, in pixels from its middle, (P,) float64."""
     points = 2 * (length + 2 * _MARGIN)
     return (np.arange(points) + 1 - points / 2) / 2
 
 
 def _coarse(length: int) -> np.ndarray:
-    """(length, P) float64: low-pass of the fine grid along a side, and every second point of it."""
+    """Return the matrix that low-passes the fine grid and halves it, (length, P) float64."""
     matrix = np.zeros((length, 2 * (length + 2 * _MARGIN)))
     for pixel in range(length):
         start = 2 * (pixel + _MARGIN) - (len(_SYM6) - 1) // 2
@@ -406,7 +409,7 @@ def _coarse(length: int) -> np.ndarray:
 
 
 def _fine(length: int) -> np.ndarray:
-    """(M, length) float64: a side, mirrored on both ends, at twice its resolution.
+    """Return the matrix that mirrors a side on both ends and doubles it, (M, length) float64.
 
     It is mirrored by length - 1 pixels as in EDM, where nothing lies beyond; by a few more where
     the side is so short that the fine grid of an image left alone would reach beyond.
@@ -423,8 +426,10 @@ def _fine(length: int) -> np.ndarray:
 
 
 def _weights(source_BP: jax.Array, length: int) -> jax.Array:
-    """(B, P, length) float32: weights of a side's pixels in what lies at positions on it, in pixels
-    from its middle; 0 beyond its mirrored ends."""
+    """Return the weights of a side's pixels at positions on it, (B, P, length) float32.
+
+    Positions are in pixels from the middle; beyond the mirrored ends the weights are 0.
+    """
     matrix = _fine(length)
     row_BP = 2 * source_BP + len(matrix) / 2 - 1
     hat = jnp.maximum(1 - jnp.abs(row_BP[..., None] - jnp.arange(len(matrix))), 0)

@@ -1,12 +1,11 @@
-"""Handwritten digits that scikit-learn ships: 1,797 scans of 8×8 pixels, ten classes, and their
-division into a train and a test split.
+"""Handwritten digits that scikit-learn ships: 1,797 scans of 8×8 pixels, ten classes, two splits.
 
 UCI's optical recognition of handwritten digits, Alpaydin & Kaynak 1998. `read` has them prepared by
 tensorflow-datasets where that imports, and takes the array otherwise; both come in one order.
 
     python -m diffit_jax.data.digits FOLDER [COUNT]
 
-writes them (of each split the first COUNT) as people have pictures: PNG files in a folder for each
+writes them (of each split the first COUNT) as people have images: PNG files in a folder for each
 class, FOLDER/train/7/0012.png.
 """
 
@@ -32,14 +31,16 @@ COUNTS = {"train": 1437, "test": 360}
 
 
 def split_indices(split: str) -> np.ndarray:
-    """Which scans a split has. They come writer by writer; a fixed shuffle gives both splits the
-    same writers."""
+    """Return the indices of a split's scans, (n,) int.
+
+    They come writer by writer; a fixed shuffle gives both splits the same writers.
+    """
     order = np.random.RandomState(0).permutation(sum(COUNTS.values()))
     return order[COUNTS["test"] :] if split == "train" else order[: COUNTS["test"]]
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """All images (1797, 8, 8, 1) uint8 in [0, 255] and labels (1797,) int32."""
+    """Return all images (1797, 8, 8, 1) uint8 in [0, 255] and labels (1797,) int32."""
     from sklearn.datasets import load_digits  # takes a second to import
 
     digits = load_digits()
@@ -49,8 +50,10 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepared(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a split in the order in which tensorflow-datasets prepares them: by the
-    MD5 of split name and index."""
+    """Return images and labels of a split in the order of tensorflow-datasets' preparation.
+
+    (n, 8, 8, 1) uint8 and (n,) int, sorted by the MD5 of split name and index.
+    """
     images, labels = load()
     order = sorted(
         split_indices(split).tolist(),
@@ -60,7 +63,7 @@ def prepared(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(split: str, data_dir: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 8, 8, 1) uint8 and labels (n,) int32 of a split, in the order of `prepared`.
+    """Return images (n, 8, 8, 1) uint8 and labels (n,) int32 of a split, as `prepared`.
 
     Args:
       split: "train" or "test".
@@ -105,7 +108,7 @@ def read(split: str, data_dir: str = "") -> tuple[np.ndarray, np.ndarray]:
 
 
 def _prepared_builder(tfds: Any, data_dir: str) -> Any:
-    """The builder of the data set, which is prepared unless it is there."""
+    """Return the data set's builder, prepared unless it is there."""
     try:
         builder = _builder(tfds)(data_dir=data_dir or None, file_format="array_record")
         if not builder.data_path.exists():
@@ -123,12 +126,16 @@ def _prepared_builder(tfds: Any, data_dir: str) -> Any:
 
 @functools.cache
 def _builder(tfds: Any) -> Any:
-    """The tensorflow-datasets builder of this data set, a class. It downloads nothing and does not
-    import TensorFlow."""
+    """Make the tensorflow-datasets builder class of this data set.
+
+    It downloads nothing and does not import TensorFlow.
+    """
 
     class Digits(tfds.core.GeneratorBasedBuilder):
-        """Handwritten digits, 8×8×1 uint8 in [0, 255] with a label 0…9; 1,437 in `train`, 360 in
-        `test`."""
+        """Handwritten digits, 8×8×1 uint8 in [0, 255] with a label 0…9.
+
+        1,437 in `train`, 360 in `test`.
+        """
 
         VERSION = tfds.core.Version("1.0.0")
 
@@ -155,8 +162,8 @@ def _builder(tfds: Any) -> Any:
     return Digits
 
 
-def write_pictures(folder: epath.PathLike, count: int | None = None) -> None:
-    """Writes the splits, or of each the first `count` pictures, as PNG files in class folders."""
+def write_images(folder: epath.PathLike, count: int | None = None) -> None:
+    """Write the splits, or of each the first `count` images, as PNG files in class folders."""
     for split in COUNTS:
         images, labels = (array[:count] for array in prepared(split))
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -168,4 +175,4 @@ def write_pictures(folder: epath.PathLike, count: int | None = None) -> None:
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3 or not all(count.isdigit() for count in sys.argv[2:]):
         sys.exit("error: name the folder: python -m diffit_jax.data.digits FOLDER [COUNT]")
-    write_pictures(sys.argv[1], *map(int, sys.argv[2:]))
+    write_images(sys.argv[1], *map(int, sys.argv[2:]))

@@ -8,14 +8,14 @@ from importlib import resources
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime.ranges import parse_numbers
+from diffit_jax.runtime.console import parse_numbers
 
 _NAMES_FILE = "imagenet_classes.txt"
 
 
 @functools.cache
 def imagenet_names() -> list[list[str]]:
-    """The synonyms of each of ImageNet's 1,000 classes, by index."""
+    """Return the synonyms of each of ImageNet's 1,000 classes, by index."""
     lines = (
         resources.files("diffit_jax.data")
         .joinpath(_NAMES_FILE)
@@ -49,7 +49,7 @@ def imagenet_class(name: str) -> int:
 
 
 def parse_labels(text: str, seeds: Sequence[int], num_classes: int) -> np.ndarray:
-    """The label of each seed from what a user wrote.
+    """Parse a user's labels, and give one to each seed.
 
     Args:
       text: comma-separated numbers, ranges (`0-9`) and, for models of 1,000 classes, names of
@@ -62,7 +62,7 @@ def parse_labels(text: str, seeds: Sequence[int], num_classes: int) -> np.ndarra
       (n,) int64 in [0, num_classes).
 
     Raises:
-      UserError: a number outside the classes, or a name of none.
+      UserError: a number outside the classes, or an unknown name.
     """
     if text.strip() == "random":
         draws = [
@@ -79,7 +79,7 @@ def parse_labels(text: str, seeds: Sequence[int], num_classes: int) -> np.ndarra
 
 
 def give_out(labels: Sequence[int], count: int, num_classes: int) -> np.ndarray:
-    """`count` labels from a shorter (or longer) list, in turn, (count,) int64.
+    """Repeat (or cut) a list of labels to `count` ones, in turn, (count,) int64.
 
     Raises:
       UserError: there is none, or one is outside [0, num_classes).
@@ -96,7 +96,7 @@ def give_out(labels: Sequence[int], count: int, num_classes: int) -> np.ndarray:
 
 
 def spread(labels: np.ndarray) -> str:
-    """How evenly (n,) labels are spread over the classes, in words."""
+    """Describe how evenly (n,) labels are spread over the classes."""
     counts = np.unique(labels, return_counts=True)[1]
     if np.ptp(counts) <= 1:
         return f"balanced over {len(counts)} classes"

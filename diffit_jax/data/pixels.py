@@ -1,4 +1,4 @@
-"""Between uint8 pixels and the model's [-1, 1], and pictures of several images."""
+"""uint8 pixels to and from the network's [-1, 1], and grids of images."""
 
 import io
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def to_model(pixels: jax.Array) -> jax.Array:
-    """uint8 in [0, 255] → float32 in [-1, 1], x = p / 127.5 - 1."""
+    """Scale uint8 in [0, 255] to float32 in [-1, 1], x = p / 127.5 - 1, elementwise."""
     return pixels.astype(jnp.float32) / 127.5 - 1
 
 
@@ -25,7 +25,9 @@ ROUNDINGS = ("edm", "adm")
 
 
 def to_pixels(x: jax.Array | np.ndarray, rounding: str = "edm") -> jax.Array:
-    """float32 in [-1, 1] → uint8, by one of the two published rules, which differ by half a level.
+    """Round float32 in [-1, 1] to uint8, elementwise, by one of two published rules.
+
+    They differ by half a level.
 
     Args:
       x: any shape.
@@ -36,8 +38,10 @@ def to_pixels(x: jax.Array | np.ndarray, rounding: str = "edm") -> jax.Array:
 
 
 def latent_preview(x: jax.Array | np.ndarray) -> jax.Array:
-    """(n, H, W, C) float32 latents of about unit variance → (n, H, W, 3 or 1) uint8: the first
-    channels, [-3, 3] from dark to bright."""
+    """Show the first channels of latents as an image, [-3, 3] from dark to bright.
+
+    (n, H, W, C) float32 of about unit variance → (n, H, W, 3 or 1) uint8.
+    """
     channels = 3 if x.shape[-1] >= 3 else 1
     return to_pixels(x[..., :channels] / 3)
 
@@ -48,8 +52,9 @@ def write_preview(
     preview: Callable[[np.ndarray], np.ndarray],
     columns: int = 10,
 ) -> np.ndarray | None:
-    """Writes a picture of some samples; one that cannot be drawn or written is a
-    warning, since nothing depends on it.
+    """Write a grid of samples as a PNG; if it cannot be drawn or written, only warn.
+
+    Nothing depends on it.
 
     Args:
       path: of the PNG.
@@ -58,7 +63,7 @@ def write_preview(
       columns: samples in a row.
 
     Returns:
-      The picture, (height, width, 1 or 3) uint8, unless there is none.
+      The image, (height, width, 1 or 3) uint8, unless there is none.
     """
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +72,7 @@ def write_preview(
         return grid
     except Exception as error:
         log.warning(
-            "the picture %s could not be made (%s: %s)",
+            "the image %s could not be made (%s: %s)",
             path,
             type(error).__name__,
             one_line(error, 160),
@@ -75,8 +80,9 @@ def write_preview(
 
 
 def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:
-    """Lays images out in rows, one pixel apart, small ones enlarged to about `min_side` pixels
-    without smoothing.
+    """Tile images in rows, one pixel apart, small ones enlarged to about `min_side` pixels.
+
+    Without smoothing.
 
     Args:
       images: (n, H, W, C) uint8, C 1 or 3.
@@ -96,7 +102,7 @@ def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarr
 
 
 def write_png(path: epath.PathLike, image: np.ndarray) -> None:
-    """Writes (H, W, 1 or 3) uint8 as a PNG, whole or not at all."""
+    """Write (H, W, 1 or 3) uint8 as a PNG, atomically."""
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "png")
     write_bytes(path, buffer.getvalue())

@@ -6,7 +6,7 @@
 A record is a mapping of arrays: their bytes, little-endian, one after the other; names, shapes and
 dtypes stand in the manifest, in that order. The first one is `label`, int32. Beside it there is
 `image` (H, W, C) uint8, or `moments` of latents (orientations, h, w, 2c) float16 or float32: mean
-and log variance of an autoencoder's posterior, unscaled, of the picture and of its mirror image; or
+and log variance of an autoencoder's posterior, unscaled, of the image and of its mirror image; or
 both, and any others (features, captions' tokens), which come to the training step as they are.
 
 Imported by the processes that decode beside the chips: no jax here.
@@ -30,9 +30,10 @@ from diffit_jax.errors import UserError, one_line
 
 LABEL, IMAGE, MOMENTS = "label", "image", "moments"
 FORMAT = 2  # 1: a label and one array, whose `kind`, `shape` and `dtype` stood in the manifest
+_JSON_NAMES = {"notes": "remarks"}  # of fields whose keys in files are older
 WRITER_OPTIONS = "group_size:1,uncompressed"  # a record is read alone; pixels and floats stay big
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's, for random access
-READS_AT_ONCE = 64  # of a batch: `gs://` answers after 60 ms, however many ask
+CONCURRENT_READS = 64  # of a batch: `gs://` answers after 60 ms, however many ask
 _NEAR_S = 1e-3  # a record that comes sooner is near: there, threads cost more than they save
 _READS_NEAR = 2
 
@@ -65,19 +66,19 @@ class ArraySpec:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def decoded(self, data: np.ndarray) -> np.ndarray:
-        """(n, size) uint8 → (n, *shape) of its dtype, a copy."""
+        """Decode (n, size) uint8 to (n, *shape) of its dtype, a copy."""
         dtype = np.dtype(self.dtype)
         rows = np.ascontiguousarray(data).view(dtype.newbyteorder("<"))
         return rows.reshape(-1, *self.shape).astype(dtype)
 
 
 def layout(**arrays: ArraySpec) -> dict[str, ArraySpec]:
-    """A record of a label and these arrays."""
+    """Return the layout of a record of a label and these arrays."""
     return {LABEL: ArraySpec((), "int32"), **arrays}
 
 
 def record_size(arrays: Mapping[str, ArraySpec]) -> int:
-    """Bytes of a record."""
+    """Return the bytes of a record."""
     return sum(spec.size for spec in arrays.values())
 
 
@@ -91,9 +92,9 @@ class Manifest:
       count: of examples.
       class_counts: of each class.
       source: where they are from, a mapping of JSON values.
-      crop: how pictures were brought to one size, likewise.
-      skipped: pictures that could not be read: name and reason of each.
-      remarks: how many pictures were unusual, by kind.
+      crop: how images were brought to one size, likewise.
+      skipped: images that could not be read: name and reason of each.
+      notes: how many images were unusual, by kind; `remarks` in the JSON.
       shards: in their order.
       autoencoder: of moments: its hash, `latent_mean` and `latent_scale` …, likewise.
       statistics: of moments: mean and standard deviation of each channel of unscaled latents.
@@ -107,7 +108,7 @@ class Manifest:
     source: Mapping[str, Any]
     crop: Mapping[str, Any]
     skipped: Sequence[tuple[str, str]]
-    remarks: Mapping[str, int]
+    notes: Mapping[str, int]
     shards: tuple[Shard, ...]
     autoencoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -123,13 +124,13 @@ class Manifest:
         return height, width, channels // 2
 
     def to_json(self) -> str:
-        """The text of its file."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """Return the text of its file."""
+        return json.dumps(to_json_names(dataclasses.asdict(self)), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """The inverse. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
-        given: dict[str, Any] = dict(json.loads(text))
+        """Invert `to_json`. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
+        given: dict[str, Any] = from_json_names(json.loads(text))
         if given["format"] == 1:
             name = {"images": IMAGE, "moments": MOMENTS}[given.pop("kind")]
             one = ArraySpec(tuple(given.pop("shape")), given.pop("dtype"))
@@ -158,18 +159,29 @@ class Manifest:
         return manifest
 
 
+def to_json_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename fields to their keys in files of prepared data, in their order."""
+    return {_JSON_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def from_json_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Invert `to_json_names`."""
+    fields = {key: name for name, key in _JSON_NAMES.items()}
+    return {fields.get(key, key): value for key, value in values.items()}
+
+
 def manifest_name(split: str) -> str:
-    """Of the file of a split."""
+    """Return the name of a split's manifest."""
     return f"{split}.manifest.json"
 
 
 def shard_name(split: str, number: int, total: int) -> str:
-    """Of a shard's file."""
+    """Return the name of a shard's file."""
     return f"{split}-{number:05d}-of-{total:05d}.array_record"
 
 
 def encode_record(arrays: Mapping[str, ArraySpec], values: Mapping[str, np.ndarray]) -> bytes:
-    """A record's bytes. Raises `ValueError` for other arrays than its own."""
+    """Encode a record. Raises `ValueError` for other arrays than its own."""
     parts = []
     if arrays.keys() != values.keys():
         raise ValueError(f"a record has {', '.join(arrays)}, not {', '.join(values)}")
@@ -182,7 +194,7 @@ def encode_record(arrays: Mapping[str, ArraySpec], values: Mapping[str, np.ndarr
 
 
 def decode_records(arrays: Mapping[str, ArraySpec], records: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of n records, (n, bytes) uint8, by name: (n, …) each."""
+    """Decode n records, (n, bytes) uint8, to arrays by name: (n, …) each."""
     ends = np.cumsum([spec.size for spec in arrays.values()])
     return {
         name: spec.decoded(records[:, end - spec.size : end])
@@ -191,7 +203,7 @@ def decode_records(arrays: Mapping[str, ArraySpec], records: np.ndarray) -> dict
 
 
 def read_record(path: str, row: int) -> dict[str, np.ndarray]:
-    """One record of a shard, by the manifest beside it."""
+    """Read one record of a shard, by the manifest next to it."""
     arrays = _arrays_beside(path)
     (record,) = _reader(path).read([row])
     values = decode_records(arrays, np.frombuffer(record, np.uint8)[None])
@@ -205,7 +217,7 @@ def _arrays_beside(path: str) -> Mapping[str, ArraySpec]:
 
 
 def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
-    """The manifest of a split.
+    """Read the manifest of a split.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -215,7 +227,7 @@ def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
     try:
         return Manifest.from_json(path.read_text())
     except FileNotFoundError as error:
-        begun = folder / lines_name(split)
+        begun = folder / shard_stats_dir(split)
         others = sorted(other.name.partition(".")[0] for other in _manifests(folder))
         remedy = "prepare or encode it first (launch/prepare.py, launch/encode.py)"
         if begun.exists():
@@ -233,8 +245,8 @@ def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
         ) from error
 
 
-def lines_name(split: str) -> str:
-    """Of the folder of what is known of finished shards, see `shards.Shards`."""
+def shard_stats_dir(split: str) -> str:
+    """Return the name of the directory with per-shard statistics, see `shards.Shards`."""
     return f"{split}.lines"
 
 
@@ -256,17 +268,19 @@ class RecordSource:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image, or of the latents that moments describe."""
         return self.manifest.example_shape
 
     @property
     def num_classes(self) -> int:
+        """Number of labels; 0: none."""
         return len(self.manifest.classes)
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """(n,) ints in [0, len) → the manifest's arrays by name, (n, …) each.
+        """Read examples by number: (n,) ints in [0, len) → arrays by name, (n, …) each.
 
         Raises:
           UserError: a shard is damaged or cannot be read; it is named.
@@ -291,21 +305,21 @@ class RecordSource:
 
         # Far away, behind `gs://` or a mount, all answers are waited for together; how far it is
         # the last batch has shown.
-        reads = _READS_NEAR if self._record_s < _NEAR_S else READS_AT_ONCE
+        reads = _READS_NEAR if self._record_s < _NEAR_S else CONCURRENT_READS
         order = np.argsort(files, kind="stable")
         parts = np.array_split(order, max(1, min(len(order), reads)))
         self._record_s = min(self._pool().map(timed, parts))
         return decode_records(self.manifest.arrays, records)
 
     def read_labels(self) -> np.ndarray:
-        """(len,) int32: of all examples."""
+        """Read the labels of all examples, (len,) int32."""
         size = 4096
         starts = range(0, len(self), size)
         parts = [self.read(np.arange(a, min(a + size, len(self))))["label"] for a in starts]
         return np.concatenate(parts)
 
     def _fetch(self, path: str, rows: Sequence[int]) -> Sequence[bytes]:
-        """Records of a shard: what is slow where it is far away."""
+        """Read records of a shard; slow on remote storage."""
         try:
             return _reader(path).read(rows)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
@@ -315,7 +329,7 @@ class RecordSource:
         with self._lock:
             if self._threads is None:
                 self._threads = concurrent.futures.ThreadPoolExecutor(
-                    READS_AT_ONCE, thread_name_prefix="records"
+                    CONCURRENT_READS, thread_name_prefix="records"
                 )
             return self._threads
 
@@ -338,7 +352,7 @@ def _reader(path: str) -> Any:
 
 
 def open_records(folder: epath.PathLike, split: str) -> RecordSource:
-    """A split of a prepared data set.
+    """Open a split of a prepared data set.
 
     Args:
       folder: that holds it, local or `gs://`.

@@ -1,5 +1,4 @@
-"""Named data sets as random-access sources: `len(source)` examples, any of which `source.read`
-returns."""
+"""Named data sets as random-access sources, and endless shuffled batches of them."""
 
 import dataclasses
 import functools
@@ -31,20 +30,27 @@ class Source(Protocol):
     """
 
     @property
-    def image_shape(self) -> tuple[int, int, int]: ...
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        ...
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Number of labels; 0: none."""
+        ...
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """(n,) ints in [0, len) → a batch: `label` (n,) int32 in [0, num_classes), one of three,
-        and whatever else a record has.
+        """Read examples by number: (n,) ints in [0, len) → arrays by name.
 
-        `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled as the model
-          takes it; `moments`: (n, orientations, H, W, 2C) float16 or float32, mean and log variance
-          of latents, unscaled.
+        `label` (n,) int32 in [0, num_classes), at least one of the three below, and whatever else
+        a record has.
+
+        `image`: (n, H, W, C) uint8 in [0, 255]; `latent`: (n, H, W, C) float32, scaled for the
+          model;
+        `moments`: (n, orientations, H, W, 2C) float16 or float32, mean and log variance of latents,
+        unscaled.
         """
         ...
 
@@ -65,19 +71,22 @@ class ArraySource:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
         return self.images.shape[1:]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Read images (n, H, W, C) and labels (n,) by number."""
         return {"image": self.images[indices], "label": self.labels[indices]}
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSource:
-    """Random examples of any shape, for benchmarks and smoke tests. Example i is a function of i
-    alone; nothing is stored.
+    """Random examples of any shape, for benchmarks and smoke tests.
+
+    Example i is a function of i alone; nothing is stored.
 
     Attributes:
       latents: whether examples are normally distributed latents instead of uniform images.
@@ -92,6 +101,7 @@ class SyntheticSource:
         return self.num_examples
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Make images or latents (n, H, W, C) and labels (n,) by number."""
         labels = (np.asarray(indices) % max(self.num_classes, 1)).astype(np.int32)
         if self.latents:
             streams = (np.random.Generator(np.random.Philox(key=int(index))) for index in indices)
@@ -112,7 +122,7 @@ class SyntheticSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class DataSpec:
     """What an experiment expects of its data; None: anything.
 
     Attributes:
@@ -130,7 +140,7 @@ class Wanted:
 
 
 def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
-    """Where a prepared data set lives.
+    """Return the directory of a prepared data set.
 
     Args:
       name: of it.
@@ -154,51 +164,51 @@ def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
 
 
 def folder_to_write(name: str, data_dir: epath.PathLike = "") -> epath.Path:
-    """`data_folder` of a data set that is to be made: not on the hub."""
+    """Return `data_folder` of a data set that is to be made: not on the hub."""
     return data_folder(name, files.resolve(data_dir, "data_dir") if data_dir else "")
 
 
 def open_dataset(
-    name: str, split: str, data_dir: epath.PathLike = "", wanted: Wanted = Wanted()
+    name: str, split: str, data_dir: epath.PathLike = "", spec: DataSpec = DataSpec()
 ) -> Source:
-    """Opens a data set by name.
+    """Open a data set by name.
 
     Args:
-      name: in `DATASETS` (`digits` is prepared on first use), or what `prepare` or `encode` has
-        written by this name.
+      name: in `DATASETS` (`digits` is prepared on first use), or a name that `prepare` or `encode`
+        has written.
       split: `train` or `test`.
       data_dir: see `data_folder`.
-      wanted: what is expected of it.
+      spec: what is expected of it.
 
     Raises:
-      UserError: unknown name or split, examples or labels that are not expected, a data_dir that
-        cannot be written.
+      UserError: unknown name or split, unexpected examples or labels, a data_dir that cannot be
+        written.
     """
     if split not in ("train", "test"):
         raise UserError(f"data split {split!r} is unknown: use train or test")
     if name in DATASETS:
         place = str(files.resolve(data_dir, "data.data_dir")) if data_dir else ""
-        source = DATASETS[name](split, place, wanted)
+        source = DATASETS[name](split, place, spec)
     else:
-        source = _open_prepared(name, split, data_dir, wanted)
-    if wanted.shape not in (None, source.image_shape):
+        source = _open_prepared(name, split, data_dir, spec)
+    if spec.shape not in (None, source.image_shape):
         raise UserError(
             f"data set {name} has images of {source.image_shape}, the model expects "
-            f"{wanted.shape}: change the model's image_size and image_channels (latent_diffit: "
+            f"{spec.shape}: change the model's image_size and image_channels (latent_diffit: "
             "input_size and input_channels), or data.name"
         )
-    if wanted.num_classes not in (None, 0, source.num_classes):
+    if spec.num_classes not in (None, 0, source.num_classes):
         raise UserError(
-            f"data set {name} has {source.num_classes} classes, the model {wanted.num_classes}: "
+            f"data set {name} has {source.num_classes} classes, the model {spec.num_classes}: "
             "change model.num_classes"
         )
     return source
 
 
 def _open_prepared(
-    name: str, split: str, data_dir: epath.PathLike, wanted: Wanted
+    name: str, split: str, data_dir: epath.PathLike, spec: DataSpec
 ) -> records.RecordSource:
-    """What `prepare` or `encode` wrote; checked against what is expected."""
+    """Open data that `prepare` or `encode` wrote, and compare it with the expected `spec`."""
     folder = data_folder(name, data_dir)
     if not (folder.exists() and any(folder.glob("*.manifest.json"))):
         raise UserError(
@@ -209,12 +219,12 @@ def _open_prepared(
     source = records.open_records(folder, split)
     manifest = source.manifest
     kind = "latent" if records.MOMENTS in manifest.arrays else "image"
-    if wanted.example not in (None, kind):
-        named = {"image": "pictures: encode them", "latent": "latents: name pictures"}[kind]
+    if spec.example not in (None, kind):
+        named = {"image": "images: encode them", "latent": "latents: name images"}[kind]
         other = {"image": 'data.autoencoder=""', "latent": "data.autoencoder to their name"}[kind]
         raise UserError(f"data set {name} holds {named}, or set {other}")
     for key in ("latent_mean", "latent_scale"):
-        theirs, ours = manifest.autoencoder.get(key), getattr(wanted, key)
+        theirs, ours = manifest.autoencoder.get(key), getattr(spec, key)
         if theirs is not None and ours is not None and not _same(theirs, ours):
             raise UserError(
                 f"data set {name} was encoded with {key} {_listed(theirs)}, the config has "
@@ -232,13 +242,13 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def _open_synthetic(split: str, data_dir: str, wanted: Wanted) -> Source:
-    if wanted.shape is None or wanted.num_classes is None:
+def _open_synthetic(split: str, data_dir: str, spec: DataSpec) -> Source:
+    if spec.shape is None or spec.num_classes is None:
         raise UserError("data set synthetic has no images of its own: use digits")
-    return SyntheticSource(wanted.shape, wanted.num_classes, latents=wanted.example == "latent")
+    return SyntheticSource(spec.shape, spec.num_classes, latents=spec.example == "latent")
 
 
-def _open_digits(split: str, data_dir: str, wanted: Wanted) -> Source:
+def _open_digits(split: str, data_dir: str, spec: DataSpec) -> Source:
     if not data_dir and not os.environ.get("TFDS_DATA_DIR") and not files.home():
         raise _no_home()
     from diffit_jax.data import digits
@@ -257,18 +267,20 @@ DATASETS = {"digits": _open_digits, "synthetic": _open_synthetic}
 
 
 class ShuffledBatches:
-    """The batches of a run as a random-access sequence for Grain: batch k is a function of (source,
-    batch_size, seed, k) alone.
+    """The batches of a run as a random-access sequence for Grain.
 
-    Examples have positions in one endless order, epoch after epoch, each shuffled anew; batch k
-    holds the positions from k · batch_size on, so a batch may hold the end of one epoch and the
-    start of the next. Grain sees one element per batch: its work per element would cost a tenth of
-    a small model's step if it saw the examples.
+    Batch k is a function of (source, batch_size, seed, k) alone. Examples have positions in one
+    endless order, epoch after epoch, each shuffled anew; batch k holds the positions from
+    k · batch_size on, so a batch may hold the end of one epoch and the start of the next. Grain
+    sees one element per batch: its work per element would cost a tenth of a small model's step if
+    it saw the examples.
     """
 
     def __init__(self, source: Source, batch_size: int, seed: int, rows: np.ndarray | None = None):
-        """Positions `rows` (n,) of each batch, in this order; None: all of it. Other processes read
-        the others."""
+        """Read positions `rows` (n,) of each batch, in this order; None: all of it.
+
+        Other processes read the others.
+        """
         self._source, self._batch_size, self._seed = source, batch_size, seed
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if self._rows.size and (self._rows.min() < 0 or self._rows.max() >= batch_size):
@@ -294,7 +306,7 @@ _SHUFFLING = threading.Lock()  # threads read ahead: one makes the order that al
 
 @functools.lru_cache(maxsize=4)  # at the end of an epoch a stream needs two
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The examples' numbers as an epoch has them."""
+    """Return the examples' numbers in the order of an epoch, (count,) int."""
     # Ranks of Philox's raw output, which numpy never changes, unlike that of its `permutation`.
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
@@ -302,16 +314,17 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 def batches(
     source: Source, batch_size: int, seed: int, first_step: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a training run from a given step on, read ahead in threads; resuming needs
-    nothing but the step.
+    """Yield the batches of a training run from a given step on, read ahead in threads.
+
+    Resuming needs nothing but the step.
 
     Args:
       source: the data set.
       batch_size: examples per batch.
       seed: of the shuffle, at least 0.
       first_step: number of the first batch.
-      rows: which rows of each global batch this process reads, see `parallel.local_rows`; None: all
-        of them.
+      rows: rows of each global batch that this process reads, `parallel.local_batch_indices`;
+        None: all of them.
 
     Returns:
       Endless iterator of dicts: `image` (n, H, W, C) uint8, `label` (n,) int32, a row for each of

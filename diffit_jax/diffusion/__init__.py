@@ -1,4 +1,4 @@
-"""The mathematics between a network and a sample. A network is a function here, see `seams`."""
+"""The mathematics between a network and a sample. A network is a function here, see `types`."""
 
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM

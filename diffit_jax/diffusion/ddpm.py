@@ -1,9 +1,9 @@
-"""Discrete-time diffusion as in ADM and DiT: training loss, one step of sampling, and a denoiser
-for EDM's samplers. Its own samplers are `Ancestral` and `DDIM`.
+"""Discrete-time diffusion as in ADM and DiT: training loss, prediction, denoiser.
 
 A `network(x_BHWC, timestep_B, conditioning) -> y_BHWC'` estimates the noise epsilon in x_t =
 √alpha_bar x_0 + √(1 - alpha_bar) epsilon. With learned-range variance it has twice the channels:
-epsilon, then v. It gets the original schedule's timestep 0…T-1, respaced or not.
+epsilon, then v. It gets the original schedule's timestep 0…T-1, respaced or not. The samplers of
+its own are `Ancestral` and `DDIM`; as a denoiser it serves EDM's samplers too.
 
 Shape suffixes: B batch, H, W, C height, width and channels of a sample.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from diffit_jax import limits
 from diffit_jax.diffusion.edm import sampling_grid
 from diffit_jax.diffusion.schedule import SCHEDULES, Schedule
-from diffit_jax.diffusion.seams import Conditioning, Network, Noised, Process
+from diffit_jax.diffusion.types import Conditioning, Network, Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, at_least, one_of
 
@@ -29,8 +29,10 @@ LOSSES = ("hybrid", "hybrid_rescaled", "mse", "kl")
 
 
 class Prediction(NamedTuple):
-    """What the network's output says of a step k: p(x_{k-1} | x_k), and the parts of x_k. All (B,
-    H, W, C) float32."""
+    """A network's output read for a step k: p(x_{k-1} | x_k), and the parts of x_k.
+
+    All (B, H, W, C) float32.
+    """
 
     mean: jax.Array
     log_variance: jax.Array
@@ -39,7 +41,7 @@ class Prediction(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPM(Process):
+class DDPM(Process, limits.Section, name="process"):
     """The process between a network and the data it denoises.
 
     Attributes:
@@ -54,7 +56,7 @@ class DDPM(Process):
       rho: of the grid for EDM's samplers, see `sigmas`.
     """
 
-    num_timesteps: Annotated[int, at_least(2, most=1_000_000)] = 1000
+    num_timesteps: Annotated[int, at_least(2, le=1_000_000)] = 1000
     schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
     variance: Annotated[str, one_of(*VARIANCES)] = "learned_range"
     loss_type: Annotated[str, one_of(*LOSSES)] = "hybrid"
@@ -62,7 +64,7 @@ class DDPM(Process):
     rho: GridPower = 7.0
 
     def __post_init__(self):
-        limits.check(self, "process")
+        super().__post_init__()
         learned = self.variance == "learned_range"
         if self.loss_type != "kl" and learned != self.loss_type.startswith("hybrid"):
             remedy = "hybrid trains a learned variance" if learned else "mse needs a fixed variance"
@@ -85,15 +87,16 @@ class DDPM(Process):
 
     @property
     def trains(self) -> bool:
+        """Whether training uses this process: always."""
         return True
 
     def output_channels(self, channels: int) -> int:
-        """How many channels a network must return for data with `channels`."""
+        """Return how many channels a network must return for data with `channels`."""
         return 2 * channels if self.variance == "learned_range" else channels
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 (processes are few and small)
     def schedule_for(self, respacing: str = "") -> Schedule:
-        """The schedule with all tables, respaced from the original T timesteps.
+        """Return the schedule with all tables, respaced from the original T timesteps.
 
         Raises:
           UserError: more steps than timesteps, or not a respacing.
@@ -110,7 +113,7 @@ class DDPM(Process):
         schedule: Schedule,
         clip: bool = False,
     ) -> Prediction:
-        """Reads the network's output.
+        """Read the network's output as a Gaussian of x_{k-1} and estimates of x_0 and epsilon.
 
         Args:
           y_BHWC: (B, H, W, C or 2C) output of the network.
@@ -131,8 +134,8 @@ class DDPM(Process):
         mean = row(schedule.posterior_mean_coef1) * x0 + row(schedule.posterior_mean_coef2) * x_BHWC
         small = row(schedule.posterior_log_variance_clipped)
         if self.variance == "learned_range":
-            share = (y_BHWC[..., channels:].astype(jnp.float32) + 1) / 2
-            log_variance = share * row(np.log(schedule.betas)) + (1 - share) * small
+            fraction = (y_BHWC[..., channels:].astype(jnp.float32) + 1) / 2
+            log_variance = fraction * row(np.log(schedule.betas)) + (1 - fraction) * small
         elif self.variance == "fixed_small":
             log_variance = jnp.broadcast_to(small, x_BHWC.shape)
         else:  # beta, but at the first step the posterior's, as in DDPM
@@ -144,7 +147,7 @@ class DDPM(Process):
     def diffuse(
         self, x0_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array, schedule: Schedule
     ) -> jax.Array:
-        """x_k ~ q(x_k | x_0) with standard normal noise, (B, H, W, C)."""
+        """Compute x_k ~ q(x_k | x_0) from x_0 and standard normal noise, (B, H, W, C)."""
         return (
             _row(schedule.sqrt_alphas_cumprod, k_B) * x0_BHWC
             + _row(schedule.sqrt_one_minus_alphas_cumprod, k_B) * noise_BHWC
@@ -153,7 +156,7 @@ class DDPM(Process):
     def posterior(
         self, x0_BHWC: jax.Array, x_BHWC: jax.Array, k_B: jax.Array, schedule: Schedule
     ) -> tuple[jax.Array, jax.Array]:
-        """Mean and log variance of q(x_{k-1} | x_k, x_0), the latter clipped and (B, 1, 1, 1)."""
+        """Return mean (B, H, W, C), clipped log variance (B, 1, 1, 1) of q(x_{k-1} | x_k, x_0)."""
         mean = (
             _row(schedule.posterior_mean_coef1, k_B) * x0_BHWC
             + _row(schedule.posterior_mean_coef2, k_B) * x_BHWC
@@ -163,7 +166,7 @@ class DDPM(Process):
     # --- Training
 
     def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
-        """x_k at random steps, uniform over the schedule's; see `Process.noise`."""
+        """Draw x_k at random steps, uniform over the schedule's; see `Process.noise`."""
         step_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
         num_steps = len(self.schedule_for(self.respacing))
         k_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(step_key_B)
@@ -171,8 +174,13 @@ class DDPM(Process):
         return self.noised_at(x_BHWC, k_B, noise_BHWC)
 
     def noised_at(self, x_BHWC: jax.Array, k_B: jax.Array, noise_BHWC: jax.Array) -> Noised:
-        """`noise` at given steps (B,) of the schedule (respaced by `respacing`), with given
-        standard normal noise."""
+        """Compute `noise` at given steps, with given noise.
+
+        Args:
+          x_BHWC: (B, H, W, C) clean data.
+          k_B: (B,) int steps of the schedule (respaced by `respacing`).
+          noise_BHWC: (B, H, W, C) standard normal noise.
+        """
         schedule = self.schedule_for(self.respacing)
         timestep_B = jnp.asarray(schedule.timesteps, jnp.int32)[k_B]
         draws = {"step": k_B, "noise": noise_BHWC, "clean": x_BHWC}
@@ -180,7 +188,7 @@ class DDPM(Process):
         return Noised(noisy, timestep_B, noise_BHWC, jnp.ones(len(k_B)), draws)
 
     def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss by `loss_type`, means over H, W and C.
+        """Compute the loss by `loss_type`, means over H, W and C.
 
         Returns:
           (B,) float32 loss, and its terms by name: `mse` of epsilon, and `vb` in bits per dimension
@@ -217,8 +225,10 @@ class DDPM(Process):
         k_B: jax.Array,
         schedule: Schedule,
     ) -> jax.Array:
-        """One term of the variational bound, (B,) in bits per dimension: KL(q ‖ p), at k = 0 the
-        likelihood of 8-bit data in [-1, 1]."""
+        """Compute one term of the variational bound, (B,) in bits per dimension.
+
+        It is KL(q ‖ p), at k = 0 the negative log-likelihood of 8-bit data in [-1, 1].
+        """
         mean, log_variance = self.posterior(x0_BHWC, x_BHWC, k_B, schedule)
         model = self.predict(y_BHWC, x_BHWC, k_B, schedule)
         difference = log_variance - model.log_variance
@@ -241,13 +251,14 @@ class DDPM(Process):
         return float(levels[0]), float(levels[-1])
 
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The noise levels themselves: between the schedule's the network is told a fractional
-        timestep."""
+        """Return sigma itself (n,): a fractional timestep stands for levels between."""
         return sigma
 
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """(N + 1,) float64 grid for EDM's samplers, from the schedule's last noise level to its
-        first, then 0: `sampling_grid`."""
+        """Return a grid for EDM's samplers, (N + 1,) float64.
+
+        It goes from the schedule's last noise level to its first, then to 0, see `sampling_grid`.
+        """
         if num_steps > self.num_timesteps:
             raise UserError(
                 f"num_steps {num_steps} is more than the schedule's {self.num_timesteps}: use at "
@@ -257,14 +268,15 @@ class DDPM(Process):
         return sampling_grid(levels[0], levels[-1], self.rho, num_steps)
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """Share t / T of the schedule that has the noise level sigma, (n,) float64."""
+        """Return the time t / T of the schedule with noise level sigma, (n,) float64."""
         return self.schedule_for().timestep_of(sigma) / self.num_timesteps
 
     def denoise(
         self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
     ) -> jax.Array:
-        """D(x; sigma) = x - sigma epsilon(x / √(1 + sigma²), t(sigma)), with a fractional timestep
-        between the schedule's levels.
+        """Compute D(x; sigma) = x - sigma epsilon(x / √(1 + sigma²), t(sigma)).
+
+        The timestep is fractional between the schedule's levels.
 
         Args:
           network: called once.
@@ -285,7 +297,7 @@ class DDPM(Process):
 
 
 def _row(table: np.ndarray, k_B: jax.Array) -> jax.Array:
-    """Entries k_B of a float64 table, (B, 1, 1, 1) float32."""
+    """Look up entries k_B of a float64 table, (B, 1, 1, 1) float32."""
     return jnp.asarray(table, jnp.float32)[k_B][:, None, None, None]
 
 
@@ -294,11 +306,10 @@ def _mean(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _discretised_gaussian_nll(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """-ln of the probability that a Gaussian gives to the bin [x - 1/255, x + 1/255], open beyond
-    ±0.999, in nats and elementwise.
+    """Return -ln of the probability that a Gaussian gives to the bin [x - 1/255, x + 1/255].
 
-    The cumulative distribution is approximated by ½ (1 + tanh(√(2/π) (u + 0.044715 u³))), as in
-    DDPM's successors.
+    The bins beyond ±0.999 are open. In nats, elementwise. The cumulative distribution is
+    approximated by ½ (1 + tanh(√(2/π) (u + 0.044715 u³))), as in DDPM's successors.
     """
 
     def cdf(u: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
-"""EDM: preconditioning and training loss of Karras et al. 2022, "Elucidating the design space of
-diffusion-based generative models", and what all processes have in common that are written that way
-(`preconditioning` has the older ones).
+"""EDM's preconditioning and training loss (Karras et al. 2022), and the base of such processes.
 
-A `network(x_BHWC, noise_level_B, conditioning) -> y_BHWC` is turned into a denoiser D(x; sigma),
-which estimates the clean image in a noisy one with noise of standard deviation sigma.
+"Elucidating the design space of diffusion-based generative models" writes older processes in the
+same form (`preconditioning` has them). A `network(x_BHWC, noise_level_B, conditioning) -> y_BHWC`
+is turned into a denoiser D(x; sigma), which estimates the clean image in a noisy one with noise of
+standard deviation sigma.
 
 Shape suffixes: B batch, H, W, C height, width and channels.
 """
@@ -18,13 +18,13 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.schedule import Schedule
-from diffit_jax.diffusion.seams import Conditioning, Network, Noised, Process
+from diffit_jax.diffusion.types import Conditioning, Network, Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, NoiseLevel, at_least
 
 
 def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int) -> np.ndarray:
-    """EDM Eq. 5: (N + 1,) float64 noise levels, from sigma_max to sigma_min and then 0.
+    """Return EDM's noise levels (Eq. 5), (N + 1,) float64, from sigma_max to sigma_min, then 0.
 
     t_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N.
 
@@ -40,38 +40,39 @@ def sampling_grid(sigma_min: float, sigma_max: float, rho: float, num_steps: int
 
 
 class Preconditioned(Process):
-    """A process as EDM's Table 1 writes them: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise),
-    trained at noise levels drawn from a distribution, with a weight for each level."""
+    """A process in the form of EDM's Table 1: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
+
+    It is trained at noise levels drawn from a distribution, with a weight for each level.
+    """
 
     def preconditioning(
         self, sigma: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """(c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
+        """Return (c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
         raise NotImplementedError
 
     def draw_sigma(self, key: jax.Array) -> jax.Array:
-        """A noise level to train at, a float32 scalar."""
+        """Draw a noise level to train at, a float32 scalar."""
         raise NotImplementedError
 
     def loss_weight(self, sigma: jax.Array) -> jax.Array:
-        """lambda(sigma) > 0, shaped like `sigma`."""
+        """Return lambda(sigma) > 0, shaped like `sigma`."""
         raise NotImplementedError
 
     def denoise(
         self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
     ) -> jax.Array:
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32 whatever the
-        network computes in.
+        """Compute D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7, in float32.
 
         Args:
-          network: F, called once. Of what it returns the first C channels count.
+          network: F, called once. Of its output the first C channels count.
           x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation
             sigma.
           sigma_B: (B,) float32 > 0.
           conditioning: passed on to the network.
 
         Returns:
-          (B, H, W, C) float32 estimate of the clean images.
+          (B, H, W, C) float32 estimate of the clean images, whatever the network computes in.
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
 
@@ -79,21 +80,21 @@ class Preconditioned(Process):
         return _combined(c_skip, x_BHWC, c_out, f_BHWC)
 
     def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
-        """x + n with sigma drawn and n ~ N(0, sigma²), EDM Eq. 8; see `Process.noise`."""
+        """Draw sigma and noise n ~ N(0, sigma²), EDM Eq. 8; see `Process.noise`."""
         sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
         sigma_B = jax.vmap(self.draw_sigma)(sigma_key_B)
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
         return self.noised_at(x_BHWC, sigma_B, noise_BHWC)
 
     def noised_at(self, x_BHWC: jax.Array, sigma_B: jax.Array, noise_BHWC: jax.Array) -> Noised:
-        """`noise` at given noise levels (B,), with given standard normal noise."""
+        """Compute `noise` at given noise levels (B,), with given standard normal noise."""
         noisy = x_BHWC + _per_image(sigma_B) * noise_BHWC
         _, _, c_in, c_noise = self.preconditioning(sigma_B)
         draws = {"sigma": sigma_B, "noise": noise_BHWC, "noisy": noisy}
         return Noised(_per_image(c_in) * noisy, c_noise, x_BHWC, self.loss_weight(sigma_B), draws)
 
     def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """lambda(sigma) ‖D(x + n; sigma) - x‖², EDM Eq. 8.
+        """Compute lambda(sigma) ‖D(x + n; sigma) - x‖², EDM Eq. 8.
 
         Returns:
           (B,) float32 loss, the weighted squared error *averaged* over H, W and C. EDM's code sums
@@ -112,10 +113,11 @@ class Preconditioned(Process):
 
     @property
     def trains(self) -> bool:
+        """Whether training uses this process: always."""
         return True
 
     def output_channels(self, channels: int) -> int:
-        """How many channels a network must return for data with `channels`."""
+        """Return how many channels a network must return for data with `channels`."""
         return channels
 
     @property
@@ -124,30 +126,32 @@ class Preconditioned(Process):
         return 0.0, math.inf
 
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """The nearest noise levels that the network knows, float64; here all of them."""
+        """Return the nearest noise levels that the network knows, (n,) float64; here sigma."""
         return sigma
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """Share t / T, in [0, 1), at which DDPM's linear schedule of T = 1000 has the noise level
-        sigma: for guidance that asks for it."""
+        """Return the time t / T at which DDPM's linear schedule of T = 1000 has noise level sigma.
+
+        For guidance that depends on it. In [0, 1), shaped like sigma.
+        """
         return Schedule.make("linear", 1000).timestep_of(sigma) / 1000
 
 
 def _per_image(c_B: jax.Array) -> jax.Array:
-    """(B,) numbers, shaped to multiply images."""
+    """Reshape (B,) numbers to multiply images."""
     return c_B[:, None, None, None]
 
 
 def _combined(
     c_skip: jax.Array, x_BHWC: jax.Array, c_out: jax.Array, f_BHWC: jax.Array
 ) -> jax.Array:
-    """c_skip x + c_out F, of whose channels the first C count, float32."""
+    """Return c_skip x + c_out F, float32; of F's channels the first C count."""
     f_BHWC = f_BHWC.astype(jnp.float32)[..., : x_BHWC.shape[-1]]
     return _per_image(c_skip) * x_BHWC + _per_image(c_out) * f_BHWC
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM(Preconditioned):
+class EDM(Preconditioned, limits.Section, name="process"):
     """The process between a network and the images it denoises.
 
     Attributes:
@@ -158,14 +162,14 @@ class EDM(Preconditioned):
     """
 
     sigma_data: NoiseLevel = 0.5
-    log_sigma_mean: Annotated[float, at_least(-20, most=20)] = -1.2
-    log_sigma_std: Annotated[float, at_least(0, most=20)] = 1.2
+    log_sigma_mean: Annotated[float, at_least(-20, le=20)] = -1.2
+    log_sigma_std: Annotated[float, at_least(0, le=20)] = 1.2
     sigma_min: NoiseLevel = 0.002
     sigma_max: NoiseLevel = 80.0
     rho: GridPower = 7.0
 
     def __post_init__(self):
-        limits.check(self, "process")
+        super().__post_init__()
         if not self.sigma_min < self.sigma_max:
             raise UserError(
                 f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}: "
@@ -175,7 +179,7 @@ class EDM(Preconditioned):
     def preconditioning(
         self, sigma: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """(c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
+        """Return (c_skip, c_out, c_in, c_noise) of EDM Table 1, each shaped like `sigma` (> 0)."""
         total = jnp.sqrt(sigma**2 + self.sigma_data**2)
         return (
             (self.sigma_data / total) ** 2,
@@ -185,15 +189,13 @@ class EDM(Preconditioned):
         )
 
     def loss_weight(self, sigma: jax.Array) -> jax.Array:
-        """lambda(sigma) = (sigma² + sigma_data²) / (sigma sigma_data)², so that c_out² lambda =
-        1."""
+        """Return (sigma² + sigma_data²) / (sigma sigma_data)² = 1 / c_out², shaped like sigma."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     def draw_sigma(self, key: jax.Array) -> jax.Array:
-        """ln sigma ~ N(log_sigma_mean, log_sigma_std²)."""
+        """Draw sigma with ln sigma ~ N(log_sigma_mean, log_sigma_std²), a float32 scalar."""
         return jnp.exp(self.log_sigma_mean + self.log_sigma_std * jax.random.normal(key))
 
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """(N + 1,) float64, the sampling grid of EDM Eq. 5 from sigma_max to sigma_min, then 0:
-        `sampling_grid`."""
+        """Return EDM's sampling grid (Eq. 5), (N + 1,) float64: sigma_max to sigma_min, then 0."""
         return sampling_grid(self.sigma_min, self.sigma_max, self.rho, num_steps)

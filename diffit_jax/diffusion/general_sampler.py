@@ -1,7 +1,8 @@
-"""EDM's general sampler (Karras et al. 2022, Table 1 and Algorithm 3), of which the samplers of
-earlier work are cases: any grid of noise levels, schedule and scaling, first or second order.
+"""EDM's general sampler: any grid, schedule and scaling (Karras et al. 2022, Table 1).
 
-The ordinary differential equation behind it, for x = s(t) (clean + sigma(t) noise), is
+The samplers of earlier work are cases of it: any grid of noise levels, schedule and scaling, first
+or second order. The ordinary differential equation behind it, for x = s(t) (clean + sigma(t)
+noise), is
 
     dx/dt = (σ̇/σ + ṡ/s) x - (σ̇ s/σ) D(x / s; σ)
 
@@ -26,16 +27,16 @@ from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
 from diffit_jax.diffusion.samplers import (
     Carry,
-    Churning,
-    Drawn,
-    OfDenoiser,
+    DenoiserSampler,
+    SamplerOutput,
     StepsOfGrid,
+    StochasticMixin,
     at_level,
-    descend,
+    frame_indices,
+    sampling_loop,
     tree_map,
-    watched,
 )
-from diffit_jax.diffusion.seams import Conditioning, Denoiser, Noise, Process
+from diffit_jax.diffusion.types import Conditioning, Denoiser, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, above, at_least, one_of
 
@@ -64,7 +65,7 @@ class Path(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class General(Churning, OfDenoiser):
+class General(StochasticMixin, DenoiserSampler):
     """EDM's general sampler; by default it is `Heun`.
 
     Attributes:
@@ -88,7 +89,7 @@ class General(Churning, OfDenoiser):
 
     num_steps: StepsOfGrid
     solver: Annotated[str, one_of("heun", "euler")] = "heun"
-    alpha: Annotated[float, limits.Limits(above=0, most=1)] = 1.0
+    alpha: Annotated[float, limits.Limits(gt=0, le=1)] = 1.0
     grid: Annotated[str, one_of(*RANGES)] = "edm"
     sigma_min: Annotated[float, at_least(0)] = 0.0
     sigma_max: Annotated[float, at_least(0)] = 0.0
@@ -102,15 +103,16 @@ class General(Churning, OfDenoiser):
     churn_noise: Annotated[float, at_least(0)] = 1.0
 
     def check(self, process: Process) -> None:
+        """Raise `UserError` if the process does not have the grid's noise levels."""
         self.levels(process)
 
     # --- The table
 
     def ends(self, process: Process) -> tuple[float, float]:
-        """The lowest and highest noise level of the grid.
+        """Return the lowest and highest noise level of the grid.
 
         Raises:
-          UserError: they lie outside of what the network knows, or leave nothing between.
+          UserError: the network does not know them, or nothing is left between them.
         """
         knows = process.sigma_range
         wanted = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
@@ -131,7 +133,7 @@ class General(Churning, OfDenoiser):
         return low, high
 
     def path(self, process: Process) -> Path:
-        """Schedule and scaling."""
+        """Return schedule and scaling."""
         sigma, slope, time = _schedule(self.schedule, *self.ends(process), self.time_min)
         if self.scaling == "none":
             return Path(sigma, slope, time, np.ones_like, np.zeros_like)
@@ -142,24 +144,24 @@ class General(Churning, OfDenoiser):
         return Path(sigma, slope, time, scale, lambda t: -sigma(t) * slope(t) * scale(t) ** 3)
 
     def levels(self, process: Process) -> np.ndarray:
-        """(N,) float64 descending noise levels, which the network knows; the grid goes on to 0.
+        """Return the grid's noise levels but the last 0, (N,) float64 descending, rounded.
 
         Raises:
           UserError: as `ends`, or there are fewer levels than steps.
         """
         low, high = self.ends(process)
-        share = np.arange(self.num_steps) / (self.num_steps - 1)
+        fraction = np.arange(self.num_steps) / (self.num_steps - 1)
         if self.grid == "edm":
             sigma = sampling_grid(low, high, self.rho, self.num_steps)[:-1]
         elif self.grid == "vp":
-            sigma = _schedule("vp", low, high, self.time_min)[0](1 + share * (self.time_min - 1))
+            sigma = _schedule("vp", low, high, self.time_min)[0](1 + fraction * (self.time_min - 1))
         elif self.grid == "ve":
-            sigma = high * (low / high) ** share
+            sigma = high * (low / high) ** fraction
         else:
             levels = cosine_levels(*_IDDPM)
             levels = levels[(levels >= low) & (levels <= high)]
             sigma = (
-                levels[np.rint((len(levels) - 1) * share).astype(int)] if len(levels) else levels
+                levels[np.rint((len(levels) - 1) * fraction).astype(int)] if len(levels) else levels
             )
         return known_levels(process, sigma)
 
@@ -170,9 +172,8 @@ class General(Churning, OfDenoiser):
         noise: Noise,
         conditioning: Conditioning,
         frames: int = 0,
-    ) -> Drawn:
-        """Draws samples by a Runge-Kutta method of second order (Karras et al. 2022, Algorithm 3,
-        for any schedule and scaling) with EDM's churn; arguments as of `SamplingMethod.draw`.
+    ) -> SamplerOutput:
+        """Draw samples by a Runge-Kutta method of second order (Algorithm 3), with EDM's churn.
 
         A step from t_i to t_{i+1}, with f(x, t) the right-hand side of this file's equation:
 
@@ -182,7 +183,7 @@ class General(Churning, OfDenoiser):
             d' = f(x', t̂ + alpha h)
             x = x̂ + h ((1 - 1/(2 alpha)) d + 1/(2 alpha) d')
 
-        The last step, and each of "euler", is x̂ + h d.
+        The last step, and each of "euler", is x̂ + h d. Arguments as of `SamplingMethod.draw`.
 
         Returns:
           x (B, H, W, C) at σ = 0, or a pytree like `noise(0)`, and the frames.
@@ -249,20 +250,22 @@ class General(Churning, OfDenoiser):
         x = tree_map(lambda x: x * scale, x)
         carry = x, x, tree_map(jnp.zeros_like, x)
         step_sigma = np.repeat(sigma, evaluations)[: len(rows)]
-        seen = watched(self.num_steps, frames, evaluations)
+        seen = frame_indices(self.num_steps, frames, evaluations)
         levels = np.array(rows)[:, 4]
-        carry, kept = descend(guided, body, carry, levels, seen, step_sigma=step_sigma)
-        return Drawn(carry[0], kept)
+        carry, kept = sampling_loop(guided, body, carry, levels, seen, step_sigma=step_sigma)
+        return SamplerOutput(carry[0], kept)
 
 
 def _schedule(
     name: str, low: float, high: float, time_min: float
 ) -> tuple[_Function, _Function, _Function]:
-    """σ(t), its derivative and its inverse, each on (n,) float64.
+    """Return σ(t), its derivative and its inverse, each on (n,) float64.
 
     Args:
       name: "linear", "vp" or "ve".
-      low, high, time_min: noise levels that "vp" has at the times `time_min` and 1.
+      low: noise level that "vp" has at `time_min`.
+      high: noise level that "vp" has at time 1.
+      time_min: of "vp", its earliest time.
     """
     if name == "linear":
         return np.copy, np.ones_like, np.copy

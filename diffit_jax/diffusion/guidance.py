@@ -1,14 +1,14 @@
 """Guidance: two evaluations made into one, over every sampler and both kinds of models.
 
 What is guided is a network or a denoiser (guidance is linear in both, so it makes no difference
-which). The plain evaluation is compared with a lesser one, and the difference is magnified:
+which). The plain evaluation is compared with another one, and the difference is magnified:
 
-    y = y_lesser + s (y_plain - y_lesser)
+    y = y_other + s (y_plain - y_other)
 
-In classifier-free guidance (Ho & Salimans 2022) the lesser one is the same network without the
-label, in autoguidance (Karras et al. 2024) a weaker network with the label. How the scale s depends
-on the noise level is a table over the sampler's static grid. Where it is 1, nothing is to be
-compared: the sampler's loop is split there, and the lesser evaluation is not run.
+In classifier-free guidance (Ho & Salimans 2022) the other one is the same network without the
+label, in autoguidance (Karras et al. 2024) a weaker, guiding network with the label. How the
+scale s depends on the noise level is a table over the sampler's static grid. Where it is 1, nothing
+is to be compared: the sampler's loop is split there, and the other evaluation is not run.
 
 `drop_labels` teaches a class-conditional network in training to work without a label.
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
-from diffit_jax.diffusion.seams import Conditioning, Network
+from diffit_jax.diffusion.types import Conditioning, Network
 from diffit_jax.errors import UserError
 from diffit_jax.limits import CountOrZero, above, at_least
 
@@ -39,17 +39,17 @@ class Unguided:
     by_label: ClassVar[bool] = False
     active: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
-    needs_weaker: ClassVar[bool] = False
+    needs_guide: ClassVar[bool] = False
     by_time: ClassVar[bool] = False
     channels: ClassVar[int] = 0
 
     def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
-        """1 everywhere; arguments as in `Constant.scales`."""
+        """Return 1 for each evaluation, (E,) float32; arguments as in `Constant.scales`."""
         return np.ones(len(time), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
+class Constant(limits.Section, name="sampling.guidance"):
     """`scale` at every noise level.
 
     Attributes:
@@ -57,21 +57,18 @@ class Constant:
       channels: so many first channels are guided, the others are the plain evaluation's; 0: all
         channels of the sample. Channels beyond those of the sample (a learned variance) are never
         guided. The released DiffiT guides 3 of its latents' 4.
-      skip_tolerance: where the scale is within this of 1, it counts as 1 and the lesser evaluation
+      skip_tolerance: where the scale is within this of 1, it counts as 1 and the other evaluation
         is not run.
     """
 
     kind: ClassVar[str] = "constant"
-    # Whether the lesser evaluation is that without a label.
+    # Whether the other evaluation is that without a label.
     by_label: ClassVar[bool] = True
     by_time: ClassVar[bool] = False  # whether scales follow the time of a schedule
 
     scale: Annotated[float, at_least(0)]
     channels: CountOrZero = 0
     skip_tolerance: Annotated[float, at_least(0)] = 1e-3
-
-    def __post_init__(self):
-        limits.check(self, "sampling.guidance")
 
     @property
     def active(self) -> bool:
@@ -84,15 +81,15 @@ class Constant:
         return self.active and self.by_label
 
     @property
-    def needs_weaker(self) -> bool:
-        """Whether a second, weaker network is evaluated."""
+    def needs_guide(self) -> bool:
+        """Whether a guiding network is evaluated."""
         return self.active and not self.by_label
 
     def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
-        """The scale at each evaluation of a sampler; within `skip_tolerance` of 1 it is 1.
+        """Return the scale at each evaluation of a sampler; within `skip_tolerance` of 1 it is 1.
 
         Args:
-          time: (E,) share t / T of the schedule in [0, 1): its timestep 0…999 over 1000.
+          time: (E,) time t / T of the schedule in [0, 1): its timestep 0…999 over 1000.
           step_sigma: (E,) noise level at the start of the step to which the evaluation belongs (so
             that an interval treats both evaluations of a Heun step alike, as its authors do).
 
@@ -103,8 +100,10 @@ class Constant:
         return np.where(np.abs(scales - 1) <= self.skip_tolerance, np.float32(1), scales)
 
     def weights(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
-        """How much of `scale` reaches each evaluation, (E,) float32 in [0, 1]: of every kind the
-        scales are 1 + (scale - 1) weights. Arguments as in `scales`."""
+        """Return how much of `scale` reaches each evaluation, (E,) float32 in [0, 1].
+
+        The scales are 1 + (scale - 1) weights, of every kind of guidance. Arguments as in `scales`.
+        """
         twice = dataclasses.replace(self, scale=2.0)
         return np.asarray(twice._scales(time, step_sigma) - 1).astype(np.float32)
 
@@ -114,8 +113,9 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class PowerCosine(Constant):
-    """Weak in high noise: 1 + (scale - 1) (1 - cos(π (1 - t / T)^power)) / 2, as in MDT and, at 256
-    pixels, in the released DiffiT.
+    """Weak in high noise: 1 + (scale - 1) (1 - cos(π (1 - t / T)^power)) / 2.
+
+    As in MDT and, at 256 pixels, in the released DiffiT.
 
     Attributes:
       scale, channels, skip_tolerance: as in `Constant`; `scale` is reached at the end.
@@ -160,11 +160,11 @@ class Interval(Constant):
 
 @dataclasses.dataclass(frozen=True)
 class Autoguidance(Constant):
-    """`scale` at every noise level, against a weaker network instead of the unconditional one.
+    """`scale` at every noise level, against a weaker network (the guide) with the label.
 
     Attributes:
       scale, channels, skip_tolerance: as in `Constant`.
-      workdir: work directory of the weaker network's run.
+      workdir: work directory of the guiding network's run.
     """
 
     kind: ClassVar[str] = "autoguidance"
@@ -178,7 +178,7 @@ GUIDANCE = {kind.kind: kind for kind in (Unguided, Constant, PowerCosine, Interv
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class Segment:
     """Evaluations start…stop-1 of a sampler, all guided or none.
 
     Attributes:
@@ -192,7 +192,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Guided:
-    """What a sampler evaluates, and where along its grid it is guided. Made by `guide`.
+    """What a sampler evaluates, and where along its grid it is guided. Made by `apply_guidance`.
 
     Attributes:
       plain: the evaluation without guidance.
@@ -210,22 +210,25 @@ class Guided:
     scale: jax.Array | None = None
 
     def scales(self, sigma: np.ndarray, step_sigma: np.ndarray | None = None) -> np.ndarray:
-        """The guidance's scales on a grid: (E,) noise levels of the evaluations, and of the starts
-        of their steps (None: the same)."""
+        """Return the settings' scale at each evaluation of a grid, (E,) float32.
+
+        Args:
+          sigma: (E,) noise levels of the evaluations.
+          step_sigma: (E,) of the starts of their steps; None: the same.
+        """
         return self.guidance.scales(*self._places(sigma, step_sigma))
 
     def _places(
         self, sigma: np.ndarray, step_sigma: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Times of a schedule, where the guidance follows them, and noise levels at which steps
-        start."""
+        """Return times of the schedule, if guidance follows them, and step-start noise levels."""
         time = self.time_of(sigma) if self.guidance.by_time else np.zeros_like(sigma)
         return time, sigma if step_sigma is None else step_sigma
 
-    def stretches(
+    def segments(
         self, sigma: np.ndarray, step_sigma: np.ndarray | None = None
-    ) -> Iterator[Stretch]:
-        """Cuts a sampler's evaluations where guidance begins or ends, in order; see `scales`."""
+    ) -> Iterator[Segment]:
+        """Divide a sampler's (E,) evaluations where guidance begins or ends; see `scales`."""
         scales = self.scales(sigma, step_sigma)
         table = jnp.asarray(scales)
         if self.scale is not None and isinstance(self.guidance, Constant):
@@ -240,11 +243,11 @@ class Guided:
         bounds = [0, *(np.flatnonzero(np.diff(scales != 1)) + 1).tolist(), len(scales)]
         for start, stop in itertools.pairwise(bounds):
             guided = scales[start] != 1
-            yield Stretch(start, stop, mixed_at if guided else lambda index: self.plain)
+            yield Segment(start, stop, mixed_at if guided else lambda index: self.plain)
 
 
 def unguided(evaluate: Network) -> Guided:
-    """An evaluation as it is."""
+    """Wrap an evaluation that is not guided."""
     return Guided(
         evaluate,
         lambda x, level, conditioning, _: evaluate(x, level, conditioning),
@@ -253,36 +256,37 @@ def unguided(evaluate: Network) -> Guided:
     )
 
 
-def guide(
+def apply_guidance(
     guidance: Guidance,
     evaluate: Network,
     time_of: Callable[[np.ndarray], np.ndarray],
     null_label: int | None = None,
-    weaker: Network | None = None,
+    guide: Network | None = None,
     *,
     scale: jax.Array | None = None,
     acts_on: Mapping[str, int] | None = None,
 ) -> Guided:
-    """Guides an evaluation.
+    """Combine an evaluation with an unconditional one, or with a guiding network's.
 
     Args:
       guidance: settings.
-      evaluate: the plain evaluation. Guided by labels it also evaluates the lesser one, in one call
-        with twice the batch, in which the two versions of an example lie next to each other, so
-        that a batch that is split over devices need not be moved.
+      evaluate: the plain evaluation. Guided by labels it also evaluates without them, in one call
+        with twice the batch, in which the two versions of an example are neighbours, so that a
+        batch that is split over devices need not be moved.
       time_of: of the process, see `Guided`.
       null_label: the label that stands for "no label"; None if there are no labels.
-      weaker: the lesser evaluation of autoguidance, with the same conditioning.
-      scale: in place of the settings', see `Guided`.
+      guide: the guiding network's evaluation (autoguidance), with the same conditioning.
+      scale: float32 scalar in place of the settings', see `Guided`.
       acts_on: of samples that are pytrees, the paths (`parallel.path_name`'s form: "a/b") of the
         leaves that are guided, and how many of their first channels, 0 for all; the other leaves
         are the plain evaluation's. None: every leaf, and the settings' channels of it.
 
     Raises:
-      UserError: guidance by labels without labels, or autoguidance without a weaker network.
+      UserError: guidance by labels without labels, or autoguidance without a guiding network.
     """
     if not guidance.active:
         return unguided(evaluate)
+    # What the plain evaluation is compared with.
     if guidance.by_label:
         if null_label is None:
             raise UserError(
@@ -291,22 +295,23 @@ def guide(
             )
         both = _with_and_without_label(evaluate, null_label)
     else:
-        if weaker is None:
+        if guide is None:
             raise UserError(
                 "autoguidance needs a second, weaker network: name its run by --guidance.workdir, "
                 "or choose another guidance"
             )
 
-        both = _by_two_networks(evaluate, weaker)
+        both = _by_two_networks(evaluate, guide)
 
+    # Extrapolate from the other evaluation through the plain one, on the guided channels only.
     def mixed(x: Any, level_B: jax.Array, conditioning: Conditioning, scale: jax.Array) -> Any:
-        def of_leaf(path: tuple, x: jax.Array, plain: jax.Array, lesser: jax.Array) -> jax.Array:
+        def of_leaf(path: tuple, x: jax.Array, plain: jax.Array, uncond: jax.Array) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if acts_on is not None and name not in acts_on:
                 return plain
             channels = guidance.channels if acts_on is None else acts_on[name]
             count = channels or x.shape[-1]
-            mixture = lesser[..., :count] + scale * (plain[..., :count] - lesser[..., :count])
+            mixture = uncond[..., :count] + scale * (plain[..., :count] - uncond[..., :count])
             return jnp.concatenate([mixture, plain[..., count:]], axis=-1)
 
         return jax.tree_util.tree_map_with_path(of_leaf, x, *both(x, level_B, conditioning))
@@ -317,17 +322,17 @@ def guide(
 _Both = Callable[[Any, jax.Array, Conditioning], tuple[Any, ...]]
 
 
-def _by_two_networks(evaluate: Network, weaker: Network) -> _Both:
-    """Both evaluations with the same conditioning."""
+def _by_two_networks(evaluate: Network, guide: Network) -> _Both:
+    """Return both evaluations with the same conditioning."""
 
     def both(x: Any, level_B: jax.Array, conditioning: Conditioning) -> tuple[Any, ...]:
-        return evaluate(x, level_B, conditioning), weaker(x, level_B, conditioning)
+        return evaluate(x, level_B, conditioning), guide(x, level_B, conditioning)
 
     return both
 
 
 def _with_and_without_label(evaluate: Network, null_label: int) -> _Both:
-    """Both evaluations by one call with twice the batch."""
+    """Return both evaluations by one call with twice the batch."""
 
     def both(x: Any, level_B: jax.Array, conditioning: Conditioning) -> tuple[Any, ...]:
         pairs = {name: jnp.repeat(value, 2, axis=0) for name, value in conditioning.items()}
@@ -343,8 +348,14 @@ def _with_and_without_label(evaluate: Network, null_label: int) -> _Both:
 def drop_labels(
     conditioning: Conditioning, key_B: jax.Array, rate: float, num_classes: int
 ) -> Conditioning:
-    """Replaces each label by "no label" (index `num_classes`) with probability `rate`, each decided
-    by its own key of key_B (B,)."""
+    """Replace each label by "no label" (index `num_classes`) with probability `rate`.
+
+    Args:
+      conditioning: has `label`, (B,) int.
+      key_B: (B,) keys, each of which decides for its example.
+      rate: in [0, 1].
+      num_classes: number of labels.
+    """
     if "label" not in conditioning or rate == 0:
         return conditioning
     drop_B = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(key_B)

@@ -1,7 +1,7 @@
-"""The processes that EDM compares itself with (Karras et al. 2022, Table 1), with EDM's names for
-what they are made of: VP and VE of Song et al. 2021, and improved DDPM's networks.
+"""The processes that EDM compares itself with (Karras et al. 2022, Table 1), in EDM's names.
 
-Their noise levels end: samplers clamp and round their grids to what the network knows.
+VP and VE of Song et al. 2021, and the networks of improved DDPM. Their noise levels end: samplers
+clamp and round their grids to what the network knows.
 
 Shape suffixes: B batch.
 """
@@ -17,16 +17,17 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.edm import Preconditioned, sampling_grid
-from diffit_jax.diffusion.seams import Process
+from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, GridPower, NoiseLevel, above, at_least
 
 EDM_RANGE = 0.002, 80.0  # noise levels of EDM's own sampling grid
 
 
-class _OfLimitedRange(Preconditioned):
-    """A process whose network knows noise levels from one to another; its sampling grid is EDM's,
-    from 80 to 0.002, as far as they go.
+class _BoundedRange(Preconditioned, limits.Section, name="process"):
+    """A process whose network knows a bounded range of noise levels.
+
+    Its sampling grid is EDM's, from 80 to 0.002, clamped to that range.
 
     Attributes:
       rho: of the sampling grid.
@@ -35,7 +36,7 @@ class _OfLimitedRange(Preconditioned):
     rho: float
 
     def __post_init__(self):
-        limits.check(self, "process")
+        super().__post_init__()
         low, high = self.sigma_range
         if not low < high:
             raise UserError(
@@ -44,8 +45,10 @@ class _OfLimitedRange(Preconditioned):
             )
 
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """(N + 1,) float64: `sampling_grid` of EDM's range, clamped to the network's and rounded to
-        its levels, then 0."""
+        """Return `sampling_grid` of EDM's range, (N + 1,) float64, ending with 0.
+
+        Its ends are clamped to the network's range, its levels rounded to the network's.
+        """
         low, high = self.sigma_range
         lowest, highest = max(EDM_RANGE[0], low), min(EDM_RANGE[1], high)
         if not lowest < highest:
@@ -57,25 +60,25 @@ class _OfLimitedRange(Preconditioned):
         return np.append(known_levels(self, grid[:-1]), 0.0)
 
 
-class _DrawnByShare(_OfLimitedRange):
-    """One that is trained at a uniform share of the way through its noise levels, each weighted by
-    1 / sigma²."""
+class _UniformTime(_BoundedRange):
+    """Base class of processes trained at a uniform fraction of their range, weight 1/sigma²."""
 
-    def sigma_of_share(self, share: jax.Array) -> jax.Array:
-        """The noise level at a share in [0, 1] of the way."""
+    def sigma_of_fraction(self, fraction: jax.Array) -> jax.Array:
+        """Return the noise level at a fraction in [0, 1] of the range, a float32 scalar."""
         raise NotImplementedError
 
     def draw_sigma(self, key: jax.Array) -> jax.Array:
-        return self.sigma_of_share(jax.random.uniform(key))
+        return self.sigma_of_fraction(jax.random.uniform(key))
 
     def loss_weight(self, sigma: jax.Array) -> jax.Array:
         return 1 / sigma**2
 
 
 @dataclasses.dataclass(frozen=True)
-class VP(_DrawnByShare):
-    """Variance preserving: sigma(t)² = exp(½ beta_d t² + beta_min t) - 1 at time t in [epsilon, 1],
-    which is drawn uniformly; the network is told (M - 1) t.
+class VP(_UniformTime):
+    """Variance preserving: sigma(t)² = exp(½ beta_d t² + beta_min t) - 1.
+
+    t is uniform in [epsilon, 1] in training; the network's noise level is (M - 1) t.
 
     Attributes:
       beta_d, beta_min: of the schedule.
@@ -92,6 +95,7 @@ class VP(_DrawnByShare):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
+        """Return the lowest and highest noise level."""
         low, high = np.sqrt(np.expm1(self._exponent(np.array([self.epsilon, 1.0]))))
         return float(low), float(high)
 
@@ -101,7 +105,7 @@ class VP(_DrawnByShare):
     def preconditioning(
         self, sigma: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """EDM Table 1, column VP; the time is sigma's inverse."""
+        """Return EDM Table 1, column VP, shaped like sigma; t inverts sigma(t)."""
         log = jnp.log1p(sigma**2)
         # (√(beta_min² + 2 beta_d log) - beta_min) / beta_d, without the difference of near numbers.
         root = jnp.sqrt(self.beta_min**2 + 2 * self.beta_d * log)
@@ -109,14 +113,14 @@ class VP(_DrawnByShare):
         c_in = 1 / jnp.sqrt(sigma**2 + 1)
         return jnp.ones_like(sigma), -sigma, c_in, (self.num_timesteps - 1) * t
 
-    def sigma_of_share(self, share: jax.Array) -> jax.Array:
-        """The noise level at a share in [0, 1] of the way from the latest time to the earliest."""
-        t = 1 + share * (self.epsilon - 1)
+    def sigma_of_fraction(self, fraction: jax.Array) -> jax.Array:
+        """Return the noise level at a fraction from latest to earliest time, a scalar."""
+        t = 1 + fraction * (self.epsilon - 1)
         return jnp.sqrt(jnp.expm1(self._exponent(t)))
 
 
 @dataclasses.dataclass(frozen=True)
-class VE(_DrawnByShare):
+class VE(_UniformTime):
     """Variance exploding: ln sigma is uniform in training; the network is told ln(sigma / 2).
 
     Attributes:
@@ -130,26 +134,27 @@ class VE(_DrawnByShare):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
+        """Return the lowest and highest noise level."""
         return self.sigma_min, self.sigma_max
 
     def preconditioning(
         self, sigma: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """EDM Table 1, column VE."""
+        """Return EDM Table 1, column VE, shaped like sigma."""
         ones = jnp.ones_like(sigma)
         return ones, sigma, ones, jnp.log(sigma / 2)
 
-    def sigma_of_share(self, share: jax.Array) -> jax.Array:
-        """The noise level at a share in [0, 1] of the way, in ln sigma, from the lowest to the
-        highest."""
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** share
+    def sigma_of_fraction(self, fraction: jax.Array) -> jax.Array:
+        """Return the noise level at a fraction of ln sigma, from lowest to highest, a scalar."""
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** fraction
 
 
 @dataclasses.dataclass(frozen=True)
-class IDDPM(_OfLimitedRange):
-    """Networks of improved DDPM (and ADM), which know M noise levels of a cosine schedule and are
-    told M - 1 - j at level u_j. They have twice the channels; the second half, a variance, does not
-    count. They are only sampled: the process "ddpm" trains such networks.
+class IDDPM(_BoundedRange):
+    """Networks of improved DDPM (and ADM), which know M noise levels of a cosine schedule.
+
+    Their noise level is M - 1 - j at level u_j. They have twice the channels; the second half, a
+    variance, does not count. They are only sampled: the process "ddpm" trains such networks.
 
     Attributes:
       num_timesteps: M.
@@ -157,9 +162,9 @@ class IDDPM(_OfLimitedRange):
       rho: of the sampling grid.
     """
 
-    num_timesteps: Annotated[int, at_least(2, most=1_000_000)] = 1000
+    num_timesteps: Annotated[int, at_least(2, le=1_000_000)] = 1000
     c1: Annotated[float, above(0, below=1)] = 0.001
-    c2: Annotated[float, at_least(0, most=1)] = 0.008
+    c2: Annotated[float, at_least(0, le=1)] = 0.008
     rho: GridPower = 7.0
 
     @property
@@ -169,30 +174,34 @@ class IDDPM(_OfLimitedRange):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
+        """Return the lowest and highest noise level."""
         return float(self.levels[-1]), float(self.levels[0])
 
     def output_channels(self, channels: int) -> int:
+        """Return the channels of the network's output: the noise, and a variance."""
         return 2 * channels
 
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
+        """Return the nearest of the M levels, float64, shaped like sigma."""
         nearest = np.abs(self.levels - np.asarray(sigma, np.float64)[..., None]).argmin(axis=-1)
         return self.levels[nearest]
 
     def preconditioning(
         self, sigma: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """EDM Table 1, column iDDPM, for the nearest level."""
+        """Return EDM Table 1, column iDDPM, for the nearest level, shaped like sigma."""
         index = jnp.abs(jnp.asarray(self.levels, sigma.dtype) - sigma[..., None]).argmin(axis=-1)
         c_noise = (self.num_timesteps - 1 - index).astype(sigma.dtype)
         return jnp.ones_like(sigma), -sigma, 1 / jnp.sqrt(sigma**2 + 1), c_noise
 
     @property
     def trains(self) -> bool:
+        """Whether training uses this process: never."""
         return False
 
 
 def known_levels(process: Process, sigma: np.ndarray) -> np.ndarray:
-    """Noise levels of a grid, (N,) float64, rounded to those that the network knows.
+    """Return noise levels of a grid, (N,) float64, rounded to those that the network knows.
 
     Raises:
       UserError: two of them become one.
@@ -209,11 +218,10 @@ def known_levels(process: Process, sigma: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def cosine_levels(num_timesteps: int, c1: float, c2: float) -> np.ndarray:
-    """(M,) float64, descending: the noise levels of improved DDPM's cosine schedule as EDM writes
-    them (Table 1).
+    """Return the noise levels of improved DDPM's cosine schedule, (M,) float64, descending.
 
-    u_M = 0, and u_{j-1} = √((u_j² + 1) / max(a(j-1) / a(j), c1) - 1) with a(j) = sin²(π/2 · j / (M
-    (c2 + 1))).
+    As EDM writes them (Table 1): u_M = 0, and u_{j-1} = √((u_j² + 1) / max(a(j-1) / a(j), c1) - 1)
+    with a(j) = sin²(π/2 · j / (M (c2 + 1))).
     """
     angle = math.pi / 2 * np.arange(num_timesteps + 1) / (num_timesteps * (c2 + 1))
     alpha = np.sin(angle) ** 2

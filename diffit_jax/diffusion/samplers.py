@@ -1,10 +1,9 @@
-"""Samplers in EDM's noise levels: from noise to a sample with a denoiser D(x; sigma), as loops that
-jit compiles once.
+"""Samplers: from noise to a sample with a denoiser D(x; sigma), as loops that jit compiles once.
 
-They serve every process; `Ancestral` and `DDIM` go down the schedule of discrete-time diffusion.
+They serve every process; `Ancestral` and `DDIM` serve DDPM alone, and evaluate its network.
 
-What is sampled is an array (B, H, W, C), or a pytree of arrays with the batch in front, of which
-networks and denoisers then make pytrees of the same structure.
+A sample is an array (B, H, W, C), or a pytree of arrays with the batch in front, of which networks
+and denoisers then make pytrees of the same structure.
 
 A sample's randomness is a function of its seed number alone: one key per sample (`sample_keys`),
 from which its initial noise and the noise of each step are derived by number. It does not depend on
@@ -28,19 +27,19 @@ from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM, Prediction
 from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.schedule import Schedule
-from diffit_jax.diffusion.seams import Conditioning, Denoiser, Network, Noise, Process
+from diffit_jax.diffusion.types import Conditioning, Denoiser, Network, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import at_least
 
 T = TypeVar("T", bound=tuple)
 Carry = tuple[Any, ...]  # of a sampler's loop
 tree_map = jax.tree.map
-Steps = Annotated[int, at_least(1, most=100_000)]
+Steps = Annotated[int, at_least(1, le=100_000)]
 Rounding = Callable[[np.ndarray], np.ndarray]  # of noise levels, float64
-StepsOfGrid = Annotated[int, at_least(2, most=100_000)]  # the grid has two ends
+StepsOfGrid = Annotated[int, at_least(2, le=100_000)]  # the grid has two ends
 
 
-class Drawn(NamedTuple):
+class SamplerOutput(NamedTuple):
     """What a sampler makes.
 
     Attributes:
@@ -65,15 +64,17 @@ class SamplingMethod(Protocol):
     num_steps: int
 
     def check(self, process: Process) -> None:
-        """Raises `UserError` if samples of a process cannot be drawn like this."""
+        """Raise `UserError` if samples of a process cannot be drawn like this."""
 
     def steps(self, process: Process) -> int:
-        """How many there are with a process."""
+        """Return how many steps the sampler takes with a process."""
         ...
 
-    def evaluated(self, process: Process, network: Network) -> Network:
-        """What the sampler evaluates, and what therefore is guided: the network itself, or the
-        process's denoiser."""
+    def model_fn(self, process: Process, network: Network) -> Network:
+        """Return the function that the sampler evaluates, and that is guided.
+
+        The network itself, or the process's denoiser.
+        """
         ...
 
     def draw(
@@ -83,12 +84,12 @@ class SamplingMethod(Protocol):
         noise: Noise,
         conditioning: Conditioning,
         frames: int = 0,
-    ) -> Drawn:
-        """Draws samples.
+    ) -> SamplerOutput:
+        """Draw samples.
 
         Args:
           process: around the network.
-          guided: what `evaluated` gives, guided or not.
+          guided: what `model_fn` gives, guided or not.
           noise: of the B samples; its shape is theirs.
           conditioning: of the B samples.
           frames: F, from the first step to the last at equal distances.
@@ -97,22 +98,24 @@ class SamplingMethod(Protocol):
 
 
 def sample_keys(seed_B: jax.Array) -> jax.Array:
-    """One key per seed number, (B,) uint32 → (B,) keys; equal numbers give equal keys on any
-    device."""
+    """Derive a key from each seed number, (B,) uint32 → (B,) keys.
+
+    Equal numbers give equal keys on any device.
+    """
     root = jax.random.key(0, impl="threefry2x32")
     return jax.vmap(lambda seed: jax.random.fold_in(root, seed))(seed_B)
 
 
 def step_noise(key_B: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise number `index` of each sample: (B, *shape) float32."""
+    """Draw standard normal noise number `index` of each sample: (B, *shape) float32."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(key_B)
 
 
 def seeded_noise(seed_B: jax.Array, shapes: Any) -> Noise:
-    """The noise of samples with seed numbers seed_B, (B,) uint32.
+    """Return the noise of samples with these seed numbers, as a function of its number.
 
     Args:
-      seed_B: seed numbers.
+      seed_B: (B,) uint32 seed numbers.
       shapes: of a sample, (H, W, C), or a pytree of such, each leaf of which has keys of its own: a
         function of the seed and the leaf's path.
     """
@@ -133,48 +136,55 @@ def _is_shape(node: Any) -> bool:
 
 
 def at_level(x: Any, level: jax.Array) -> jax.Array:
-    """(B,) the same noise level for each of the samples x."""
+    """Return the same noise level for each of the samples x, (B,)."""
     return jnp.full(len(jax.tree.leaves(x)[0]), level)
 
 
-def watched(steps: int, frames: int, evaluations: int = 1) -> np.ndarray:
-    """(F,) which of a sampler's evaluations are kept as frames: those with which F of its steps
-    begin, from the first step to the last at equal distances; a step has so many `evaluations`."""
+def frame_indices(steps: int, frames: int, evaluations: int = 1) -> np.ndarray:
+    """Return which evaluations of a sampler are kept as frames, (F,) int.
+
+    They begin F of its steps, from the first step to the last at equal distances.
+
+    Args:
+      steps: of the sampler.
+      frames: F.
+      evaluations: of each step.
+    """
     return np.rint(np.linspace(0, steps - 1, frames)).astype(np.int64) * evaluations
 
 
-def descend(
+def sampling_loop(
     guided: Guided,
     body: Callable[[jax.Array, T, Network], tuple[T, Any]],
     carry: T,
     sigma: np.ndarray,
-    watched: np.ndarray,
+    frame_indices: np.ndarray,
     *,
     step_sigma: np.ndarray | None = None,
 ) -> tuple[T, Any]:
-    """A sampler's loop: `carry, denoised = body(e, carry, network)` for each evaluation e of its
-    grid.
+    """Run a sampler's loop: `carry, denoised = body(e, carry, network)` for each evaluation e.
 
     Args:
-      guided: what is evaluated.
+      guided: the evaluations and their guidance.
       body: calls `network`, which is guided as e asks for, once.
       carry: tuple that the loop starts from; its first entry is x, like `denoised`.
-      sigma, step_sigma: (E,) static grid, see `Guided.scales`.
-      watched: (F,) static, evaluations whose `denoised` is kept.
+      sigma: (E,) static noise levels of the evaluations, see `Guided.scales`.
+      frame_indices: (F,) static, evaluations whose `denoised` is kept.
+      step_sigma: (E,) static noise levels of the starts of their steps; None: the same.
 
     Returns:
-      The last carry, and what was kept. The program holds one loop for each stretch of evaluations
-      with, or without, guidance.
+      The last carry, and the kept frames, (F, …) each. The program has one loop for each segment
+      of evaluations with, or without, guidance.
     """
-    empty = jax.tree.map(lambda leaf: jnp.zeros((len(watched), *leaf.shape)), carry[0])
-    state = carry, empty if len(watched) else None  # nothing is carried along for no frames
-    for stretch in guided.stretches(sigma, step_sigma):
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(frame_indices), *leaf.shape)), carry[0])
+    state = carry, empty if len(frame_indices) else None  # nothing is carried along for no frames
+    for segment in guided.segments(sigma, step_sigma):
 
-        def step(index: jax.Array, state: tuple, network: Any = stretch.network) -> tuple:
+        def step(index: jax.Array, state: tuple, network: Any = segment.network) -> tuple:
             carry, frames = state
             carry, denoised = body(index, carry, network(index))
             if frames is not None:
-                here = jnp.asarray(watched) == index
+                here = jnp.asarray(frame_indices) == index
                 frames = jax.tree.map(
                     lambda kept, new: jnp.where(here.reshape(-1, *(1,) * new.ndim), new, kept),
                     frames,
@@ -182,43 +192,43 @@ def descend(
                 )
             return carry, frames
 
-        state = jax.lax.fori_loop(stretch.start, stretch.stop, step, state)
+        state = jax.lax.fori_loop(segment.start, segment.stop, step, state)
     carry, frames = state
     return carry, empty if frames is None else frames
 
 
-class OfDenoiser:
+class DenoiserSampler(limits.Section, name="sampling.sampler"):
     """What samplers have in common that evaluate the process's denoiser, N steps long."""
 
     num_steps: int
 
-    def __post_init__(self):
-        limits.check(self, "sampling.sampler")
-
     def steps(self, process: Process) -> int:
+        """Return how many steps the sampler takes: `num_steps`, for every process."""
         return self.num_steps
 
-    def evaluated(self, process: Process, network: Network) -> Denoiser:
+    def model_fn(self, process: Process, network: Network) -> Denoiser:
+        """Return the process's denoiser."""
         return functools.partial(process.denoise, network)
 
 
-class Churning:
-    """What samplers have in common that add fresh noise on their way; their attributes are those of
-    `Heun`."""
+class StochasticMixin:
+    """Attributes and levels of samplers that add fresh noise on their way, as in `Heun`."""
 
     churn_amount: float
     churn_sigma_low: float
     churn_sigma_high: float
 
     def churned(self, sigmas: np.ndarray) -> np.ndarray:
-        """The noise level t̂ = t (1 + gamma) that each level t of the grid is lifted to before its
-        step; shaped like `sigmas`."""
+        """Return the noise level t̂ = t (1 + gamma) that each level t is raised to before its step.
+
+        Shaped like `sigmas`.
+        """
         gamma = min(self.churn_amount / len(sigmas), math.sqrt(2) - 1)
         inside = (self.churn_sigma_low <= sigmas) & (sigmas <= self.churn_sigma_high)
         return np.where(inside, sigmas * (1 + gamma), sigmas)
 
 
-class _InNoiseLevels(OfDenoiser):
+class _GridSampler(DenoiserSampler):
     """What samplers have in common that walk down the process's own grid."""
 
     def check(self, process: Process) -> None:
@@ -231,7 +241,7 @@ class _InNoiseLevels(OfDenoiser):
         noise: Noise,
         conditioning: Conditioning,
         frames: int = 0,
-    ) -> Drawn:
+    ) -> SamplerOutput:
         sigmas = process.sigmas(self.num_steps)
         rounding = process.round_sigma
         return self.solve(guided, noise, conditioning, sigmas, frames=frames, round_sigma=rounding)
@@ -245,8 +255,8 @@ class _InNoiseLevels(OfDenoiser):
         *,
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
-    ) -> Drawn:
-        """Draws samples on any grid.
+    ) -> SamplerOutput:
+        """Draw samples on any grid.
 
         Args:
           denoise: D(x, sigma, conditioning), guided or not.
@@ -263,9 +273,10 @@ class _InNoiseLevels(OfDenoiser):
 
 
 @dataclasses.dataclass(frozen=True)
-class Heun(Churning, _InNoiseLevels):
-    """EDM's sampler (Algorithm 2): Heun's method down the noise levels, an Euler step to zero at
-    the end. 2N - 1 evaluations. Its lines, for t_i = sigmas[i], eps of standard deviation S_noise:
+class Heun(StochasticMixin, _GridSampler):
+    """EDM's sampler (Algorithm 2): Heun's method down the noise levels, then an Euler step to zero.
+
+    2N - 1 evaluations. Its lines, for t_i = sigmas[i], eps of standard deviation S_noise:
 
          2  x_0 = t_0 z
          5  t̂ = t_i + gamma t_i                           `churned`
@@ -303,8 +314,8 @@ class Heun(Churning, _InNoiseLevels):
         *,
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
-    ) -> Drawn:
-        """Draws samples by the lines above; arguments and value as of `_InNoiseLevels.solve`."""
+    ) -> SamplerOutput:
+        """Draw samples by the lines above, (B, H, W, C); arguments as of `_GridSampler.solve`."""
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         sigma_hat = round_sigma(self.churned(sigma))
         # Made in float64, rounded once: the noise that lifts the level t to t̂.
@@ -341,18 +352,18 @@ class Heun(Churning, _InNoiseLevels):
         x = tree_map(lambda z: jnp.float32(sigmas[0]) * z, noise(0))
         levels = np.stack([sigma_hat, next_sigma], axis=1).ravel()[:-1]
         carry = x, x, tree_map(jnp.zeros_like, x)
-        seen = watched(len(sigma), frames, evaluations=2)
+        seen = frame_indices(len(sigma), frames, evaluations=2)
         starts = np.repeat(sigma, 2)[:-1]
-        carry, kept = descend(denoise, body, carry, levels, seen, step_sigma=starts)
-        return Drawn(carry[0], kept)
+        carry, kept = sampling_loop(denoise, body, carry, levels, seen, step_sigma=starts)
+        return SamplerOutput(carry[0], kept)
 
 
 @dataclasses.dataclass(frozen=True)
-class DPMSolver(_InNoiseLevels):
-    """DPM-Solver++(2M) of Lu et al. 2022, one evaluation per step: exact for a D that is linear in
-    ln sigma between the levels.
+class DPMSolver(_GridSampler):
+    """DPM-Solver++(2M) of Lu et al. 2022, one evaluation per step.
 
-    With h = ln(sigma_i / sigma_{i+1}) and r = h_{i-1} / h,
+    Of second order, by the last two estimates. With h = ln(sigma_i / sigma_{i+1})
+    and r = h_{i-1} / h,
 
         x_{i+1} = e^-h x_i + (1 - e^-h) (D_i + (D_i - D_{i-1}) / (2 r))
 
@@ -377,10 +388,13 @@ class DPMSolver(_InNoiseLevels):
         *,
         frames: int = 0,
         round_sigma: Rounding = np.asarray,
-    ) -> Drawn:
-        """Draws samples by the update of this class's docstring (Lu et al. 2022, DPM-Solver++,
-        Algorithm 2, with s = 1 and sigma = e^-lambda); arguments and value as of
-        `_InNoiseLevels.solve`."""
+    ) -> SamplerOutput:
+        """Draw samples by this class's update (Lu et al. 2022, Algorithm 2).
+
+        In its notation alpha = 1 and sigma = e^-lambda.
+
+        Arguments and value as of `_GridSampler.solve`.
+        """
         # 1 / (2 r) of each step; 0, first order, at both ends.
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
         ratio = next_sigma / sigma  # e^-h
@@ -407,14 +421,15 @@ class DPMSolver(_InNoiseLevels):
 
         x = tree_map(lambda z: jnp.float32(sigmas[0]) * z, noise(0))
         carry = x, tree_map(jnp.zeros_like, x)
-        carry, kept = descend(denoise, body, carry, sigma, watched(len(sigma), frames))
-        return Drawn(carry[0], kept)
+        carry, kept = sampling_loop(denoise, body, carry, sigma, frame_indices(len(sigma), frames))
+        return SamplerOutput(carry[0], kept)
 
 
 @dataclasses.dataclass(frozen=True)
 class Euler(DPMSolver):
-    """Euler's method down the noise levels, one evaluation per step: DPM-Solver++ of first order,
-    and DDIM.
+    """Euler's method down the noise levels: DPM-Solver++ of first order, and DDIM.
+
+    One evaluation per step.
 
     Attributes:
       num_steps: N.
@@ -429,9 +444,10 @@ Update = Callable[[Prediction, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ancestral:
-    """Ancestral sampling of DDPM: x_{k-1} = mean + exp(½ ln variance) z from the last step to the
-    first, whose z is 0. K evaluations.
+class Ancestral(limits.Section, name="sampling.sampler"):
+    """Ancestral sampling of DDPM: x_{k-1} = mean + exp(½ ln variance) z, K evaluations.
+
+    From the last step to the first, whose z is 0.
 
     Attributes:
       num_steps: K, spread over the schedule.
@@ -448,10 +464,8 @@ class Ancestral:
     respacing: str = ""
     clip_denoised: bool = False
 
-    def __post_init__(self):
-        limits.check(self, "sampling.sampler")
-
     def check(self, process: Process) -> None:
+        """Raise `UserError` unless the process has a discrete schedule with so many steps."""
         if not isinstance(process, DDPM):
             raise UserError(
                 f"config key sampling.sampler.name is {self.name}, which needs the process ddpm: "
@@ -460,13 +474,15 @@ class Ancestral:
         self.schedule(process)
 
     def schedule(self, process: DDPM) -> Schedule:
-        """The K steps of the process that are taken."""
+        """Return the K steps of the process that are taken."""
         return process.schedule_for(self.respacing or str(self.num_steps))
 
     def steps(self, process: DDPM) -> int:
+        """Return K."""
         return len(self.schedule(process))
 
-    def evaluated(self, process: Process, network: Network) -> Network:
+    def model_fn(self, process: Process, network: Network) -> Network:
+        """Return the network itself."""
         return network
 
     def draw(
@@ -476,8 +492,8 @@ class Ancestral:
         noise: Noise,
         conditioning: Conditioning,
         frames: int = 0,
-    ) -> Drawn:
-        """Draws samples by Algorithm 2 of Ho et al. 2020; arguments as of `SamplingMethod.draw`.
+    ) -> SamplerOutput:
+        """Draw samples by Algorithm 2 of Ho et al. 2020; arguments as of `SamplingMethod.draw`.
 
         Its lines, for k = K - 1 … 0 (the schedule's own steps; `timesteps[k]` is what the network
         knows k by):
@@ -502,12 +518,15 @@ class Ancestral:
             x = tree_map(lambda x, p, z: update(p, x, k, z), x, predictions, noise(index + 1))
             return (x,), tree_map(lambda x, p: p.x0, x, predictions)
 
-        sigma, seen = schedule.sqrt_recipm1_alphas_cumprod[::-1], watched(len(schedule), frames)
-        carry, kept = descend(guided, body, (noise(0),), sigma, seen)
-        return Drawn(carry[0], kept)
+        sigma, seen = (
+            schedule.sqrt_recipm1_alphas_cumprod[::-1],
+            frame_indices(len(schedule), frames),
+        )
+        carry, kept = sampling_loop(guided, body, (noise(0),), sigma, seen)
+        return SamplerOutput(carry[0], kept)
 
     def update(self, schedule: Schedule) -> Update:
-        """The step from x_k to x_{k-1}."""
+        """Return the update from x_k (B, H, W, C) to x_{k-1}."""
 
         def update(p: Prediction, x_BHWC: jax.Array, k: jax.Array, z_BHWC: jax.Array) -> jax.Array:
             return p.mean + jnp.where(k > 0, jnp.exp(0.5 * p.log_variance) * z_BHWC, 0.0)
@@ -517,7 +536,7 @@ class Ancestral:
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(Ancestral):
-    """DDIM (Song et al. 2021, Eq. 12), K evaluations:
+    """DDIM (Song et al. 2021, Eq. 12), K evaluations.
 
         x_{k-1} = √alpha_bar' x_0 + √(1 - alpha_bar' - s²) epsilon + s z
 
@@ -535,6 +554,7 @@ class DDIM(Ancestral):
     eta: Annotated[float, at_least(0)] = 0.0
 
     def update(self, schedule: Schedule) -> Update:
+        """Return the update of this class's docstring, from x_k (B, H, W, C) to x_{k-1}."""
         now, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         spread = self.eta * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
         direction = np.sqrt(np.maximum(1 - before - spread**2, 0))

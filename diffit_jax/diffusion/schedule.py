@@ -1,8 +1,7 @@
-"""Noise schedules of discrete-time diffusion (Ho et al. 2020, Nichol & Dhariwal 2021) and their
-respacing.
+"""Noise schedules of discrete-time diffusion, and their respacing.
 
-All tables are float64 numpy arrays over the steps k = 0…K-1, made once when a program is built;
-loops read them as float32.
+Ho et al. 2020 and Nichol & Dhariwal 2021. All tables are float64 numpy arrays over the steps
+k = 0…K-1, made once when a program is built; loops read them as float32.
 """
 
 import dataclasses
@@ -15,15 +14,19 @@ from diffit_jax.errors import UserError
 
 
 def linear_betas(num_timesteps: int) -> np.ndarray:
-    """(T,) float64: from 1e-4 to 0.02 at T = 1000; for other T scaled by 1000 / T, so that the
-    total noise stays about the same."""
+    """Return betas from 1e-4 to 0.02 at T = 1000, (T,) float64.
+
+    For other T they are scaled by 1000 / T, so that the total noise stays about the same.
+    """
     scale = 1000 / num_timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
 
 
 def cosine_betas(num_timesteps: int) -> np.ndarray:
-    """(T,) float64: alpha_bar(t) = cos²(π/2 (t / T + 0.008) / 1.008), each beta at most 0.999
-    (improved DDPM, Eq. 17)."""
+    """Return the betas of alpha_bar(t) = cos²(π/2 (t / T + 0.008) / 1.008), (T,) float64.
+
+    Each is at most 0.999 (improved DDPM, Eq. 17).
+    """
     alpha_bar = (
         np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
     )
@@ -34,7 +37,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def respaced_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
-    """The timesteps of a shorter schedule within a long one.
+    """Return the timesteps of a shorter schedule within a long one.
 
     Args:
       num_timesteps: T of the long schedule.
@@ -91,8 +94,9 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The tables of a diffusion with K steps. A step k is one of the schedule's own; `timesteps[k]`
-    is what the network knows it by.
+    """The tables of a diffusion with K steps, (K,) float64 but for `timesteps`.
+
+    A step k is one of the schedule's own; `timesteps[k]` is the number that the network gets.
 
     Attributes:
       betas: (K,) float64, variance of the noise that step k adds.
@@ -104,11 +108,11 @@ class Schedule:
 
     @classmethod
     def make(cls, name: str, num_timesteps: int) -> "Schedule":
-        """The schedule of that name in `SCHEDULES` with T steps."""
+        """Make the schedule of that name in `SCHEDULES` with T steps."""
         return cls(SCHEDULES[name](num_timesteps), np.arange(num_timesteps))
 
     def respaced(self, respacing: str) -> "Schedule":
-        """A shorter schedule that has the noise levels of this one at `respaced_timesteps`."""
+        """Make a shorter schedule that has the noise levels of this one at `respaced_timesteps`."""
         kept = respaced_timesteps(len(self), respacing)
         alphas_cumprod = self.alphas_cumprod[kept]
         betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
@@ -119,30 +123,32 @@ class Schedule:
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """alpha_bar_k, the share of the signal's variance that is left after step k."""
+        """alpha_bar_k, (K,): the signal's variance that is left after step k."""
         return np.cumprod(1 - self.betas)
 
     @functools.cached_property
     def alphas_cumprod_prev(self) -> np.ndarray:
-        """alpha_bar_{k-1}, 1 before the first step."""
+        """alpha_bar_{k-1}, (K,), 1 before the first step."""
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @property
     def sqrt_alphas_cumprod(self) -> np.ndarray:
+        """√alpha_bar_k, (K,) float64."""
         return np.sqrt(self.alphas_cumprod)
 
     @property
     def sqrt_one_minus_alphas_cumprod(self) -> np.ndarray:
+        """√(1 - alpha_bar_k), (K,) float64."""
         return np.sqrt(1 - self.alphas_cumprod)
 
     @property
     def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
+        """√(1 / alpha_bar_k), (K,) float64."""
         return np.sqrt(1 / self.alphas_cumprod)
 
     @property
     def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
-        """√(1 / alpha_bar - 1): the noise level sigma of EDM, standard deviation of the noise
-        relative to the signal."""
+        """√(1 / alpha_bar_k - 1), (K,) float64: EDM's noise level sigma."""
         return np.sqrt(1 / self.alphas_cumprod - 1)
 
     @property
@@ -152,8 +158,10 @@ class Schedule:
 
     @property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """ln beta~_k, with the entry of k = 1 in place of the infinite one of k = 0 (of ln beta_0
-        if that is the only step)."""
+        """Logarithm of beta~_k, (K,) float64; that of k = 1 replaces the infinite one of k = 0.
+
+        With one step only, it is ln beta_0.
+        """
         tail = self.posterior_variance[1:]
         return np.log(np.append(tail[:1] if len(tail) else self.betas[:1], tail))
 
@@ -168,11 +176,12 @@ class Schedule:
         return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
 
     def timestep_of(self, sigma: np.ndarray) -> np.ndarray:
-        """The timestep with a given noise level, float64 in [0, T - 1]: exact at the schedule's own
-        levels, linear in ln sigma between.
+        """Return the timestep with a given noise level, float64 in [0, T - 1].
+
+        Exact at the schedule's own levels, linear in ln sigma between.
 
         Args:
-          sigma: noise levels > 0 as in EDM; beyond the schedule's ends they get its first or last
-            timestep.
+          sigma: (n,) noise levels > 0 as in EDM; beyond the schedule's ends they get its first or
+            last timestep.
         """
         return np.interp(np.log(sigma), np.log(self.sqrt_recipm1_alphas_cumprod), self.timesteps)

@@ -9,9 +9,9 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator, check_count
-from diffit_jax.evaluation.pictures import DrawnPictures, Pictures, open_pictures
+from diffit_jax.evaluation.images import DrawnImages, Images, open_samples
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
-from diffit_jax.sampling.request import Asked, Drawing, Run, Weights
+from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions, Weights
 
 log = logging.getLogger(__name__)
 
@@ -27,31 +27,32 @@ _TITLES = {
 }
 
 
-@backend.pinned()
-@backend.memory_for("lower --batch_per_device, or sampling.batch_per_device")
+@backend.reproducible_numerics()
+@backend.explain_oom("lower --batch_per_device, or sampling.batch_per_device")
 def evaluate(
     samples: epath.PathLike | Run | Weights,
     *,
     comparison: Comparison,
-    drawing: Drawing = Drawing(),
+    options: SamplingOptions = SamplingOptions(),
     seeds: Sequence[Sequence[int]] | None = None,
     count: int | None = None,
     output: epath.PathLike | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measures samples against a reference and writes the scores as JSON. Interrupted, the same
-    call goes on where it was.
+    """Measure samples against a reference and write the scores as JSON.
+
+    Interrupted, the same call resumes.
 
     Args:
-      samples: an npz file with `arr_0` (N, H, W, 3 or 1) uint8, a folder or an archive of pictures,
+      samples: an npz file with `arr_0` (N, H, W, 3 or 1) uint8, a folder or an archive of images,
         read as a stream; or a `Run` or `Weights`, whose samples are drawn and not kept.
-      comparison: with what, and how.
-      drawing: of the samples of a network.
+      comparison: the reference, and how samples are compared with it.
+      options: of the samples of a network.
       seeds: sets of seed numbers of a network's samples; None: one, 0 to `count` - 1. Each set is
         measured by itself, and the one of the lowest FID counts: EDM's protocol is the lowest of
         three.
       count: how many of the first samples; None: all, or of a network 50,000.
-      output: path of the JSON; None: `<name of the samples>.metrics.json` beside them, or in the
+      output: path of the JSON; None: `<name of the samples>.metrics.json` next to them, or in the
         work directory.
       overwrite: whether the scores of other samples may be replaced.
 
@@ -61,25 +62,26 @@ def evaluate(
 
     Raises:
       UserError: files or weights that cannot be read or do not belong together, fewer samples than
-        asked for, samples that are no uint8 pictures or not finite, or an output that holds the
+        asked for, samples that are no uint8 images or not finite, or an output that holds the
         scores of others.
-      interruption.Preempted, interruption.Interrupted: what is measured is kept beside the output.
+      interruption.Preempted, interruption.Interrupted: the measured part is kept next to the
+      output.
     """
     # --- The samples, before anything else is opened.
     if isinstance(samples, Run | Weights):
-        drawn, mesh, default = _drawn(samples, drawing, seeds, count)
+        drawn, mesh, default = _draw_samples(samples, options, seeds, count)
     elif seeds is not None:
         raise UserError("--seeds goes with a network: samples that are there are as they are")
     else:
-        drawn, mesh, default = _opened(samples)
+        drawn, mesh, default = _open_samples(samples)
     output = files.resolve(default if output is None else output, "output")
-    for pictures in drawn:
-        if count is not None and count > pictures.count:
+    for images in drawn:
+        if count is not None and count > images.count:
             raise UserError(
-                f"{pictures.facts['samples']} has {pictures.count} samples, --count asks for "
+                f"{images.metadata['samples']} has {images.count} samples, --count asks for "
                 f"{count}: draw more, or ask for fewer"
             )
-        check_count(pictures.count if count is None else count)
+        check_count(images.count if count is None else count)
     distributed.on_primary(lambda: _refuse_others(output, drawn[0], overwrite))
     evaluator = Evaluator.open(comparison, drawn[0].shape, mesh)
     if len(drawn) > 1 and "fid" not in evaluator.metrics:
@@ -91,8 +93,8 @@ def evaluate(
         output.with_name(f"{output.name}.begun{number or ''}.npz") for number in range(len(drawn))
     ]
     of_sets = [
-        evaluator.run(pictures, place, count=count, keep=place != places[-1])
-        for pictures, place in zip(drawn, places, strict=True)
+        evaluator.run(images, place, count=count, keep=place != places[-1])
+        for images, place in zip(drawn, places, strict=True)
     ]
     scores = min(of_sets, key=lambda one: one["metrics"].get("fid", 0.0))
     if len(of_sets) > 1:
@@ -108,42 +110,42 @@ def evaluate(
     return scores
 
 
-_Samples = tuple[Sequence[Pictures], jax.sharding.Mesh, epath.Path]  # …, and where scores go
+_Samples = tuple[Sequence[Images], jax.sharding.Mesh, epath.Path]  # …, and where scores go
 
 
-def _drawn(
+def _draw_samples(
     source: Run | Weights,
-    drawing: Drawing,
+    options: SamplingOptions,
     seeds: Sequence[Sequence[int]] | None,
     count: int | None,
 ) -> _Samples:
-    """The samples of a network, a set for each set of seeds."""
+    """Return the samples of a network, one `Images` for each set of seeds."""
     if seeds is not None and count is not None:
         raise UserError("--seeds and --count both say how many samples: leave out either")
     sets = seeds or [range(COUNT if count is None else count)]
-    every = [Asked.make(source, seeds=one, drawing=drawing) for one in sets]
+    every = [SampleRequest.make(source, seeds=one, options=options) for one in sets]
     networks, path = every[0].load(), every[0].output(None)
     lowest = f".lowest_of_{len(sets)}" if len(sets) > 1 else ""
     output = path.with_name(f"{path.stem}{lowest}{METRICS_SUFFIX}")
-    return [DrawnPictures(one, networks) for one in every], every[0].opened.mesh, output
+    return [DrawnImages(one, networks) for one in every], every[0].setup.mesh, output
 
 
-def _opened(samples: epath.PathLike) -> _Samples:
-    """The samples of a file or folder."""
+def _open_samples(samples: epath.PathLike) -> _Samples:
+    """Open the samples of a file or folder."""
     path = hub.local(samples, "samples")
     name = path.name if path.is_dir() else path.stem
-    output = hub.beside(samples, path) / f"{name}{METRICS_SUFFIX}"
-    return [open_pictures(path)], parallel.any_mesh(), output
+    output = hub.output_directory(samples, path) / f"{name}{METRICS_SUFFIX}"
+    return [open_samples(path)], parallel.any_mesh(), output
 
 
 def _of_set(metrics: Mapping[str, float], protocol: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    """What is told of one of several sets."""
+    """Return the entry of one of several sets in the scores."""
     seeds, digest = protocol["seeds"], protocol["samples_digest"]
     return {"seeds": seeds, "metrics": metrics, "samples_digest": digest}
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """The scores of `evaluate` as text."""
+    """Format the scores of `evaluate` as text."""
     metrics, protocol = scores["metrics"], scores["protocol"]
     lines = [
         f"{_TITLES[name]:20}{value:12.5f}"
@@ -161,15 +163,14 @@ def table(scores: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _refuse_others(output: epath.Path, pictures: Pictures, overwrite: bool) -> None:
-    """Raises `UserError` where the scores of other samples would be replaced, or nothing can be
-    written."""
+def _refuse_others(output: epath.Path, images: Images, overwrite: bool) -> None:
+    """Raise `UserError` if scores of other samples would be replaced, or cannot be written."""
     files.make_directory(output.parent, "output directory")
     found = files.Artifact(
         output,
-        {"samples": pictures.facts["samples"]},
+        {"samples": images.metadata["samples"]},
         of=lambda scores: {"samples": scores.get("protocol", {}).get("samples")},
-    ).look()
+    ).inspect()
     if found.state == "other" and not overwrite:
         theirs, _ = found.differences.get("samples", (None, None))
         what = f"holds the scores of {theirs}" if theirs else "holds scores of another kind"

@@ -13,14 +13,14 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.measuring import Begun, Measured, measure, protocol_of
-from diffit_jax.evaluation.pictures import Pictures
+from diffit_jax.evaluation.images import Images
+from diffit_jax.evaluation.measuring import Measured, PartialResult, measure, protocol_of
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.scores import frechet_distance, kernel_distance
 from diffit_jax.runtime import distributed, hub
 
-# Metrics that need the features of single pictures, of both sides.
-_OF_PICTURES = frozenset(("precision", "recall", "kid"))
+# Metrics that need the features of single images, of both sides.
+_OF_IMAGES = frozenset(("precision", "recall", "kid"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Comparison:
       reference: npz file of statistics, see `evaluation.reference`; `hf://` too.
       inception: weights of the FID network, see `interop.inception`.
       metrics: names in `METRICS`; None: all but KID that the reference has what it takes for.
-      resize: how pictures come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
-      batch_per_device: pictures of which a device extracts the features at once.
+      resize: how images come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
+      batch_per_device: images of which a device extracts the features at once.
     """
 
     reference: epath.PathLike
@@ -44,11 +44,12 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A reference and what is measured against it: the verb `evaluate`, a sweep and a run that is
-    being trained have the same one.
+    """A reference, the FID network, and the metrics between samples and the reference.
+
+    The verb `evaluate`, a sweep and a run that is being trained use the same one.
 
     Attributes:
-      extractor: from pictures to features.
+      extractor: from images to features.
       reference: what samples are compared with.
       metrics: names in `reference.METRICS`, see `Reference.chosen`.
     """
@@ -61,16 +62,16 @@ class Evaluator:
     def open(
         cls, comparison: Comparison, shape: tuple[int, ...], mesh: jax.sharding.Mesh
     ) -> "Evaluator":
-        """Reads a reference and the FID network.
+        """Read a reference and the FID network.
 
         Args:
           comparison: names them.
-          shape: (H, W, C) of the pictures that are to be compared.
+          shape: (H, W, C) of the images that are to be compared.
           mesh: devices to extract features on.
 
         Raises:
           UserError: a file that cannot be read, or a reference of another resolution or rule, or
-            without what a metric needs.
+            without the statistics that a metric needs.
         """
         extractor = Extractor.load(
             comparison.inception, mesh, comparison.resize, comparison.batch_per_device
@@ -81,7 +82,7 @@ class Evaluator:
 
     def run(
         self,
-        pictures: Pictures,
+        images: Images,
         place: epath.Path,
         *,
         count: int | None = None,
@@ -89,48 +90,51 @@ class Evaluator:
         max_seconds: float = 0.0,
         keep: bool = False,
     ) -> dict[str, Any]:
-        """Measures pictures and compares them. Interrupted, the same call goes on where it was.
+        """Measure images and compare them with the reference; interrupted, the same call resumes.
 
         Args:
-          pictures: what is measured.
+          images: what is measured.
           place: file that keeps what is measured if the call is interrupted; the caller removes it.
-          count: how many of the first pictures; None: all.
-          what: the pictures, for progress.
+          count: how many of the first images; None: all.
+          what: the images, for progress.
           max_seconds: measure no more after so long; 0: all of them.
           keep: whether what is measured is kept in any case.
 
         Returns:
-          `metrics`: the scores by name; `count`: of pictures; `protocol`: what they depend on.
+          `metrics`: the scores by name; `count`: of images; `protocol`: what they depend on.
 
         Raises:
-          UserError: fewer than two pictures.
+          UserError: fewer than two images.
           interruption.Preempted, interruption.Interrupted: what is measured is kept.
         """
-        count = pictures.count if count is None else count
+        count = images.count if count is None else count
         check_count(count)
-        protocol = protocol_of(pictures, self.extractor, count)
-        begun = Begun(place, json.dumps([protocol, self.pooled], sort_keys=True))
+        protocol = protocol_of(images, self.extractor, count)
+        partial = PartialResult(place, json.dumps([protocol, self.pooled], sort_keys=True))
         measured = measure(
-            pictures,
+            images,
             self.extractor,
             what,
             pooled=self.pooled,
             count=count,
-            begun=begun,
+            partial=partial,
             max_seconds=max_seconds,
         )
         if keep:
-            distributed.on_primary(functools.partial(begun.save, measured))
-        protocol |= {"reference": self.reference.facts(), "samples_digest": measured.digest.hex()}
+            distributed.on_primary(functools.partial(partial.save, measured))
+        protocol |= {
+            "reference": self.reference.metadata(),
+            "samples_digest": measured.digest.hex(),
+        }
         return {"metrics": self.scores(measured), "count": measured.count, "protocol": protocol}
 
     @property
     def pooled(self) -> bool:
         """Whether `measure` is to keep the features of single samples."""
-        return bool(_OF_PICTURES & set(self.metrics))
+        return bool(_OF_IMAGES & set(self.metrics))
 
     def scores(self, samples: Measured) -> dict[str, float]:
-        """The metrics by name, in the order of `metrics`, and `kid_std` behind `kid`."""
+        """Return the metrics by name, in the order of `metrics`, and `kid_std` behind `kid`."""
         scores: dict[str, float] = {}
         for name, ours, key in (("fid", samples.pool, "mu"), ("sfid", samples.spatial, "mu_s")):
             if name in self.metrics:
@@ -139,22 +143,22 @@ class Evaluator:
         if "inception_score" in self.metrics:
             scores["inception_score"] = samples.inception_score.score()
         if self.pooled:
-            scores |= self._of_pictures(self._reference_features, samples.features)
+            scores |= self._of_images(self._reference_features, samples.features)
         names = [*self.metrics, *(["kid_std"] if "kid" in self.metrics else [])]
         return {name: scores[name] for name in names}
 
     @functools.cached_property
     def _reference_features(self) -> np.ndarray:
-        """(m, d) of the reference's pictures, measured once."""
-        assert self.reference.pictures is not None
-        return measure(self.reference.pictures, self.extractor, "reference", pooled=True).features
+        """(m, d) of the reference's images, measured once."""
+        assert self.reference.images is not None
+        return measure(self.reference.images, self.extractor, "reference", pooled=True).features
 
-    def _of_pictures(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
-        """Metrics of the features of single pictures, (m, d) and (n, d)."""
+    def _of_images(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
+        """Return the metrics of features of single images, (m, d) and (n, d)."""
         scores: dict[str, float] = {}
         if {"precision", "recall"} & set(self.metrics):
-            shares = neighbours.precision_and_recall(reference, samples)
-            scores |= dict(zip(("precision", "recall"), shares, strict=True))
+            probabilities = neighbours.precision_and_recall(reference, samples)
+            scores |= dict(zip(("precision", "recall"), probabilities, strict=True))
         if "kid" in self.metrics:
             pair = kernel_distance(samples, reference)
             scores |= dict(zip(("kid", "kid_std"), pair, strict=True))
@@ -162,6 +166,6 @@ class Evaluator:
 
 
 def check_count(count: int) -> None:
-    """Raises `UserError` if so few pictures cannot be measured."""
+    """Raise `UserError` if so few images cannot be measured."""
     if count < 2:
         raise UserError("one sample has no covariance: measure at least two")

@@ -1,4 +1,4 @@
-"""From pictures to the features that metrics compare, on every device of a mesh."""
+"""From images to the features that metrics compare, on every device of a mesh."""
 
 import os
 from typing import Any, NamedTuple
@@ -9,14 +9,19 @@ from etils import epath
 
 from diffit_jax.interop import inception as interop
 from diffit_jax.models.pretrained import inception
-from diffit_jax.models.pretrained.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception, Taps
+from diffit_jax.models.pretrained.inception import (
+    SPATIAL_CHANNELS,
+    SPATIAL_SIDE,
+    Inception,
+    InceptionOutputs,
+)
 from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
 BATCH_PER_DEVICE = 32
 
 
 class Features(NamedTuple):
-    """Of n pictures, float32.
+    """Of n images, float32.
 
     Attributes:
       pool: (n, 2048), for FID, KID, precision and recall.
@@ -30,14 +35,16 @@ class Features(NamedTuple):
 
 
 class Extractor:
-    """The FID network, float32 with the highest precision of products on every platform. Each
-    device works on pictures of its own: of the published network their number changes no bit. (Of a
-    much narrower one it can, on a CPU, whose threads divide a sum where there are few of them.)
+    """The FID network on a mesh, float32 with the highest precision of products on every platform.
+
+    Each device computes its own images: with the published weights the features are bit-identical
+    for any number of devices. (A much narrower network's can differ on a CPU, whose threads divide
+    a sum where there are few of them.)
 
     Attributes:
-      rule: how pictures are resized and scaled, a name in `inception.RULES`.
-      batch_size: pictures of a call, over all devices.
-      sizes: of the features of a picture: "mu" pooled, "mu_s" spatial.
+      rule: how images are resized and scaled, a name in `inception.RULES`.
+      batch_size: images of a call, over all devices.
+      sizes: of the features of an image: "mu" pooled, "mu_s" spatial.
     """
 
     def __init__(
@@ -48,17 +55,17 @@ class Extractor:
         rule: str = "tf1",
         batch_per_device: int = BATCH_PER_DEVICE,
     ):
-        """`variables`: of the network, on every device of the mesh."""
+        """Prepare an extractor; `variables`: of the network, on every device of the mesh."""
         self.rule, self._mesh, self._variables = rule, mesh, variables
         self.batch_size = parallel.next_batch_size(mesh, batch_per_device * mesh.size)
         pooled = variables["params"]["logits_kernel"].shape[0]
         self.sizes = {"mu": pooled, "mu_s": SPATIAL_SIDE**2 * SPATIAL_CHANNELS}
 
-        def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> Taps:
-            pictures = inception.resized(images_BHWC, rule)
-            taps = module.apply(variables, inception.normalised(pictures, rule))
-            assert isinstance(taps, Taps)
-            return taps
+        def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> InceptionOutputs:
+            resized_BHWC = inception.resized(images_BHWC, rule)
+            outputs = module.apply(variables, inception.normalised(resized_BHWC, rule))
+            assert isinstance(outputs, InceptionOutputs)
+            return outputs
 
         self._extract = parallel.per_device(extract, mesh)
 
@@ -70,14 +77,14 @@ class Extractor:
         rule: str = "tf1",
         batch_per_device: int = BATCH_PER_DEVICE,
     ) -> "Extractor":
-        """With the weights of a file, see `interop.inception`; errors as there."""
+        """Load the weights of a file, see `interop.inception`; errors as there."""
         if os.fspath(path) != interop.RANDOM:
             path = hub.local(path, "inception")
         module, variables = interop.load(path, parallel.replicated(mesh))
         return cls(module, variables, mesh, rule, batch_per_device)
 
-    def facts(self) -> dict[str, Any]:
-        """JSON values by name of what features depend on."""
+    def metadata(self) -> dict[str, Any]:
+        """Return what features depend on, JSON values by name."""
         return {
             "resize": self.rule,
             "precision": "float32, highest",
@@ -87,21 +94,23 @@ class Extractor:
         }
 
     def lower(self, shape: tuple[int, ...]) -> jax.stages.Lowered:
-        """The program for a batch of pictures of a shape (H, W, 3), ready to be compiled."""
+        """Lower the program for a batch of images of a shape (H, W, 3)."""
         sharding = parallel.batch_sharding(self._mesh)
         batch = jax.ShapeDtypeStruct((self.batch_size, *shape), np.uint8, sharding=sharding)
         return self._extract.lower(self._variables, batch)
 
-    @backend.pinned()
+    @backend.reproducible_numerics()
     def __call__(self, images: np.ndarray) -> Features:
-        """Of (n, H, W, 3 or 1) uint8 pictures, at most `batch_size`; grey ones count as three equal
-        channels. The same on every process."""
+        """Extract the features of images (n, H, W, 3 or 1) uint8, n at most `batch_size`.
+
+        Grey ones count as three equal channels. The same on every process.
+        """
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
 
         def extract(batch: dict[str, jax.Array]) -> Any:
             return self._extract(self._variables, batch["image"])
 
-        (taps,) = parallel.map_batches(extract, self._mesh, self.batch_size, {"image": images})
-        pool, spatial, logits = taps
+        (outputs,) = parallel.map_batches(extract, self._mesh, self.batch_size, {"image": images})
+        pool, spatial, logits = outputs
         return Features(pool, spatial.reshape(len(images), -1), logits)

@@ -11,13 +11,13 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator
-from diffit_jax.evaluation.pictures import DrawnPictures
+from diffit_jax.evaluation.images import DrawnImages
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.run import workdir as workdirs
-from diffit_jax.run.state import Opened, TrainState
+from diffit_jax.run.state import Setup, TrainState
 from diffit_jax.runtime import backend, distributed, files
-from diffit_jax.sampling.decoder import Decoder, Decoding
-from diffit_jax.sampling.request import Asked, Drawing, Run
+from diffit_jax.sampling.decoder import Decoding, LatentDecoder
+from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions
 from diffit_jax.sampling.sampler import batch_size, default_labels
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 def kinds(experiment: Experiment, state: TrainState, raw: bool = True) -> Iterator[Kind]:
-    """All averages of a state, and its parameters themselves if `raw`."""
+    """Yield all averages of a state, and its parameters themselves if `raw`."""
 
     def variables(params: Any) -> dict[str, Any]:
         return {"params": params, "constants": state.constants}
@@ -53,20 +53,20 @@ def kinds(experiment: Experiment, state: TrainState, raw: bool = True) -> Iterat
         yield Kind("raw", variables(state.params), raw=True)
 
 
-class Evaluated(NamedTuple):
+class EvaluationResult(NamedTuple):
     """An evaluation.
 
     Attributes:
       step: after which it was.
       seconds: that it took since it was begun, or gone on with.
       weights: of each kind by name what `Evaluator.run` found.
-      pictures: of each kind by name, (n, H, W, C) uint8.
+      images: of each kind by name, (n, H, W, C) uint8.
     """
 
     step: int
     seconds: float
     weights: dict[str, dict[str, Any]]
-    pictures: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
 
     @property
     def values(self) -> dict[str, float]:
@@ -77,8 +77,8 @@ class Evaluated(NamedTuple):
             for metric, value in scores["metrics"].items()
         }
 
-    def in_words(self) -> str:
-        """For people: each metric with the kinds of weights."""
+    def describe(self) -> str:
+        """Describe the result for the log: each metric with the kinds of weights."""
         if not self.weights:
             return "nothing was evaluated"
         metrics = next(iter(self.weights.values()))["metrics"]
@@ -92,19 +92,21 @@ class Evaluated(NamedTuple):
 
 
 class InTraining:
-    """Evaluates weights while they are trained: with the verb's request for samples, its evaluator,
-    and so its figures. What is found lies in `evaluations/STEP.json`.
+    """Evaluates weights while they are trained, as the verb `evaluate` would.
+
+    The request for samples and the evaluator are the verb's. Results are in
+    `evaluations/STEP.json`.
 
     Attributes:
-      decoder: from latents to pictures, or None.
-      space: of the experiment, whose samples leave it as pictures if there is a decoder.
+      decoder: from latents to images, or None.
+      space: of the experiment; its samples are images if there is a decoder.
     """
 
-    def __init__(self, opened: Opened, config: Mapping[str, Any], workdir: epath.Path):
-        """Opens everything that evaluations need, and checks it.
+    def __init__(self, setup: Setup, config: Mapping[str, Any], workdir: epath.Path):
+        """Open and check everything that evaluations need.
 
         Args:
-          opened: the experiment.
+          setup: the experiment.
           config: of it, as it is in the work directory.
           workdir: of the run.
 
@@ -112,96 +114,101 @@ class InTraining:
           UserError: a reference, FID network or autoencoder that cannot be read or does not fit the
             samples.
         """
-        self._opened, self._config, self._workdir = opened, config, workdir
-        settings = self._settings = opened.experiment.evaluation
+        self._setup, self._config, self._workdir = setup, config, workdir
+        settings = self._settings = setup.experiment.evaluation
         self._folder = workdir / workdirs.EVALUATIONS
-        self.decoder: Decoder | None = None
-        self.space = opened.experiment.space
-        self._asked: dict[int, Asked] = {}
+        self.decoder: LatentDecoder | None = None
+        self.space = setup.experiment.space
+        self._asked: dict[int, SampleRequest] = {}
         self._evaluator: Evaluator | None = None
         try:
             if settings.vae and not settings.steps:
                 self.decoder = self._decoding().open(
-                    opened.mesh,
-                    batch_size(opened.experiment, opened.mesh),
-                    opened.experiment.sampling.pixel_rounding,
+                    setup.mesh,
+                    batch_size(setup.experiment, setup.mesh),
+                    setup.experiment.sampling.pixel_rounding,
                 )
             if settings.steps:
-                asked = self._ask(settings.count)
-                self.decoder = asked.decoder
+                request = self._ask(settings.count)
+                self.decoder = request.decoder
                 comparison = Comparison(
                     settings.reference,
                     settings.inception,
                     settings.metrics or None,
                     batch_per_device=settings.batch_per_device,
                 )
-                self._evaluator = Evaluator.open(comparison, asked.shape, opened.mesh)
+                self._evaluator = Evaluator.open(comparison, request.shape, setup.mesh)
             if self.decoder:
-                shape = opened.experiment.model.sample_shape
-                self.space = opened.experiment.space.decoded(self.decoder, shape)
+                shape = setup.experiment.model.sample_shape
+                self.space = setup.experiment.space.decoded(self.decoder, shape)
         except UserError as error:
             raise UserError(f"config section evaluation: {error}") from error
 
     def due(self, step: int) -> bool:
         """Whether there is an evaluation after this step."""
-        last = step == self._opened.experiment.training.total_steps
+        last = step == self._setup.experiment.training.total_steps
         return bool(self._settings.steps) and (step % self._settings.steps == 0 or last)
 
     def done(self, step: int) -> bool:
         """Whether that of a step lies in the work directory."""
-        return distributed.agreed(self._file(step).exists())
+        return distributed.broadcast_flag(self._file(step).exists())
 
-    def run(self, step: int, state: TrainState) -> Evaluated:
-        """Evaluates the weights of a step. Interrupted, it goes on where it was when it is called
-        again, in another process too. Weights whose samples cannot be measured are left out, with a
-        warning.
+    def run(self, step: int, state: TrainState) -> EvaluationResult:
+        """Evaluate the weights of a step.
+
+        Interrupted, it resumes when it is called again, in another process too. Weights whose
+        samples cannot be measured are left out, with a warning.
 
         Raises:
-          interruption.Preempted, interruption.Interrupted: what is measured is kept.
+          interruption.Preempted, interruption.Interrupted: the measured part is kept.
         """
         settings, started = self._settings, time.monotonic()
-        last = step == self._opened.experiment.training.total_steps
+        last = step == self._setup.experiment.training.total_steps
         count = (last and settings.final_count) or settings.count
-        distributed.first_then_all(
+        distributed.primary_first(
             lambda: files.make_directory(self._folder, "workdir"), lambda: self._folder
         )
-        found, pictures = {}, {}
-        every = list(kinds(self._opened.experiment, state, settings.raw))
+        found, images = {}, {}
+        every = list(kinds(self._setup.experiment, state, settings.raw))
         for number, kind in enumerate(every):
             left = settings.max_minutes * 60 - (time.monotonic() - started)
-            share = max(left, 1e-3) / (len(every) - number) if settings.max_minutes else 0.0
+            time_limit = max(left, 1e-3) / (len(every) - number) if settings.max_minutes else 0.0
             try:
-                pictures[kind.name], found[kind.name] = self._measured(kind, count, step, share)
+                images[kind.name], found[kind.name] = self._measured(kind, count, step, time_limit)
             except UserError as error:  # such as samples that are not finite: training goes on
                 log.warning("step %d: %s weights are not evaluated: %s", step, kind.name, error)
-        return Evaluated(step, time.monotonic() - started, found, pictures)
+        return EvaluationResult(step, time.monotonic() - started, found, images)
 
-    @backend.memory_for("lower evaluation.batch_per_device, or sampling.batch_per_device")
+    @backend.explain_oom("lower evaluation.batch_per_device, or sampling.batch_per_device")
     def _measured(
         self, kind: Kind, count: int, step: int, max_seconds: float
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Some pictures, and what `Evaluator.run` finds."""
+        """Measure samples of weights; return some images, and the result of `Evaluator.run`."""
         assert self._evaluator is not None
         drawn = self._drawn(kind, count, step)
         shown = next(drawn.batches(min(SHOWN, count, self._ask(count).sampler.batch_size)))
-        place, what = self._begun(step, kind.name), f"evaluate {kind.name}"
+        place, what = self._partial_path(step, kind.name), f"evaluate {kind.name}"
         return shown, self._evaluator.run(
             drawn, place, what=what, max_seconds=max_seconds, keep=True
         )
 
-    def finish(self, found: Evaluated) -> None:
-        """Writes what was found."""
-        facts = {"step": found.step, "seconds": round(found.seconds, 3), "weights": found.weights}
+    def finish(self, found: EvaluationResult) -> None:
+        """Write the results."""
+        metadata = {
+            "step": found.step,
+            "seconds": round(found.seconds, 3),
+            "weights": found.weights,
+        }
 
         def write() -> None:
-            files.write_json(self._file(found.step), facts)
+            files.write_json(self._file(found.step), metadata)
             for name in found.weights:
-                self._begun(found.step, name).unlink(missing_ok=True)
+                self._partial_path(found.step, name).unlink(missing_ok=True)
 
         distributed.on_primary(write)
 
-    def _begun(self, step: int, name: str) -> epath.Path:
-        """What is measured of weights, until all are."""
+    def _partial_path(self, step: int, name: str) -> epath.Path:
+        """Return the file that keeps a measurement of weights until all are measured."""
         return self._folder / f"{step:08d}.{name}.begun.npz"
 
     def _file(self, step: int) -> epath.Path:
@@ -210,24 +217,27 @@ class InTraining:
     def _decoding(self) -> Decoding:
         return Decoding(self._settings.vae, self._settings.vae_dtype)
 
-    def _ask(self, count: int) -> Asked:
-        """The verb's request for so many samples; one sampler serves all of its batch size."""
-        for asked in self._asked.values():
-            size = batch_size(asked.experiment, self._opened.mesh, count)
-            if count not in self._asked and size == asked.sampler.batch_size:
+    def _ask(self, count: int) -> SampleRequest:
+        """Return the verb's request for so many samples; equal batch sizes share a sampler."""
+        for request in self._asked.values():
+            size = batch_size(request.experiment, self._setup.mesh, count)
+            if count not in self._asked and size == request.sampler.batch_size:
                 seeds = np.arange(count)
-                labels = default_labels(seeds, asked.experiment.model.num_classes)
-                self._asked[count] = dataclasses.replace(asked, seeds=seeds, labels=labels)
+                labels = default_labels(seeds, request.experiment.model.num_classes)
+                self._asked[count] = dataclasses.replace(request, seeds=seeds, labels=labels)
                 break
         if count not in self._asked:
             run = Run(self._workdir, config=self._config)
             decoding = self._decoding() if self._settings.vae else None
-            self._asked[count] = Asked.make(
-                run, seeds=range(count), drawing=Drawing(decoding=decoding), opened=self._opened
+            self._asked[count] = SampleRequest.make(
+                run,
+                seeds=range(count),
+                options=SamplingOptions(decoding=decoding),
+                setup=self._setup,
             )
         return self._asked[count]
 
-    def _drawn(self, kind: Kind, count: int, step: int) -> DrawnPictures:
+    def _drawn(self, kind: Kind, count: int, step: int) -> DrawnImages:
         source = Run(self._workdir, ema_length=kind.ema_length, raw=kind.raw, config=self._config)
-        asked = dataclasses.replace(self._ask(count), source=source)
-        return DrawnPictures(asked, asked.beside(kind.variables, source.origin(step)))
+        request = dataclasses.replace(self._ask(count), source=source)
+        return DrawnImages(request, request.bundle(kind.variables, source.origin(step)))

@@ -1,4 +1,4 @@
-"""Measuring pictures: from a stream of them to what metrics need, interrupted and gone on with."""
+"""Streams images through the feature network and accumulates what the metrics need; resumable."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from etils import epath
 
 import diffit_jax
 from diffit_jax.evaluation.features import Extractor, Features
-from diffit_jax.evaluation.pictures import Pictures
+from diffit_jax.evaluation.images import Images
 from diffit_jax.evaluation.scores import InceptionScore, Moments
 from diffit_jax.runtime import distributed, files, npz
 from diffit_jax.runtime.console import Progress
@@ -25,36 +25,36 @@ SAVE_EVERY_S = 600
 _KEPT = ("pool", "spatial", "inception_score")
 
 
-def protocol_of(pictures: Pictures, extractor: Extractor, count: int) -> dict[str, Any]:
-    """JSON values by name of all that what is measured of the first `count` pictures depends on."""
+def protocol_of(images: Images, extractor: Extractor, count: int) -> dict[str, Any]:
+    """Return all that the measurement of the first `count` images depends on, as JSON values."""
     return {
-        **pictures.facts,
+        **images.metadata,
         "count": count,
-        "shape": list(pictures.shape),
-        **extractor.facts(),
+        "shape": list(images.shape),
+        **extractor.metadata(),
         "versions": {"diffit_jax": diffit_jax.__version__, "jax": jax.__version__},
     }
 
 
 class Measured:
-    """What is kept of a set of pictures.
+    """What is kept of a set of images.
 
     Attributes:
       pool, spatial: moments of the features.
-      inception_score: of the pictures so far.
-      digest: of the pictures so far: each one's bytes, hashed together with the digest before.
+      inception_score: of the images so far.
+      digest: of the images so far: each one's bytes, hashed together with the digest before.
     """
 
     def __init__(self, pooled: bool):
-        """`pooled`: whether pooled features themselves are kept too (8 KB each)."""
+        """Begin; `pooled`: whether pooled features themselves are kept too (8 KB each)."""
         self.pool, self.spatial = Moments(), Moments()
         self.inception_score, self.digest = InceptionScore(), bytes(32)
         self._pooled: list[np.ndarray] | None = [] if pooled else None
 
-    def add(self, pictures: np.ndarray, features: Features) -> None:
-        """Takes the next pictures in."""
-        for picture in pictures:
-            self.digest = hashlib.sha256(self.digest + picture.tobytes()).digest()
+    def add(self, images: np.ndarray, features: Features) -> None:
+        """Add the next images (n, H, W, C) uint8 and their features."""
+        for image in images:
+            self.digest = hashlib.sha256(self.digest + image.tobytes()).digest()
         self.pool.add(features.pool)
         self.spatial.add(features.spatial)
         self.inception_score.add(features.logits)
@@ -63,7 +63,7 @@ class Measured:
 
     @property
     def count(self) -> int:
-        """Of pictures so far."""
+        """Of images so far."""
         return self.pool.count
 
     @property
@@ -73,7 +73,7 @@ class Measured:
         return np.concatenate(self._pooled)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays by name from which `restore` goes on."""
+        """Return arrays by name from which `restore` continues."""
         arrays = {
             f"{name}.{key}": value
             for name in _KEPT
@@ -83,7 +83,7 @@ class Measured:
         return arrays if self._pooled is None else arrays | {"features": self.features}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on where `state` was taken."""
+        """Continue from a `state`."""
         for name in _KEPT:
             ours = {
                 key.removeprefix(f"{name}."): value
@@ -96,7 +96,7 @@ class Measured:
             self._pooled = [state["features"]]
 
 
-class Begun:
+class PartialResult:
     """The file that keeps what is measured so far, so that the same command goes on there.
 
     Attributes:
@@ -108,25 +108,25 @@ class Begun:
         self.path, self.identity = path, identity
 
     def restore(self, measured: Measured) -> None:
-        """Takes over what is there, if every process sees it."""
+        """Continue from the file, if every process sees it."""
         found = files.Artifact(
             self.path,
             {"identity": self.identity},
             of=lambda arrays: {"identity": str(arrays.get("identity"))},
             read=_arrays_in,
-        ).look()
-        if distributed.everywhere(found.state == "done"):
+        ).inspect()
+        if distributed.all_hosts(found.state == "done"):
             measured.restore({k: v for k, v in found.content.items() if k != "identity"})
 
     def save(self, measured: Measured) -> None:
-        """Writes what is there, on the first process."""
+        """Write the file, on the first process."""
         content = io.BytesIO()
         arrays: dict[str, Any] = {"identity": np.array(self.identity), **measured.state()}
         np.savez(content, **arrays)
         files.write_bytes(self.path, content.getvalue())
 
     def done(self) -> None:
-        """Removes the file."""
+        """Remove the file."""
         self.path.unlink(missing_ok=True)
 
 
@@ -139,61 +139,64 @@ def _arrays_in(path: epath.Path) -> dict[str, np.ndarray] | None:
 
 
 def measure(
-    pictures: Pictures,
+    images: Images,
     extractor: Extractor,
     what: str,
     *,
     pooled: bool = False,
     count: int | None = None,
-    begun: Begun | None = None,
+    partial: PartialResult | None = None,
     max_seconds: float = 0.0,
     seen: Callable[[int, np.ndarray], None] = lambda start, part: None,
 ) -> Measured:
-    """Extracts the features of pictures and keeps what metrics need of them.
+    """Extract the features of images and accumulate what metrics need of them.
 
     Args:
-      pictures: the same on every process.
+      images: the same on every process.
       extractor: of features.
-      what: the pictures, for progress.
+      what: the images, for progress.
       pooled: whether pooled features themselves are kept.
-      count: how many of the first pictures; None: all.
-      begun: where to keep what is done if it is interrupted; None: it is lost.
+      count: how many of the first images; None: all.
+      partial: where to keep an interrupted measurement; None: it is lost.
       max_seconds: no more batches after so long; 0: never.
-      seen: called with the number of the first one and the pictures of each batch.
+      seen: called with the number of the first one and the images of each batch.
 
     Raises:
-      interruption.Preempted, interruption.Interrupted: what is done is kept.
+      interruption.Preempted, interruption.Interrupted: the measured part is kept.
     """
     measured, size = Measured(pooled), extractor.batch_size
-    count, first = count or pictures.count, distributed.is_first()
-    if begun:
-        begun.restore(measured)
+    count, first = count or images.count, distributed.is_primary()
+    # Continue an interrupted measurement.
+    if partial:
+        partial.restore(measured)
     there, started = measured.count, time.monotonic()
     saved_at = started
     progress = Progress(what, count, done=measured.count, unit="image", shown=first)
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice, distributed.lost_processes():
-        for batch in pictures.batches(size, measured.count):
+        for batch in images.batches(size, measured.count):
             part = batch[: count - measured.count]
             seen(measured.count, part)
             measured.add(part, extractor(part))
             progress.advance(len(part))
             if measured.count == count:
                 break
+            # Ask after every batch; all processes get the same answer.
             if notice.reached():
-                if begun:
-                    distributed.on_primary(functools.partial(begun.save, measured))
+                if partial:
+                    distributed.on_primary(functools.partial(partial.save, measured))
                 kept = f"{measured.count} of {count} images are measured and kept"
-                raise notice.ending(kept if begun else "nothing is kept")
+                raise notice.ending(kept if partial else "nothing is kept")
+            # One image has no covariance, so that at least two are measured.
             late = time.monotonic() - started > max_seconds > 0
-            if max_seconds and measured.count > 1 and distributed.agreed(late):
+            if max_seconds and measured.count > 1 and distributed.broadcast_flag(late):
                 log.warning(
                     "%s: %d of %d images were measured in the %.3g s that there are for it",
                     *(what, measured.count, count, max_seconds),
                 )
                 break
-            if begun and first and time.monotonic() - saved_at > SAVE_EVERY_S:
-                begun.save(measured)
+            if partial and first and time.monotonic() - saved_at > SAVE_EVERY_S:
+                partial.save(measured)
                 saved_at = time.monotonic()
     new, seconds = measured.count - there, max(time.monotonic() - started, 1e-9)
     log.info("%s: %d images measured, %.3g a second", what, new, new / seconds)

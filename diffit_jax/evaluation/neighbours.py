@@ -1,10 +1,9 @@
-"""Which features lie near which: precision and recall, and the distance to the nearest training
-image.
+"""Nearest neighbours of features: precision and recall, and distances to training images.
 
 Improved precision and recall (Kynkäänniemi et al. 2019), as ADM's suite measures them: a set's
 manifold is the union of balls about its features, each of which reaches to the third nearest other
-one. Precision is the share of the samples in the reference's manifold, recall that of the reference
-in the samples'.
+one. Precision is the fraction of the samples in the reference's manifold, recall that of the
+reference in the samples'.
 """
 
 import dataclasses
@@ -51,8 +50,10 @@ class _Points:
 
 
 def _norms16(features: np.ndarray) -> np.ndarray:
-    """Sums of squares in float16, in the order in which TensorFlow adds them on a CPU: four times
-    eight lanes, which are added to each other at the end."""
+    """Sum squares in float16, in the order in which TensorFlow adds them on a CPU.
+
+    Four times eight lanes, which are added to each other at the end.
+    """
     count, size = features.shape
     with np.errstate(over="ignore"):
         squares = np.zeros((count, -(-size // 32), 4, 8), np.float16)
@@ -65,10 +66,10 @@ def _norms16(features: np.ndarray) -> np.ndarray:
 
 
 def radii(features: np.ndarray, neighbours: int = NEIGHBOURS, block: int = BLOCK) -> np.ndarray:
-    """Squared distance of each of (n, d) features, n > k, to its k-th nearest other one, (n,)
-    float32.
+    """Return the squared distance of each feature to its k-th nearest other one, (n,) float32.
 
-    Of equal features each is the other's nearest, at distance 0, as in ADM's code.
+    Of (n, d) features, n > k. Of equal features each is the other's nearest, at distance 0, as in
+    ADM's code.
     """
     return _radii(_Points.of(features), neighbours, block)
 
@@ -88,15 +89,14 @@ def _radii(points: _Points, neighbours: int, block: int) -> np.ndarray:
 def precision_and_recall(
     reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Shares of the samples (n, d) and of the reference (m, d), any of their numbers above
-    `neighbours`.
+    """Return precision and recall of samples (n, d) and reference (m, d).
 
     Raises:
-      UserError: there are fewer.
+      UserError: n or m is not above `neighbours`.
     """
     if min(len(reference), len(samples)) <= neighbours:
         raise UserError(
-            f"precision and recall need more than {neighbours} pictures on each side: measure "
+            f"precision and recall need more than {neighbours} images on each side: measure "
             "more, or leave them out of --metrics"
         )
     ours, theirs = _Points.of(samples), _Points.of(reference)
@@ -112,7 +112,7 @@ def precision_and_recall(
 
 
 def _half(x: jax.Array) -> jax.Array:
-    """Rounded to float16, which the compiler does not optimise away."""
+    """Round to float16, which the compiler does not optimise away."""
     return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
 
 
@@ -123,9 +123,11 @@ def _products(one: Part, other: Part, half: bool) -> jax.Array:
 
 
 def _distances(one: Part, other: Part, both: bool = False) -> tuple[jax.Array, ...]:
-    """(n, m) squared distances, float32 and at least 0, of two parts of points: as ADM's code has
-    them, rounded to float16 at every step, unless one is too large for that. `both`: also those
-    from the other to the one, (m, n), which differ from them by rounding."""
+    """Return squared distances (n, m) of two parts of points, float32 and at least 0.
+
+    As ADM's code has them, rounded to float16 at every step, unless one is too large for that.
+    `both`: also those from the other to the one, (m, n), which differ from them by rounding.
+    """
     pairs = [(one, other, lambda products: products)]
     if both:
         pairs.append((other, one, lambda products: products.T))
@@ -149,8 +151,7 @@ def _distances(one: Part, other: Part, both: bool = False) -> tuple[jax.Array, .
 
 @functools.partial(jax.jit, static_argnums=2)
 def _nearest(one: Part, other: Part, count: int) -> tuple[jax.Array, jax.Array]:
-    """The smallest distances of each row to the other rows, and the other way round: `count`, or
-    as many as there are."""
+    """Return the (at most) `count` smallest distances of each row to the others, and reverse."""
     there, back = _distances(one, other, both=True)
     return (
         -jax.lax.top_k(-there, min(count, there.shape[1]))[0],
@@ -162,15 +163,15 @@ def _nearest(one: Part, other: Part, count: int) -> tuple[jax.Array, jax.Array]:
 def _inside(
     reference: Part, samples: Part, of_reference: jax.Array, of_samples: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Which samples lie in a ball of the reference, and which of the reference in one of the
-    samples."""
+    """Return which samples are in a ball of the reference, and the other way round."""
     (distances,) = _distances(reference, samples)
     return ((distances <= of_reference[:, None]).any(0), (distances <= of_samples[None]).any(1))
 
 
 def nearest_distances(queries: np.ndarray, references: np.ndarray, block: int = 256) -> np.ndarray:
-    """Euclidean distance of each query to its nearest reference: memorising shows as samples that
-    are nearer to a training image than unseen real images are.
+    """Return the Euclidean distance of each query to its nearest reference.
+
+    Memorising shows as samples that are nearer to a training image than unseen real images are.
 
     Args:
       queries: (n, d) float.

@@ -1,6 +1,6 @@
 """What samples are compared with: npz files of statistics, ADM's, EDM's or our own.
 
-ADM's hold `mu`, `sigma`, `mu_s` and `sigma_s` of a whole data set, and `arr_0`, 10,000 pictures of
+ADM's hold `mu`, `sigma`, `mu_s` and `sigma_s` of a whole data set, and `arr_0`, 10,000 images of
 it for precision and recall; EDM's hold `mu` and `sigma`; ours are like ADM's, with `protocol`, a
 JSON text that says how they were made.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.pictures import NpzPictures
+from diffit_jax.evaluation.images import NpzImages
 from diffit_jax.evaluation.scores import Statistics
 from diffit_jax.runtime import npz
 
@@ -43,23 +43,23 @@ class Reference:
       path: of the file.
       sha256: of the file's content.
       statistics: of pooled features under "mu", of spatial ones under "mu_s", those that it has.
-      pictures: of the data set, or None.
+      images: of the data set, or None.
       protocol: how it was made, JSON values by name; empty for those of others.
     """
 
     path: epath.Path
     sha256: str
     statistics: Mapping[str, Statistics]
-    pictures: NpzPictures | None
+    images: NpzImages | None
     protocol: Mapping[str, Any]
 
     @classmethod
     def load(cls, path: epath.Path, feature_sizes: Mapping[str, int] = SIZES) -> "Reference":
-        """Reads a file.
+        """Read a file.
 
         Args:
           path: of the npz.
-          feature_sizes: that the network at hand gives, for `mu` and `mu_s`.
+          feature_sizes: of the network at hand, for `mu` and `mu_s`.
 
         Raises:
           UserError: it cannot be read, or is no reference for such features.
@@ -71,7 +71,7 @@ class Reference:
                     digest.update(part)
             wanted = (*COVARIANCES, *COVARIANCES.values(), "protocol")
             held = {name: npz.read(path, name) for name in wanted if npz.has(path, name)}
-            pictured = npz.has(path, "arr_0")
+            with_images = npz.has(path, "arr_0")
         except OSError as error:
             raise UserError(
                 f"--reference {path} cannot be read ({error.strerror or error}): name an npz file"
@@ -81,7 +81,7 @@ class Reference:
                 f"--reference {path} is not an npz file of statistics "
                 f"({' '.join(str(error).split())[:100]}): fetch it again"
             ) from error
-        if not pictured and not set(held) & set(COVARIANCES):
+        if not with_images and not set(held) & set(COVARIANCES):
             raise UserError(
                 f"--reference {path} has none of mu, mu_s and arr_0: name a file of statistics, or "
                 "make one by launch/make_reference.py"
@@ -91,16 +91,15 @@ class Reference:
             for name, size in feature_sizes.items()
             if name in held
         }
-        pictures = NpzPictures(path, "reference") if pictured else None
+        images = NpzImages(path, "reference") if with_images else None
         protocol = json.loads(str(held["protocol"])) if "protocol" in held else {}
-        return cls(path, digest.hexdigest(), statistics, pictures, protocol)
+        return cls(path, digest.hexdigest(), statistics, images, protocol)
 
     def chosen(self, asked: Sequence[str] | None) -> list[str]:
-        """The metrics to compute: those asked for, or (None) all but KID for which it has what they
-        need.
+        """Return the metrics to compute: those asked for, or (None) all but KID that it serves.
 
         Raises:
-          UserError: one that is unknown, or needs what is not there.
+          UserError: one that is unknown, or needs statistics that it does not have.
         """
         for name in asked or ():
             if name not in METRICS:
@@ -108,43 +107,42 @@ class Reference:
             if not self._serves(name):
                 raise UserError(
                     f"--reference {self.path} has no {METRICS[name]}, which {name} needs"
-                    f"{self._on_pictures(name)}: leave {name} out of --metrics, or use a reference "
+                    f"{self._on_images(name)}: leave {name} out of --metrics, or use a reference "
                     "that has it"
                 )
         if asked:
             return list(dict.fromkeys(asked))
         for name in METRICS:
             if not self._serves(name):
-                needed = f"no {METRICS[name]}{self._on_pictures(name)}"
+                needed = f"no {METRICS[name]}{self._on_images(name)}"
                 log.info("without %s: %s has %s", name, self.path.name, needed)
         return [name for name in METRICS if name != "kid" and self._serves(name)]
 
-    def facts(self) -> dict[str, Any]:
-        """What a protocol says of it, JSON values by name."""
+    def metadata(self) -> dict[str, Any]:
+        """Return its entry in a protocol, JSON values by name."""
         return {
             "path": str(self.path),
             "sha256": self.sha256,
-            "pictures": self.pictures.count if self.pictures else 0,
+            "pictures": self.images.count if self.images else 0,
             "from": dict(self.protocol) or "not said in the file",
         }
 
     def _serves(self, metric: str) -> bool:
         key = METRICS[metric]
-        return not key or key in self.statistics or (key == "arr_0" and self.pictures is not None)
+        return not key or key in self.statistics or (key == "arr_0" and self.images is not None)
 
-    def _on_pictures(self, metric: str) -> str:
-        """A word to those who take its pictures for the data set."""
-        if self.pictures is None or METRICS[metric] == "arr_0":
+    def _on_images(self, metric: str) -> str:
+        """Hint for users who mistake the reference's images for the whole data set."""
+        if self.images is None or METRICS[metric] == "arr_0":
             return ""
         return (
-            f" (its {self.pictures.count} pictures are for precision and recall; statistics are of "
+            f" (its {self.images.count} images are for precision and recall; statistics are of "
             "a whole data set, see launch/make_reference.py)"
         )
 
     def check(self, shape: tuple[int, ...], resize: str) -> None:
-        """Raises `UserError` if it was made of pictures of another size than the samples, (H, W,
-        C), or by another rule of resizing."""
-        of = self.pictures.shape if self.pictures is not None else self.protocol.get("shape")
+        """Raise `UserError` if its images have another size (H, W, C) or rule of resizing."""
+        of = self.images.shape if self.images is not None else self.protocol.get("shape")
         if of is not None and tuple(of[:2]) != shape[:2]:
             raise UserError(
                 f"--reference {self.path} is of {of[0]} × {of[1]} pixels, the samples have "

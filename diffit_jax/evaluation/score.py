@@ -9,7 +9,7 @@ from etils import epath
 
 from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.pictures import NpzPictures
+from diffit_jax.evaluation.images import NpzImages
 from diffit_jax.evaluation.small import score_images
 from diffit_jax.runtime import files
 from diffit_jax.sampling.sample import read_record
@@ -25,7 +25,7 @@ def score(
     output: epath.PathLike | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Scores an npz file of samples and writes the scores as JSON.
+    """Score an npz file of samples and write the scores as JSON.
 
     Args:
       samples: file with `arr_0` (n, H, W, C) uint8 images and `arr_1` (n,) labels, as `sample`
@@ -50,8 +50,9 @@ def score(
         if output is None
         else files.resolve(output, "output")
     )
-    pictures = NpzPictures(samples, labelled=True)
-    images, labels = np.concatenate(list(pictures.batches(1_000))), pictures.labels()
+    # Refuse before the minutes that scoring takes.
+    samples_file = NpzImages(samples, labelled=True)
+    images, labels = np.concatenate(list(samples_file.batches(1_000))), samples_file.labels()
     digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     _refuse_other_scores(output, digest, overwrite)
     train, test = (open_dataset(dataset, split, data_dir) for split in ("train", "test"))
@@ -70,6 +71,7 @@ def score(
         "samples_sha256": digest,
         "dataset": dataset,
     }
+    # The record is of these samples only if their bytes are the same.
     record = read_record(samples)
     if record is not None and record.get("arr_0_sha256") == digest:
         scores |= {name: record.get(name) for name in ("request", "matmul_precision")}
@@ -81,7 +83,7 @@ def score(
 def _refuse_other_scores(output: epath.Path, digest: str, overwrite: bool) -> None:
     found = files.Artifact(
         output, {"digest": digest}, of=lambda scores: {"digest": scores.get("samples_sha256")}
-    ).look()
+    ).inspect()
     if found.state == "other" and not overwrite:
         of = found.content.get("samples")
         what = f"holds the scores of {of}, which had other images" if of else "is of unknown origin"

@@ -1,5 +1,4 @@
-"""Scores of features: the Fréchet distance between two sets of them, each described by its mean and
-covariance; Inception Score and Kernel Inception Distance."""
+"""Scores of features: Fréchet distance, Inception Score and Kernel Inception Distance."""
 
 import copy
 from collections.abc import Mapping
@@ -12,12 +11,12 @@ BLOCK = 512  # features whose products are taken at once
 
 
 class Moments:
-    """Mean and covariance of features that arrive in pieces, in the memory of one d × d matrix; the
-    same bits however they are cut.
+    """Mean and covariance of features that arrive in pieces, in the memory of one d × d matrix.
 
-    The covariance is that of `statistics` to 1e-12: products are taken about the mean of the first
-    block, so that nothing cancels. The mean is ADM's: a float32 sum in the order of the features,
-    which is off by some 1e-6 of it, as the means in published references are.
+    The same bits however they are cut. The covariance is that of `statistics` to 1e-12: products
+    are taken about the mean of the first block, so that nothing cancels. The mean is ADM's: a
+    float32 sum in the order of the features, which is off by some 1e-6 of it, as the means in
+    published references are.
 
     Attributes:
       count: features so far.
@@ -29,7 +28,7 @@ class Moments:
         self._sum32 = np.zeros(0, np.float32)
 
     def add(self, features: np.ndarray) -> None:
-        """Takes a piece (n, d) float32 in."""
+        """Add a piece (n, d) float32."""
         features = np.asarray(features, np.float32)
         waiting = np.concatenate([self._waiting, features]) if len(self._waiting) else features
         whole = len(waiting) // BLOCK * BLOCK
@@ -51,17 +50,17 @@ class Moments:
             self._sum32 = self._sum32 + row
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays by name from which `restore` goes on."""
+        """Return arrays by name from which `restore` continues."""
         return {name.strip("_"): np.asarray(value) for name, value in vars(self).items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on where `state` was taken."""
+        """Continue from a `state`."""
         for name in vars(self):
             setattr(self, name, state[name.strip("_")])
         self.count = int(self.count)
 
     def statistics(self) -> Statistics:
-        """Of what came so far, at least two features: mean and unbiased covariance."""
+        """Return mean and unbiased covariance of the features so far, at least two."""
         all_of_it = copy.copy(self)  # arrays are replaced, not changed
         if len(self._waiting):
             all_of_it._take(self._waiting)
@@ -74,19 +73,19 @@ class Moments:
 
 
 def statistics(features: np.ndarray) -> Statistics:
-    """(n, d) features, n ≥ 2 → mean (d,) and unbiased covariance (d, d), float64."""
+    """Return mean (d,) and unbiased covariance (d, d), float64, of (n, d) features, n ≥ 2."""
     features = np.asarray(features, np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
-    """Squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID (Heusel et al.
-    2017).
+    """Return the squared Fréchet distance of two Gaussians (Dowson & Landau 1982), as in FID.
 
-    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0.
+    ‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½), at least 0 (Heusel et al. 2017).
 
     Args:
-      one, other: (mean, covariance) from `statistics`.
+      one: (mean, covariance) from `statistics`.
+      other: the same.
     """
     (mean_1, cov_1), (mean_2, cov_2) = one, other
     root = _trace_of_root(_factor(cov_1).T, _factor(cov_2).T)
@@ -95,8 +94,10 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """A (d, rank) of a (d, d) covariance A Aᵀ: Cholesky's, of rows in order of what is left of
-    them (LAPACK's `pstrf`), as far as that is more than rounding."""
+    """Return A (d, rank) of a covariance A Aᵀ (d, d), by pivoted Cholesky (LAPACK's `pstrf`).
+
+    The rank counts pivots above rounding.
+    """
     lower, order, rank, _ = lapack.dpstrf(covariance, lower=1)
     factor = np.zeros((len(covariance), rank))
     factor[order - 1] = np.tril(lower)[:, :rank]
@@ -106,7 +107,9 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 def resampled_distance(
     samples: np.ndarray, reference: np.ndarray, resamplings: int, seed: int
 ) -> float:
-    """Mean Fréchet distance between `reference` and random subsets of `samples` of the same size.
+    """Return the mean Fréchet distance between `reference` and random subsets of `samples`.
+
+    The subsets are of its size.
 
     The distance is biased upwards by an amount that depends on the number of samples; only at equal
     counts can two be compared.
@@ -123,8 +126,10 @@ def resampled_distance(
 
 
 def distance_between(one: np.ndarray, other: np.ndarray) -> float:
-    """Fréchet distance between (n, d) and (m, d) features, without their covariances: those are
-    AᵀA and BᵀB of the centred rows over √(n - 1)."""
+    """Return the Fréchet distance between (n, d) and (m, d) features, without their covariances.
+
+    Those are AᵀA and BᵀB of the centred rows over √(n - 1).
+    """
     means = [features.mean(axis=0, dtype=np.float64) for features in (one, other)]
     a, b = (
         (features - mean) / np.sqrt(len(features) - 1)
@@ -135,10 +140,12 @@ def distance_between(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
-    """tr (AᵀA BᵀB)^½ of (n, d) and (m, d): the sum of the singular values of A Bᵀ, whose squares
-    are the eigenvalues of A BᵀB Aᵀ, and so those of AᵀA BᵀB. No matrix square root, and a small
-    matrix where there are fewer rows than dimensions; where there are more, R of A = QR, of d rows,
-    has the same AᵀA."""
+    """Return tr (AᵀA BᵀB)^½ of (n, d) and (m, d).
+
+    It is the sum of the singular values of A Bᵀ, whose squares are the eigenvalues of A BᵀB Aᵀ, and
+    so those of AᵀA BᵀB. No matrix square root, and a small matrix where there are fewer rows than
+    dimensions; where there are more, R of A = QR, of d rows, has the same AᵀA.
+    """
     few = [np.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows for rows in (a, b)]
     return float(np.linalg.svd(np.dot(few[0], np.transpose(few[1])), compute_uv=False).sum())
 
@@ -148,9 +155,10 @@ SUBSETS, SUBSET_SIZE = 100, 1_000  # of KID, as in torch-fidelity
 
 
 class InceptionScore:
-    """exp of the mean divergence between each picture's class probabilities and those of its part
-    (Salimans et al. 2016); mean over parts of consecutive samples, the last of which may be
-    shorter, as in ADM's suite.
+    """exp of the mean divergence between class probabilities of images and of their part.
+
+    Salimans et al. 2016; mean over parts of consecutive samples, the last of which may be shorter,
+    as in ADM's suite.
 
     Attributes:
       split: samples of a part.
@@ -162,7 +170,7 @@ class InceptionScore:
         self._scores: list[float] = []
 
     def add(self, logits: np.ndarray) -> None:
-        """Takes the next samples in, (n, classes) float32."""
+        """Add the logits of the next samples, (n, classes) float32."""
         self._waiting.append(logits)
         if sum(map(len, self._waiting)) >= self.split:
             *whole, rest = _cut(np.concatenate(self._waiting), self.split)
@@ -170,31 +178,31 @@ class InceptionScore:
             self._waiting = [rest] if len(rest) else []
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays by name from which `restore` goes on."""
+        """Return arrays by name from which `restore` continues."""
         waiting = np.concatenate(self._waiting) if self._waiting else np.zeros((0, 0), np.float32)
         return {"waiting": waiting, "scores": np.array(self._scores)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on where `state` was taken."""
+        """Continue from a `state`."""
         self._waiting = [state["waiting"]] if len(state["waiting"]) else []
         self._scores = state["scores"].tolist()
 
     def score(self) -> float:
-        """Of what came so far."""
+        """Return the score of the samples so far."""
         last = [_part_score(np.concatenate(self._waiting))] if self._waiting else []
         return float(np.mean(self._scores + last))
 
 
 def _cut(array: np.ndarray, size: int) -> list[np.ndarray]:
-    """In parts of a size; the last one has what is left, perhaps nothing."""
+    """Divide rows into parts of a size; the last one has the rest, perhaps nothing."""
     return np.split(array, range(size, len(array) + 1, size))
 
 
 def _part_score(logits: np.ndarray) -> float:
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    shares = np.exp(logs)
-    divergences = shares * (logs - np.log(shares.mean(0)))
+    probabilities = np.exp(logs)
+    divergences = probabilities * (logs - np.log(probabilities.mean(0)))
     return float(np.exp(divergences.sum(1).mean()))
 
 
@@ -205,8 +213,7 @@ def kernel_distance(
     size: int = SUBSET_SIZE,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): squared maximum mean discrepancy with the kernel (xᵀy / d + 1)³,
-    unbiased.
+    """Return KID (Bińkowski et al. 2018): squared MMD with the kernel (xᵀy / d + 1)³, unbiased.
 
     Args:
       samples: (n, d) features.

@@ -50,12 +50,13 @@ def self_test(
     published: tuple[Published, ...] = PUBLISHED,
     batch_per_device: int = BATCH_PER_DEVICE,
 ) -> list[dict[str, Any]]:
-    """Evaluates published samples.
+    """Evaluate published samples.
 
     Args:
-      folder: where the files lie; `<name of the samples>.metrics.json` is written there.
-      inception, batch_per_device: as of `evaluate`.
-      published: what is expected of which files.
+      folder: of the files; `<name of the samples>.metrics.json` is written there.
+      inception: as of `evaluate`.
+      published: files and their published scores.
+      batch_per_device: as of `evaluate`.
 
     Returns:
       For each: `samples`, `metrics` (name → ours and theirs) and `passed`: whether FID is within
@@ -96,7 +97,7 @@ def self_test(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The result of `self_test` as text."""
+    """Format the result of `self_test` as text."""
     lines = []
     for row in rows:
         lines.append(f"{row['samples']:44}{'ours':>12}{'published':>12}")

@@ -14,25 +14,27 @@ _RATIOS = {"nearest_train_median": "nearest_train_ratio", "frechet": "frechet_ra
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
-    """The feature space of the small-data scores: the pixels themselves. (n, H, W, C) uint8 → (n,
-    H·W·C) float64 in [-1, 1]."""
+    """Return the feature space of the small-data scores: the pixels themselves.
+
+    (n, H, W, C) uint8 → (n, H·W·C) float64 in [-1, 1].
+    """
     return images.reshape(len(images), -1) / 127.5 - 1
 
 
 def score_images(
     images: np.ndarray, labels: np.ndarray, train: Source, test: Source
 ) -> dict[str, Any]:
-    """Scores generated images against the train and test split of a small data set that fits in
-    memory.
+    """Score generated images against the splits of a small data set that fits in memory.
 
     Args:
       images: (n, H, W, C) uint8, n at least the number of test images.
       labels: (n,) int, the labels that the images were generated for.
-      train, test: the real images.
+      train: the real images of the train split.
+      test: the real images of the test split.
 
     Returns:
       Plain numbers by name:
-      * `classifier_accuracy`: share of the generated images that a support vector machine (RBF
+      * `classifier_accuracy`: fraction of the generated images that a support vector machine (RBF
         kernel on `pixel_features`, trained on the real train split) gives the label that they were
         made for; `classifier_accuracy_real`: the same of the real test split.
       * `frechet`: Fréchet distance in `pixel_features` between generated and real test images;
@@ -58,6 +60,7 @@ def score_images(
     generated, real_train, real_test = (
         pixel_features(array) for array in (images, train_images, test_images)
     )
+    # scikit-learn's default gamma, of the training images alone.
     gamma = 1 / (train_images[0].size * real_train.var())
     classifier = SVC(C=10.0, gamma=gamma).fit(real_train, train_labels)
     scores = {
@@ -70,6 +73,7 @@ def score_images(
         "nearest_train_median": float(np.median(nearest_distances(generated, real_train))),
         "nearest_train_median_real": float(np.median(nearest_distances(real_test, real_train))),
     }
+    # Ratios to what real images score.
     for of, ratio in _RATIOS.items():
         if not scores[f"{of}_real"]:
             raise UserError(
@@ -93,7 +97,7 @@ def _check(images: np.ndarray, real: np.ndarray) -> None:
 
 
 def score_table(scores: dict[str, Any]) -> str:
-    """The scores of `score_images` as text, generated beside real."""
+    """Format the scores of `score_images` as text, generated next to real."""
     rows = {
         "classifier accuracy": "classifier_accuracy",
         "Fréchet distance to held-out images (pixels)": "frechet",

@@ -1,0 +1,1 @@
+"""A config as typed, checked values."""

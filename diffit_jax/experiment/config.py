@@ -19,19 +19,19 @@ from diffit_jax import limits
 from diffit_jax.data import augment
 from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion import PROCESSES
-from diffit_jax.diffusion.seams import Process
+from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import sections
 from diffit_jax.experiment.sections import EMA, Data, Evaluation, Optimizer, Sampling, Training
 from diffit_jax.experiment.spaces import Space, make_space
-from diffit_jax.limits import FREE, at_least
+from diffit_jax.limits import RESUMABLE, at_least
 from diffit_jax.models import MODELS, Model
 from diffit_jax.runtime import config_files
 from diffit_jax.runtime.parallel import MeshShape
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(limits.Section, name=""):
     """A whole config.
 
     Attributes:
@@ -45,32 +45,33 @@ class Experiment:
       augmentation, evaluation, mesh: the sections of those names, which may be left out.
     """
 
-    seed: Annotated[int, at_least(0, most=2**32 - 1)]
+    seed: Annotated[int, at_least(0, le=2**32 - 1)]
     model: Model
     process: Process
     data: Data
     optimizer: Optimizer
     ema: EMA
     training: Training
-    sampling: Annotated[Sampling, FREE]
-    space: Annotated[Space, FREE]
+    sampling: Annotated[Sampling, RESUMABLE]
+    space: Annotated[Space, RESUMABLE]
     augmentation: Augmentation = augment.NONE
-    evaluation: Annotated[Evaluation, FREE] = dataclasses.field(default_factory=Evaluation)
-    mesh: Annotated[MeshShape, FREE] = dataclasses.field(default_factory=MeshShape)
+    evaluation: Annotated[Evaluation, RESUMABLE] = dataclasses.field(default_factory=Evaluation)
+    mesh: Annotated[MeshShape, RESUMABLE] = dataclasses.field(default_factory=MeshShape)
 
     def __post_init__(self):
-        limits.check(self, section="")
+        super().__post_init__()
         self.model.check()
         _check_output(self)
-        _check_augmentation(self)
+        if self.augmentation.probability or self.model.augment_labels:
+            _check_augmentation(self)
         _check_sampling(self)
         self.evaluation.check(self.data.autoencoder)
 
     def with_sampling(self, sampling: Sampling) -> "Experiment":
-        """The same experiment, sampled in another way.
+        """Return the same experiment, sampled in another way.
 
         Raises:
-          UserError: it cannot be.
+          UserError: it cannot be sampled so.
         """
         space = make_space(self.data, sampling.pixel_rounding, self.augmentation)
         return dataclasses.replace(self, sampling=sampling, space=space)
@@ -88,7 +89,7 @@ CHOICES: Mapping[str, tuple[str, Mapping[str, type]]] = {
 def build(
     config: ConfigDict | Mapping[str, Any], config_file: epath.PathLike | None = None
 ) -> Experiment:
-    """Checks a config and makes the objects that it describes; allocates nothing.
+    """Check a config and make the objects that it describes; allocate nothing.
 
     Args:
       config: nested mapping, one entry for each section of `Experiment` (`space` follows from the
@@ -98,14 +99,14 @@ def build(
         of this package wrote it.
 
     Raises:
-      UserError: an unknown or missing key, or a value that cannot be; the message names it, and the
+      UserError: an unknown or missing key, or an impossible value; the message names it, and the
         file.
     """
     plain = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
     if config_file is None:
-        return _build(plain, _Here())
+        return _build(plain, _ErrorContext())
     try:
-        return _build(plain, _InFile(config_file))
+        return _build(plain, _FileErrorContext(config_file))
     except UserError as error:
         if str(config_file) in str(error):
             raise
@@ -113,13 +114,13 @@ def build(
 
 
 def class_name(section: str, value: Any) -> str | None:
-    """The name by which a config chooses the class of a section's object; None if it does not."""
+    """Return the name by which a config chooses the class of a section's object, or None."""
     _, classes = CHOICES.get(section, ("", {}))
     return next((name for name, cls in classes.items() if cls is type(value)), None)
 
 
 def keys_of(section: str, cls: type) -> dict[str, dataclasses.Field]:
-    """The keys of a section (a dataclass or Flax module), beside the one that chooses its class."""
+    """Return the keys of a section (a dataclass or Flax module) but the one that chooses it."""
     of_flax = ("parent", "name") if section == "model" else ()
     return {
         field.name: field
@@ -135,7 +136,7 @@ def has_default(field: dataclasses.Field) -> bool:
 
 
 def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
-    """The class of every section of a config by its dotted name, as far as they are known."""
+    """Return the class of every section of a config by its dotted name, as far as known."""
     classes = {
         field.name: limits.type_of(field.type)
         for field in dataclasses.fields(Experiment)
@@ -149,12 +150,13 @@ def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
     return classes
 
 
-def given_config(given: config_files.Given) -> ConfigDict:
-    """The config that a command line names, with the keys that it overrides: any key that a section
-    has, whether or not the file lists it.
+def given_config(given: config_files.ConfigArgs) -> ConfigDict:
+    """Return the config that a command line names, with the keys that it overrides.
+
+    Any key that a section has can be overridden, whether or not the file lists it.
 
     Args:
-      given: what the command line says; it names a file.
+      given: arguments of the command line, which name a file.
 
     Raises:
       UserError: a mistake in the file, a key that no section has, or a value of another type.
@@ -174,8 +176,10 @@ def given_config(given: config_files.Given) -> ConfigDict:
 
 
 def _choose(config: ConfigDict, section: str, name: str) -> None:
-    """Changes the class of a section in `CHOICES`. A sampler or guidance of another kind keeps what
-    the two have in common."""
+    """Change the class of a section in `CHOICES`.
+
+    A sampler or guidance of another kind keeps the settings that the two have in common.
+    """
     key, choices = CHOICES[section]
     node = _node(config, section)
     if not isinstance(node, ConfigDict) or node.get(key) == name:
@@ -189,8 +193,10 @@ def _choose(config: ConfigDict, section: str, name: str) -> None:
 
 
 def _complete(config: ConfigDict) -> list[str]:
-    """Adds the keys with a default that a config leaves out, in their section's type, so that each
-    can be overridden; returns their dotted names."""
+    """Add the keys with a default that a config leaves out, in their section's type.
+
+    So each can be overridden. Returns their dotted names.
+    """
     added: list[str] = []
     with config.unlocked():
         for section, cls in section_classes(config).items():
@@ -224,7 +230,7 @@ def _complete_section(node: Any, section: str, cls: type) -> list[str]:
 
 
 def _check_key(config: ConfigDict, key: str) -> None:
-    """Raises `UserError` if a config whose keys are all there (`_complete`) has no such one."""
+    """Raise `UserError` if a completed config (`_complete`) has no such key."""
     section = ""
     for name in key.split("."):
         node = _node(config, section) if section else config
@@ -236,7 +242,7 @@ def _check_key(config: ConfigDict, key: str) -> None:
 
 
 def _remove(config: ConfigDict, keys: Iterable[str]) -> None:
-    """Takes keys out of a config again, and sections that are empty then."""
+    """Take keys out of a config again, and sections that are empty then."""
     with config.unlocked():
         for key in sorted(keys, key=len, reverse=True):
             parent, _, name = key.rpartition(".")
@@ -246,14 +252,14 @@ def _remove(config: ConfigDict, keys: Iterable[str]) -> None:
 
 
 def _node(config: Any, section: str) -> Any:
-    """The section of a dotted name, or whatever is there; None if nothing is."""
+    """Return the section of a dotted name, or whatever is there; None if nothing is."""
     for part in section.split("."):
         is_section = isinstance(config, ConfigDict | Mapping)
         config = config[part] if is_section and part in config else None
     return config
 
 
-class _Here:
+class _ErrorContext:
     """What is wrong with a key of a config that somebody has just written."""
 
     def unknown(self, key: str, known: Iterable[str]) -> UserError:
@@ -264,8 +270,7 @@ class _Here:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UserError:
-    """What is said of a key that its section does not have: one that is like it, there or in a
-    section of its own.
+    """Make the error about an unknown key, with the most similar one of its section or another.
 
     Args:
       key: dotted.
@@ -291,7 +296,7 @@ def unknown_key(key: str, known: Iterable[str]) -> UserError:
     return UserError(f"config key {key} is unknown: {hint}")
 
 
-class _InFile(_Here):
+class _FileErrorContext(_ErrorContext):
     """What is wrong with a key of a run's config."""
 
     def __init__(self, path: epath.PathLike):
@@ -311,7 +316,7 @@ class _InFile(_Here):
         )
 
 
-def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
+def _build(config: dict[str, Any], wrong: _ErrorContext) -> Experiment:
     fields = {
         field.name: field for field in dataclasses.fields(Experiment) if field.name != "space"
     }
@@ -329,8 +334,8 @@ def _build(config: dict[str, Any], wrong: _Here) -> Experiment:
     return Experiment(**values, space=space)
 
 
-def _make(section: str, given: Any, cls: Any, wrong: _Here) -> Any:
-    """The object of a section, and those of the sections in it."""
+def _make(section: str, given: Any, cls: Any, wrong: _ErrorContext) -> Any:
+    """Make the object of a section, and those of the sections in it."""
     if not isinstance(given, Mapping):
         raise UserError(f"config key {section} is {given!r}: it must be a section")
     arguments = dict(given)
@@ -352,7 +357,7 @@ def _make(section: str, given: Any, cls: Any, wrong: _Here) -> Any:
 
 
 def _check_keys(
-    prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str], wrong: _Here
+    prefix: str, given: Mapping, known: Iterable[str], required: Iterable[str], wrong: _ErrorContext
 ) -> None:
     for key in given:
         if key not in known:
@@ -384,7 +389,7 @@ def _check_augmentation(experiment: Experiment) -> None:
 
 
 def _check_sampling(experiment: Experiment) -> None:
-    """Raises `UserError` if the experiment cannot be sampled as its section `sampling` says."""
+    """Raise `UserError` if the experiment cannot be sampled as its section `sampling` says."""
     model, guidance = experiment.model, experiment.sampling.guidance
     experiment.sampling.sampler.check(experiment.process)
     if guidance.channels > model.sample_shape[-1]:

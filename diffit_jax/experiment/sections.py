@@ -1,6 +1,6 @@
 """The sections of a config that are plain settings: frozen, typed, and checked when they are made.
 
-Keys that are marked `FREE` may change when a run is continued.
+Keys that are marked `RESUMABLE` may change when a run is continued.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from diffit_jax.diffusion import GUIDANCE, SAMPLERS
 from diffit_jax.diffusion.guidance import Guidance, Unguided
 from diffit_jax.diffusion.samplers import SamplingMethod
 from diffit_jax.errors import UserError
-from diffit_jax.limits import FREE, Count, CountOrZero, above, at_least, one_of, share
+from diffit_jax.limits import RESUMABLE, Count, CountOrZero, above, at_least, fraction, one_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(limits.Section, name="data"):
     """Section `data`.
 
     Attributes:
@@ -32,19 +32,19 @@ class Data:
     """
 
     name: str
-    data_dir: Annotated[limits.Path, FREE] = ""
+    data_dir: Annotated[limits.Path, RESUMABLE] = ""
     autoencoder: str = ""
     latent_mean: Sequence[float] = (0.0,)
     latent_scale: Sequence[Annotated[float, above(0)]] = (0.18215,)  # of Stable Diffusion's
 
     def __post_init__(self):
-        limits.check(self, "data")
+        super().__post_init__()
         if not self.latent_mean or not self.latent_scale:
             raise UserError("config keys data.latent_mean and data.latent_scale need a number each")
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class Optimizer(limits.Section, name="optimizer"):
     """Section `optimizer`.
 
     Attributes:
@@ -64,8 +64,8 @@ class Optimizer:
     learning_rate: Annotated[float, above(0)]
     warmup_steps: CountOrZero
     name: Annotated[str, one_of("adam", "lamb")] = "adam"
-    beta1: Annotated[float, share(below_one=True)] = 0.9
-    beta2: Annotated[float, share(below_one=True)] = 0.999
+    beta1: Annotated[float, fraction(below_one=True)] = 0.9
+    beta2: Annotated[float, fraction(below_one=True)] = 0.999
     epsilon: Annotated[float, above(0)] = 1e-8
     weight_decay: Annotated[float, at_least(0)] = 0.0
     max_gradient_norm: Annotated[float, at_least(0)] = 0.0
@@ -74,7 +74,7 @@ class Optimizer:
     replace_nonfinite: bool = False
 
     def __post_init__(self):
-        limits.check(self, "optimizer")
+        super().__post_init__()
         if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"config key optimizer.decay_steps is {self.decay_steps}: it must be above "
@@ -83,13 +83,14 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class EMA:
-    """Section `ema`: EDM's moving average of the parameters, stated in images so that the batch
-    size does not change its length.
+class EMA(limits.Section, name="ema"):
+    """Section `ema`: EDM's moving average of the parameters.
+
+    Stated in images so that the batch size does not change its length.
 
     Attributes:
       halflife_images: after so many images a parameter's weight in the average has halved.
-      rampup_ratio: the half-life is at most this share of the images seen so far, so that the
+      rampup_ratio: the half-life is at most this fraction of the images seen so far, so that the
         average forgets the start of training.
       power_lengths: lengths of further averages whose snapshots make one of any length after
         training, see `run.power_ema`; EDM2 has (0.05, 0.10). Each costs 4 bytes per parameter,
@@ -100,14 +101,11 @@ class EMA:
     halflife_images: Annotated[float, above(0)]
     rampup_ratio: Annotated[float, above(0)] = 0.05
     power_lengths: Sequence[Annotated[float, above(0, below=12**-0.5)]] = ()
-    snapshot_steps: Annotated[Count, FREE] = 10_000
-
-    def __post_init__(self):
-        limits.check(self, "ema")
+    snapshot_steps: Annotated[Count, RESUMABLE] = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Training(limits.Section, name="training"):
     """Section `training`.
 
     Attributes:
@@ -126,30 +124,27 @@ class Training:
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
       grid_images: images in a sample grid.
-      wandb: project at Weights & Biases, or entity/project, where figures and pictures go too, see
+      wandb: project at Weights & Biases, or entity/project, where figures and images go too, see
         `training.loggers`; empty: none.
     """
 
     batch_size: Count
-    label_dropout: Annotated[float, share()]
-    total_steps: Annotated[Count, FREE]
-    log_steps: Annotated[Count, FREE] = 100
-    grid_steps: Annotated[Count, FREE] = 10_000
-    checkpoint_steps: Annotated[Count, FREE] = 5_000
-    keep_checkpoints: Annotated[Count, FREE] = 3
-    grid_images: Annotated[Count, FREE] = 100
-    accumulation: Annotated[Count, FREE] = 1
-    max_bad_steps: Annotated[Count, FREE] = 20
-    checkpoint_minutes: Annotated[float, at_least(0), FREE] = 0.0
-    keep_every_steps: Annotated[CountOrZero, FREE] = 0
-    wandb: Annotated[str, FREE] = ""
-
-    def __post_init__(self):
-        limits.check(self, "training")
+    label_dropout: Annotated[float, fraction()]
+    total_steps: Annotated[Count, RESUMABLE]
+    log_steps: Annotated[Count, RESUMABLE] = 100
+    grid_steps: Annotated[Count, RESUMABLE] = 10_000
+    checkpoint_steps: Annotated[Count, RESUMABLE] = 5_000
+    keep_checkpoints: Annotated[Count, RESUMABLE] = 3
+    grid_images: Annotated[Count, RESUMABLE] = 100
+    accumulation: Annotated[Count, RESUMABLE] = 1
+    max_bad_steps: Annotated[Count, RESUMABLE] = 20
+    checkpoint_minutes: Annotated[float, at_least(0), RESUMABLE] = 0.0
+    keep_every_steps: Annotated[CountOrZero, RESUMABLE] = 0
+    wandb: Annotated[str, RESUMABLE] = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(limits.Section, name="sampling"):
     """Section `sampling`: how samples are drawn unless the command line says otherwise.
 
     Attributes:
@@ -163,23 +158,20 @@ class Sampling:
     """
 
     sampler: SamplingMethod
-    batch_per_device: Annotated[int, at_least(1, most=1_000_000)]
+    batch_per_device: Annotated[int, at_least(1, le=1_000_000)]
     guidance: Guidance = dataclasses.field(default_factory=Unguided)
     pixel_rounding: Annotated[str, one_of(*pixels.ROUNDINGS)] = "edm"
 
-    def __post_init__(self):
-        limits.check(self, "sampling")
-
     def overridden(self, overrides: Mapping[str, Any]) -> "Sampling":
-        """The section with values from the command line, each of which must have an effect.
+        """Return the section with values from the command line, each of which must have an effect.
 
         Args:
           overrides: by key within the section: `batch_per_device`, `sampler` (a name),
             `sampler.num_steps`, `guidance` (a kind), `guidance.scale` … A sampler or guidance of
-            another kind keeps what the two have in common.
+            another kind keeps the settings that the two have in common.
 
         Raises:
-          UserError: a key that has no effect, or a value that cannot be.
+          UserError: a key that has no effect, or an impossible value.
         """
         values = {name: value for name, value in overrides.items() if name in _PLAIN}
         for section, classes in CHOICES.items():
@@ -198,9 +190,10 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Section `evaluation`, which may be left out: how a run is watched while it trains. Weights
-    are its raw parameters and all of its averages.
+class Evaluation(limits.Section, name="evaluation"):
+    """Section `evaluation`, which may be left out: how a run is evaluated while it trains.
+
+    All averages of the parameters are evaluated, and the parameters themselves with `raw`.
 
     Attributes:
       steps: updates between evaluations: samples are drawn, decoded and compared with a reference,
@@ -208,14 +201,14 @@ class Evaluation:
       reference: npz file of statistics, see `evaluation.reference`.
       inception: weights of the FID network, see `interop.inception`.
       vae: folder of the autoencoder that decodes latents, see `interop.diffusers`. Sample grids
-        show pictures if it is given, whether or not there are evaluations.
+        show images if it is given, whether or not there are evaluations.
       vae_dtype: of its convolutions.
       count: samples of each kind of weights, of the seeds 0, 1, 2 …, always the same.
       final_count: of those after the last update; 0: as many.
       metrics: names in `reference.METRICS`; none: all but KID that the reference serves.
       raw: whether the raw parameters are evaluated too, or averages only.
       max_minutes: an evaluation stops measuring after so long and scores what there is; 0: never.
-      batch_per_device: pictures of which a device extracts the features at once.
+      batch_per_device: images of which a device extracts the features at once.
       loss_steps: updates between measurements of the loss on examples of the test split, at noise
         levels and with noise that are always the same; 0: none.
       loss_examples: how many of the test split's first examples.
@@ -227,7 +220,7 @@ class Evaluation:
     vae: limits.Path = ""
     vae_dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
     count: Annotated[int, at_least(2)] = 10_000
-    final_count: Annotated[int, at_least(2, besides=(0,))] = 0
+    final_count: Annotated[int, at_least(2, also=(0,))] = 0
     metrics: Sequence[str] = ()
     raw: bool = True
     max_minutes: Annotated[float, at_least(0)] = 0.0
@@ -236,7 +229,7 @@ class Evaluation:
     loss_examples: Count = 2_048
 
     def __post_init__(self):
-        limits.check(self, "evaluation")
+        super().__post_init__()
         for key in ("reference", "inception"):
             if self.steps and not getattr(self, key):
                 what = {"reference": "npz file of statistics", "inception": "FID network's file"}
@@ -246,8 +239,10 @@ class Evaluation:
                 )
 
     def check(self, autoencoder: str) -> None:
-        """Raises `UserError` if samples cannot become pictures, or are some already;
-        `autoencoder`: the config's `data.autoencoder`."""
+        """Raise `UserError` if samples cannot become images, or are images already.
+
+        `autoencoder` is the config's `data.autoencoder`.
+        """
         if self.steps and autoencoder and not self.vae:
             raise UserError(
                 f"config key evaluation.vae is missing: samples are latents of {autoencoder}; name "
@@ -267,7 +262,7 @@ _PLAIN = ("batch_per_device", "pixel_rounding")
 def _chosen(
     section: str, classes: Mapping[str, Any], old: Any, name: str | None, given: Mapping[str, Any]
 ) -> Any:
-    """A sampler or guidance: `old` with the values of `given`, or one of another class."""
+    """Return a sampler or guidance: `old` with the values of `given`, or one of another class."""
     if name is not None and name not in classes:
         raise UserError(f"--{section} {name} is unknown: use {', '.join(classes)}")
     chosen: Any = old.__class__ if name is None else classes[name]

@@ -1,7 +1,8 @@
-"""How examples of a data set enter the training step, and how samples leave the sampler: as pixels,
-or as latents of an autoencoder. Nothing else asks which of the two an experiment has.
+"""Spaces: how examples become the network's input, and samples become files.
 
-Shape suffixes: B batch, H, W, C height, width and channels of what the network sees.
+As pixels, or as latents of an autoencoder. Nothing else asks which of the two an experiment has.
+
+Shape suffixes: B batch, H, W, C height, width and channels of the network's input.
 """
 
 import dataclasses
@@ -14,27 +15,29 @@ import numpy as np
 
 from diffit_jax.data import augment, pixels
 from diffit_jax.data.augment import Augmentation
-from diffit_jax.diffusion.seams import Conditioning
+from diffit_jax.diffusion.types import Conditioning
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.sections import Data
 
 
 class Decode(Protocol):
-    """From latents to pictures, on every process.
+    """From latents to images, on every process.
 
     Attributes:
       channels: of latents.
     """
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Channels of a latent."""
+        ...
 
     def shape_of(self, latent: tuple[int, ...]) -> tuple[int, int, int]:
-        """(H, W, C) of the picture of a latent (h, w, c)."""
+        """Return the shape of the image (H, W, C) of a latent (h, w, c)."""
         ...
 
     def __call__(self, latents: np.ndarray) -> np.ndarray:
-        """(n, h, w, c) float32 → (n, H, W, C) uint8."""
+        """Decode latents (n, h, w, c) float32 to images (n, H, W, C) uint8."""
         ...
 
 
@@ -48,18 +51,24 @@ class Space(Protocol):
     """
 
     @property
-    def example(self) -> str: ...
+    def example(self) -> str:
+        """The word for examples in a batch: image or latent."""
+        ...
 
     @property
-    def samples(self) -> str: ...
+    def samples(self) -> str:
+        """The word for samples in file names: "samples" or "latents"."""
+        ...
 
     @property
-    def note(self) -> str: ...
+    def note(self) -> str:
+        """A remark for the log where samples are written; empty is none."""
+        ...
 
-    def enter(
+    def to_model(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, frozen: Mapping[str, Any]
     ) -> tuple[jax.Array, Conditioning]:
-        """Inside jit: examples as the network sees them.
+        """Turn examples into the network's input. Call inside jit.
 
         Args:
           examples: a batch of a `Source`.
@@ -71,44 +80,51 @@ class Space(Protocol):
         """
         ...
 
-    def leave(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
-        """Samples of the network, (n, H, W, C) float32, as they are written to files. Every process
-        calls it."""
+    def from_model(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
+        """Turn samples of the network, (n, H, W, C) float32, into the arrays of files.
+
+        Every process calls it.
+        """
         ...
 
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(H, W, C) of what `leave` makes of a sample (H, W, C)."""
+        """Return the shape (H, W, C) of `from_model`'s result for a sample (H, W, C)."""
         ...
 
     def decoded(self, decode: Decode, sample: tuple[int, int, int]) -> "Space":
-        """The same space, whose samples (H, W, C) leave it as pictures.
+        """Return the same space, whose samples (H, W, C) are decoded to images.
 
         Raises:
-          UserError: they are pictures already, or latents of another kind.
+          UserError: they are images already, or latents of another kind.
         """
         ...
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
-        """The same, or what `leave` has made of them, as (n, H', W', 1 or 3) uint8 pictures."""
+        """Show samples (n, H, W, C), or results of `from_model`, as images.
+
+        (n, H', W', 1 or 3) uint8.
+
+        """
         ...
 
-    def undisturbed(self) -> "Space":
-        """The same space, which examples enter as they are, without augmentation."""
+    def without_augmentation(self) -> "Space":
+        """Return the same space without augmentation."""
         ...
 
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a batch of `size` examples that the network sees as (H, W, C)."""
+        """Return shapes and dtypes of a batch of `size` examples, (H, W, C) for the network."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelSpace:
-    """uint8 images, and float32 in [-1, 1] for the network, augmented anew each time an example is
-    seen.
+    """Pixels: uint8 images in files, float32 in [-1, 1] for the network.
+
+    Images are augmented anew each time an example is seen.
 
     Attributes:
       rounding: of samples, a name in `pixels.ROUNDINGS`.
-      augmentation: what is done to images in training; the network is told by `augment`.
+      augmentation: of images in training; the network is conditioned on it (`augment`).
     """
 
     rounding: str = "edm"
@@ -116,55 +132,66 @@ class PixelSpace:
 
     @property
     def example(self) -> str:
+        """The array of a record that it takes."""
         return "image"
 
     @property
     def samples(self) -> str:
+        """The word for samples in file names."""
         return "samples"
 
     @property
     def note(self) -> str:
+        """A remark for the log where samples are written: none."""
         return ""
 
-    def enter(
+    def to_model(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, frozen: Mapping[str, Any]
     ) -> tuple[jax.Array, Conditioning]:
+        """Scale uint8 images (B, H, W, C) to [-1, 1] and augment them."""
         images = pixels.to_model(examples["image"])
-        if not self.augmentation.num_labels:
+        if not self.augmentation.probability or not self.augmentation.num_labels:
             return images, {}
         images, labels = augment.augment(self.augmentation, images, key_B)
         return images, {"augment": labels}
 
-    def leave(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
+    def from_model(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
+        """Round samples (n, H, W, C) to uint8."""
         return np.asarray(pixels.to_pixels(x_BHWC, self.rounding))
 
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return the shape of a sample in a file: the network's."""
         return sample
 
     def decoded(self, decode: Decode, sample: tuple[int, int, int]) -> "Space":
+        """Raise `UserError`: samples are images already."""
         raise UserError("the samples are images already: leave out --vae")
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
-        images = x_BHWC if x_BHWC.dtype == np.uint8 else self.leave(x_BHWC)
+        """Return the images, (n, H, W, C) uint8."""
+        images = x_BHWC if x_BHWC.dtype == np.uint8 else self.from_model(x_BHWC)
         return images[..., : 3 if images.shape[-1] >= 3 else 1]
 
-    def undisturbed(self) -> "Space":
+    def without_augmentation(self) -> "Space":
+        """Return the same space without augmentation."""
         return dataclasses.replace(self, augmentation=augment.NONE)
 
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of a batch of uint8 images (B, H, W, C) with labels (B,)."""
         return {"image": jax.ShapeDtypeStruct((size, *shape), jnp.uint8), **_labels(size)}
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """Latents of an autoencoder, scaled to about unit variance. They enter as such, float32, or are
-    drawn from their posterior anew each time an example is seen; they leave as such, unless there
-    is a decoder.
+    """Latents of an autoencoder, scaled to about unit variance.
+
+    Examples are float32 latents, or moments from whose posterior latents are drawn anew each time
+    an example is seen. Samples are latents too, unless there is a decoder.
 
     Attributes:
       autoencoder: its name.
       latent_mean, latent_scale: of moments, see `sections.Data`.
-      decode: makes pictures of samples, or None.
+      decode: decodes samples to images, or None.
     """
 
     autoencoder: str
@@ -174,34 +201,41 @@ class LatentSpace:
 
     @property
     def example(self) -> str:
+        """The array of a record that it takes."""
         return "latent"
 
     @property
     def samples(self) -> str:
+        """The word for samples in file names."""
         return "samples" if self.decode else "latents"
 
     @property
     def note(self) -> str:
+        """A remark for the log where latents are written, how to decode them; "" with a decoder."""
         if self.decode:
             return ""
         return f"writing latents of {self.autoencoder}: --vae decodes them to images"
 
-    def enter(
+    def to_model(
         self, examples: Mapping[str, jax.Array], key_B: jax.Array, frozen: Mapping[str, Any]
     ) -> tuple[jax.Array, Conditioning]:
+        """Draw latents (B, H, W, C) from moments and scale them, or take float32 latents."""
         if "latent" in examples:
             return examples["latent"], {}
-        z_BHWC = drawn(examples["moments"], key_B)
+        z_BHWC = sample_posterior(examples["moments"], key_B)
         mean, scale = jnp.array(self.latent_mean), jnp.array(self.latent_scale)
         return (z_BHWC - mean) * scale, {}
 
-    def leave(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
+    def from_model(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
+        """Decode samples (n, H, W, C) to images, or return them as they are."""
         return self.decode(np.asarray(x_BHWC)) if self.decode else np.asarray(x_BHWC)
 
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return the shape of a sample in a file: the network's, or a decoded image's."""
         return self.decode.shape_of(sample) if self.decode else sample
 
     def decoded(self, decode: Decode, sample: tuple[int, int, int]) -> "Space":
+        """Return the space with a decoder. Raises `UserError` for latents of another kind."""
         if decode.channels != sample[-1]:
             raise UserError(
                 f"--vae has latents of {decode.channels} channels, the network makes "
@@ -210,18 +244,21 @@ class LatentSpace:
         return dataclasses.replace(self, decode=decode)
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
-        pictures = x_BHWC.dtype == np.uint8
-        return x_BHWC if pictures else np.asarray(pixels.latent_preview(x_BHWC))
+        """Return images (n, H', W', C) as they are, of latents the first channels as an image."""
+        decoded = x_BHWC.dtype == np.uint8
+        return x_BHWC if decoded else np.asarray(pixels.latent_preview(x_BHWC))
 
-    def undisturbed(self) -> "Space":
+    def without_augmentation(self) -> "Space":
+        """Return itself: latents have no augmentation."""
         return self
 
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of a batch of float32 latents (B, H, W, C) with labels (B,)."""
         return {"latent": jax.ShapeDtypeStruct((size, *shape), jnp.float32), **_labels(size)}
 
 
-def drawn(moments_BOHWC: jax.Array, key_B: jax.Array) -> jax.Array:
-    """Latents from posteriors, each of an orientation drawn at random.
+def sample_posterior(moments_BOHWC: jax.Array, key_B: jax.Array) -> jax.Array:
+    """Draw latents from posteriors, each of a random orientation.
 
     Args:
       moments_BOHWC: (B, orientations, H, W, 2C) of any float dtype: mean and log variance.
@@ -248,8 +285,12 @@ def drawn(moments_BOHWC: jax.Array, key_B: jax.Array) -> jax.Array:
 
 
 def make_space(data: Data, rounding: str, augmentation: Augmentation = augment.NONE) -> Space:
-    """The space of a config: of its sections `data` and `augmentation`, with its
-    `sampling.pixel_rounding`.
+    """Make the space of a config's sections `data` and `augmentation`.
+
+    Args:
+      data: section `data`.
+      rounding: its `sampling.pixel_rounding`.
+      augmentation: section `augmentation`.
 
     Raises:
       UserError: an augmentation of latents.

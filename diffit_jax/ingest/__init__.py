@@ -1,0 +1,1 @@
+"""Making data sets, from images as people have them."""

@@ -1,7 +1,7 @@
-"""Folders, zips and tars of pictures: what is in them, and which label each picture has.
+"""Folders, zips and tars of images: what is in them, and which label each image has.
 
 Labels are, in this order: those of a `dataset.json` (EDM's layout), of `.cls` files (WebDataset),
-the folder that a picture lies in, or the tar (ImageNet's own has a tar for each class). Folders and
+the folder that an image lies in, or the tar (ImageNet's own has a tar for each class). Folders and
 tars are numbered by their sorted names, as torchvision and ImageNet's users do it.
 """
 
@@ -17,17 +17,17 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.ingest.decoding import SUFFIXES
-from diffit_jax.ingest.places import Index
-from diffit_jax.runtime.ranges import first_few
+from diffit_jax.ingest.locations import Index
+from diffit_jax.runtime.console import first_few
 
 DATASET_JSON = "dataset.json"
 _DEEP = 20  # folders in folders
-_TARS_AT_ONCE = 16
+_CONCURRENT_TARS = 16
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class Member(NamedTuple):
-    """A picture in a container: its name with `/`, and its place in terms of `Index.places`."""
+    """An image in a container: its name with `/`, and its place in terms of `Index.locations`."""
 
     name: str
     file: int
@@ -36,7 +36,7 @@ class Member(NamedTuple):
 
 
 def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
-    """Of the pictures in a folder and in its folders."""
+    """Index the images in a folder and in its folders."""
     names = sorted(_walk(folder, ""))
     paths = tuple(str(folder / name) for name in names)
     members = [Member(name, number, 0, 0) for number, name in enumerate(names)]
@@ -48,7 +48,7 @@ def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
     empty = [name for name in others if not _hidden(name)]
     if empty and classes and labels is None and not unlabelled:
         raise UserError(
-            f"{folder} has folders without a picture ({first_few(sorted(empty))}), which would be "
+            f"{folder} has folders without an image ({first_few(sorted(empty))}), which would be "
             "classes: delete them, or say --unlabelled"
         )
     return index_members(
@@ -63,14 +63,14 @@ def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
 
 
 def index_zip(path: epath.Path, unlabelled: bool) -> Index:
-    """Of the pictures in a zip."""
+    """Index the images in a zip."""
     labels, members = None, {}
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 if entry.filename.rpartition("/")[2] == DATASET_JSON:
                     labels = read_dataset_json(archive.read(entry), f"{path}/{entry.filename}")
-                elif _is_picture(entry.filename):
+                elif _is_image(entry.filename):
                     members[entry.filename] = Member(
                         entry.filename, 0, entry.header_offset, entry.compress_size
                     )
@@ -87,7 +87,7 @@ def index_zip(path: epath.Path, unlabelled: bool) -> Index:
 
 
 def index_tars(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
-    """Of the pictures in one or several tars, which may have tars in them."""
+    """Index the images in one or several tars, which may have tars in them."""
     found = [_scan(path, number) for number, path in enumerate(paths)]
     files, source = tuple(map(str, paths)), ", ".join(path.name for path in paths[:3])
     digits = {key: text for scan in found for key, text in scan.classes.items()}
@@ -126,42 +126,43 @@ def index_members(
     unlabelled: bool,
     whole: bool = False,
 ) -> Index:
-    """Gives pictures their order, by name, and their labels.
+    """Give images their order, by name, and their labels.
 
     Args:
-      source: what to call it in errors.
-      kind, files: of the `Index`.
-      members: its pictures, in any order.
+      source: its name in errors.
+      kind: of the `Index`.
+      files: of the `Index`.
+      members: its images, in any order.
       given: labels by name, of a `dataset.json`, {} if that says that there are none; None: there
         is no such file.
-      unlabelled: whether labels are not wanted.
-      whole: whether folders at the top are classes even where all pictures lie in one.
+      unlabelled: whether to leave labels out.
+      whole: whether folders at the top are classes even where all images are in one.
 
     Raises:
-      UserError: no pictures, or labels that cannot be told.
+      UserError: no images, or labels that cannot be determined.
     """
     ordered = sorted(members)
     if not ordered:
         raise UserError(
-            f"{source} has no pictures ({' '.join(SUFFIXES)}): name a folder or file that has"
+            f"{source} has no images ({' '.join(SUFFIXES)}): name a folder or file that has"
         )
     names = [member.name for member in ordered]
-    places = np.array([member[1:] for member in ordered], np.int64)
-    said = []
+    locations = np.array([member[1:] for member in ordered], np.int64)
+    messages = []
     if unlabelled or given == {}:
         labels, classes = None, ()
     elif given is not None:
         labels, classes = _given_labels(source, names, given)
     else:
         labels, classes, told = _folder_labels(source, names, whole)
-        said += told
-    return Index(kind, files, places, names, labels, classes, tuple(said))
+        messages += told
+    return Index(kind, files, locations, names, labels, classes, tuple(messages))
 
 
 def _given_labels(
     source: str, names: Sequence[str], given: Mapping[str, int]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels of a `dataset.json`, whose names are relative to it."""
+    """Return the labels of a `dataset.json`, whose names are relative to it."""
     top = _common_folder(names)
     if top and not any(name in given for name in names):
         given = {top + name: label for name, label in given.items()}
@@ -169,12 +170,12 @@ def _given_labels(
     absent = sorted(set(given) - set(names))
     if missing:
         raise UserError(
-            f"{source}: {DATASET_JSON} has no label of {len(missing)} pictures "
+            f"{source}: {DATASET_JSON} has no label of {len(missing)} images "
             f"({first_few(missing)}): complete it, or say --unlabelled"
         )
     if absent:
         raise UserError(
-            f"{source}: {DATASET_JSON} names {len(absent)} pictures that are not there "
+            f"{source}: {DATASET_JSON} names {len(absent)} images that are not there "
             f"({first_few(absent)}): fetch them, or take them out"
         )
     labels = np.array([given[name] for name in names], np.int64)
@@ -190,15 +191,15 @@ def _given_labels(
 def _folder_labels(
     source: str, names: Sequence[str], whole: bool
 ) -> tuple[np.ndarray | None, tuple[str, ...], list[str]]:
-    """Labels by the folders at the top, below those that all pictures share."""
+    """Return labels by the folders at the top, below those that all images share."""
     shared = 0 if whole else len(_common_folder(names))
     inside = [name[shared:] for name in names]
     beside = [name for name in inside if "/" not in name]
     if len(beside) == len(inside):
-        return None, (), ["no labels: its pictures lie in one folder"]
+        return None, (), ["no labels: its images lie in one folder"]
     if beside:
         raise UserError(
-            f"{source} has {len(beside)} pictures beside its folders ({first_few(beside)}), whose "
+            f"{source} has {len(beside)} images beside its folders ({first_few(beside)}), whose "
             "class is not known: move them into a folder, or say --unlabelled"
         )
     folders = [name.partition("/")[0] for name in inside]
@@ -218,7 +219,7 @@ def _folder_labels(
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    """`a/b/` if all names begin with it, and it is a folder."""
+    """Return `a/b/` if all names begin with it, and it is a folder."""
     first, last = min(names).split("/")[:-1], max(names).split("/")[:-1]
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
@@ -229,18 +230,18 @@ def _common_folder(names: Sequence[str]) -> str:
 def _index_webdataset(
     source: str, files: tuple[str, ...], members: list[Member], digits: Mapping[str, str]
 ) -> Index:
-    """Samples in the order of the archives, with the number in their `.cls`."""
-    pictures: dict[str, Member] = {}
+    """Index samples in the order of the archives, with the number in their `.cls`."""
+    images: dict[str, Member] = {}
     for member in members:
-        pictures.setdefault(_sample(member), member)
-    missing = [member.name for key, member in pictures.items() if key not in digits]
+        images.setdefault(_sample(member), member)
+    missing = [member.name for key, member in images.items() if key not in digits]
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} pictures have no .cls beside them ({first_few(missing)}): "
+            f"{source}: {len(missing)} images have no .cls beside them ({first_few(missing)}): "
             "complete the archives, or say --unlabelled"
         )
     labels = []
-    for key, member in pictures.items():
+    for key, member in images.items():
         try:
             labels.append(int(digits[key]))
         except ValueError:
@@ -248,21 +249,20 @@ def _index_webdataset(
                 f"{source}: the .cls of {member.name} is {digits[key]!r:.40}, not a number: "
                 "correct it"
             ) from None
-    if not pictures or min(labels) < 0:
+    if not images or min(labels) < 0:
         raise UserError(f"{source} has no labels from 0 on in its .cls files: correct them")
-    places = np.array([member[1:] for member in pictures.values()], np.int64)
+    locations = np.array([member[1:] for member in images.values()], np.int64)
     several = len(files) > 1
     names = [
         f"{epath.Path(files[member.file]).name}/{member.name}" if several else member.name
-        for member in pictures.values()
+        for member in images.values()
     ]
     classes = tuple(str(number) for number in range(max(labels) + 1))
-    return Index("range", files, places, names, np.array(labels, np.int32), classes)
+    return Index("range", files, locations, names, np.array(labels, np.int32), classes)
 
 
 class _Scan(NamedTuple):
-    """What is in a tar: pictures, the text of `.cls` files by sample, and whether there are tars in
-    it."""
+    """The content of a tar: images, texts of `.cls` files by sample, and if it has tars."""
 
     members: list[Member]
     classes: dict[str, str]
@@ -274,12 +274,12 @@ def _scan(path: epath.Path, number: int) -> _Scan:
         with path.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 raise UserError(
-                    f"{path} is compressed, and pictures in it cannot be found without unpacking: "
+                    f"{path} is compressed, and images in it cannot be found without unpacking: "
                     f"gunzip it first (CIFAR-10's archives are read as they are)"
                 )
         found, inner = _scan_tar(path, number, "", 0)
         # ImageNet's has a thousand, of 138 MB: in a bucket, one after the other would take long.
-        with concurrent.futures.ThreadPoolExecutor(_TARS_AT_ONCE) as threads:
+        with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_TARS) as threads:
             parts = threads.map(lambda one: _scan_tar(path, number, *one)[0], inner)
         scans = [found, *parts]
     except tarfile.TarError as error:
@@ -292,7 +292,7 @@ def _scan(path: epath.Path, number: int) -> _Scan:
 def _scan_tar(
     path: epath.Path, number: int, prefix: str, offset: int
 ) -> tuple[_Scan, list[tuple[str, int]]]:
-    """What is in a tar that begins at `offset` of a file; and the tars in it: (prefix, offset)."""
+    """Scan a tar at `offset` of a file; return also the tars in it: (prefix, offset)."""
     members, classes, inner = [], {}, []
     with path.open("rb") as file:
         file.seek(offset)
@@ -307,7 +307,7 @@ def _scan_tar(
                 if suffix == "tar" and not prefix:
                     folder = name.rpartition("/")[2].removesuffix(".tar")
                     inner.append((f"{folder}/", entry.offset_data))
-                elif _is_picture(name):
+                elif _is_image(name):
                     members.append(member)
                 elif suffix == "cls":
                     part = archive.extractfile(entry)
@@ -318,14 +318,13 @@ def _scan_tar(
 
 
 def _sample(member: Member) -> str:
-    """What the files of a WebDataset sample share: the name up to the first dot of its last
-    part."""
+    """Return the common name of a WebDataset sample: up to the first dot of its last part."""
     folder, slash, name = member.name.rpartition("/")
     return f"{member.file}:{folder}{slash}{name.partition('.')[0]}"
 
 
 def _walk(folder: epath.Path, prefix: str, deep: int = 0) -> Iterable[str]:
-    """Names of the picture files below a folder."""
+    """Yield the names of the image files below a folder."""
     if deep > _DEEP:
         raise UserError(f"{folder} is {_DEEP} folders deep: does a link lead back up?")
     try:
@@ -333,14 +332,14 @@ def _walk(folder: epath.Path, prefix: str, deep: int = 0) -> Iterable[str]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror or error})") from error
     for entry in entries:
-        # By the suffix first: asking a thousand thousand files whether they are folders takes long.
-        if _is_picture(entry.name):
+        # By the suffix first: asking a million files whether they are folders takes long.
+        if _is_image(entry.name):
             yield prefix + entry.name
         elif not _hidden(entry.name) and entry.is_dir():
             yield from _walk(entry, f"{prefix}{entry.name}/", deep + 1)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     last = name.rpartition("/")[2]
     hidden = _hidden(last) or name.startswith("__MACOSX/") or "/__MACOSX/" in name
     return not hidden and last.lower().endswith(tuple(SUFFIXES))
@@ -351,7 +350,7 @@ def _hidden(name: str) -> bool:
 
 
 def read_dataset_json(content: bytes, path: str) -> dict[str, int]:
-    """Labels by name; {} if it says that there are none."""
+    """Read labels by name; {} if the file says that there are none."""
     try:
         labels = json.loads(content)["labels"]
         if labels is None:

@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to an array of one size.
+"""From the bytes of an image file to an array of one size.
 
 Imported by the processes that decode beside the chips: no jax here.
 """
@@ -25,25 +25,25 @@ SUFFIXES = [
     ".tiff",
     ".ppm",
     ".pgm",
-]  # of files that are taken for pictures
+]  # of files that are taken for images
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
-class Broken(Exception):
-    """A file that is no picture; the message says why."""
+class DecodeError(Exception):
+    """A file that is no image; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Framing:
-    """How pictures are brought to one size.
+class Preprocessing:
+    """How images are brought to one size.
 
     Attributes:
-      crop: "none": pictures have one size already; "center": the largest central square, resized by
+      crop: "none": images have one size already; "center": the largest central square, resized by
         Lanczos (EDM's `center-crop`); "adm": ADM's centre crop, see `adm_crop`; "resize": resized
         by Lanczos, whatever the ratio of the sides (EDM's `--resolution`).
       size: side of the result in pixels; 0 for "none".
       channels: 3 for RGB, 1 for grey.
-      upright: whether pictures are turned as EXIF says, as viewers show them. ADM and DiT leave
+      upright: whether images are turned as EXIF says, as viewers show them. ADM and DiT leave
         them as they are stored.
     """
 
@@ -64,122 +64,126 @@ class Framing:
             raise UserError("--size must be positive, and --channels 1 or 3")
 
 
-def decode(content: bytes, framing: Framing, name: str = "") -> tuple[np.ndarray, list[str]]:
-    """A picture as an array.
+def decode(
+    content: bytes, preprocessing: Preprocessing, name: str = ""
+) -> tuple[np.ndarray, list[str]]:
+    """Decode an image file to an array.
 
-    Grey, palette, CMYK and 16-bit pictures become what `framing.channels` says; what is transparent
-    lies on white; of animations the first frame is taken.
+    Grey, palette, CMYK and 16-bit images become what `preprocessing.channels` says; transparent
+    pixels are put on white; of animations the first frame is taken.
 
     Args:
-      content: of a picture file of any kind that Pillow knows.
-      framing: its size and channels.
-      name: of the file: that its suffix is wrong is remarked.
+      content: of an image file of any kind that Pillow knows.
+      preprocessing: size and channels of the result.
+      name: of the file, to note a wrong suffix.
 
     Returns:
-      (H, W, channels) uint8, and remarks: what was not as usual, "CMYK" for instance.
+      (H, W, channels) uint8, and notes of what is unusual, "CMYK" for instance.
 
     Raises:
-      Broken: it cannot be read.
+      DecodeError: it cannot be read.
     """
     if not content:
-        raise Broken("empty file")
+        raise DecodeError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as picture:
-                remarks = _remarks(picture, name)
-                picture.load()
-                if framing.upright and picture.getexif().get(_ORIENTATION, 1) != 1:
-                    remarks.append("turned upright by EXIF")
-                    turned = ImageOps.exif_transpose(picture)
+            with Image.open(io.BytesIO(content)) as image:
+                notes = _notes(image, name)
+                image.load()
+                if preprocessing.upright and image.getexif().get(_ORIENTATION, 1) != 1:
+                    notes.append("turned upright by EXIF")
+                    turned = ImageOps.exif_transpose(image)
                 else:
-                    turned = picture
-                plain = _plain(turned, "RGB" if framing.channels == 3 else "L", remarks)
-    except Broken:
+                    turned = image
+                plain = _plain(turned, "RGB" if preprocessing.channels == 3 else "L", notes)
+    except DecodeError:
         raise
     except Exception as error:  # whatever a reader of one of thirty formats says of damaged bytes
-        raise Broken(f"{type(error).__name__}: {error}"[:120]) from error
-    return _framed(plain, framing, remarks), remarks
+        raise DecodeError(f"{type(error).__name__}: {error}"[:120]) from error
+    return _preprocess(plain, preprocessing, notes), notes
 
 
-def frame(pixels: np.ndarray, framing: Framing) -> tuple[np.ndarray, list[str]]:
-    """The same of an array (H, W, 1 or 3) uint8."""
-    if framing.crop == "none" and pixels.shape[-1] == framing.channels:
+def frame(pixels: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, list[str]]:
+    """Preprocess an array (H, W, 1 or 3) uint8 as `decode` does."""
+    if preprocessing.crop == "none" and pixels.shape[-1] == preprocessing.channels:
         return pixels, []
-    remarks: list[str] = []
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    plain = _plain(picture, "RGB" if framing.channels == 3 else "L", remarks)
-    return _framed(plain, framing, remarks), remarks
+    notes: list[str] = []
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    plain = _plain(image, "RGB" if preprocessing.channels == 3 else "L", notes)
+    return _preprocess(plain, preprocessing, notes), notes
 
 
-def adm_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop, also DiT's (Dhariwal & Nichol 2021): halved by boxes while the shorter
-    side is at least `2 size`, then resized by a bicubic filter until it is `size`, and the middle
-    of it."""
-    while min(picture.size) >= 2 * size:
-        width, height = picture.size
-        picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """Crop the centre as ADM and DiT do (Dhariwal & Nichol 2021).
+
+    The image is halved by boxes while its shorter side is at least `2 size`, then resized by a
+    bicubic filter until that side is `size`; its middle is taken.
+    """
+    while min(image.size) >= 2 * size:
+        width, height = image.size
+        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size))
 
 
-def _framed(picture: Image.Image, framing: Framing, remarks: list[str]) -> np.ndarray:
-    if framing.crop != "none":
-        if min(picture.size) < framing.size:
-            remarks.append("enlarged")
-        picture = _cropped(picture, framing)
-    pixels = np.asarray(picture)
-    return pixels.reshape(*pixels.shape[:2], framing.channels)
+def _preprocess(image: Image.Image, preprocessing: Preprocessing, notes: list[str]) -> np.ndarray:
+    if preprocessing.crop != "none":
+        if min(image.size) < preprocessing.size:
+            notes.append("enlarged")
+        image = _cropped(image, preprocessing)
+    pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], preprocessing.channels)
 
 
-def _cropped(picture: Image.Image, framing: Framing) -> Image.Image:
-    if framing.crop == "adm":
-        return adm_crop(picture, framing.size)
-    if framing.crop == "center":
-        width, height = picture.size
+def _cropped(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    if preprocessing.crop == "adm":
+        return adm_crop(image, preprocessing.size)
+    if preprocessing.crop == "center":
+        width, height = image.size
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-    return picture.resize((framing.size, framing.size), Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + side, top + side))
+    return image.resize((preprocessing.size, preprocessing.size), Image.Resampling.LANCZOS)
 
 
-def _remarks(picture: Image.Image, name: str) -> list[str]:
-    """What is unusual about a file."""
-    remarks = []
+def _notes(image: Image.Image, name: str) -> list[str]:
+    """List what is unusual about a file."""
+    notes = []
     # A photograph of several parts (MPO) is a JPEG with previews, not an animation.
-    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-        remarks.append("animated: its first frame")
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        notes.append("animated: its first frame")
     suffix = os.path.splitext(name)[1].lower()
     known = Image.registered_extensions().get(suffix) if suffix else None
-    format_ = "JPEG" if picture.format == "MPO" else picture.format
+    format_ = "JPEG" if image.format == "MPO" else image.format
     if known and known != format_:
-        remarks.append("misnamed")
-    return remarks
+        notes.append("misnamed")
+    return notes
 
 
-def _plain(picture: Image.Image, mode: str, remarks: list[str]) -> Image.Image:
-    """A picture of any mode as RGB or L."""
-    if picture.mode.startswith(("I", "F")):
-        levels = np.asarray(picture).astype(np.float64)
-        if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise Broken(f"pixels of mode {picture.mode} have no known range")
-        remarks.append("16-bit")
-        picture = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        layered = picture.convert("RGBA")
+def _plain(image: Image.Image, mode: str, notes: list[str]) -> Image.Image:
+    """Convert an image of any mode to RGB or L."""
+    if image.mode.startswith(("I", "F")):
+        levels = np.asarray(image).astype(np.float64)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise DecodeError(f"pixels of mode {image.mode} have no known range")
+        notes.append("16-bit")
+        image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layered = image.convert("RGBA")
         if np.asarray(layered)[..., 3].min() < 255:
-            remarks.append("transparent: on white")
+            notes.append("transparent: on white")
             white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
             layered = Image.alpha_composite(white, layered)
-        picture = layered.convert("RGB")
-    elif picture.mode == "P":
-        picture = picture.convert("RGB")
-        remarks.append("palette")
-    elif picture.mode == "CMYK":
-        remarks.append("CMYK")
-    if mode == "RGB" and picture.mode in ("L", "1"):
-        remarks.append("grey")
-    return picture if picture.mode == mode else picture.convert(mode)
+        image = layered.convert("RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+        notes.append("palette")
+    elif image.mode == "CMYK":
+        notes.append("CMYK")
+    if mode == "RGB" and image.mode in ("L", "1"):
+        notes.append("grey")
+    return image if image.mode == mode else image.convert(mode)

@@ -1,4 +1,4 @@
-"""The verb `encode`: from pictures to the moments of their latents, to train on."""
+"""The verb `encode`: from images to the moments of their latents, to train on."""
 
 import collections
 import contextlib
@@ -18,11 +18,18 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics
-from diffit_jax.ingest.decoding import Framing
-from diffit_jax.ingest.encoder import Encoder
+from diffit_jax.ingest.decoding import Preprocessing
+from diffit_jax.ingest.encoder import ImageEncoder
 from diffit_jax.ingest.images import Loaded, Loader, default_workers, open_images
-from diffit_jax.ingest.places import Index
-from diffit_jax.ingest.prepare import check_shape, facts_of, kept, label_of, progress_of, report
+from diffit_jax.ingest.locations import Index
+from diffit_jax.ingest.prepare import (
+    check_shape,
+    kept,
+    label_of,
+    progress_of,
+    report,
+    source_metadata,
+)
 from diffit_jax.ingest.shards import Shards
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import backend, distributed, files, hub, interruption, npz, parallel
@@ -32,20 +39,20 @@ log = logging.getLogger(__name__)
 
 STORED = ("float16", "float32")
 _POLL_S = 0.5
-_MANY = 100_000  # pictures whose index is kept while a command is not done
+_MANY = 100_000  # images whose index is kept while a command is not done
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How pictures become moments.
+    """How images become moments.
 
     Attributes:
       vae: folder of the autoencoder, see `diffusers.load`; `hf://` too.
       dtype: of its convolutions.
       stored: dtype of the moments on disk, one of `STORED`.
-      orientations: 2: of the picture and its mirror image; 1: of the picture.
-      batch_per_device: pictures that each device encodes in a call.
-      at_once: pictures of a slice of it, see `decoder.slice_size`.
+      orientations: 2: of the image and its mirror image; 1: of the image.
+      batch_per_device: images that each device encodes in a call.
+      chunk_size: images of a slice of it, see `decoder.slice_size`.
     """
 
     vae: epath.PathLike
@@ -53,7 +60,7 @@ class Encoding:
     stored: str = "float16"
     orientations: int = 2
     batch_per_device: int = 32
-    at_once: int | None = None
+    chunk_size: int | None = None
 
     def __post_init__(self):
         if self.stored not in STORED:
@@ -62,8 +69,8 @@ class Encoding:
             raise UserError(f"--orientations is {self.orientations}: use 1 or 2")
 
 
-@backend.pinned()
-@backend.memory_for("lower --batch_per_device or --vae_at_once")
+@backend.reproducible_numerics()
+@backend.explain_oom("lower --batch_per_device or --vae_batch_size")
 def encode(
     source: epath.PathLike,
     *,
@@ -71,56 +78,62 @@ def encode(
     encoding: Encoding,
     data_dir: epath.PathLike = "",
     split: str = "train",
-    framing: Framing = Framing(),
+    preprocessing: Preprocessing = Preprocessing(),
     unlabelled: bool = False,
     workers: int | None = None,
 ) -> Manifest:
-    """Writes the moments of a source's pictures as `DATA_DIR/NAME`: ArrayRecord shards and a
-    manifest.
+    """Write the moments of a source's images as `DATA_DIR/NAME`: ArrayRecord shards and a manifest.
 
     Each process encodes shards of its own on its own devices, while other processes of its host
-    decode pictures. The same command goes on where it was interrupted, on as many hosts as there
-    are then. On devices of one kind the files are the same, byte for byte, however often it was
-    interrupted.
+    decode images. Repeated, an interrupted command resumes, on as many hosts as there are then. On
+    devices of one kind the files are the same, byte for byte, however often it was interrupted.
 
     Args:
-      source, name, data_dir, split, framing, unlabelled, workers: as of `prepare.prepare`; the
-        source may be a data set that it wrote.
-      encoding: the autoencoder, and what is kept of its posterior.
+      source: as of `prepare.prepare`; or a data set that it wrote.
+      name: as of `prepare.prepare`, and so the others below.
+      encoding: the autoencoder, and how its moments are stored.
+      data_dir: where data sets are.
+      split: that it becomes.
+      preprocessing: size and channels of the images.
+      unlabelled: whether to leave labels out.
+      workers: processes that decode.
 
     Returns:
       The manifest, on every process.
 
     Raises:
       UserError: as `prepare.prepare`; an autoencoder that cannot be read or does not take the
-        pictures, or moments that are not finite.
+        images, or moments that are not finite.
       interruption.Interrupted, interruption.Preempted: finished shards stay.
     """
     folder = folder_to_write(name, data_dir)
     place = hub.local(source, "source")
     index_file = folder / f".{split}.index"
-    index = distributed.first_then_all(
+    # Process 0 indexes the source, the others read its index.
+    index = distributed.primary_first(
         lambda: _indexed(place, split, unlabelled, index_file),
         lambda: Index.from_bytes(index_file.read_bytes()),
     )
+    # Each process encodes alone, without collectives.
     mesh = parallel.local_mesh()
     vae = hub.local(encoding.vae, "vae", VAE_FILES)
     module, variables = diffusers.load(vae, encoding.dtype, parallel.replicated(mesh))
-    encoder = Encoder(
+    encoder = ImageEncoder(
         module,
         variables,
         mesh,
         batch_per_device=encoding.batch_per_device,
         orientations=encoding.orientations,
-        at_once=encoding.at_once,
+        chunk_size=encoding.chunk_size,
     )
     workers = default_workers() if workers is None else workers
-    with Loader(index, framing, workers) as loader:
+    with Loader(index, preprocessing, workers) as loader:
         image = loader.first_shape()
         _check_image(index, image, encoder)
         shape = encoder.shape_of(image)
         arrays = records.layout(moments=ArraySpec(shape, encoding.stored))
-        crop = dict(index.crop) or dataclasses.asdict(framing)
+        crop = dict(index.crop) or dataclasses.asdict(preprocessing)
+        # All that the records depend on, so that another command's are not continued.
         identity = {
             "source": index.digest(),
             "crop": crop,
@@ -129,19 +142,20 @@ def encode(
             "autoencoder": encoder.identity(),
         }
         shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
-        distributed.first_then_all(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
-        with distributed.first_holds(lambda: files.owned(folder, "data set")):
+        distributed.primary_first(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
+        with distributed.primary_context(lambda: files.owned(folder, "data set")):
             distributed.on_primary(shards.begin)
             _write(
                 shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image
             )
-            if distributed.is_first():
+            if distributed.is_primary():
                 shards.finish(
                     index.classes,
                     lambda sums: {
-                        "source": facts_of(index, source, split) | {"image_shape": list(image)},
+                        "source": source_metadata(index, source, split)
+                        | {"image_shape": list(image)},
                         "crop": crop,
-                        "autoencoder": _autoencoder_facts(encoder, encoding),
+                        "autoencoder": _autoencoder_metadata(encoder, encoding),
                         "statistics": latent_statistics.of_sums(sums),
                     },
                 )
@@ -153,8 +167,10 @@ def encode(
 
 
 def _indexed(place: epath.Path, split: str, unlabelled: bool, index_file: epath.Path) -> Index:
-    """The index of a source; as a file too where other processes need it, or where making it takes
-    long (a tar of ImageNet's size has 1.3 million headers)."""
+    """Index a source; keep the index as a file for other processes, or where making it is slow.
+
+    A tar of ImageNet's size has 1.3 million headers.
+    """
     about = f"{place} {split} {unlabelled} {_sizes(place)}"
     if index_file.exists():
         with contextlib.suppress(OSError, KeyError, *npz.DAMAGED):
@@ -169,21 +185,21 @@ def _indexed(place: epath.Path, split: str, unlabelled: bool, index_file: epath.
 
 
 def _sizes(place: epath.Path) -> str:
-    """Bytes of a source that is a file: another one of the same name has others."""
+    """Return the bytes of a source that is a file, to notice another one of its name."""
     return "" if place.is_dir() or not place.exists() else str(files.size(place))
 
 
-def _check_image(index: Index, image: tuple[int, ...], encoder: Encoder) -> None:
+def _check_image(index: Index, image: tuple[int, ...], encoder: ImageEncoder) -> None:
     factor, channels = encoder.module.factor, encoder.module.image_channels
     if image[0] % factor or image[1] % factor or image[2] != channels:
         raise UserError(
-            f"the pictures ({index.names[0]}) are {image[1]}×{image[0]} with {image[2]} channels, "
+            f"the images ({index.names[0]}) are {image[1]}×{image[0]} with {image[2]} channels, "
             f"the autoencoder takes {channels} channels and sides that are multiples of {factor}: "
             "change --crop and --size"
         )
 
 
-def _autoencoder_facts(encoder: Encoder, encoding: Encoding) -> dict[str, Any]:
+def _autoencoder_metadata(encoder: ImageEncoder, encoding: Encoding) -> dict[str, Any]:
     channels = encoder.module.latent_channels
     scaling = {
         name: np.broadcast_to(getattr(encoder.module, name), channels).astype(float).tolist()
@@ -203,16 +219,16 @@ def _write(
     index: Index,
     *,
     loader: Loader,
-    encoder: Encoder,
+    encoder: ImageEncoder,
     stored: str,
     image: tuple[int, ...],
 ) -> None:
-    """Writes the shards that are missing: each process its own, and returns when all are there."""
+    """Write the missing shards: each process its own; return when all are there."""
     missing = np.flatnonzero(
-        distributed.from_first([line is None for line in shards.lines()])
+        distributed.broadcast([stats is None for stats in shards.stats()])
     ).tolist()
     mine = missing[jax.process_index() :: jax.process_count()]
-    progress = progress_of(shards, missing, "encode", "picture")
+    progress = progress_of(shards, missing, "encode", "image")
     started, encoded = time.monotonic(), 0
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice:
@@ -226,13 +242,13 @@ def _write(
                     for loaded in group:
                         if loaded.pixels is None:
                             name = index.names[loaded.number]
-                            writer.line.skipped.append((name, loaded.reason))
-                        writer.remark(list(loaded.remarks))
+                            writer.stats.skipped.append((name, loaded.reason))
+                        writer.note(list(loaded.notes))
                     good = [loaded for loaded in group if loaded.pixels is not None]
                     if result is not None:
                         moments = result.result()[0]
                         _check_finite(moments, good, index)
-                        writer.line.add_sums(**latent_statistics.sums_of(moments))
+                        writer.stats.add_sums(**latent_statistics.sums_of(moments))
                         for loaded, array in zip(good, moments.astype(stored), strict=True):
                             writer.add(label_of(index, loaded.number), moments=array)
                     encoded += len(good)
@@ -247,7 +263,7 @@ def _write(
 
 
 def _await_all(shards: Shards) -> None:
-    """Returns when the other processes have written their shards too."""
+    """Wait until the other processes have written their shards too."""
     while jax.process_count() > 1 and shards.missing():
         if interruption.noticed():
             raise interruption.Preempted(kept(shards))
@@ -259,14 +275,14 @@ def _encoded(
     mine: list[int],
     *,
     loader: Loader,
-    encoder: Encoder,
+    encoder: ImageEncoder,
     index: Index,
     image: tuple[int, ...],
 ) -> Iterator[tuple[int, list[Loaded], Any]]:
-    """(shard, some of its pictures, their moments to come) in order, one call ahead: the devices
-    have the next pictures while the last ones' moments are written.
+    """Yield (shard, some of its images, their moments to come) in order, one call ahead.
 
-    Which pictures are encoded together is fixed, for sums come out the same only then.
+    The devices have the next images while the last ones' moments are written. Which images are
+    encoded together is fixed: sums come out the same only then.
     """
     numbers = [number for shard in mine for number in shards.numbers(shard)]
     stream = loader.load(numbers)

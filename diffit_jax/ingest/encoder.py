@@ -1,4 +1,4 @@
-"""From pictures to the moments of their latents, on every device of a mesh."""
+"""From images to the moments of their latents, on every device of a mesh."""
 
 import concurrent.futures
 import time
@@ -15,14 +15,15 @@ from diffit_jax.runtime import backend, checkpoint, parallel
 from diffit_jax.sampling.decoder import batch_sizes, per_slice
 
 
-class Encoder:
-    """The autoencoder's encoder. Each device encodes pictures of its own, in slices, while the next
-    ones are brought.
+class ImageEncoder:
+    """The autoencoder's encoder on a mesh: each device encodes images of its own, in slices.
+
+    Meanwhile the next ones are brought.
 
     Attributes:
       module: the autoencoder.
       variables: of it, on every device of the mesh.
-      batch_size: pictures of a call, over all devices.
+      batch_size: images of a call, over all devices.
       waited_s: seconds for which the devices had nothing to do since the first call.
     """
 
@@ -34,20 +35,21 @@ class Encoder:
         *,
         batch_per_device: int,
         orientations: int = 2,
-        at_once: int | None = None,
+        chunk_size: int | None = None,
     ):
-        """Prepares an encoder.
+        """Prepare an encoder.
 
         Args:
-          module, variables: of the autoencoder.
+          module: the autoencoder.
+          variables: of the autoencoder.
           mesh: devices of this process to encode on.
-          batch_per_device: pictures of a call.
-          orientations: 2: the picture and its mirror image; 1: the picture.
-          at_once: how many of them a device encodes at once, see `slice_size`.
+          batch_per_device: images of a call.
+          orientations: 2: the image and its mirror image; 1: the image.
+          chunk_size: how many of them a device encodes at once, see `slice_size`.
         """
         self.module, self.variables, self._mesh = module, variables, mesh
         self.orientations = orientations
-        size, self.batch_size = batch_sizes(mesh, batch_per_device, at_once)
+        size, self.batch_size = batch_sizes(mesh, batch_per_device, chunk_size)
         self._encode = per_slice(self._moments, mesh, size)
         self._fetch = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="moments")
         self._last: concurrent.futures.Future | None = None
@@ -64,33 +66,33 @@ class Encoder:
         return jnp.stack([encoded(way) for way in ways], axis=1)
 
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """(orientations, h, w, 2c) of the moments of an image (H, W, C)."""
+        """Return the shape (orientations, h, w, 2c) of the moments of an image (H, W, C)."""
         factor, channels = self.module.factor, self.module.latent_channels
         return self.orientations, image[0] // factor, image[1] // factor, 2 * channels
 
     def identity(self) -> dict[str, Any]:
-        """JSON values by name of all that moments of given pictures depend on."""
+        """Return all that moments of given images depend on, JSON values by name."""
         return {
             "contents": checkpoint.fingerprint(self.variables),
             "orientations": self.orientations,
             **workdirs.number_settings("autoencoder", self.module),
         }
 
-    @backend.pinned()
-    def start(self, pictures: np.ndarray) -> concurrent.futures.Future:
-        """Begins to encode.
+    @backend.reproducible_numerics()
+    def start(self, images: np.ndarray) -> concurrent.futures.Future:
+        """Begin to encode.
 
         Args:
-          pictures: (n, H, W, C) uint8, n at most `batch_size`.
+          images: (n, H, W, C) uint8, n at most `batch_size`.
 
         Returns:
           What becomes (moments, when they were there): (n, orientations, h, w, 2c) float32, mean
           and log variance; seconds of `time.monotonic`.
         """
-        now, count = time.monotonic(), len(pictures)
+        now, count = time.monotonic(), len(images)
         if self._last is not None and self._last.done():
             self.waited_s += max(0.0, now - self._last.result()[1])
-        batch = parallel.put_padded(self._mesh, {"image": pictures}, self.batch_size)["image"]
+        batch = parallel.put_padded(self._mesh, {"image": images}, self.batch_size)["image"]
         moments = self._encode(self.variables, batch)
 
         def fetch() -> tuple[np.ndarray, float]:

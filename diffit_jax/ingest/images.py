@@ -1,5 +1,7 @@
-"""Pictures as people have them: `open_images` says what a source holds, `load` brings its pictures,
-decoded and cropped by processes of their own, in their order."""
+"""Images as people have them: an index of a source, and its images from worker processes.
+
+`open_images` indexes a source, a `Loader` decodes and preprocesses its images in their order.
+"""
 
 import collections
 import concurrent.futures
@@ -20,20 +22,20 @@ from etils import epath
 
 from diffit_jax.data import records
 from diffit_jax.errors import UserError
-from diffit_jax.ingest import containers, places, tables
-from diffit_jax.ingest.decoding import Broken, Framing, decode, frame
-from diffit_jax.ingest.places import Index, Place
+from diffit_jax.ingest import containers, locations, tables
+from diffit_jax.ingest.decoding import DecodeError, Preprocessing, decode, frame
+from diffit_jax.ingest.locations import Index, Location
 from diffit_jax.runtime import interruption
 
-FEWEST = 10  # pictures of a data set: with fewer a wrong folder was named
-_CHUNK, _CHUNK_BYTES = 256, 2**21  # pictures that a process decodes at once, at most
+FEWEST = 10  # images of a data set: with fewer a wrong folder was named
+_CHUNK, _CHUNK_BYTES = 256, 2**21  # images that a process decodes at once, at most
 _CHUNKS_AHEAD = 3  # of each process
 
 
 def open_images(
     path: epath.PathLike, split: str = "train", unlabelled: bool = False, fewest: int = FEWEST
 ) -> Index:
-    """The pictures of a source.
+    """Index the images of a source.
 
     Args:
       path: a folder (of class folders or flat, of tars, of Parquet files, of CIFAR-10's batches,
@@ -44,13 +46,13 @@ def open_images(
       fewest: how many there must be.
 
     Raises:
-      UserError: there is no such source, or it holds no pictures or fewer than `fewest`, or labels
-        that cannot be told.
+      UserError: there is no such source, or it holds no images or fewer than `fewest`, or labels
+        that cannot be determined.
     """
     index = _open(epath.Path(path), split, unlabelled)
     if len(index) < fewest:
         raise UserError(
-            f"{path} has {len(index)} pictures, a data set needs {fewest} or more: name the folder "
+            f"{path} has {len(index)} images, a data set needs {fewest} or more: name the folder "
             "or file that has them all"
         )
     return index
@@ -63,7 +65,7 @@ def _open(path: epath.Path, split: str, unlabelled: bool) -> Index:
             raise UserError(f"there is no file {path}: correct the pattern")
         return _open_files(found, unlabelled)
     if not path.exists():
-        raise UserError(f"there is no {path}: name a folder, or an archive of pictures")
+        raise UserError(f"there is no {path}: name a folder, or an archive of images")
     if path.is_dir():
         return _open_folder(path, split, unlabelled)
     if path.name.endswith((".tar.gz", ".tgz")) and (files := tables.cifar_files(path)):
@@ -72,7 +74,7 @@ def _open(path: epath.Path, split: str, unlabelled: bool) -> Index:
 
 
 def _matching(path: epath.Path) -> list[Any]:
-    """Files whose name matches the last part of a path; a folder that is called so is itself."""
+    """Return the files whose name matches the last part of a path, or a folder of that name."""
     if path.exists():
         return [path]
     if "://" in str(path):
@@ -130,7 +132,7 @@ def _open_folder(folder: epath.Path, split: str, unlabelled: bool) -> Index:
 
 
 def _of_split(paths: Sequence[epath.Path], split: str) -> Sequence[epath.Path]:
-    """The files of a split, where names begin with those of splits."""
+    """Select the files of a split, where names begin with those of splits."""
     known = ("train", "test", "validation", "val", "dev")
     named = [path for path in paths if path.name.lower().startswith(known)]
     if not named:
@@ -146,10 +148,10 @@ def _of_split(paths: Sequence[epath.Path], split: str) -> Sequence[epath.Path]:
 
 
 def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
-    """Of a data set that `prepare` wrote."""
+    """Index a data set that `prepare` wrote."""
     source = records.open_records(folder, split)
     if records.IMAGE not in source.manifest.arrays:
-        raise UserError(f"{folder} holds latents, not pictures: name their source")
+        raise UserError(f"{folder} holds latents, not images: name their source")
     counts = [shard.count for shard in source.manifest.shards]
     files = tuple(str(folder / shard.file) for shard in source.manifest.shards)
     rows = [(file, row, 0) for file, count in enumerate(counts) for row in range(count)]
@@ -177,40 +179,40 @@ def _tfrecords(path: epath.Path) -> UserError:
 
 # --- Loading
 
-# Number and name of a picture, and its place or pixels.
-_Task = tuple[int, str, Place | np.ndarray]
+# Number and name of an image, and its place or pixels.
+_Task = tuple[int, str, Location | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A picture, or why there is none.
+    """An image, or why there is none.
 
     Attributes:
       number: in its index.
       pixels: (H, W, C) uint8; None: it is broken.
       reason: why.
-      remarks: what was unusual, see `decode`.
+      notes: what was unusual, see `decode`.
     """
 
     number: int
     pixels: np.ndarray | None
     reason: str = ""
-    remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 class Loader:
-    """Decodes pictures in processes of their own. Use it as a context manager."""
+    """Decodes images in processes of their own. Use it as a context manager."""
 
-    def __init__(self, index: Index, framing: Framing, workers: int):
-        """Starts them.
+    def __init__(self, index: Index, preprocessing: Preprocessing, workers: int):
+        """Start the processes.
 
         Args:
           index: of the source.
-          framing: of the pictures.
+          preprocessing: of the images.
           workers: how many processes; 0: this one alone.
         """
-        self._index, self._framing, self._workers = index, framing, workers
-        self._bytes = 2**14  # of a picture, until one was seen
+        self._index, self._preprocessing, self._workers = index, preprocessing, workers
+        self._bytes = 2**14  # of an image, until one was seen
         self._pool = None
         if workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
@@ -228,7 +230,7 @@ class Loader:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def first_shape(self) -> tuple[int, ...]:
-        """(H, W, C) of the first picture that can be read.
+        """Return the shape (H, W, C) of the first image that can be read.
 
         Raises:
           UserError: none of the first hundred can.
@@ -239,12 +241,12 @@ class Loader:
                 self._bytes = pixels.nbytes
                 return pixels.shape
         raise UserError(
-            f"none of the first {min(100, len(self._index))} pictures can be read (the first: "
+            f"none of the first {min(100, len(self._index))} images can be read (the first: "
             f"{self._index.names[0]}: {self._load_here(0).reason}): look at the source"
         )
 
     def load(self, numbers: Sequence[int]) -> Iterator[Loaded]:
-        """Pictures of the index, in the order of `numbers`, read ahead as far as memory is spared.
+        """Yield images of the index in the order of `numbers`, read ahead within the memory.
 
         Raises:
           UserError: a process was ended from outside, or the files cannot be read.
@@ -264,7 +266,7 @@ class Loader:
                 yield from waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that decodes pictures was ended (was memory short? or has the script "
+                "a process that decodes images was ended (was memory short? or has the script "
                 "that calls this no `if __name__ == '__main__'`?): use fewer --workers, or 0"
             ) from error
         finally:
@@ -274,48 +276,48 @@ class Loader:
     def _submit(self, chunk: Sequence[int]) -> Any:
         assert self._pool is not None
         tasks = [self._task(number) for number in chunk]
-        return self._pool.submit(_load_chunk, tasks, self._framing)
+        return self._pool.submit(_load_chunk, tasks, self._preprocessing)
 
     def _task(self, number: int) -> _Task:
         index = self._index
-        place = index.place(number) if index.pixels is None else index.pixels[number]
-        return number, index.names[number], place
+        location = index.location(number) if index.pixels is None else index.pixels[number]
+        return number, index.names[number], location
 
     def _load_here(self, number: int) -> Loaded:
-        return _load(self._task(number), self._framing)
+        return _load(self._task(number), self._preprocessing)
 
 
-def _load_chunk(tasks: Sequence[_Task], framing: Framing) -> list[Loaded]:
-    return [_load(task, framing) for task in tasks]
+def _load_chunk(tasks: Sequence[_Task], preprocessing: Preprocessing) -> list[Loaded]:
+    return [_load(task, preprocessing) for task in tasks]
 
 
-def _load(task: _Task, framing: Framing) -> Loaded:
-    number, name, place = task
+def _load(task: _Task, preprocessing: Preprocessing) -> Loaded:
+    number, name, location = task
     try:
-        if isinstance(place, np.ndarray):
-            content = place
-        elif place.kind == "record":
-            content = records.read_record(place.path, place.first)[records.IMAGE]
+        if isinstance(location, np.ndarray):
+            content = location
+        elif location.kind == "record":
+            content = records.read_record(location.path, location.first)[records.IMAGE]
         else:
-            content = places.read(place)
+            content = locations.read(location)
         if isinstance(content, np.ndarray):
-            pixels, remarks = frame(content, framing)
+            pixels, notes = frame(content, preprocessing)
         else:
-            pixels, remarks = decode(content, framing, name)
-    except Broken as error:
+            pixels, notes = decode(content, preprocessing, name)
+    except DecodeError as error:
         return Loaded(number, None, str(error))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         return Loaded(number, None, error.strerror or type(error).__name__)
-    except OSError as error:  # a disk or network that fails would make every picture a broken one
+    except OSError as error:  # a disk or network that fails would make every image a broken one
         raise UserError(
             f"{name} cannot be read ({error.strerror or error}): look at the disk or network, then "
             "run the same command again"
         ) from error
-    return Loaded(number, pixels, remarks=remarks)
+    return Loaded(number, pixels, notes=notes)
 
 
 def _begin(parent: int) -> None:
-    """What a process does first: Ctrl-C is for its parent, whose end is its own."""
+    """Initialise a worker: it ignores Ctrl-C, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in interruption.ENDING:
         signal.signal(number, signal.SIG_DFL)
@@ -331,6 +333,6 @@ def _end_with(parent: int) -> None:
 
 @functools.cache
 def default_workers() -> int:
-    """Processes to decode with: one for each core that this process may use."""
+    """Return how many processes decode: one for each core that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

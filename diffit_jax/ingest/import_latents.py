@@ -1,4 +1,4 @@
-"""The verb `import_latents`: from latents that others made to a data set to train on."""
+"""The verb `prepare --latents`: from latents that others made to a data set to train on."""
 
 import io
 import logging
@@ -14,7 +14,7 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import containers, latent_statistics
-from diffit_jax.ingest.prepare import facts_of, kept, label_of, progress_of, report
+from diffit_jax.ingest.prepare import kept, label_of, progress_of, report, source_metadata
 from diffit_jax.ingest.shards import Shards
 from diffit_jax.runtime import distributed, hub
 from diffit_jax.runtime.console import Progress
@@ -22,7 +22,7 @@ from diffit_jax.runtime.console import Progress
 log = logging.getLogger(__name__)
 
 PATTERN = "img-mean-std-"
-# Means of the channels over many pictures, by what the autoencoder was fed with, and what is to be
+# Means of the channels over many images, by what the autoencoder was fed with, and what is to be
 # said of it. EDM2 fed sd-vae-ft-mse with x / 255, where it expects x / 127.5 - 1.
 RANGES = {
     "[0, 1] (as EDM2)": (5.81, 3.25, 0.12, -2.15),
@@ -30,7 +30,7 @@ RANGES = {
 }
 PALE = ("[0, 1] (as EDM2)",)
 _PALE = (
-    "a network that is trained on these makes latents of pixels in [0, 1]: pictures that --vae "
+    "a network that is trained on these makes latents of pixels in [0, 1]: images that --vae "
     "decodes of them are too pale"
 )
 PROBED = 10_000  # latents whose means tell the ranges apart
@@ -46,7 +46,7 @@ def import_latents(
     split: str = "train",
     unlabelled: bool = False,
 ) -> Manifest:
-    """Writes latents in the layout that EDM2 and REPA share as `DATA_DIR/NAME`, as `encode` would.
+    """Write latents in the layout that EDM2 and REPA share as `DATA_DIR/NAME`, as `encode` would.
 
     The layout: `00000/img-mean-std-00000000.npy`, each (2c, h, w) mean and standard deviation,
     channels first, and `dataset.json` with the labels; in a folder or a zip. There is one
@@ -54,14 +54,17 @@ def import_latents(
 
     Args:
       source: the folder or zip; `hf://` too.
-      name, data_dir, split, unlabelled: as of `prepare.prepare`.
+      name: as of `prepare.prepare`, and so the others below.
+      data_dir: where data sets are.
+      split: that it becomes.
+      unlabelled: whether to leave labels out.
 
     Raises:
       UserError: another layout, or latents of an unknown range of pixels.
     """
     folder = folder_to_write(name, data_dir)
-    opened = _Opened(hub.local(source, "source"))
-    with opened as (names, read, labels_json):
+    source_files = _LatentFiles(hub.local(source, "source"))
+    with source_files as (names, read, labels_json):
         given = containers.read_dataset_json(labels_json, str(source)) if labels_json else {}
         if not given and not unlabelled:
             raise UserError(
@@ -71,11 +74,13 @@ def import_latents(
         index = containers.index_members(
             str(source), "npy", files=(), members=members, given=given, unlabelled=unlabelled
         )
+        # The files do not say in which range pixels were encoded; their statistics do.
         moments = _read_one(read, index.names[0])
         pixels, means = _range_of(index.names, read)
         log.info("channel means %s: pixels were in %s", _short(means), pixels)
         if pixels in PALE:
             log.warning("%s", _PALE)
+        # From here on as `encode`.
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         arrays = records.layout(moments=ArraySpec(shape, "float32"))
@@ -85,7 +90,7 @@ def import_latents(
             manifest = shards.finish(
                 index.classes,
                 lambda sums: {
-                    "source": facts_of(index, source, split) | {"kind": "imported"},
+                    "source": source_metadata(index, source, split) | {"kind": "imported"},
                     "crop": {"crop": "unknown", "size": shape[1] * 8},
                     "autoencoder": {"path": "unknown", "pixels": pixels, "orientations": 1},
                     "statistics": latent_statistics.of_sums(sums),
@@ -111,12 +116,12 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
                             f"{index.names[number]} is {moments.shape}, the first latent is "
                             f"{shape[1:]}: all must have one size"
                         )
-                    writer.line.add_sums(**latent_statistics.sums_of(moments[None, None]))
+                    writer.stats.add_sums(**latent_statistics.sums_of(moments[None, None]))
                     writer.add(label_of(index, number), moments=moments[None])
                     progress.advance()
 
 
-class _Opened:
+class _LatentFiles:
     """The latents of a folder or zip, as (names, a function that reads one, dataset.json)."""
 
     def __init__(self, path: epath.Path):
@@ -158,13 +163,13 @@ class _Opened:
         if not names:
             raise UserError(
                 f"--source {self._path} has no {PATTERN}*.npy: latents in EDM2's and REPA's layout "
-                "can be imported; encode pictures by launch/encode.py"
+                "can be imported; encode images by launch/encode.py"
             )
         return names
 
 
 def _read_one(read: Callable[[str], bytes], name: str) -> np.ndarray:
-    """(h, w, 2c) float32: mean and log variance."""
+    """Read mean and log variance, (h, w, 2c) float32."""
     try:
         array = np.load(io.BytesIO(read(name)), allow_pickle=False).astype(np.float32)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -184,7 +189,7 @@ def _read_one(read: Callable[[str], bytes], name: str) -> np.ndarray:
 
 
 def _range_of(names: Any, read: Callable[[str], bytes]) -> tuple[str, np.ndarray]:
-    """Which range the pixels had, by the channels' means over some of the latents.
+    """Infer the range of the pixels from the channels' means over some of the latents.
 
     Raises:
       UserError: neither of the known ones.
@@ -203,7 +208,7 @@ def _range_of(names: Any, read: Callable[[str], bytes]) -> tuple[str, np.ndarray
     known_ones = "; ".join(f"{_short(known)} for {pixels}" for pixels, known in RANGES.items())
     raise UserError(
         f"the latents' channel means are {_short(means)}, which neither range of pixels gives "
-        f"({known_ones}): encode the pictures by launch/encode.py"
+        f"({known_ones}): encode the images by launch/encode.py"
     )
 
 

@@ -1,5 +1,7 @@
-"""Mean and standard deviation of each channel of unscaled latents: computed while a data set is
-encoded, and compared with published ones."""
+"""Mean and standard deviation of each channel of unscaled latents.
+
+Computed while a data set is encoded, and compared with published ones.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,8 +29,11 @@ _MAY_LACK = 100
 
 
 def sums_of(moments: np.ndarray) -> dict[str, np.ndarray]:
-    """Sums over (n, orientations, h, w, 2c) float32 moments that statistics come from: of values,
-    of their expected squares, and how many there are; by channel, float64."""
+    """Sum moments to what statistics are made of, by channel, float64.
+
+    (n, orientations, h, w, 2c) float32 moments → sums of values, of their expected squares, and
+    their count.
+    """
     mean, log_variance = np.split(moments.astype(np.float64), 2, axis=-1)
     axes = (0, 1, 2, 3)
     return {
@@ -39,7 +44,7 @@ def sums_of(moments: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def of_sums(sums: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """`mean` and `std` of draws from the posteriors, by channel."""
+    """Return `mean` and `std` of draws from the posteriors, by channel."""
     if not sums:
         return {}
     mean = sums["sum"] / sums["count"]
@@ -48,24 +53,28 @@ def of_sums(sums: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def say(manifest: Manifest) -> None:
-    """Reports a manifest's statistics, and how they compare."""
+    """Log a manifest's statistics, and how they compare with published ones."""
     for level, line in lines(manifest):
         log.log(level, "%s", line)
 
 
 def lines(manifest: Manifest) -> list[tuple[int, str]]:
-    """(level of the log, text): the statistics; beside them published ones, where those are of the
-    same data, and a warning where they differ at 256 px. Latents of other data are nobody's
-    business."""
+    """Return (level of the log, text) of the statistics, with published ones of the same data.
+
+    With a warning where they differ at 256 px. For other data sets nothing is compared.
+    """
     found = manifest.statistics
     if not found:
         return []
-    said = [(logging.INFO, f"latents: mean {_short(found['mean'])}, std {_short(found['std'])}")]
+    messages = [
+        (logging.INFO, f"latents: mean {_short(found['mean'])}, std {_short(found['std'])}")
+    ]
+    # Nothing to compare unless it is ImageNet through Stable Diffusion's encoder.
     size = _published_size(manifest)
     if size is None:
-        return said
+        return messages
     published = PUBLISHED[size]
-    said.append(
+    messages.append(
         (
             logging.INFO,
             f"published at {size} px: mean {_short(published['mean'])}, std "
@@ -73,7 +82,8 @@ def lines(manifest: Manifest) -> list[tuple[int, str]]:
         )
     )
     if size != 256:
-        return said
+        return messages
+    # In units of the published deviation.
     mean, std = (np.array(found[name]) for name in ("mean", "std"))
     their_mean, their_std = (np.array(published[name]) for name in ("mean", "std"))
     off_mean = np.abs(mean - their_mean) / their_std
@@ -84,13 +94,15 @@ def lines(manifest: Manifest) -> list[tuple[int, str]]:
             f"(at most {MEAN_BOUND}), std by up to {off_std.max():.1%} (at most {STD_BOUND:.0%}); "
             "check the source, --crop and --vae"
         )
-        said.append((logging.WARNING, text))
-    return said
+        messages.append((logging.WARNING, text))
+    return messages
 
 
 def _published_size(manifest: Manifest) -> int | None:
-    """The side at which there are published statistics of the same data: ImageNet's training set by
-    ADM's crop through an encoder of `sd-vae-ft-*`."""
+    """Return the side at which there are published statistics of the same data.
+
+    That is ImageNet's training set by ADM's crop through an encoder of `sd-vae-ft-*`.
+    """
     lacking = IMAGENET_TRAIN - manifest.count
     autoencoder: Mapping[str, Any] = manifest.autoencoder
     same = (

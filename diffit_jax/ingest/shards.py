@@ -37,15 +37,15 @@ _IDENTITY = "identity.json"
 
 
 @dataclasses.dataclass
-class Line:
+class ShardStats:
     """What is known of a finished shard.
 
     Attributes:
       file, count, sha256: see `records.Shard`.
       size: bytes of the file.
       labels: how many examples of each label, by its number.
-      skipped: pictures that could not be read, with reasons.
-      remarks: how many were unusual, by kind.
+      skipped: images that could not be read, with reasons.
+      notes: how many were unusual, by kind; `remarks` in the JSON.
       sums: of numbers over examples, by name; lists, float64.
     """
 
@@ -55,11 +55,11 @@ class Line:
     size: int = 0
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    remarks: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def add_sums(self, **values: np.ndarray) -> None:
-        """Adds arrays to the sums of their names."""
+        """Add arrays to the sums of their names."""
         for name, value in values.items():
             before = np.array(self.sums.get(name, 0.0), np.float64)
             self.sums[name] = (before + value).tolist()
@@ -84,7 +84,7 @@ class Shards:
         identity: Mapping[str, Any],
         per_shard: int = 0,
     ):
-        """Plans them.
+        """Plan the shards.
 
         Args:
           folder: of the data set; it need not be there.
@@ -101,11 +101,11 @@ class Shards:
         if len(arrays) > 2:  # of a label and one array, the identity says enough
             specs = {name: dataclasses.asdict(spec) for name, spec in arrays.items()}
             self._identity["arrays"] = specs
-        self._lines = folder / records.lines_name(split)
+        self._stats_dir = folder / records.shard_stats_dir(split)
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Makes the folder, which this process owns for the length of the block, and begins.
+        """Make the folder, own it for the length of the block, and `begin`.
 
         Raises:
           UserError: as `begin`, or another living process owns it.
@@ -116,15 +116,14 @@ class Shards:
             yield
 
     def begin(self) -> None:
-        """Makes the folder, or sees that what is there belongs to the same data; what a killed
-        command left half done goes away.
+        """Make the folder, or check that it belongs to the same data; remove half-written shards.
 
         Raises:
-          UserError: another data set is there, or the place cannot be written.
+          UserError: another data set is there, or the folder cannot be written.
         """
         wanted = files.plain(self._identity)
-        artifact = files.Artifact(self._lines / _IDENTITY, wanted)
-        found = artifact.look()
+        artifact = files.Artifact(self._stats_dir / _IDENTITY, wanted)
+        found = artifact.inspect()
         if not found.content and (self.folder / records.manifest_name(self._split)).exists():
             raise UserError(
                 f"{self.folder} holds split {self._split} already, of an unknown source: choose "
@@ -139,39 +138,39 @@ class Shards:
                 f"{self.folder} holds split {self._split} of other data ({values}): choose another "
                 "--name, or delete it"
             )
-        files.make_directory(self._lines, "data_dir")
+        files.make_directory(self._stats_dir, "data_dir")
         files.write_json(artifact.path, wanted)
         if files.is_local(self.folder):
             for partial in Path(self.folder).glob(f".{self._split}-*.partial"):
                 partial.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not finished, ascending."""
-        return [number for number, line in enumerate(self.lines()) if line is None]
+        """Return the numbers of the shards that are not finished, ascending."""
+        return [number for number, stats in enumerate(self.stats()) if stats is None]
 
-    def lines(self) -> list[Line | None]:
-        """What is known of each shard; None: it is not finished, or its file is not what it was."""
+    def stats(self) -> list[ShardStats | None]:
+        """Return the statistics of each shard; None: unfinished, or its file has changed."""
         there = {entry.name for entry in self.folder.iterdir()}
 
-        def line_of(shard: int) -> Line | None:
+        def stats_of(shard: int) -> ShardStats | None:
             name = self._name(shard)
-            content = files.read_json(self._line_path(shard)) if name in there else None
+            content = files.read_json(self._stats_path(shard)) if name in there else None
             if content is None or content.get("size") != files.size(self.folder / name):
                 return None
-            return Line(**content)
+            return ShardStats(**records.from_json_names(content))
 
         # `gs://` answers many questions at once as fast as one.
         with concurrent.futures.ThreadPoolExecutor(32) as threads:
-            return list(threads.map(line_of, range(self.total)))
+            return list(threads.map(stats_of, range(self.total)))
 
     def numbers(self, shard: int) -> range:
-        """Of the examples of a shard in the source."""
+        """Return the numbers of a shard's examples in the source."""
         start = shard * self._per_shard
         return range(start, min(start + self._per_shard, self.count))
 
     @contextlib.contextmanager
     def writing(self, shard: int) -> Iterator["ShardWriter"]:
-        """A shard, which is finished when the block ends, and not there if the block fails.
+        """Write a shard, which is finished when the block ends, and removed if the block fails.
 
         Raises:
           UserError: the disk is full, or fails; finished shards stay.
@@ -184,15 +183,15 @@ class Shards:
         try:
             writer = ShardWriter(scratch, self._arrays)
             yield writer
-            line = writer.close()
-            line.file = name
+            stats = writer.close()
+            stats.file = name
             if local:
                 os.replace(scratch, self.folder / name)
             else:
                 # There from the moment at which the last byte is.
                 with scratch.open("rb") as source, (self.folder / name).open("wb") as target:
                     shutil.copyfileobj(source, target, 2**24)
-            self._write_line(shard, line)
+            self._write_stats(shard, stats)
         except (OSError, RuntimeError) as error:
             remedy = files.remedy_for_writing(error)
             if remedy is None:
@@ -209,34 +208,36 @@ class Shards:
                 scratch.unlink(missing_ok=True)
 
     def finish(
-        self, classes: tuple[str, ...], facts: Callable[[dict[str, np.ndarray]], Mapping[str, Any]]
+        self,
+        classes: tuple[str, ...],
+        metadata: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
     ) -> Manifest:
-        """Writes the manifest, when all shards are finished.
+        """Write the manifest, when all shards are finished.
 
         Args:
           classes: see `Manifest`.
-          facts: `source`, `crop` … of the manifest, without what the lines say; from the sums of
-            all lines, float64 by name.
+          metadata: returns `source`, `crop` … of the manifest, all that is not summed over shards,
+            from the sums of all shards, float64 by name.
         """
-        lines = [line for line in self.lines() if line is not None]
-        assert len(lines) == self.total
+        finished = [stats for stats in self.stats() if stats is not None]
+        assert len(finished) == self.total
         labels: Counter[str] = Counter()
-        remarks: Counter[str] = Counter()
+        notes: Counter[str] = Counter()
         sums: dict[str, np.ndarray] = {}
-        for line in lines:
-            labels.update(line.labels)
-            remarks.update(line.remarks)
-            for name, values in line.sums.items():
+        for stats in finished:
+            labels.update(stats.labels)
+            notes.update(stats.notes)
+            for name, values in stats.sums.items():
                 sums[name] = sums.get(name, 0) + np.array(values, np.float64)
         manifest = Manifest(
             arrays=self._arrays,
             classes=classes,
-            count=sum(line.count for line in lines),
+            count=sum(stats.count for stats in finished),
             class_counts=tuple(labels[str(number)] for number in range(len(classes))),
-            skipped=tuple((name, why) for line in lines for name, why in line.skipped),
-            remarks=dict(sorted(remarks.items())),
-            shards=tuple(Shard(line.file, line.count, line.sha256) for line in lines),
-            **facts(sums),
+            skipped=tuple((name, why) for stats in finished for name, why in stats.skipped),
+            notes=dict(sorted(notes.items())),
+            shards=tuple(Shard(stats.file, stats.count, stats.sha256) for stats in finished),
+            **metadata(sums),
         )
         path = self.folder / records.manifest_name(self._split)
         files.write_bytes(path, manifest.to_json().encode())
@@ -245,58 +246,58 @@ class Shards:
     def _name(self, shard: int) -> str:
         return records.shard_name(self._split, shard, self.total)
 
-    def _line_path(self, shard: int) -> epath.Path:
-        return self._lines / f"{shard:05d}.json"
+    def _stats_path(self, shard: int) -> epath.Path:
+        return self._stats_dir / f"{shard:05d}.json"
 
-    def _write_line(self, shard: int, line: Line) -> None:
-        content = json.dumps(dataclasses.asdict(line)).encode()
-        files.write_bytes(self._line_path(shard), content)
+    def _write_stats(self, shard: int, stats: ShardStats) -> None:
+        content = json.dumps(records.to_json_names(dataclasses.asdict(stats))).encode()
+        files.write_bytes(self._stats_path(shard), content)
 
 
 class ShardWriter:
     """A shard on its way to the disk.
 
     Attributes:
-      line: what is to be known of it.
+      stats: of the examples so far.
     """
 
     def __init__(self, path: Path, arrays: Mapping[str, ArraySpec]):
-        self._path, self.line, self._arrays = path, Line(), arrays
+        self._path, self.stats, self._arrays = path, ShardStats(), arrays
         self._last = b""
         self._writer: Any = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
 
     def add(self, label: int, **values: np.ndarray) -> None:
-        """Writes an example; a label of -1 is none."""
+        """Write an example; a label of -1 is none."""
         values[records.LABEL] = np.array(max(label, 0))
         self._last = records.encode_record(self._arrays, values)
         self._writer.write(self._last)
-        self.line.count += 1
+        self.stats.count += 1
         if label >= 0:
-            self.line.labels[str(label)] = self.line.labels.get(str(label), 0) + 1
+            self.stats.labels[str(label)] = self.stats.labels.get(str(label), 0) + 1
 
-    def remark(self, remarks: list[str]) -> None:
-        """Counts what was unusual about a picture."""
-        for remark in remarks:
-            self.line.remarks[remark] = self.line.remarks.get(remark, 0) + 1
+    def note(self, notes: list[str]) -> None:
+        """Count what was unusual about an image."""
+        for note in notes:
+            self.stats.notes[note] = self.stats.notes.get(note, 0) + 1
 
-    def close(self) -> Line:
-        """Ends the file, and reads back that all is in it."""
+    def close(self) -> ShardStats:
+        """End the file, and verify that all records can be read back."""
         self._writer.close()
         self._writer = None
         reader = array_record_module.ArrayRecordReader(str(self._path), "")
         count = reader.num_records()
         last = reader.read([count - 1])[0] if count else b""
         reader.close()
-        if count != self.line.count or last != self._last:
-            raise OSError(5, f"{count} of {self.line.count} records can be read back")
+        if count != self.stats.count or last != self._last:
+            raise OSError(5, f"{count} of {self.stats.count} records can be read back")
         with self._path.open("rb") as file:
-            self.line.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.stats.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        self.line.size = self._path.stat().st_size
-        return self.line
+        self.stats.size = self._path.stat().st_size
+        return self.stats
 
     def abandon(self) -> None:
-        """Closes what is open after a failure."""
+        """Close what is open after a failure."""
         if self._writer is not None:
             self._writer.close()
 

@@ -1,5 +1,4 @@
-"""Tables of pictures: Parquet files of the Hugging Face hub, data sets that tensorflow-datasets has
-prepared, and CIFAR-10's archives."""
+"""Tables of images: Parquet files, prepared tensorflow-datasets, and CIFAR-10's archives."""
 
 import contextlib
 import io
@@ -14,15 +13,17 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.ingest import places
-from diffit_jax.ingest.places import Index
+from diffit_jax.ingest import locations
+from diffit_jax.ingest.locations import Index
 
 # --- Parquet
 
 
 def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
-    """Of Hugging Face tables: a column of {bytes, path}, and a column of labels; the names of
-    classes stand in the metadata."""
+    """Index Hugging Face tables: a column of {bytes, path}, and a column of labels.
+
+    The metadata have the names of classes.
+    """
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -34,14 +35,15 @@ def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
     labels: list[np.ndarray] = []
     classes: tuple[str, ...] = ()
     label_column = None
+    # Positions of all rows; of the columns only labels are read here.
     for number, path in enumerate(paths):
         try:
             with path.open("rb") as file:
                 table = parquet.ParquetFile(file)
                 schema = table.schema_arrow
-                if places.image_column(schema) is None:
+                if locations.image_column(schema) is None:
                     raise UserError(
-                        f"{path} has no column of pictures ({{bytes, path}}), only "
+                        f"{path} has no column of images ({{bytes, path}}), only "
                         f"{', '.join(schema.names)}: name another file"
                     )
                 label_column, classes = _label_column(schema)
@@ -55,19 +57,20 @@ def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
                 f"{path} is not a whole Parquet file ({' '.join(str(error).split())[:100]}): fetch "
                 "it again"
             ) from error
+    # Rows have no names: file, row group and row stand for one.
     names = [f"{paths[file].name}:{group}:{row}" for file, group, row in rows]
     found = np.concatenate(labels) if labels and not unlabelled else None
-    said = []
+    messages = []
     if found is None and not unlabelled:
-        said.append("no labels: its tables have no column of them")
+        messages.append("no labels: its tables have no column of them")
     elif found is not None and found.max() < 0:
-        said.append("no labels: all are -1, as in test splits")
+        messages.append("no labels: all are -1, as in test splits")
         found = None
     elif found is not None and found.min() < 0:
         raise UserError(
             f"{paths[0].parent} has rows without a label (-1) among others: say --unlabelled"
         )
-    return _index_of(paths, rows, names, found, classes=classes, said=said)
+    return _index_of(paths, rows, names, found, classes=classes, messages=messages)
 
 
 def _index_of(
@@ -77,7 +80,7 @@ def _index_of(
     labels: np.ndarray | None,
     *,
     classes: tuple[str, ...],
-    said: Sequence[str],
+    messages: Sequence[str],
 ) -> Index:
     if labels is None:
         classes = ()
@@ -90,7 +93,7 @@ def _index_of(
         names,
         None if labels is None else labels.astype(np.int32),
         classes,
-        tuple(said),
+        tuple(messages),
     )
 
 
@@ -110,14 +113,16 @@ def _label_column(schema: Any) -> tuple[str | None, tuple[str, ...]]:
 # What is to be done with data sets in another format.
 AS_ARRAY_RECORD = (
     "prepare it again with tensorflow_datasets.load(…, "
-    "builder_kwargs=dict(file_format='array_record')), or name the original pictures"
+    "builder_kwargs=dict(file_format='array_record')), or name the original images"
 )
 
 
 def index_tfds(folder: epath.Path, split: str, unlabelled: bool) -> Index:
-    """Of a data set that tensorflow-datasets has prepared as ArrayRecord: its feature `image`, and
-    `label` where there is one."""
-    builder = places.tfds_builder(str(folder))
+    """Index a data set that tensorflow-datasets has prepared as ArrayRecord.
+
+    Its feature `image`, and `label` where there is one.
+    """
+    builder = locations.tfds_builder(str(folder))
     if builder.info.file_format.value != "array_record":
         raise UserError(
             f"{folder} is prepared as {builder.info.file_format.value}, which cannot be read "
@@ -131,7 +136,7 @@ def index_tfds(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     features = builder.info.features
     if "image" not in features:
         raise UserError(f"{folder} has no feature image, only {', '.join(features)}")
-    source = places.tfds_source(f"{folder}::{split}")
+    source = locations.tfds_source(f"{folder}::{split}")
     count = len(source)
     labels, classes = None, ()
     if "label" in features and not unlabelled:
@@ -150,7 +155,7 @@ _META = ("batches.meta.txt", "batches.meta")
 
 
 def cifar_files(path: epath.Path) -> dict[str, bytes] | None:
-    """The files of CIFAR-10, in a folder or `.tar.gz`, by name; None if there are none."""
+    """Return the files of CIFAR-10, in a folder or `.tar.gz`, by name; None if there are none."""
     wanted = {f"{name}{end}" for name in [*_TRAIN, *_TEST] for end in ("", ".bin")} | set(_META)
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()} & wanted
@@ -171,7 +176,7 @@ def cifar_files(path: epath.Path) -> dict[str, bytes] | None:
 
 
 def index_cifar(source: str, files: Mapping[str, bytes], split: str, unlabelled: bool) -> Index:
-    """Of CIFAR-10's binary or Python archive: `train` is the five data batches, `test` the last."""
+    """Index CIFAR-10's binary or Python archive: `train` has five batches, `test` one."""
     if split not in ("train", "test"):
         raise UserError(f"{source} has no split {split!r}: use --split train or test")
     binary = any(name.endswith(".bin") for name in files)
@@ -199,7 +204,7 @@ def index_cifar(source: str, files: Mapping[str, bytes], split: str, unlabelled:
 
 
 def _binary_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3072) uint8 and labels (n,): rows of a label and three planes."""
+    """Read (n, 3072) uint8 and labels (n,): rows of a label and three planes."""
     if not content or len(content) % _ROW:
         raise UserError(
             f"{name} has {len(content)} bytes, not a multiple of {_ROW}: fetch it again"
@@ -209,7 +214,7 @@ def _binary_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _python_batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a pickle of a dictionary."""
+    """Read images and labels of a pickled dictionary."""
     batch = _unpickled(content, name)
     try:
         pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
@@ -232,7 +237,7 @@ def _cifar_classes(files: Mapping[str, bytes]) -> tuple[str, ...]:
 
 
 def _unpickled(content: bytes, name: str) -> Any:
-    """What a pickle of arrays, text and numbers holds; nothing else is made, and nothing run."""
+    """Unpickle arrays, text and numbers; nothing else is made, and nothing run."""
     try:
         return _Arrays(io.BytesIO(content), encoding="bytes").load()
     except UserError:

@@ -1,8 +1,8 @@
-"""Autoencoders as diffusers saves its `AutoencoderKL`: a folder with `config.json` and
-safetensors, into `Autoencoder`, number for number, and back.
+"""Autoencoders as diffusers saves its `AutoencoderKL`, into `Autoencoder`, and back.
 
-Keys that a config leaves out take diffusers' defaults. Attention may be named as today (`to_q`) or
-as in files of before 2023 (`query`).
+A folder with `config.json` and safetensors; arrays carry over number for number. Keys that a config
+leaves out take diffusers' defaults. Attention may be named as today (`to_q`) or as in files of
+before 2023 (`query`).
 """
 
 import dataclasses
@@ -57,17 +57,17 @@ _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.
 def load(
     path: epath.PathLike, dtype: Any = jnp.float32, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Autoencoder, dict[str, Any]]:
-    """Reads an autoencoder.
+    """Read an autoencoder.
 
     Args:
       path: a folder as diffusers saves it (or the folder of a pipeline, whose `vae` is taken), or a
-        safetensors file with its config beside it, as `config.json` or under its own name
+        safetensors file with its config next to it, as `config.json` or under its own name
         (`NAME.config.json`).
       dtype: of its convolutions.
       sharding: where the arrays go; None: the default device.
 
     Returns:
-      The module, with what scales its latents, and its variables, `params` in float32.
+      The module, with the scaling of its latents, and its variables, `params` in float32.
 
     Raises:
       UserError: no such files, another kind of network, or tensors that are missing, extra,
@@ -102,12 +102,14 @@ def load(
 
 
 def save(folder: epath.PathLike, module: Autoencoder, variables: Mapping[str, Any]) -> None:
-    """Writes an autoencoder as a folder that diffusers and `load` read: float32, with diffusers'
-    names and shapes. Each file appears when it is complete, `config.json` last.
+    """Write an autoencoder as a folder that diffusers and `load` read.
+
+    float32, with diffusers' names and shapes. Each file appears when it is complete, `config.json`
+    last.
 
     Args:
       folder: local or `gs://`; it is made if need be.
-      module: the autoencoder, with what scales its latents.
+      module: the autoencoder, with the scaling of its latents.
       variables: its `params`.
     """
     folder = epath.Path(folder)
@@ -126,7 +128,7 @@ def save(folder: epath.PathLike, module: Autoencoder, variables: Mapping[str, An
 
 
 def _config_of(module: Autoencoder) -> dict[str, Any]:
-    """What `read_config` reads."""
+    """Return the content of a `config.json`, the inverse of `read_config`."""
     stages = len(module.channels)
     config = _DEFAULTS | {
         "_class_name": _ONLY["_class_name"][0],
@@ -152,7 +154,7 @@ def _config_of(module: Autoencoder) -> dict[str, Any]:
 
 
 def read_config(path: epath.Path) -> Autoencoder:
-    """The module that a `config.json` describes.
+    """Return the module that a `config.json` describes.
 
     Raises:
       UserError: it cannot be read, or describes another kind of network.
@@ -163,6 +165,7 @@ def read_config(path: epath.Path) -> Autoencoder:
         raise UserError(f"{path} is not a JSON config ({error}): fetch it again") from error
     if not isinstance(given, Mapping):
         raise UserError(f"{path} is not a JSON object: name the config of an autoencoder")
+    # Refuse what would load and compute something else.
     config = _DEFAULTS | dict(given)
     for key, known in _ONLY.items():
         if config.get(key, known[0]) not in known:
@@ -182,6 +185,7 @@ def read_config(path: epath.Path) -> Autoencoder:
             )
     if config["in_channels"] != config["out_channels"]:
         raise UserError(f"{path} has in_channels and out_channels that differ: that is not known")
+    # What is left are sizes.
     mean, scale = _scaling(path, config)
     return Autoencoder(
         channels=tuple(config["block_out_channels"]),
@@ -200,8 +204,10 @@ def read_config(path: epath.Path) -> Autoencoder:
 def _scaling(
     path: epath.Path, config: Mapping[str, Any]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`latent_mean` and `latent_scale`: by channel where the config has both statistics of the
-    channels, else by one number."""
+    """Return `latent_mean` and `latent_scale`.
+
+    By channel where the config has both statistics of the channels, else by one number.
+    """
     mean, std = config["latents_mean"], config["latents_std"]
     if mean is None or std is None:
         return (float(config["shift_factor"] or 0),), (float(config["scaling_factor"]),)
@@ -215,7 +221,7 @@ def _scaling(
 
 
 def _places(path: epath.Path) -> tuple[epath.Path, epath.Path]:
-    """Where the config and the weights lie."""
+    """Find the files of config and weights."""
     if not path.is_dir():
         beside = [path.with_name(f"{path.stem}.config.json"), path.with_name(CONFIG)]
         config = next((place for place in beside if place.exists()), None)
@@ -286,7 +292,7 @@ def _table(module: Autoencoder) -> _Table:
 
 
 def _stage(module: Autoencoder, stage: int) -> _Table:
-    """Of one resolution, on the way down and up."""
+    """Return the table of one resolution, on the way down and up."""
     channels, last = tuple(module.channels), len(module.channels) - 1
     down, up = f"encoder.down_blocks.{stage}", f"decoder.up_blocks.{last - stage}"
     table: _Table = {}
@@ -306,7 +312,7 @@ def _stage(module: Autoencoder, stage: int) -> _Table:
 
 
 def _older(name: str) -> str:
-    """The name that a tensor had in files of before 2023."""
+    """Return the name that a tensor had in files of before 2023."""
     for old, new in _OLDER.items():
         name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
     return name
@@ -315,8 +321,7 @@ def _older(name: str) -> str:
 def _as_in_file(
     leaf: Leaf, renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Leaf:
-    """A leaf under the name that its tensor has in the file; a matrix may be there as a 1×1
-    convolution."""
+    """Return a leaf under its tensor's name in the file; a matrix may be a 1×1 convolution."""
     (name,) = leaf.names
     shape, leaf = shapes[renamed[name]], dataclasses.replace(leaf, names=[renamed[name]])
     if len(leaf.theirs) == 2 and shape == (*leaf.theirs, 1, 1):

@@ -1,6 +1,8 @@
-"""The FID network's weights as people have them: `pt_inception-2015-12-05-6726825d.pth`
-(pytorch-fid) or `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), or safetensors with
-the same names. Tensors are read, no pickle is run.
+"""The FID network's weights, from PyTorch's files or safetensors.
+
+`pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
+`weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), or safetensors with the same names.
+Tensors are read, no pickle is run.
 """
 
 import logging
@@ -38,11 +40,11 @@ RANDOM_WIDTH = 1 / 8
 def load(
     path: epath.PathLike, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Inception, dict[str, Any]]:
-    """Reads the network.
+    """Read the network.
 
     Args:
       path: see the top of this file; `RANDOM` is a network of an eighth of the width with random
-        weights, always the same ones, to try the way to a figure that has no meaning.
+        weights, always the same ones, to try commands with: its scores have no meaning.
       sharding: where the arrays go; None: the default device.
 
     Returns:
@@ -56,8 +58,8 @@ def load(
         return _random(sharding)
     path, table = epath.Path(path), names()
     pattern = "|".join(re.escape(name) for name in table)
-    opened = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, pattern)
-    with opened as file:
+    weights_file = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, pattern)
+    with weights_file as file:
         found = {name for name in file.shapes if not name.endswith("num_batches_tracked")}
         missing = [f"missing {name}" for name in table if name not in found]
         extra = [f"extra {name}" for name in tensors.in_order(found - table.keys())]
@@ -75,7 +77,7 @@ def load(
 
 
 def _random(sharding: jax.sharding.Sharding | None) -> tuple[Inception, dict[str, Any]]:
-    """A network whose features keep about the variance of pictures."""
+    """Return a network whose features keep about the variance of images."""
     log.warning("the FID network has random weights: its figures have no meaning")
     module, draws = Inception(width=RANDOM_WIDTH), np.random.RandomState(0)
 
@@ -92,7 +94,7 @@ def _random(sharding: jax.sharding.Sharding | None) -> tuple[Inception, dict[str
 
 
 def _width(file: Tensors) -> float:
-    """Of the module: as its widest unit says, whose channels a narrower one rounds the least."""
+    """Return the width multiplier, inferred from the widest layer, where rounding matters least."""
     name, published = "Mixed_7c.branch3x3dbl_1.conv.weight", 448
     return file.shapes[name][0] / published if file.shapes[name] else 1.0
 
@@ -110,7 +112,7 @@ def names() -> dict[str, tuple[str, tuple[int, ...] | None]]:
 
 
 def _units() -> Iterator[tuple[str, str]]:
-    """(name in the file, path of ours) of every unit."""
+    """Yield (name in the file, path of ours) of every unit."""
     stem = [name for name in STEM if name.startswith("conv")]
     for theirs, ours in zip(_STEM, stem, strict=True):
         yield f"Conv2d_{theirs}", ours

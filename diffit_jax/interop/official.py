@@ -1,12 +1,11 @@
-"""Released DiffiT weights (`diffit_256.safetensors`, `diffit_512.safetensors`) in and out of
-`LatentDiffiT`, number for number.
+"""Released DiffiT weights in and out of `LatentDiffiT`, number for number.
 
-Their tensors are named as in the authors' PyTorch modules, one for each layer; ours are stacked
-over the layers. Every tensor is a transpose and a reshape of ours. The transposes are in
-`_TENSORS`; shapes follow from the module.
+`diffit_256.safetensors` and `diffit_512.safetensors` have the names of the authors' PyTorch
+modules, a tensor for each layer; ours are stacked over the layers. Every tensor is a transpose and
+a reshape of ours. The transposes are in `_TENSORS`; shapes follow from the module.
 
 Position embedding and position bias can be carried over to another resolution. The finer grid
-divides the same picture, so token p' of `new` tokens along a side lies at (p' + ½) · old / new - ½
+divides the same image, so token p' of `new` tokens along a side lies at (p' + ½) · old / new - ½
 in units of the old tokens, and an offset of Δ' tokens is one of Δ' · old / new. Values between the
 old positions come from cubic splines; beyond the outermost position the nearest one's value is
 taken.
@@ -96,7 +95,7 @@ def load(
     allow_nonfinite: bool = False,
     **attributes: Any,
 ) -> tuple[LatentDiffiT, dict[str, Any]]:
-    """Reads a released weight file.
+    """Read a released weight file.
 
     Every size is inferred from the tensors. One array of ours is read at a time, so that host
     memory stays below the parameters plus two of the stacked arrays. In float32 the network then
@@ -107,7 +106,7 @@ def load(
       path: a local or mounted safetensors file in float32, float16 or bfloat16, or the index of
         several; see `weight_files`.
       input_size: side of the latents that the model shall take; None: that of the file. Another
-        size interpolates the position embedding and the position bias, see `resolution`.
+        size interpolates the position embedding and the position bias, see the top of this file.
       sharding: where the arrays go, one for all or a tree like the variables; None: the default
         device.
       allow_nonfinite: whether there may be NaNs and infinities.
@@ -146,14 +145,13 @@ def load(
 
 
 def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) -> dict[str, Any]:
-    """A config for the network in a weight file: `config` with the sizes of the file in its section
-    `model`.
+    """Return `config` with the sizes of a weight file in its section `model`.
 
     Args:
-      config: of a latent experiment. What a file says nothing about (`TUNING`, and every attribute
-        to come that is no size) stays.
+      config: of a latent experiment. Attributes that a file does not determine (`TUNING`, and every
+        attribute to come that is no size) stay.
       path: as in `load`; only names and shapes are read.
-      **model: attributes that take the place of the file's and the config's.
+      **model: attributes that replace the file's and the config's.
 
     Raises:
       UserError: as `load`.
@@ -172,26 +170,29 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike, **model: Any) ->
 
 
 def read_input_size(path: epath.PathLike) -> int:
-    """Side of the latents of the network in a weight file; only names and shapes are read. Raises
-    as `load`."""
+    """Return the side of the latents of the network in a weight file.
+
+    Only names and shapes are read. Raises as `load`.
+    """
     return _read_module(path).input_size
 
 
 def save(
     path: epath.PathLike, module: Any, variables: Mapping[str, Any], index_buffers: bool = False
 ) -> None:
-    """Writes variables as a file that the released code can load: float32, with its names and
-    shapes.
+    """Write variables as a file that the released code can load.
+
+    float32, with its names and shapes.
 
     Args:
       path: file to write, local or `gs://`; it appears when it is complete.
-      module: the network; a slim one is written with zeros for what it leaves out.
+      module: the network; a slim one is written with zeros for the parameters that it leaves out.
       variables: `params` and `constants` of the network.
       index_buffers: also write the int64 buffer `relative_position_index` of every block, which the
         released code derives itself but asks for when it loads strictly.
 
     Raises:
-      UserError: an unconditional module, for which the released code has no place, or a file that
+      UserError: an unconditional module, which the released code does not have, or a file that
         cannot be written.
     """
     if not module.num_classes:
@@ -234,7 +235,7 @@ def save(
 
 
 def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """(name, dtype, shape) of every tensor of a file, in the order in which they are written."""
+    """Return (name, dtype, shape) of every tensor of a file, in the order of writing."""
     shape = (module.grid**2, module.grid**2)
     buffers = (
         [(_INDEX.format(layer), "I64", shape) for layer in range(module.depth)]
@@ -258,8 +259,7 @@ def _read_module(path: epath.PathLike) -> LatentDiffiT:
 
 
 def leaves_of(module: LatentDiffiT) -> list[Leaf]:
-    """Every array of a module in the released parametrisation, with its tensors' names and
-    shapes."""
+    """List a module's arrays in the released parametrisation, with tensors' names and shapes."""
     shapes = jax.eval_shape(lambda: models.init_variables(module, jax.random.key(0)))
     width, hidden, patch = (
         module.hidden_size,
@@ -280,8 +280,10 @@ def leaves_of(module: LatentDiffiT) -> list[Leaf]:
 
 
 def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
-    """The module whose tensors these are. Where tensors disagree about a size, the majority
-    decides, so that the others are reported."""
+    """Infer the module whose tensors these are.
+
+    Where tensors disagree about a size, the majority decides, so that the others are reported.
+    """
     shapes = file.shapes
     depth = _depth(shapes)
     known = set(tensors.names_of(_TENSORS, depth))
@@ -296,7 +298,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         tensors.refuse(path, _KIND, missing, others=extra, hint=file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
-        """What most tensors say: (pattern, rank, their shape → the size)."""
+        """Return the size that most tensors have: (pattern, rank, their shape → the size)."""
         sizes = [
             size(shapes[name])
             for pattern, rank, size in witnesses
@@ -362,8 +364,10 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
 
 
 def _depth(names: Iterable[str]) -> int:
-    """Number of layers: up to the last one that has at least half of its tensors; what lies beyond
-    is extra."""
+    """Return the number of layers: up to the last one that has at least half of its tensors.
+
+    Those after it are extra.
+    """
     found = collections.Counter(
         int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))
     )
@@ -380,20 +384,23 @@ def _resized(path: str, array: np.ndarray, old: int, new: int) -> np.ndarray:
 
 
 def resize_position_embedding(table: np.ndarray, old: int, new: int) -> np.ndarray:
-    """(old², C) float32, tokens in row-major order → (new², C) float32."""
+    """Resize (old², C) float32, tokens in row-major order, to (new², C) float32."""
     places = (np.arange(new) + 0.5) * old / new - 0.5
     return _resample(table, old, places)
 
 
 def resize_bias_table(table: np.ndarray, old: int, new: int) -> np.ndarray:
-    """((2 old - 1)², heads) float32, offsets in row-major order as in `relative_position_index` →
-    ((2 new - 1)², heads) float32."""
+    """Resize a table of position biases to another window.
+
+    ((2 old - 1)², heads) float32, offsets in row-major order as in `relative_position_index` →
+    ((2 new - 1)², heads) float32.
+    """
     places = np.arange(-(new - 1), new) * old / new + old - 1
     return _resample(table, 2 * old - 1, places)
 
 
 def _resample(table: np.ndarray, side: int, places: np.ndarray) -> np.ndarray:
-    """Values of a (side², C) table at all pairs of `places`, in float64."""
+    """Interpolate a (side², C) table at all pairs of `places`, in float64."""
     channels = np.asarray(table, np.float64).reshape(side, side, -1).transpose(2, 0, 1)
     coordinates = np.stack(np.meshgrid(places, places, indexing="ij"))
     values = np.stack(

@@ -1,5 +1,7 @@
-"""Between the two parametrisations of TMSA: the released one, and the slim one without what can
-never change the output."""
+"""The two parametrisations of TMSA: the released one, and the slim one.
+
+The slim one lacks the parameters that can never change the output.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,28 +16,30 @@ _RENAMED = {
     "time_qkv_bias": "time_qv_bias",
     "qkv_bias": "qv_bias",
 }
-_SHARES_AXIS = -3
+_QKV_AXIS = -3
 
 
 def to_slim(tree: Any) -> Any:
-    """Drops the key's time projection and both key biases wherever they occur in a pytree:
-    parameters, averages, optimizer moments.
+    """Drop the key's time projection and both key biases wherever they occur in a pytree.
 
     Args:
-      tree: pytree of host or device arrays in which the parameters of a TMSA are a dict.
+      tree: pytree of host or device arrays in which the parameters of a TMSA are a dict:
+        parameters, averages, optimizer moments.
 
     Returns:
       The same tree for a model with `slim_tmsa`, the changed leaves as numpy arrays. Other leaves
       are the same objects.
     """
-    return _convert(tree, _RENAMED, lambda array: np.delete(array, 1, axis=_SHARES_AXIS))
+    return _convert(tree, _RENAMED, lambda array: np.delete(array, 1, axis=_QKV_AXIS))
 
 
 def to_released(tree: Any) -> Any:
-    """The inverse of `to_slim`, with zeros for what was dropped (its gradient is zero, so optimizer
-    moments are exact too)."""
+    """Invert `to_slim`, with zeros for the dropped arrays.
+
+    Their gradient is zero, so optimizer moments are exact too.
+    """
     renamed = {slim: released for released, slim in _RENAMED.items()}
-    return _convert(tree, renamed, lambda array: np.insert(array, 1, 0, axis=_SHARES_AXIS))
+    return _convert(tree, renamed, lambda array: np.insert(array, 1, 0, axis=_QKV_AXIS))
 
 
 def _convert(tree: Any, renamed: dict[str, str], change: Callable[[Any], np.ndarray]) -> Any:

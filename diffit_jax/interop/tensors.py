@@ -16,8 +16,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime.console import Progress
-from diffit_jax.runtime.ranges import first_few
+from diffit_jax.runtime.console import Progress, first_few
 
 DTYPES = ("F32", "F16", "BF16")  # numpy knows the last one once ml_dtypes is imported
 
@@ -32,12 +31,18 @@ class Tensors(Protocol):
     hint: str
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor by its name."""
+        ...
 
     @property
-    def dtypes(self) -> Mapping[str, str]: ...
+    def dtypes(self) -> Mapping[str, str]:
+        """Type of each tensor by its name."""
+        ...
 
-    def tensor(self, name: str) -> np.ndarray: ...
+    def tensor(self, name: str) -> np.ndarray:
+        """Return a tensor as a host array."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +66,11 @@ class Leaf:
     axes: tuple[int, ...]
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """One tensor of the file as one layer of ours."""
+        """Convert one tensor of the file to one layer of ours."""
         return tensor.transpose(self.axes).reshape(self.shape[1:] if self.stacked else self.shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`, contiguous."""
+        """Invert `to_ours`; contiguous."""
         transposed = [self.theirs[axis] for axis in self.axes]
         return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
 
@@ -73,7 +78,7 @@ class Leaf:
 def leaves_of(
     table: Table, shapes: Any, depth: int, theirs: Mapping[str, tuple[int, ...]]
 ) -> list[Leaf]:
-    """Every array of a table.
+    """Return every array of a table.
 
     Args:
       table: see the top of this file. Axes None: both have the same order.
@@ -101,12 +106,12 @@ def read(
     what: str,
     allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
-    """The arrays of ours as a tree of what `place` makes of them, one at a time in host memory.
+    """Read the arrays of a module as a tree, one at a time in host memory.
 
     Args:
       file: that holds every tensor, see `check`.
-      leaves: of ours.
-      place: (leaf, its float32 array) → the array where it belongs.
+      leaves: of the module.
+      place: (leaf, its float32 array) → the array on its devices.
       what: the file, for progress and messages.
       allow_nonfinite: whether there may be NaNs and infinities.
 
@@ -138,8 +143,10 @@ def read(
 def check(
     path: epath.PathLike, kind: str, leaves: Iterable[Leaf], file: Tensors, remedy: str = RELEASED
 ) -> None:
-    """Raises `UserError` if tensors of a file have another shape or type than the leaves' have;
-    `remedy`: what the error says one should do."""
+    """Raise `UserError` if tensors of a file have another shape or type than the leaves'.
+
+    `remedy` ends the message.
+    """
     problems = []
     for leaf in leaves:
         for name in leaf.names:
@@ -161,7 +168,7 @@ def refuse(
     hint: str = "",
     remedy: str = RELEASED,
 ) -> NoReturn:
-    """Raises `UserError` with at most ten problems; of two sorts, each gets five places."""
+    """Raise `UserError` with at most ten problems; of two sorts, each gets five."""
     listed = [*problems[: max(5, 10 - len(others))], *others[: max(5, 10 - len(problems))]]
     left = len(problems) + len(others) - len(listed)
     shown = "; ".join(listed) + (f"; and {left} more" if left else "")
@@ -169,17 +176,17 @@ def refuse(
 
 
 def expanded(pattern: str, depth: int) -> list[str]:
-    """The names that a name in a table stands for."""
+    """Return the names that a name in a table stands for."""
     return [pattern.format(layer) for layer in range(depth)] if "{}" in pattern else [pattern]
 
 
 def names_of(table: Table, depth: int) -> Iterator[str]:
-    """The names of all tensors of a table."""
+    """Yield the names of all tensors of a table."""
     return (name for pattern in table for name in expanded(pattern, depth))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sorted, numbers by value."""
+    """Sort names, numbers in them by value."""
 
     def parts(name: str) -> list[int | str]:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
@@ -188,14 +195,14 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def at(tree: Any, path: str) -> Any:
-    """The node of a tree of dicts at `a/b/c`."""
+    """Return the node of a tree of dicts at `a/b/c`."""
     for key in path.split("/"):
         tree = tree[key]
     return tree
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of dicts from leaves by their paths."""
+    """Build a tree of dicts from leaves by their paths."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")

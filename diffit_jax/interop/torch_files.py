@@ -1,10 +1,8 @@
-"""State dicts that PyTorch saved (`.pth`), read without PyTorch and without executing anything that
-a pickle asks for.
+"""State dicts that PyTorch saved (`.pth`), read without PyTorch and without running a pickle.
 
-There are two formats: a zip archive (`data.pkl` beside `data/N`), and the stream of before
-PyTorch 1.6 (magic number, protocol, system, pickle, keys, then the storages one after the other).
-The unpickler knows ordered dicts, tensors and storages, as inert values; whatever else a file names
-is refused.
+There are two formats: a zip archive (`data.pkl` and `data/N`), and the stream of before PyTorch 1.6
+(magic number, protocol, system, pickle, keys, then the storages one after the other). The unpickler
+knows ordered dicts, tensors and storages, as inert values; whatever else a file names is refused.
 """
 
 import collections
@@ -60,8 +58,7 @@ class _Tensor:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """A tensor as `torch._utils._rebuild_tensor_v2` is asked for it; one that reaches beyond its
-    storage is refused."""
+    """Make a tensor as `torch._utils._rebuild_tensor_v2` would; refuse one beyond its storage."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     shape, strides = tuple(shape), tuple(strides)
@@ -102,7 +99,7 @@ class TorchFile:
     hint = ""
 
     def __init__(self, path: epath.PathLike):
-        """Opens a file and reads its names.
+        """Open a file and read its names.
 
         Raises:
           UserError: it cannot be read, or holds something else than tensors by name.
@@ -115,6 +112,7 @@ class TorchFile:
                 f"weights {path} cannot be read ({error.strerror or error}): name a .pth or a "
                 "safetensors file"
             ) from error
+        # A damaged pickle raises whatever its opcodes run into.
         self._archive: zipfile.ZipFile | None = None
         self._places: dict[str, int] = {}
         try:
@@ -179,7 +177,7 @@ class TorchFile:
         self._file.close()
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
           UserError: the file is truncated or damaged.
@@ -203,8 +201,7 @@ class TorchFile:
 
 
 def _tensors_in(content: Any) -> dict[str, _Tensor]:
-    """The tensors by name of what a file holds: a dict of them, or a dict with one such dict in
-    it."""
+    """Return a file's tensors by name, from a dict of them, or a dict with one such dict."""
     if isinstance(content, Mapping):
         found = {str(name): one for name, one in content.items() if isinstance(one, _Tensor)}
         if found:

@@ -1,5 +1,4 @@
-"""Files of weights as people have them: one safetensors file or several, with prefixes before the
-names; others are named."""
+"""Files of weights: one safetensors file or several, with or without a prefix before the names."""
 
 import collections
 import contextlib
@@ -44,7 +43,7 @@ class WeightFiles:
     """
 
     def __init__(self, path: epath.PathLike, known: str):
-        """Opens the files and reads their names.
+        """Open the files and read their names.
 
         Args:
           path: of a safetensors file, or of the index of several (`model.safetensors.index.json`),
@@ -61,6 +60,7 @@ class WeightFiles:
                 f"weights {path} must lie on a local or mounted disk, since they are read through "
                 "a memory map: copy them first"
             )
+        # All files stay open, or none.
         with contextlib.ExitStack() as stack:
             places: dict[str, Any] = {}
             for part in _parts(path):
@@ -71,6 +71,7 @@ class WeightFiles:
         slices = {name: file.get_slice(full) for name, (file, full) in self._places.items()}
         self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
         self.dtypes = {name: each.get_dtype() for name, each in slices.items()}
+        # Trainers count updates beside the weights.
         for name in [
             name
             for name in self.shapes
@@ -93,13 +94,13 @@ class WeightFiles:
         self._stack.close()
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """Read one tensor."""
         file, full = self._places[name]
         return file.get_tensor(full)
 
 
 def _parts(path: epath.Path) -> list[epath.Path]:
-    """The safetensors files that a path stands for: itself, or those that it lists as an index."""
+    """Return the safetensors files of a path: itself, or those that it lists as an index."""
     if path.suffix != ".json":
         return [path]
     try:
@@ -138,7 +139,8 @@ def _open(path: epath.Path) -> Any:
 
 
 def _what_it_is(path: epath.Path, start: bytes, error: Exception) -> str:
-    """What a file is that is no safetensors file, and the remedy."""
+    """Describe a file that is no safetensors file, and the remedy."""
+    # What a download often is instead of the file.
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
         return (
@@ -155,6 +157,7 @@ def _what_it_is(path: epath.Path, start: bytes, error: Exception) -> str:
             "are JSON text: name a safetensors file, or an index of several by its name "
             "(….safetensors.index.json)"
         )
+    # Archives, by what they hold.
     if start.startswith(b"PK\x03\x04"):
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:

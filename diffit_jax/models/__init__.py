@@ -1,13 +1,13 @@
-"""The networks, as pure Flax modules: shapes in, shapes out."""
+"""The networks, as pure Flax modules: arrays in, arrays out."""
 
 from diffit_jax.models.diffit.image import ImageDiffiT
 from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.models.model import (
     Model,
     as_network,
-    attention_in_words,
+    describe_attention,
     init_variables,
-    parameter_facts,
+    parameter_metadata,
     variable_shapes,
 )
 

@@ -1,5 +1,8 @@
-"""What every network is, beside being a Flax module: its variables, the function that diffusion
-processes know, and what a trace says of it (casts before use, multiply-adds)."""
+"""The base class of networks, and what is done with any of them.
+
+Variables are made (`init_variables`), bound (`as_network`) and found out about by tracing (casts
+before use, multiply-adds).
+"""
 
 import functools
 import math
@@ -11,15 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from diffit_jax import limits, platforms
-from diffit_jax.limits import FREE, Count, CountOrZero, Dtype, one_of, share
+from diffit_jax.limits import RESUMABLE, Count, CountOrZero, Dtype, fraction, one_of
 from diffit_jax.models import placement
 from diffit_jax.models.diffit.attention import BACKENDS
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 
 
 class Model(nn.Module, kw_only=True):
-    """A network as a frozen Flax module: sizes are its attributes, arrays its arguments. Another
-    network overrides `sample_shape`, `__call__` and what else differs.
+    """A network as a frozen Flax module: sizes are its attributes, arrays its arguments.
+
+    A subclass overrides `sample_shape`, `__call__` and whatever else differs.
 
     Attributes:
       num_classes: number of labels; 0 makes the model unconditional.
@@ -34,10 +38,10 @@ class Model(nn.Module, kw_only=True):
     """
 
     num_classes: CountOrZero = 0
-    dropout: Annotated[float, share(below_one=True)] = 0.0
-    scan_unroll: Annotated[Count, FREE] = 1
-    remat: Annotated[str, one_of(*REMAT_POLICIES), FREE] = "none"
-    attention: Annotated[str, one_of(*BACKENDS), FREE] = "xla"
+    dropout: Annotated[float, fraction(below_one=True)] = 0.0
+    scan_unroll: Annotated[Count, RESUMABLE] = 1
+    remat: Annotated[str, one_of(*REMAT_POLICIES), RESUMABLE] = "none"
+    attention: Annotated[str, one_of(*BACKENDS), RESUMABLE] = "xla"
     dtype: Dtype = jnp.float32
 
     if TYPE_CHECKING:  # Flax makes dataclasses of modules when they are defined
@@ -75,27 +79,32 @@ class Model(nn.Module, kw_only=True):
         return self.attention == "auto"
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
-        """How attention is computed on a platform ("tpu", "gpu" or "cpu"), and why not as asked for
-        ("" if it is): `attention.choose_backend`."""
+        """Choose how attention is computed on a platform ("tpu", "gpu" or "cpu").
+
+        Returns:
+          A name in `attention.BACKENDS`, and why the configured one does not serve, "" if it does.
+        """
         return "xla", ""
 
     def with_xla_attention(self) -> "Model":
-        """The same function, all of whose matrix products a trace shows."""
+        """Return the same network with attention by XLA; a trace then shows all products."""
         return self.clone(attention="xla")
 
     def check(self) -> None:
-        """Raises `UserError` for values that cannot be or sizes that do not fit together; called
-        before anything is allocated or compiled."""
+        """Raise `UserError` for impossible values, or sizes that do not fit together.
+
+        Called before anything is allocated or compiled.
+        """
         limits.check(self, "model")
         self.check_sizes()
 
     def check_sizes(self) -> None:
-        """Raises `UserError` if the sizes do not fit together."""
+        """Raise `UserError` if the sizes do not fit together."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
-    """Fresh float32 variables of a network.
+    """Initialise float32 variables of a network from a scalar key.
 
     Jitted, so that a network is traced once for everybody who asks for its variables or their
     shapes, whatever the placement: they do not depend on it. Call it under another `jit` to have
@@ -111,19 +120,23 @@ def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
 
 
 @functools.cache
-def parameter_facts(model: Model) -> Mapping[str, placement.Fact]:
-    """How each parameter is divided over a mesh, and whether it decays, by its path: what is said
-    where it is made."""
+def parameter_metadata(model: Model) -> Mapping[str, placement.ParamMetadata]:
+    """Return sharding axes and weight decay of each parameter, by its path.
+
+    They are declared where the parameter is made, by `placement.param`.
+    """
     x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
     level_B = jax.ShapeDtypeStruct((1,), jnp.float32)
-    with placement.collected_facts() as facts, placement.nowhere():
+    with placement.collect_metadata() as metadata, placement.no_placement():
         jax.eval_shape(lambda x, t: model.init(jax.random.key(0), x, t, {}), x_BHWC, level_B)
-    return facts
+    return metadata
 
 
 def variable_shapes(module: nn.Module, example: tuple[int, ...]) -> Any:
-    """Shapes and dtypes of the variables of another module (autoencoder, FID network), which takes
-    (B, *example) float32; traced once for everybody who asks, too."""
+    """Return shapes and dtypes of the variables of another module (autoencoder, FID network).
+
+    The module takes (B, *example) float32. It is traced once per process.
+    """
     return jax.eval_shape(lambda: _variables_of(module, example))
 
 
@@ -140,21 +153,20 @@ def as_network(
     capture: int | None = None,
     inner: bool = False,
 ) -> Callable[[jax.Array, jax.Array, Any], Any]:
-    """The network as the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC` that diffusion
-    processes know.
+    """Bind variables: return the function `(x_BHWC, noise_level_B, conditioning) -> y_BHWC`.
 
     Call it inside jit with `variables` (`params` and `constants`) an argument of the jitted
     function: captured from outside, they would become constants of the program.
 
     Args:
       model: the network.
-      variables: of it.
+      variables: of the network.
       forward_mode: whether `jax.jvp` is to go through it: attention is then computed by XLA, since
         kernels have a backward pass only.
-      capture: number of a block, from 0 (in the U: of the encoder), after which its tokens are
-        wanted: the function returns (y_BHWC, tokens).
-      inner: whether the output of a model's inner head is wanted: it returns (y_BHWC, y_inner). A
-        model that has one returns both; everybody else sees y_BHWC.
+      capture: number of a block, from 0 (in the U: of the encoder), after which tokens are
+        captured: the function returns (y_BHWC, tokens).
+      inner: whether to return the output of a model's inner head too: (y_BHWC, y_inner). A model
+        that has one always returns both; otherwise callers see y_BHWC alone.
     """
     if forward_mode:
         model = model.with_xla_attention()
@@ -167,9 +179,11 @@ def as_network(
     return network
 
 
-def attention_in_words(model: Model, platform: str) -> str:
-    """How a network computes attention on a platform, as devices name it, and why, for people:
-    "xla (the kernel does not serve it: …)"."""
+def describe_attention(model: Model, platform: str) -> str:
+    """Say how a network computes attention on a platform, and why, for the log.
+
+    For example "xla (the kernel does not serve it: …)".
+    """
     backend, reason = model.attention_backend(platform)
     if not reason and model.attention == "auto":
         reason = platforms.of(platform).auto_reason
@@ -184,8 +198,7 @@ _NOT_ONE_FOR_ONE = ("pallas_call",)
 
 
 def cast_before_use(model: Model, variables: Mapping[str, Any]) -> Any:
-    """Finds the variables of which an evaluation uses nothing but their cast to the model's dtype,
-    in the traced program.
+    """Find by tracing the parameters that are only used after a cast to the model's dtype.
 
     Args:
       model: the network.
@@ -202,7 +215,7 @@ def cast_before_use(model: Model, variables: Mapping[str, Any]) -> Any:
     def evaluate(variables: Any, *inputs: Any) -> jax.Array:
         return as_network(model, variables)(*inputs)
 
-    with placement.nowhere():  # one example, which no devices divide
+    with placement.no_placement():  # one example, which no devices divide
         jaxpr = jax.make_jaxpr(evaluate)(shapes, x_BHWC, level_B, label_B).jaxpr
     leaves, tree = jax.tree.flatten(shapes)
     dtype = jnp.dtype(model.dtype)
@@ -243,21 +256,19 @@ def _only_cast(jaxpr: Any, index: int, dtype: jnp.dtype) -> bool:
 
 
 def training_flops(model: Model) -> int:
-    """FLOPs of matrix products for one image: three forward passes, since the backward pass costs
-    two.
+    """Count the FLOPs of matrix products per training image: three forward passes.
 
-    What is computed again in the backward pass, to save memory, is not counted.
+    The backward pass costs two. Recomputation in the backward pass, to save memory, does not count.
     """
     return 3 * 2 * traced_multiply_adds(model)
 
 
 @functools.cache
 def traced_multiply_adds(model: Model) -> int:
-    """Multiply-adds of the matrix products and convolutions of one evaluation for one example,
-    counted in the traced program.
+    """Count multiply-adds of matrix products and convolutions for one example, by tracing.
 
-    The same for every way to compute attention: a kernel's are those of the products that it stands
-    for.
+    Every way to compute attention gives the same count: a kernel's are those of the products that
+    it replaces.
     """
     model = model.with_xla_attention()
     shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
@@ -268,8 +279,10 @@ def traced_multiply_adds(model: Model) -> int:
 
 
 def count_multiply_adds(jaxpr: Any) -> int:
-    """Multiply-adds of the matrix products and convolutions of a traced program, in which loops
-    have a fixed length."""
+    """Count multiply-adds of matrix products and convolutions in a jaxpr.
+
+    Its loops have a fixed length.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

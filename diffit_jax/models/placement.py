@@ -1,9 +1,8 @@
-"""Where arrays of a network lie on devices: networks say *what* they have, and whoever traces them
-says where that goes.
+"""How modules state the sharding of their arrays, and how a trace resolves it.
 
 The networks know no mesh; by default nothing happens. A trace is valid only under the placement in
-which it was made, which jit's cache does not know: call `jit` inside the block of `under`, on a
-function of its own, and never use that function outside.
+which it was made, which jit's cache does not know: call `jit` inside the block of `use_placement`,
+on a function of its own, and never use that function outside.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ Axes = tuple[str | None, ...]  # of the last dimensions; those before are not di
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """What networks that are traced inside `under(…)` do.
+    """What networks that are traced inside `use_placement(…)` do.
 
     Attributes:
       activation: an activation whose leading axis is the batch → the same, where it should lie.
@@ -47,8 +46,8 @@ _current: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement"
 
 
 @contextlib.contextmanager
-def under(placement: Placement) -> Iterator[None]:
-    """Arrays of networks that are traced in this block lie like this."""
+def use_placement(placement: Placement) -> Iterator[None]:
+    """Trace networks in this block with their arrays placed like this."""
     token = _current.set(placement)
     try:
         yield
@@ -57,25 +56,26 @@ def under(placement: Placement) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nowhere() -> Iterator[None]:
-    """Networks that are traced in this block, to be looked at only, are for the same platform but
-    lie on no devices."""
-    with under(Placement(platform=_current.get().platform)):
+def no_placement() -> Iterator[None]:
+    """Trace networks without sharding in this block, for the platform that is set."""
+    with use_placement(Placement(platform=_current.get().platform)):
         yield
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of what is not computed in a network's lower precision: float32, or float64 in a
-    network that is that."""
+    """Return the dtype of computations that stay out of a network's lower precision.
+
+    float32, or float64 in a float64 network.
+    """
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def placed(x: jax.Array) -> jax.Array:
-    """An activation whose leading axis is the batch, where it should lie."""
+    """Constrain the sharding of an activation (B, …), whose leading axis is the batch."""
     return _current.get().activation(x)
 
 
-class Fact(NamedTuple):
+class ParamMetadata(NamedTuple):
     """What is said of a parameter where it is made.
 
     Attributes:
@@ -87,20 +87,20 @@ class Fact(NamedTuple):
     decays: bool
 
 
-_facts: contextvars.ContextVar[dict[str, Fact] | None] = contextvars.ContextVar(
-    "facts", default=None
+_metadata: contextvars.ContextVar[dict[str, ParamMetadata] | None] = contextvars.ContextVar(
+    "metadata", default=None
 )
 
 
 @contextlib.contextmanager
-def collected_facts() -> Iterator[dict[str, Fact]]:
-    """The facts of the parameters that are made in this block, by their paths."""
-    found: dict[str, Fact] = {}
-    token = _facts.set(found)
+def collect_metadata() -> Iterator[dict[str, ParamMetadata]]:
+    """Collect the metadata of parameters that are made in this block, by their paths."""
+    found: dict[str, ParamMetadata] = {}
+    token = _metadata.set(found)
     try:
         yield found
     finally:
-        _facts.reset(token)
+        _metadata.reset(token)
 
 
 class Param(NamedTuple):
@@ -110,8 +110,10 @@ class Param(NamedTuple):
     axes: Axes
 
     def ready(self, dtype: jnp.dtype) -> jax.Array:
-        """It in the dtype of the product that follows, whole as far as that needs it. Cast first:
-        half as much has to be moved."""
+        """Return the value in `dtype`, gathered as far as the next product needs it.
+
+        Shaped like the parameter. Cast first: half as much has to be moved.
+        """
         return _current.get().weight(self.axes, self.value.astype(dtype))
 
 
@@ -124,14 +126,14 @@ def param(
     *,
     decays: bool = True,
 ) -> Param:
-    """Makes a parameter of a module, and says how it is divided and treated.
+    """Make a parameter of a module, and declare its sharding and weight decay.
 
     Args:
-      module: whose parameter it is.
+      module: the module that has it.
       name: of the parameter within the module.
       init: initialiser of its value.
-      shape: of it.
-      axes: that divide its last dimensions.
+      shape: of the value.
+      axes: mesh axes that divide its last dimensions.
       decays: whether weight decay acts on it.
     """
     _note(module, name, axes, decays)
@@ -139,9 +141,9 @@ def param(
 
 
 def _note(module: nn.Module, name: str, axes: Axes, decays: bool) -> None:
-    found = _facts.get()
+    found = _metadata.get()
     if found is not None:
-        found["/".join((*module.path, name))] = Fact(axes, decays)
+        found["/".join((*module.path, name))] = ParamMetadata(axes, decays)
 
 
 class _Noted(nn.Module):
@@ -186,7 +188,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (…, C) to (…, features)."""
+        """Map (…, C) to (…, features)."""
         shape, zeros = (x.shape[-1], self.features), nn.initializers.zeros_init()
         kernel = param(self, "kernel", self.kernel_init, shape, self.axes)
         of_bias = (TENSOR,) if self.axes[-1] == TENSOR else ()
@@ -199,11 +201,13 @@ class Dense(nn.Module):
 
 
 def per_shard(function: Callable) -> Callable:
-    """A function of (B, H, …) arrays and one (…, H) array, computed by every device for its own
-    examples and heads."""
+    """Wrap a function of (B, H, …) arrays and one (…, H) array to run per device.
+
+    Every device computes its own examples and heads.
+    """
     return _current.get().per_shard(function)
 
 
 def platform() -> str:
-    """What the network is traced for, see `platforms.of`."""
+    """Return the platform that the network is traced for, see `platforms.of`."""
     return _current.get().platform or jax.default_backend()

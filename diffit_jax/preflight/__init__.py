@@ -1,0 +1,1 @@
+"""Prices of TPU programs, without a TPU."""

@@ -26,24 +26,24 @@ from diffit_jax.errors import UserError, one_line
 from diffit_jax.models.diffit import attention_kernel
 from diffit_jax.preflight import cost, schedule
 from diffit_jax.preflight.figures import (
+    CollectiveStats,
     Compiled,
     Copies,
-    Costly,
     MemoryPlan,
-    Moved,
     TooLarge,
+    TopOp,
     answer_of,
 )
-from diffit_jax.runtime import chips, files
-from diffit_jax.runtime.chips import KNOWN_TOPOLOGIES, chip_of
+from diffit_jax.runtime import backend, files
+from diffit_jax.runtime.backend import KNOWN_TOPOLOGIES, chip_of
 
 CACHE = (files.home() or Path(tempfile.gettempdir())) / ".cache/diffit_jax/preflight"
-DEAREST = 10
+TOP_OPS = 10
 
 
 # What an answer follows from, beside the program: not how it is named and shown.
 def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
-    """Descriptions of the devices of a topology.
+    """Return descriptions of the devices of a topology.
 
     Raises:
       UserError: no TPU compiler, or a topology that it does not know.
@@ -68,26 +68,28 @@ def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
 
 
 def count_chips(topology: str, num_slices: int = 1) -> int:
-    """Chips of a topology, all slices together; errors as in `topology_devices`."""
+    """Count the chips of a topology, all slices together; errors as in `topology_devices`."""
     return len(topology_devices(topology, num_slices)) // chip_of(topology).devices
 
 
 def libtpu_version() -> str:
-    """Of the TPU compiler at hand."""
+    """Return the version of the TPU compiler at hand."""
     return importlib.metadata.version("libtpu")
 
 
 def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> Compiled | TooLarge:
-    """What the compiler says about a program: its memory plan, and its cost; from the cache if it
-    was asked before."""
-    estimator = (chips.__file__, __file__, cost.__file__, schedule.__file__)
+    """Compile a program for a topology; return the compiler's memory plan and cost.
+
+    From the cache if it was compiled before.
+    """
+    estimator = (backend.__file__, __file__, cost.__file__, schedule.__file__)
     ours = "".join(map(_code_of, (*estimator, attention_kernel.__file__)))
     # A kernel's code names the folder where its source lies; the source itself is counted.
     text = re.sub(
         r'(@tpu_custom_call\(.*?backend_config = ")(?:[^"\\]|\\.)*', r"\1", lowered.as_text()
     )
-    facts = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
-    cached = CACHE / f"{hashlib.sha256((facts + ours).encode()).hexdigest()}.json"
+    metadata = f"{topology} {num_slices} {libtpu_version()} {jax.__version__} {text}"
+    cached = CACHE / f"{hashlib.sha256((metadata + ours).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or of another form
         return answer_of(json.loads(cached.read_text()))
     answer = _ask(lowered, topology)
@@ -97,7 +99,7 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> 
 
 
 def _code_of(path: str) -> str:
-    """What a source computes: without comments, docstrings, imports, and where lines break."""
+    """Return a source's code without comments, docstrings, imports, and line breaks."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     tree.body = [each for each in tree.body if not isinstance(each, ast.Import | ast.ImportFrom)]
     for node in ast.walk(tree):
@@ -118,6 +120,7 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> Compiled | TooLarge:
             raise
         return shortage_in(str(error))
     seconds = time.monotonic() - started
+    # Price the text of the compiled program.
     chip = chip_of(topology).device()
     program = cost.parse(compiled.as_text() or "")
     total = cost.cost(
@@ -125,6 +128,7 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> Compiled | TooLarge:
         chip.memory_bandwidth / chip.clock,
         lambda kernel: schedule.kernel_cycles(kernel, topology),
     )
+    # Kernels have no estimate of the compiler; their cycles are those of their schedule.
     kernels = sum(
         operation.cycles
         for operation in total.operations
@@ -144,26 +148,28 @@ def _ask(lowered: jax.stages.Lowered, topology: str) -> Compiled | TooLarge:
         compute_s=total.cycles / chip.clock,
         kernels_s=kernels / chip.clock,
         by_bytes_s=(total.cycles_by_bytes - kernels) / chip.clock,
-        collectives={kind: Moved(*moved) for kind, moved in sorted(total.collectives.items())},
+        collectives={
+            kind: CollectiveStats(*moved) for kind, moved in sorted(total.collectives.items())
+        },
         async_copies=Copies(copies, copied, copied / chip.memory_bandwidth),
         even_conditionals=total.even_conditionals,
         unpriced_kernels=total.unpriced,
         unknown_loops=total.unknown_loops,
         dearest=[
-            Costly(
+            TopOp(
                 seconds=operation.cycles / chip.clock,
                 times=operation.times,
                 operation=_short(operation.where) or operation.name,
                 source=_relative(operation.source),
             )
-            for operation in total.dearest(DEAREST)
+            for operation in total.top_ops(TOP_OPS)
         ],
     )
 
 
 @contextlib.contextmanager
 def for_another_machine() -> Iterator[None]:
-    """Programs compiled in this block are for devices that are not here.
+    """Compile programs in this block for devices that are not here.
 
     They are kept out of jax's cache, from which they could not be read again. And jax before 0.10
     asks such devices for their usual layouts after compiling, which of 0.7.2 killed the process;
@@ -184,7 +190,7 @@ def for_another_machine() -> Iterator[None]:
 
 
 def shortage_in(message: str) -> TooLarge:
-    """How much memory a program that does not fit needs, from the compiler's message."""
+    """Parse the compiler's message on how much memory a program that does not fit needs."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
     size = r"([\d.]+)([KMGTP]?)"
     found = re.search(
@@ -197,7 +203,7 @@ def shortage_in(message: str) -> TooLarge:
 
 
 def _short(where: str) -> str:
-    """The end of an operation's path, from the last part of the network on."""
+    """Return the end of an operation's path, from the last part of the network on."""
     steps = [
         step
         for step in where.split("/")
@@ -209,7 +215,7 @@ def _short(where: str) -> str:
 
 
 def _relative(source: str) -> str:
-    """`diffit_jax/models/blocks.py:69`, not where it is installed."""
+    """Return `diffit_jax/models/blocks.py:69`, not where it is installed."""
     parts = source.split("/")
     for root in ("diffit_jax", "flax", "jax", "optax"):
         if root in parts:

@@ -1,15 +1,15 @@
-"""The text of a compiled TPU program (`compiled.as_text()`), read as computations, and what it
-costs by the compiler's own estimate.
+"""The cost of a compiled TPU program, by the compiler's own estimate.
 
-The compiler notes `estimated_cycles` on most scheduled operations. A step's estimate walks the
-entry computation and multiplies the body of a loop by its trip count, weighs the branches of a
-conditional, and adds up. What has no estimate is never silently free:
+Its text (`compiled.as_text()`) is parsed as computations. The compiler notes `estimated_cycles` on
+most scheduled operations. A step's estimate walks the entry computation and multiplies the body of
+a loop by its trip count, weighs the branches of a conditional, and adds up. Operations without an
+estimate are never silently free:
 
 * collectives: bytes over the bandwidth of a chip's links, a lower bound, kept apart because compute
 can hide it;
 * copies and fusions without an estimate: bytes over the bandwidth of the memory (HBM);
-* custom kernels: the cycles of their static schedule, given by whoever knows them; a kernel that
-nobody knows is listed as unpriced.
+* custom kernels: the cycles of their static schedule, from the caller; a kernel without one is
+listed as unpriced.
 """
 
 import collections
@@ -65,8 +65,7 @@ class Instruction:
         return int(found[1]) if found and int(found[1]) < 2**62 else None
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations given by attributes like `calls=` or
-        `branch_computations={…}`."""
+        """Return the computations named by attributes like `calls=` or `branch_computations=`."""
         names = []
         for key in keys:
             found = re.search(key + r"=(\{[^}]*\}|%?[\w.\-]+)", self.attributes)
@@ -76,8 +75,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A parsed program: computations by name, each a list of instructions in the order of their
-    schedule.
+    """A parsed program: computations by name, each a list of instructions as scheduled.
 
     Attributes:
       entry: name of the computation where it starts.
@@ -90,8 +88,7 @@ class Program:
     sources: Mapping[int, str]
 
     def source(self, instruction: Instruction) -> str:
-        """Where in the source an instruction comes from, and in which part of the network; "" if
-        unknown."""
+        """Return an instruction's line of source, and its part of the network; "" if unknown."""
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         inline = re.search(r'source_file="([^"]+)"(?: source_line=(\d+))?', instruction.attributes)
         return (
@@ -104,7 +101,7 @@ class Program:
 
 
 def type_bytes(text: str) -> int:
-    """Bytes of a type such as `f32[3,4]{1,0}` or a tuple of them, without padding.
+    """Return the bytes of a type such as `f32[3,4]{1,0}` or a tuple of them, without padding.
 
     A bool counts one byte; what is not an array (tokens) none.
     """
@@ -117,7 +114,7 @@ def type_bytes(text: str) -> int:
 
 
 def parse(text: str) -> Program:
-    """Reads the text of a scheduled program."""
+    """Parse the text of a scheduled program."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     tables: dict[str, dict[int, str]] = collections.defaultdict(dict)
@@ -155,7 +152,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _leading_type(text: str) -> tuple[str, str]:
-    """Splits "TYPE opcode(…" into the type and the rest."""
+    """Split "TYPE opcode(…" into the type and the rest."""
     if text.startswith("("):
         inside, rest = _balanced(text)
         return f"({inside})", rest.strip()
@@ -164,7 +161,7 @@ def _leading_type(text: str) -> tuple[str, str]:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """The inside of the parenthesis that `text` begins with, and what follows it."""
+    """Return the inside of the parenthesis that `text` begins with, and the rest after it."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -174,12 +171,12 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def parts(result: str) -> list[str]:
-    """The types of the arrays of a type that may be a tuple."""
+    """Return the array types of a type that may be a tuple."""
     return re.findall(r"[a-z]+\d*[a-z0-9]*\[[\d,]*\]", result)
 
 
 def _sources(tables: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
-    """Stack frame id → "file:line" of its innermost frame."""
+    """Map stack frame id → "file:line" of its innermost frame."""
 
     def number(text: str, key: str) -> int:
         found = re.search(rf"{key}=(\d+)", text)
@@ -305,8 +302,8 @@ class Cost:
         """The part of `cycles` that the compiler did not estimate."""
         return sum(operation.cycles for operation in self.operations if not operation.estimated)
 
-    def dearest(self, count: int) -> list[Operation]:
-        """The costliest operations; those of one place in the source and one kind are added up."""
+    def top_ops(self, count: int) -> list[Operation]:
+        """Return the costliest operations, summed over those of one line of source and one kind."""
         groups = collections.defaultdict(list)
         for operation in self.operations:
             groups[operation.source, operation.where, operation.opcode].append(operation)
@@ -326,7 +323,7 @@ def cost(
     bytes_per_cycle: float,
     kernels: Callable[["Kernel"], float | None] = lambda _: None,
 ) -> Cost:
-    """Prices a program.
+    """Price a program.
 
     Args:
       program: from `parse`.
@@ -338,7 +335,7 @@ def cost(
 
 
 def kernels(program: Program) -> set[Kernel]:
-    """The custom kernels that a program calls."""
+    """Return the custom kernels that a program calls."""
     found = set()
     for instructions in program.computations.values():
         by_name = {instruction.name: instruction for instruction in instructions}
@@ -351,7 +348,7 @@ def kernels(program: Program) -> set[Kernel]:
 
 
 def kernel_of(instruction: Instruction, by_name: Mapping[str, Instruction]) -> Kernel:
-    """The kernel that an instruction calls."""
+    """Return the kernel that an instruction calls."""
     named = re.search(r'op_name="(?:[^"]*[/(])?([\w.\-]+)\)*/pallas_call', instruction.attributes)
     operands = tuple(
         part
@@ -364,7 +361,7 @@ def kernel_of(instruction: Instruction, by_name: Mapping[str, Instruction]) -> K
 
 
 def group_size(attributes: str) -> int | None:
-    """How many devices take part in a collective together; None if it does not say."""
+    """Return how many devices take part in a collective; None if it does not say."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -431,7 +428,7 @@ class _Walk:
     def _plain(
         self, instruction: Instruction, times: float, by_name: Mapping, chains: set[str]
     ) -> None:
-        """A fusion, copy or single operation: the compiler's estimate, or its bytes."""
+        """Add a fusion, copy or single operation: the compiler's estimate, or its bytes."""
         inner = [
             i
             for name in instruction.called("calls")
@@ -489,8 +486,10 @@ class _Walk:
         entry[0] += times
         # Each of n members has an n-th already. A ring sends the rest once for a gather or a
         # scatter, twice for a sum that all get.
-        share = 1.0 if kind == "collective-permute" or members is None else (members - 1) / members
-        entry[1] += times * size * share * (2 if kind == "all-reduce" else 1)
+        fraction = (
+            1.0 if kind == "collective-permute" or members is None else (members - 1) / members
+        )
+        entry[1] += times * size * fraction * (2 if kind == "all-reduce" else 1)
 
     def _add(self, instruction: Instruction, cycles: float, times: float, estimated: bool) -> None:
         if not cycles:

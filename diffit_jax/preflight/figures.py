@@ -1,4 +1,4 @@
-"""What preflight finds out, as values: `dataclasses.asdict` makes its JSON of them.
+"""Results of preflight as dataclasses, whose fields are the keys of its JSON.
 
 Times are in seconds and are the compiler's estimates, sizes in bytes, rates per second.
 """
@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diffit_jax.runtime.chips import Chip
+from diffit_jax.runtime.backend import Chip
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved:
+class CollectiveStats:
     """Collective operations of one kind: how often they run, and the bytes that a device moves."""
 
     count: float
@@ -28,7 +28,7 @@ class Copies:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costly:
+class TopOp:
     """One operation: how long all its `times` take, its place in the network and in the source."""
 
     seconds: float
@@ -49,6 +49,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
@@ -76,12 +77,12 @@ class Compiled:
     compute_s: float
     kernels_s: float
     by_bytes_s: float
-    collectives: Mapping[str, Moved]
+    collectives: Mapping[str, CollectiveStats]
     async_copies: Copies
     even_conditionals: list[str]
     unpriced_kernels: Mapping[str, float]
     unknown_loops: list[str]
-    dearest: list[Costly]
+    dearest: list[TopOp]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,14 +96,16 @@ class TooLarge:
 
 
 def answer_of(values: Mapping[str, Any]) -> Compiled | TooLarge:
-    """The compiler's answer whose JSON these values are."""
+    """Return the compiler's answer from its JSON values."""
     if not values["fits"]:
         return TooLarge(**values)
     nested = {
         "memory": MemoryPlan(**values["memory"]),
-        "collectives": {kind: Moved(**moved) for kind, moved in values["collectives"].items()},
+        "collectives": {
+            kind: CollectiveStats(**moved) for kind, moved in values["collectives"].items()
+        },
         "async_copies": Copies(**values["async_copies"]),
-        "dearest": [Costly(**one) for one in values["dearest"]],
+        "dearest": [TopOp(**one) for one in values["dearest"]],
     }
     return Compiled(**dict(values) | nested)
 
@@ -140,7 +143,7 @@ class Step(Compiled):
         flops: float,
         between_slices_s: float = 0.0,
     ) -> "Step":
-        """What follows from the compiler's answer on this many chips."""
+        """Derive a step's figures from the compiler's answer, for this many chips."""
         moved = sum(moved.bytes for moved in compiled.collectives.values())
         collectives_s = moved / (chip.link_bandwidth / chip.devices)
         times = compiled.compute_s, collectives_s, between_slices_s
@@ -159,21 +162,21 @@ class Step(Compiled):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing(Step):
+class SamplingCost(Step):
     """The program that draws one batch; `hours_for_50000` samples, as many as a FID takes."""
 
     hours_for_50000: float
 
     @staticmethod
-    def of(compiled: Compiled, chip: Chip, chips: int, **given: Any) -> "Drawing":
-        """As `Step.of`."""
+    def of(compiled: Compiled, chip: Chip, chips: int, **given: Any) -> "SamplingCost":
+        """Derive the figures of drawing a batch, as `Step.of`."""
         step = Step.of(compiled, chip, chips, **given)
         hours = 50_000 / step.images_per_s_per_chip / chips / 3600
-        return Drawing(**_values(step), hours_for_50000=hours)
+        return SamplingCost(**_values(step), hours_for_50000=hours)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingPlan:
     """How a chip would draw.
 
     Attributes:
@@ -183,13 +186,13 @@ class Sampling:
         such choice.
     """
 
-    batch: Drawing | TooLarge
+    batch: SamplingCost | TooLarge
     copy_bytes: int
-    alternative: "Sampling | None" = None
+    alternative: "SamplingPlan | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class PipelineCost:
     """The networks between images, latents and scores.
 
     Attributes:
@@ -213,7 +216,7 @@ class Chain:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluating:
+class EvalCost:
     """Evaluations of a run while it trains: all networks beside its state.
 
     Attributes:
@@ -233,18 +236,21 @@ class Evaluating:
 
     @property
     def fits(self) -> bool:
+        """Whether everything fits in the memory."""
         return self.memory <= self.limit
 
     def hours(self, count: int) -> float:
-        """For so many samples of each kind of weights."""
+        """Return the hours for so many samples of each kind of weights."""
         return self.kinds * count * self.seconds_per_image / 3600
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What was compiled, for what, and by what. `sampled_without`: what sampling leaves out, ""
-    if nothing; `averages`: of the parameters; `calibrated`: whether estimates were compared with
-    known times of this chip."""
+    """What was compiled, for which topology, and by which versions.
+
+    `sampled_without`: what sampling leaves out, "" if nothing; `averages`: of the parameters;
+    `calibrated`: whether estimates were compared with known times of this chip.
+    """
 
     topology: str
     num_slices: int
@@ -265,7 +271,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class StateMemory:
     """Bytes that each device holds between steps."""
 
     parameters: int
@@ -275,16 +281,19 @@ class Held:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.parameters + self.optimizer + self.ema + sum(self.power_emas)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Memory of each device: its `limit`, what it holds between steps, and what the compiler plans
-    beside that in a training step (None: it does not fit, or was not compiled)."""
+    """Memory of each device: its `limit`, the state, and the compiler's plan for a training step.
+
+    The plan's parts are None if the step does not fit, or was not compiled.
+    """
 
     limit: float
-    held: Held
+    held: StateMemory
     batch_and_padding: int | None = None
     activations: int | None = None
     program: int | None = None
@@ -292,8 +301,8 @@ class Memory:
     headroom: float | None = None
 
     @classmethod
-    def of(cls, limit: float, held: Held, plan: MemoryPlan | None) -> "Memory":
-        """The memory of a step that was planned so."""
+    def of(cls, limit: float, held: StateMemory, plan: MemoryPlan | None) -> "Memory":
+        """Return the memory of a step with such a plan."""
         if plan is None:
             return cls(limit, held)
         return cls(
@@ -308,7 +317,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunCost:
     """The whole training run."""
 
     steps: int
@@ -338,14 +347,14 @@ class Report:
     memory: Memory
     checkpoint_bytes: int
     train: Step | TooLarge | None
-    sample: Sampling | None
-    chain: Chain | None
-    evaluating: Evaluating | None
-    run: Run | None
+    sample: SamplingPlan | None
+    chain: PipelineCost | None
+    evaluating: EvalCost | None
+    run: RunCost | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class SweepPoint:
     """One combination of settings of a sweep.
 
     Attributes:
@@ -369,17 +378,17 @@ class Trial:
 class Sweep:
     """All combinations of settings, in their order."""
 
-    trials: list[Trial]
+    trials: list[SweepPoint]
 
     @property
-    def best(self) -> Trial | None:
+    def best(self) -> SweepPoint | None:
         """That with the most images per second and chip; None if none fits."""
         best = max(self.trials, key=lambda trial: trial.rate, default=None)
         return best if best is not None and best.rate else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class MatmulEstimate:
     """The estimate for a matrix product, and the time at the peak rate as a share of it."""
 
     product: str
@@ -391,9 +400,9 @@ class Product:
 class Calibration:
     """Products whose time on a chip is known to be near the peak's."""
 
-    products: list[Product]
+    products: list[MatmulEstimate]
 
 
 def _values(of: Any) -> dict[str, Any]:
-    """A dataclass's fields, not what is inside them."""
+    """Return a dataclass's fields, without converting what is inside them."""
     return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}

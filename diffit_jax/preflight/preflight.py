@@ -1,9 +1,9 @@
-"""The verb `preflight`: what a config will do on a TPU pod, found out by the TPU's compiler on any
-machine before the pod is rented.
+"""The verb `preflight`: memory and time of a config on a TPU pod, before the pod is rented.
 
 The programs of training and sampling, and of the networks between images, latents and scores, are
-compiled for a topology with their real shardings; nothing is allocated. Every time here is the
-compiler's estimate, not a measurement; `preflight.cost` says how it is added up.
+compiled by the TPU compiler, on any machine, for a topology with their real shardings; nothing is
+allocated. Every time here is the compiler's estimate, not a measurement; `preflight.cost` says how
+it is added up.
 """
 
 import dataclasses
@@ -32,26 +32,26 @@ from diffit_jax.preflight import compiler, report
 from diffit_jax.preflight.cost import cost, parse
 from diffit_jax.preflight.figures import (
     Calibration,
-    Chain,
     Compiled,
-    Drawing,
-    Evaluating,
-    Held,
+    EvalCost,
+    MatmulEstimate,
     Memory,
-    Product,
+    PipelineCost,
     Report,
-    Run,
-    Sampling,
+    RunCost,
+    SamplingCost,
+    SamplingPlan,
     Setting,
+    StateMemory,
     Step,
     Sweep,
+    SweepPoint,
     TooLarge,
-    Trial,
 )
-from diffit_jax.run.state import Opened, TrainState, open_experiment
-from diffit_jax.runtime import backend, parallel, ranges
-from diffit_jax.runtime.chips import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
-from diffit_jax.sampling.decoder import AT_ONCE, Decoder, per_slice
+from diffit_jax.run.state import Setup, TrainState, setup_experiment
+from diffit_jax.runtime import backend, console, parallel
+from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
+from diffit_jax.sampling.decoder import CHUNK_SIZE, Decoder, per_slice
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.training.step import batch_shapes, lower_train_step
 
@@ -69,11 +69,11 @@ _AXES = r"(data|fsdp|tensor)=-?\d+"
 _WRITTEN = {"batch": r"\d+", "num_heads": r"\d+", "mesh": rf"{_AXES}(\+{_AXES})*", "remat": r"\w+"}
 
 
-@backend.pinned()
+@backend.reproducible_numerics()
 def preflight(
     config: ConfigDict, *, topology: str, num_slices: int = 1, programs: Sequence[str] | None = None
 ) -> Report:
-    """Compiles the programs of a config for a topology and says what they need and take.
+    """Compile the programs of a config for a topology and report their memory and time.
 
     Args:
       config: of the experiment; its data and weights need not be there.
@@ -95,8 +95,8 @@ def preflight(
         mesh_section = config.to_dict().get("mesh") or {}
         config.mesh = ConfigDict({**mesh_section, "num_slices": num_slices})
     with compiler.for_another_machine():  # it may try the attention kernel
-        opened = open_experiment(config, devices)
-    experiment, state = opened.experiment, opened.state
+        setup = setup_experiment(config, devices)
+    experiment, state = setup.experiment, setup.state
     chips = len(devices) // chip.devices
     held = _held(state)
 
@@ -107,22 +107,22 @@ def preflight(
         # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and
         # back.
         crossing_s = held.parameters / (SLICE_BANDWIDTH / chip.devices) * (num_slices > 1)
-        train = _price_training(opened, chip, chips, compiled, crossing_s)
+        train = _price_training(setup, chip, chips, compiled, crossing_s)
     if "sample" in programs:
         log.info("compiling the sample step for %d chips", chips)
-        sample = price_sampling(opened, chip, chips, compiled)
+        sample = price_sampling(setup, chip, chips, compiled)
     if chained := [program for program in CHAIN if program in programs]:
         log.info("compiling %s for %d chips", ", ".join(chained), chips)
-        chain = price_chain(
-            opened, chip=chip, chips=chips, compiled=compiled, programs=chained, sampling=sample
+        chain = price_pipeline(
+            setup, chip=chip, chips=chips, compiled=compiled, programs=chained, sampling=sample
         )
-    evaluating = price_evaluating(
-        opened, chip=chip, chips=chips, state_bytes=held.total, sampling=sample, chain=chain
+    evaluating = price_evaluation(
+        setup, chip=chip, chips=chips, state_bytes=held.total, sampling=sample, chain=chain
     )
     fitting = train if isinstance(train, Step) else None
     parts = train, sample and sample.batch, chain, evaluating
     return Report(
-        setting=_setting(opened, topology, num_slices, chip, chips),
+        setting=_setting(setup, topology, num_slices, chip, chips),
         fits=all(one.fits for one in parts if one is not None),
         memory=Memory.of(chip.memory / chip.devices, held, fitting and fitting.memory),
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
@@ -135,16 +135,16 @@ def preflight(
 
 
 def _price_training(
-    opened: Opened,
+    setup: Setup,
     chip: Chip,
     chips: int,
     compiled: Callable[[jax.stages.Lowered], Compiled | TooLarge],
     between_slices_s: float,
 ) -> Step | TooLarge:
-    """The update; arguments as of `price_sampling` and `Step.of`."""
-    experiment = opened.experiment
-    batch = batch_shapes(experiment, opened.mesh)
-    answer = compiled(lower_train_step(opened, opened.state, batch))
+    """Price the update; arguments as of `price_sampling` and `Step.of`."""
+    experiment = setup.experiment
+    batch = batch_shapes(experiment, setup.mesh)
+    answer = compiled(lower_train_step(setup, setup.state, batch))
     if not isinstance(answer, Compiled):
         return answer
     size = experiment.training.batch_size
@@ -159,7 +159,7 @@ def _price_training(
 
 
 def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]:
-    """The programs that are asked for, or of a config."""
+    """Return the programs that are asked for, or those of a config."""
     known = ("train", "sample", *CHAIN)
     if programs is None:
         experiment = build(config)
@@ -174,12 +174,12 @@ def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]
 
 
 def with_batch(config: ConfigDict, topology: str, num_slices: int, per_chip: int) -> ConfigDict:
-    """A copy of a config with this many images per chip of a topology in a batch."""
+    """Return a copy of a config with this many images per chip of a topology in a batch."""
     return _vary(config, topology, num_slices, {"batch": str(per_chip)})
 
 
 def parse_sweep(text: str) -> dict[str, list[str]]:
-    """`batch,remat` or `batch=4,8,16,mesh=fsdp=4,fsdp=16+tensor=2` → values by names in `SWEEPS`.
+    """Parse `batch,remat` or `batch=4,8,16,mesh=fsdp=4,fsdp=16+tensor=2`, by names in `SWEEPS`.
 
     Raises:
       UserError: an unknown name or a value that cannot be.
@@ -195,10 +195,10 @@ def parse_sweep(text: str) -> dict[str, list[str]]:
 
     wanted = "write values as in batch=4,8,16 or mesh=fsdp=4,fsdp=16+tensor=2"
     known = {
-        name: ranges.SweepKey(reader(name), wanted, bare=True, nested=name == "mesh")
+        name: console.SweepKey(reader(name), wanted, bare=True, nested=name == "mesh")
         for name in SWEEPS
     }
-    return ranges.parse_sweep(text, known)
+    return console.parse_sweep(text, known)
 
 
 def sweep(
@@ -208,28 +208,30 @@ def sweep(
     settings: Mapping[str, Sequence[str]],
     show: Callable[[str], None] = print,
 ) -> Sweep:
-    """The training step for all combinations of settings, compared.
+    """Compare the training step for all combinations of settings.
 
     Args:
-      config, topology, num_slices: as for `preflight`.
+      config: as for `preflight`.
+      topology: as for `preflight`.
+      num_slices: as for `preflight`.
       settings: of `parse_sweep`; where there are no values, those of `SWEEPS`.
       show: called with each line of the table when it is known, and with the best one at the end.
 
     Raises:
-      UserError: a value that cannot be.
+      UserError: an impossible value.
     """
     dimensions = {name: values or SWEEPS[name] for name, values in settings.items()}
     trials = []
     show(report.sweep_header(dimensions))
-    for varied in ranges.combinations(dimensions):
+    for varied in console.combinations(dimensions):
         changed = _vary(config, topology, num_slices, varied)
         try:
-            trial = Trial(
+            trial = SweepPoint(
                 varied,
                 preflight(changed, topology=topology, num_slices=num_slices, programs=["train"]),
             )
         except UserError as error:
-            trial = Trial(varied, error=str(error))
+            trial = SweepPoint(varied, error=str(error))
         show(report.sweep_row(trial))
         trials.append(trial)
     done = Sweep(trials)
@@ -240,10 +242,12 @@ def sweep(
 def _vary(
     config: ConfigDict, topology: str, num_slices: int, settings: Mapping[str, str]
 ) -> ConfigDict:
-    """A copy of a config with some settings changed.
+    """Return a copy of a config with some settings changed.
 
     Args:
-      config, topology, num_slices: as for `preflight`.
+      config: as for `preflight`.
+      topology: as for `preflight`.
+      num_slices: as for `preflight`.
       settings: name in `SWEEPS` → value as on the command line: "8" images per chip,
         "fsdp=16+tensor=2" for the mesh.
     """
@@ -262,8 +266,10 @@ def _vary(
 
 
 def calibrate(topology: str) -> Calibration:
-    """The estimate for large bfloat16 matrix products against the peak: how far the compiler's
-    estimates can be trusted on a chip. Asked of a product of 8192³ and two of the XL/2 network's.
+    """Compare estimates for large bfloat16 matrix products with the peak.
+
+    It shows how far the compiler's estimates can be trusted on a chip: for a product of 8192³ and
+    two of the XL/2 network's.
     """
     chip = chip_of(topology).device()
     device = compiler.topology_devices(chip.example)[:1]
@@ -277,41 +283,41 @@ def calibrate(topology: str) -> Calibration:
         with compiler.for_another_machine():
             text = jax.jit(jnp.matmul).lower(a, b).compile().as_text() or ""
         seconds = cost(parse(text), chip.memory_bandwidth / chip.clock).cycles / chip.clock
-        share = 2 * m * k * n / seconds / chip.peak_flops
-        rows.append(Product(f"{m} x {k} x {n}", seconds, share))
+        fraction = 2 * m * k * n / seconds / chip.peak_flops
+        rows.append(MatmulEstimate(f"{m} x {k} x {n}", seconds, fraction))
     return Calibration(rows)
 
 
-def _setting(opened: Opened, topology: str, num_slices: int, chip: Chip, chips: int) -> Setting:
-    experiment, model = opened.experiment, opened.experiment.model
+def _setting(setup: Setup, topology: str, num_slices: int, chip: Chip, chips: int) -> Setting:
+    experiment, model = setup.experiment, setup.experiment.model
     settings = experiment.training
     return Setting(
         topology=topology,
         num_slices=num_slices,
         chips=chips,
         calibrated=chip.calibrated,
-        mesh=dict(opened.mesh.shape),
+        mesh=dict(setup.mesh.shape),
         batch_size=settings.batch_size,
         batch_per_chip=settings.batch_size / chips,
         accumulation=settings.accumulation,
         remat=model.remat,
         num_heads=model.heads[0],
         head_width=model.heads[1],
-        attention=models.attention_in_words(model, "tpu"),
-        sampled_without="autoguidance" if experiment.sampling.guidance.needs_weaker else "",
-        averages=1 + len(opened.state.power_emas),
+        attention=models.describe_attention(model, "tpu"),
+        sampled_without="autoguidance" if experiment.sampling.guidance.needs_guide else "",
+        averages=1 + len(setup.state.power_emas),
         jax=jax.__version__,
         libtpu=compiler.libtpu_version(),
     )
 
 
-def _held(state: TrainState) -> Held:
-    """What each device holds between steps, by what it is for."""
+def _held(state: TrainState) -> StateMemory:
+    """Return the bytes that each device holds between steps, by purpose."""
 
     def on_device(*trees: Any) -> int:
         return sum(map(_bytes_on_device, jax.tree.leaves(trees)))
 
-    return Held(
+    return StateMemory(
         parameters=on_device(state.params, state.constants),
         optimizer=on_device(state.opt_state),
         ema=on_device(state.ema),
@@ -323,13 +329,13 @@ def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _run(experiment: Experiment, chips: int, step_s: float) -> Run:
+def _run(experiment: Experiment, chips: int, step_s: float) -> RunCost:
     settings = experiment.training
     example = experiment.space.batch(1, experiment.model.sample_shape).values()
     per_image = sum(leaf.size * leaf.dtype.itemsize for leaf in example)
     hours = settings.total_steps * step_s / 3600
     hosts = max(chips // CHIPS_PER_HOST, 1)
-    return Run(
+    return RunCost(
         steps=settings.total_steps,
         hours=hours,
         chip_hours=hours * chips,
@@ -341,51 +347,56 @@ def _run(experiment: Experiment, chips: int, step_s: float) -> Run:
 Ask = Callable[[jax.stages.Lowered], Compiled | TooLarge]
 
 
-def price_sampling(opened: Opened, chip: Chip, chips: int, compiled: Ask) -> Sampling:
-    """Drawing a batch as the chip would (autoguidance's second network is not known here; the
-    report says so), and the other way if there is one."""
-    experiment, variables = opened.experiment, opened.state.ema_variables
+def price_sampling(setup: Setup, chip: Chip, chips: int, compiled: Ask) -> SamplingPlan:
+    """Price drawing a batch, with or without a copy of the parameters, as the chip would.
+
+    And the other way if there is one. Autoguidance's guiding network is not known here; the report
+    says so.
+    """
+    experiment, variables = setup.experiment, setup.variables
     size = copy_bytes(experiment.model, variables)
     wanted = size > 0 and copy_fits(size, chip.memory / chip.devices)
 
-    def price(copy: bool) -> Sampling:
-        sampler = sampler_without_autoguidance(experiment, opened.mesh, copy=copy)
+    def price(copy: bool) -> SamplingPlan:
+        sampler = sampler_without_autoguidance(experiment, setup.mesh, copy=copy)
         batch = compiled(sampler.lower(variables))
         if isinstance(batch, Compiled):
             flops = 2 * sampler.multiply_adds(variables)
-            batch = Drawing.of(batch, chip, chips, images=sampler.batch_size, flops=flops)
-        return Sampling(batch, size if copy else 0)
+            batch = SamplingCost.of(batch, chip, chips, images=sampler.batch_size, flops=flops)
+        return SamplingPlan(batch, size if copy else 0)
 
     alternative = price(not wanted) if size else None
     return dataclasses.replace(price(wanted), alternative=alternative)
 
 
-def price_chain(
-    opened: Opened,
+def price_pipeline(
+    setup: Setup,
     *,
     chip: Chip,
     chips: int,
     compiled: Ask,
     programs: Sequence[str],
-    sampling: Sampling | None,
-) -> Chain:
-    """The networks between images, latents and scores: the published autoencoder in bfloat16, a
-    slice on each device, and the FID network, a batch.
+    sampling: SamplingPlan | None,
+) -> PipelineCost:
+    """Price the networks between images, latents and scores.
+
+    The published autoencoder in bfloat16, a slice on each device, and the FID network, a batch.
 
     Args:
-      opened: the experiment.
-      chip, chips: of the topology.
+      setup: the experiment.
+      chip: of the topology.
+      chips: how many.
       compiled: asks the compiler.
       programs: which of "encode", "decode" and "inception".
-      sampling: how the experiment draws, for what its network and these take together.
+      sampling: how the experiment draws, for the memory of its network and these together.
 
     Raises:
       UserError: a program of an autoencoder for an experiment without one.
     """
-    with_autoencoder = bool(opened.experiment.data.autoencoder)
+    with_autoencoder = bool(setup.experiment.data.autoencoder)
     if not with_autoencoder and {"encode", "decode"} & set(programs):
         raise UserError("--programs has encode or decode, but the config names no autoencoder")
-    chain = _Chained(opened)
+    chain = _Pipeline(setup)
     priced: dict[str, Step | TooLarge] = {}
     for name in programs:
         lowered, images, adds = getattr(chain, name)()
@@ -397,24 +408,24 @@ def price_chain(
         "autoencoder": _bytes(chain.of_autoencoder) if with_autoencoder else 0,
         "inception": _bytes(chain.of_inception),
     }
-    return Chain(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
+    return PipelineCost(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
 
 
 _Program = tuple[jax.stages.Lowered, int, int]  # …, its images, and multiply-adds of each
 
 
-class _Chained:
-    """The programs between pictures, latents and scores, lowered; of shapes only.
+class _Pipeline:
+    """The programs between images, latents and scores, lowered; of shapes only.
 
     Attributes:
       of_autoencoder, of_inception: their variables.
     """
 
-    def __init__(self, opened: Opened):
-        self._mesh, self._latent = opened.mesh, opened.experiment.model.sample_shape
+    def __init__(self, setup: Setup):
+        self._mesh, self._latent = setup.mesh, setup.experiment.model.sample_shape
         self._autoencoder = Autoencoder(latent_channels=self._latent[-1], dtype=jnp.bfloat16)
         whole = self._autoencoder.factor
-        factor = whole if opened.experiment.data.autoencoder else 1
+        factor = whole if setup.experiment.data.autoencoder else 1
         self._image = (self._latent[0] * factor, self._latent[1] * factor, 3)
         self._inception = Inception()
         self.of_autoencoder = _variables(self._mesh, self._autoencoder, (whole, whole, 3))
@@ -427,7 +438,7 @@ class _Chained:
 
     def decode(self) -> _Program:
         decoder = Decoder(
-            self._autoencoder, self.of_autoencoder, self._mesh, batch_per_device=AT_ONCE
+            self._autoencoder, self.of_autoencoder, self._mesh, batch_per_device=CHUNK_SIZE
         )
         return decoder.lower(self._latent), decoder.batch_size, self._adds("decode", self._latent)
 
@@ -436,9 +447,9 @@ class _Chained:
             image_BHWC = pixels.to_model(image_BHWC)
             return self._autoencoder.apply(variables, image_BHWC, method="encode")
 
-        count, sharding = AT_ONCE * self._mesh.size, parallel.batch_sharding(self._mesh)
+        count, sharding = CHUNK_SIZE * self._mesh.size, parallel.batch_sharding(self._mesh)
         batch = jax.ShapeDtypeStruct((count, *self._image), np.uint8, sharding=sharding)
-        lowered = per_slice(encode, self._mesh, AT_ONCE).lower(self.of_autoencoder, batch)
+        lowered = per_slice(encode, self._mesh, CHUNK_SIZE).lower(self.of_autoencoder, batch)
         return lowered, count, self._adds("encode", self._image)
 
     def _adds(self, method: str, example: tuple[int, ...]) -> int:
@@ -446,25 +457,28 @@ class _Chained:
         return _multiply_adds(apply, self.of_autoencoder, example)
 
 
-def price_evaluating(
-    opened: Opened,
+def price_evaluation(
+    setup: Setup,
     *,
     chip: Chip,
     chips: int,
     state_bytes: int,
-    sampling: Sampling | None,
-    chain: Chain | None,
-) -> Evaluating | None:
-    """The evaluations that an experiment asks for while it trains; None if it asks for none, or one
-    of their programs was not priced.
+    sampling: SamplingPlan | None,
+    chain: PipelineCost | None,
+) -> EvalCost | None:
+    """Price the evaluations that an experiment asks for while it trains.
+
+    None if it asks for none, or one of their programs was not priced.
 
     Args:
-      opened: the experiment.
-      chip, chips: of the topology.
-      state_bytes: of what each device holds between steps.
-      sampling, chain: as they were priced.
+      setup: the experiment.
+      chip: of the topology.
+      chips: how many.
+      state_bytes: of the state on each device.
+      sampling: as it was priced.
+      chain: as it was priced.
     """
-    experiment = opened.experiment
+    experiment = setup.experiment
     settings = experiment.evaluation
     if not settings.steps or sampling is None or chain is None:
         return None
@@ -473,14 +487,14 @@ def price_evaluating(
     fitting = [step for step in steps if isinstance(step, Step)]
     if len(fitting) < len(steps):
         return None
-    beside = max(map(_beside, fitting))
+    beside = max(map(_extra_bytes, fitting))
     seconds = sum(1 / (step.images_per_s_per_chip * chips) for step in fitting)
-    weights = len(list(kinds(experiment, opened.state, settings.raw)))
+    weights = len(list(kinds(experiment, setup.state, settings.raw)))
     total = experiment.training.total_steps
     last = settings.final_count or settings.count
     before = -(-total // settings.steps) - 1  # the last one comes after the last update
     images = before * settings.count + last
-    return Evaluating(
+    return EvalCost(
         kinds=weights,
         seconds_per_image=seconds,
         memory=state_bytes + sum(chain.held.values()) + beside,
@@ -489,18 +503,18 @@ def price_evaluating(
     )
 
 
-def _beside(step: Step) -> int:
-    """Bytes that a program needs beside its arguments."""
+def _extra_bytes(step: Step) -> int:
+    """Return the bytes that a program needs besides its arguments."""
     return step.memory.outputs + step.memory.temporaries + step.memory.program
 
 
 def _variables(mesh: jax.sharding.Mesh, module: Any, example: tuple[int, ...]) -> Any:
-    """Shapes of a network's variables, on every device."""
+    """Return shapes of a network's variables, on every device."""
     return parallel.abstract(mesh, models.variable_shapes(module, example))
 
 
 def _multiply_adds(apply: Callable, variables: Any, example: tuple[int, ...]) -> int:
-    """Of one example, (H, W, C)."""
+    """Count multiply-adds for one example, (H, W, C)."""
     shape = jax.ShapeDtypeStruct((1, *example), jnp.float32)
     return count_multiply_adds(jax.make_jaxpr(apply)(variables, shape).jaxpr)
 
@@ -510,14 +524,16 @@ def _bytes(variables: Any) -> int:
 
 
 def _together(
-    sampling: Sampling | None, priced: Mapping[str, Step | TooLarge], held: Mapping[str, int]
+    sampling: SamplingPlan | None, priced: Mapping[str, Step | TooLarge], held: Mapping[str, int]
 ) -> int | None:
-    """Bytes on each device while samples are drawn, decoded and measured: all weights, and the
-    largest of what the programs need beside; None if one of them is not known."""
+    """Return the bytes on each device while samples are drawn, decoded and measured.
+
+    All weights, and the largest of the programs' other memory; None if one of them is not known.
+    """
     wanted = [name for name, size in (("decode", held["autoencoder"]), ("inception", 1)) if size]
     steps = [sampling.batch if sampling else None, *(priced.get(name) for name in wanted)]
     fitting = [step for step in steps if isinstance(step, Step)]
     if len(fitting) < len(steps):
         return None
     weights = fitting[0].memory.arguments + sum(held.values())
-    return weights + max(map(_beside, fitting))
+    return weights + max(map(_extra_bytes, fitting))

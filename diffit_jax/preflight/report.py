@@ -5,21 +5,21 @@ from typing import Any
 
 from diffit_jax.preflight.figures import (
     Calibration,
-    Chain,
-    Drawing,
-    Evaluating,
+    EvalCost,
     Memory,
+    PipelineCost,
     Report,
-    Sampling,
+    SamplingCost,
+    SamplingPlan,
     Setting,
     Step,
+    SweepPoint,
     TooLarge,
-    Trial,
 )
 
 
 def render(report: Report) -> str:
-    """A report as a table."""
+    """Format a report as a table."""
     setting, run = report.setting, report.run
     mesh = " x ".join(f"{axis} {size}" for axis, size in setting.mesh.items())
     slices = f"{setting.num_slices} slices of " if setting.num_slices > 1 else ""
@@ -33,6 +33,7 @@ def render(report: Report) -> str:
         "",
         *_memory(report),
     ]
+    # A section for each program that was priced.
     if report.train:
         lines += ["", *_program("training step", "FLOPs, 3 forward passes", report.train)]
     if report.sample:
@@ -45,6 +46,7 @@ def render(report: Report) -> str:
         lines += _chain(report.chain)
     if report.evaluating:
         lines += _evaluating(report.evaluating)
+    # What follows for the whole run.
     if run:
         lines += [
             "",
@@ -57,7 +59,7 @@ def render(report: Report) -> str:
 
 
 def shortage(report: Report) -> str:
-    """By how much a report's programs do not fit."""
+    """Say by how much a report's programs do not fit."""
     parts = []
     programs: dict[str, Any] = {"train": report.train, "sample": _batch(report.sample)}
     if report.chain:
@@ -81,15 +83,15 @@ def shortage(report: Report) -> str:
 
 
 def sweep_header(settings: Iterable[str]) -> str:
-    """The columns of `sweep_row`."""
+    """Return the columns of `sweep_row`."""
     return (
         "  ".join(f"{name:>10}" for name in settings)
         + f"  {'HBM':>10}  {'est. step':>10}  {'img/s/chip':>10}  {'est. MFU':>8}"
     )
 
 
-def sweep_row(trial: Trial, best: bool = False) -> str:
-    """One combination of a sweep."""
+def sweep_row(trial: SweepPoint, best: bool = False) -> str:
+    """Format one combination of a sweep."""
     row = "  ".join(f"{value:>10}" for value in trial.varied.values())
     if trial.report is None:
         return f"{row}  {trial.error}"
@@ -102,7 +104,7 @@ def sweep_row(trial: Trial, best: bool = False) -> str:
 
 
 def render_products(calibration: Calibration) -> str:
-    """A calibration as a table."""
+    """Format a calibration as a table."""
     return "\n".join(
         f"{row.product:22} {row.seconds * 1e3:9.4f} ms   {row.share_of_peak:.3f} of the peak "
         "(estimate)"
@@ -111,7 +113,7 @@ def render_products(calibration: Calibration) -> str:
 
 
 def explain(report: Report) -> str:
-    """A paragraph of advice that follows from a report's numbers."""
+    """Return a paragraph of advice that follows from a report's numbers."""
     setting, train = report.setting, report.train
     if not report.fits:
         options = [
@@ -129,7 +131,7 @@ def explain(report: Report) -> str:
         _on_communication(setting, train),
         _on_attention(setting),
         _on_heads(setting),
-        _on_the_dearest(train),
+        _on_top_op(train),
     )
     return " ".join(filter(None, advice))
 
@@ -183,7 +185,7 @@ def _on_heads(setting: Setting) -> str:
     )
 
 
-def _on_the_dearest(train: Step) -> str:
+def _on_top_op(train: Step) -> str:
     top = train.dearest[0]
     return (
         f"The dearest place is {top.operation} ({top.source}): "
@@ -191,7 +193,7 @@ def _on_the_dearest(train: Step) -> str:
     )
 
 
-def _batch(sampling: Sampling | None) -> Drawing | TooLarge | None:
+def _batch(sampling: SamplingPlan | None) -> SamplingCost | TooLarge | None:
     return sampling and sampling.batch
 
 
@@ -218,11 +220,12 @@ def _memory(report: Report) -> list[str]:
     return [*rows, f"{'a checkpoint':28} {_bytes(report.checkpoint_bytes):>12}"]
 
 
-def _program(title: str, work: str, program: Step | TooLarge | Sampling) -> list[str]:
-    """The rows of a training step, or of drawing."""
-    step = program.batch if isinstance(program, Sampling) else program
+def _program(title: str, work: str, program: Step | TooLarge | SamplingPlan) -> list[str]:
+    """Return the rows of a training step, or of drawing."""
+    step = program.batch if isinstance(program, SamplingPlan) else program
     if isinstance(step, TooLarge):
         return [f"{title}: does not fit"]
+    # Times that can overlap are shown apart, and their sum as a bound.
     copies = step.async_copies
     moved = f"{copies.count:,.0f} copies, {_bytes(copies.bytes)}"
     rows = [
@@ -245,7 +248,7 @@ def _program(title: str, work: str, program: Step | TooLarge | Sampling) -> list
         f"  {'estimated images/s/chip':32} {step.images_per_s_per_chip:.4g}   estimated MFU "
         f"{step.mfu:.3f}",
     ]
-    if isinstance(program, Sampling):
+    if isinstance(program, SamplingPlan):
         rows += _sampling(program)
     for kernel, times in step.unpriced_kernels.items():
         rows.append(f"  NOT PRICED: {kernel}, {times:,.0f} times")
@@ -262,8 +265,8 @@ def _program(title: str, work: str, program: Step | TooLarge | Sampling) -> list
     return rows
 
 
-def _chain(chain: Chain) -> list[str]:
-    """The rows of the networks between images, latents and scores."""
+def _chain(chain: PipelineCost) -> list[str]:
+    """Return the rows of the networks between images, latents and scores."""
     titles = {
         "encode": "encoding, one slice",
         "decode": "decoding, one slice",
@@ -282,8 +285,8 @@ def _chain(chain: Chain) -> list[str]:
     return rows
 
 
-def _evaluating(evaluating: Evaluating) -> list[str]:
-    """The rows of the evaluations of a run while it trains."""
+def _evaluating(evaluating: EvalCost) -> list[str]:
+    """Return the rows of the evaluations of a run while it trains."""
     hours = " and ".join(f"{evaluating.hours(count):,.2f}" for count in (10_000, 50_000))
     return [
         "",
@@ -296,16 +299,16 @@ def _evaluating(evaluating: Evaluating) -> list[str]:
     ]
 
 
-def _sampling(sampling: Sampling) -> list[str]:
-    """How the parameters get to the network, both ways, and how long the samples of a FID take."""
+def _sampling(sampling: SamplingPlan) -> list[str]:
+    """Return rows on both ways of sampling, and how long the samples of a FID take."""
 
     def way(copy_bytes: int) -> str:
         if not copy_bytes:
             return "casting and gathering in each evaluation"
         return f"with a copy of the parameters ({_bytes(copy_bytes)})"
 
-    def hours(batch: Drawing | TooLarge) -> str:
-        return f"{batch.hours_for_50000:,.2f} hours" if isinstance(batch, Drawing) else ""
+    def hours(batch: SamplingCost | TooLarge) -> str:
+        return f"{batch.hours_for_50000:,.2f} hours" if isinstance(batch, SamplingCost) else ""
 
     rows = [
         f"  {'50,000 samples':32} {hours(sampling.batch)}, {way(sampling.copy_bytes)} (estimate)"
@@ -318,7 +321,7 @@ def _sampling(sampling: Sampling) -> list[str]:
 
 
 def _bytes(size: float) -> str:
-    """1.50 GB (10⁹), as makers of memory and disks count."""
+    """Format bytes as 1.50 GB (10⁹), as makers of memory and disks count."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(size) >= scale:
             return f"{size / scale:,.2f} {unit}"

@@ -1,10 +1,9 @@
-"""What the attention kernels cost: the length of their static schedule, which the TPU compiler
-writes out when it is asked to.
+"""The cost of the attention kernels: the length of their static schedule.
 
-A TPU's core issues one bundle of instructions in each cycle, in an order that the compiler fixed,
-so that the bundles of a kernel's body times the steps of its grid are its cycles, as long as memory
-keeps up. The compiler is asked in a process of its own, since it takes such orders only when it
-starts.
+The TPU compiler writes it out on request. A TPU's core issues one bundle of instructions in each
+cycle, in an order that the compiler fixed, so that the bundles of a kernel's body times the steps
+of its grid are its cycles, as long as memory keeps up. The compiler is asked in a process of its
+own, since it takes such options only when it starts.
 """
 
 import os
@@ -17,11 +16,11 @@ from pathlib import Path
 from diffit_jax.errors import UserError
 from diffit_jax.models.diffit import attention_kernel
 from diffit_jax.preflight.cost import Kernel
-from diffit_jax.runtime.chips import chip_of
+from diffit_jax.runtime.backend import chip_of
 
 
 def kernel_cycles(kernel: Kernel, topology: str) -> float | None:
-    """Cycles of one call of an attention kernel on one chip.
+    """Return the cycles of one call of an attention kernel on one chip.
 
     Args:
       kernel: as a program calls it.
@@ -50,8 +49,10 @@ _known: dict[tuple, dict] = {}
 
 
 def _schedule(topology: str, dtype: str, examples: int, tokens: int, width: int) -> dict[str, int]:
-    """Kernel → bundles of one step of its grid: a head of some examples, with so many tokens and
-    channels."""
+    """Return kernel → bundles of one grid step: a head of some examples.
+
+    With so many tokens and channels.
+    """
     key = topology, dtype, examples, tokens, width
     if key not in _known:
         with tempfile.TemporaryDirectory(prefix="diffit_jax_schedule_") as folder:

@@ -1,0 +1,1 @@
+"""The state of a training run: objective, optimizer, averages, directory."""

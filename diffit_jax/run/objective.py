@@ -1,5 +1,7 @@
-"""What training minimises, as one function: the update, the loss on held-out examples and the check
-of gradients call it.
+"""The training objective, as one function.
+
+The update calls it. The loss on held-out examples and the check of gradients use `DENOISING`, the
+process's own loss.
 
 Shape suffixes: B batch.
 """
@@ -11,7 +13,7 @@ import jax
 
 from diffit_jax import models
 from diffit_jax.diffusion import guidance
-from diffit_jax.diffusion.seams import Process
+from diffit_jax.diffusion.types import Process
 from diffit_jax.experiment.config import Experiment
 
 AVERAGE = "average"  # name, in `uses`, of the network's variables with the averaged parameters
@@ -30,12 +32,15 @@ class Objective:
     frozen: Mapping[str, Any] = {}
 
     def terms(self, process: Process) -> tuple[str, ...]:
-        """Names of what it reports beside the loss."""
+        """Return the names of what it reports besides the loss."""
         return process.loss_terms
 
     def init(self, experiment: Experiment, key: jax.Array) -> Any:
-        """Fresh parameters of its own (a projection head), which are trained and saved with the
-        network's but neither averaged nor exported; {} if it has none. Called inside jit."""
+        """Initialise parameters of its own (a projection head); {} if it has none.
+
+        Called inside jit. They are trained and saved with the network's but neither averaged nor
+        exported.
+        """
         return {}
 
     def __call__(
@@ -49,29 +54,29 @@ class Objective:
         update: jax.Array,
         training: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of some examples.
+        """Compute the loss of some examples.
 
         Args:
           experiment: model, process, space and label dropout. A model with classes learns to work
             without a label too, see `guidance.drop_labels`.
-          variables: `params` and `constants` of the network, and in training `objective`: what
-            `init` has made.
+          variables: `params` and `constants` of the network, and in training `objective`: the
+            result of `init`.
           frozen: variables by name, of which no gradient is taken.
           examples: of a `Source`.
           key_B: (B,) a key for each example.
           update: number of the update, from 0; an int32 scalar.
-          training: whether examples are augmented, labels dropped, and values in the network.
+          training: whether to augment examples, drop labels, and apply dropout in the network.
 
         Returns:
           (B,) float32 loss, and its `terms`, (B,) each.
         """
         model = experiment.model
-        space = experiment.space if training else experiment.space.undisturbed()
+        space = experiment.space if training else experiment.space.without_augmentation()
         label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
         # `split` gives what `fold_in` gives for 0 and 1: space and dropout have numbers of their
         # own.
         space_key_B = _numbered(key_B, 2) if training else label_key_B
-        x_BHWC, conditioning = space.enter(examples, space_key_B, frozen)
+        x_BHWC, conditioning = space.to_model(examples, space_key_B, frozen)
         if model.num_classes:
             labels = {"label": examples["label"]}
             if training:
@@ -81,7 +86,10 @@ class Objective:
         if model.dropout and training:
             conditioning = {**conditioning, "dropout_key": _numbered(key_B, 3)}
         network = models.as_network(model, variables)
-        return experiment.process.loss(network, x_BHWC, conditioning, loss_key_B)
+        # `Process.loss`, spelled out for those who write another one.
+        noised = experiment.process.noise(x_BHWC, loss_key_B)
+        y_BHWC = network(noised.x_BHWC, noised.level_B, conditioning)
+        return experiment.process.loss_of(noised, y_BHWC)
 
 
 DENOISING = Objective()

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate."""
+"""The optimizer and its learning rate."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ import optax
 
 from diffit_jax import models
 from diffit_jax.experiment.sections import Optimizer
-from diffit_jax.models.placement import Fact
+from diffit_jax.models.placement import ParamMetadata
 from diffit_jax.runtime import parallel
 
 
 def learning_rate(settings: Optimizer, update: jax.Array | int) -> jax.Array:
-    """Learning rate of an update, by its number from 0.
+    """Return the learning rate of an update, by its number from 0.
 
     learning_rate · min(update / warmup_steps, 1), so 0 in the first, as in EDM; with the schedule
     "cosine" times (1 + cos(π share)) / 2, where share is how much of the way from `warmup_steps` to
@@ -25,21 +25,22 @@ def learning_rate(settings: Optimizer, update: jax.Array | int) -> jax.Array:
         update / settings.warmup_steps if settings.warmup_steps else 1.0, 1.0
     )
     if settings.schedule == "cosine":
-        share = (update - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps)
-        rate = rate * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0.0, 1.0))) / 2
+        fraction = (update - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps)
+        rate = rate * (1 + jnp.cos(jnp.pi * jnp.clip(fraction, 0.0, 1.0))) / 2
     return rate
 
 
 def make_optimizer(
     settings: Optimizer, model: models.Model | None = None
 ) -> optax.GradientTransformation:
-    """Adam, AdamW or LAMB as an optax transformation; its state is two arrays like each parameter
-    and the number of updates.
+    """Make Adam, AdamW or LAMB as an optax transformation.
+
+    Its state is two arrays like each parameter and the number of updates.
 
     Args:
       settings: section `optimizer`.
-      model: whose parameters they are: what it says of them decides what decays, and of what LAMB
-        measures each layer by itself.
+      model: whose parameters they are: their metadata decide what decays, and of what LAMB measures
+        each layer by itself.
     """
     chain = (
         [optax.clip_by_global_norm(settings.max_gradient_norm)]
@@ -48,7 +49,7 @@ def make_optimizer(
     )
     chain.append(optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon))
     if settings.weight_decay:
-        mask = functools.partial(decays, facts=models.parameter_facts(model) if model else {})
+        mask = functools.partial(decays, metadata=models.parameter_metadata(model) if model else {})
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask=mask))
     if settings.name == "lamb":
         chain.append(scale_by_layer_trust_ratio(model.stacked if model else ()))
@@ -57,23 +58,24 @@ def make_optimizer(
     return optax.chain(*chain)
 
 
-def decays(params: Any, facts: Mapping[str, Fact]) -> Any:
-    """Which parameters weight decay acts on, a tree of bools, as is said where they are made; of
-    those of which nothing is said (an objective's), those that are called kernels."""
+def decays(params: Any, metadata: Mapping[str, ParamMetadata]) -> Any:
+    """Return which parameters weight decay acts on, a tree of bools.
+
+    As declared where they are made; of others (an objective's), those that are called kernels.
+    """
 
     def decaying(path: tuple, _: Any) -> bool:
         name = parallel.path_name(path)
-        return facts[name].decays if name in facts else name.endswith("kernel")
+        return metadata[name].decays if name in metadata else name.endswith("kernel")
 
     return jax.tree_util.tree_map_with_path(decaying, params)
 
 
 def scale_by_layer_trust_ratio(stacked: Sequence[str]) -> optax.GradientTransformation:
-    """LAMB's trust ratio (You et al. 2020), ‖parameter‖ / ‖update‖, of every array, and of every
-    layer of a stack by itself.
+    """Scale updates by LAMB's trust ratio ‖parameter‖ / ‖update‖ (You et al. 2020), layer by layer.
 
-    Where either norm is 0 the ratio is 1. `optax.scale_by_trust_ratio` would take one ratio for a
-    whole stack.
+    Every layer of a stack has a ratio of its own; `optax.scale_by_trust_ratio` would take one ratio
+    for a whole stack. Where either norm is 0 the ratio is 1.
     """
 
     def ratio(update: jax.Array, param: jax.Array) -> jax.Array:

@@ -1,11 +1,10 @@
-"""Averages whose length is chosen after training: the power-function averages of EDM2 (Karras et
-al. 2024, §3 and appendix C).
+"""Power-function averages, whose length is chosen after training (EDM2, Karras et al. 2024, §3).
 
 An average with exponent gamma weighs the parameters after n of N updates in proportion to n^gamma;
 how much of training it covers is its relative standard deviation sigma, here called its length
-(0.05: the last 5 % or so). Training keeps two of them and now and then a snapshot of both; any
-other length is a sum of the snapshots, with factors that a least-squares fit of the weight profiles
-gives.
+(0.05: the last 5 % or so). Training keeps `ema.power_lengths` of them (EDM2 has two) and now and
+then a snapshot of all; any other length is a sum of the snapshots, with factors that a
+least-squares fit of the weight profiles gives (appendix C).
 
 Only ratios of times matter, so updates are counted, not images.
 """
@@ -23,8 +22,9 @@ LONGEST = 12**-0.5  # of a constant weight, gamma = 0
 
 
 def gamma_of(length: float) -> float:
-    """Exponent of an average with a length in (0, 12^-½): the largest root of g³ + 7 g² + (16 - s)
-    g + 12 - s with s = length^-2.
+    """Return the exponent of an average with a length in (0, 12^-½).
+
+    It is the largest root of g³ + 7 g² + (16 - s) g + 12 - s with s = length^-2.
 
     Raises:
       UserError: a length outside that range.
@@ -36,19 +36,22 @@ def gamma_of(length: float) -> float:
 
 
 def power_rate(gamma: float, update: jax.Array) -> jax.Array:
-    """1 - beta of an update by its number n from 0, float32: beta = (1 - 1 / (n + 1))^(gamma + 1),
-    so exactly 1 in the first.
+    """Return 1 - beta of update number n from 0, float32: beta = (1 - 1 / (n + 1))^(gamma + 1).
 
-    1 - beta is far below the spacing of floats around 1 late in training; `log1p` and `expm1` keep
-    its digits.
+    A float32 scalar, exactly 1 in the first. 1 - beta is far below the spacing of floats around 1
+    late in training; `log1p` and `expm1` keep its digits.
     """
-    share = 1 / (update.astype(jnp.float32) + 1)
-    return -jnp.expm1((gamma + 1) * jnp.log1p(-share))
+    fraction = 1 / (update.astype(jnp.float32) + 1)
+    return -jnp.expm1((gamma + 1) * jnp.log1p(-fraction))
 
 
 def profile_products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Inner products of weight profiles, float64: (n, 2) and (m, 2) rows of (time, gamma) → (n,
-    m)."""
+    """Return inner products of weight profiles, (n, m) float64.
+
+    Args:
+      one: (n, 2) rows of (time, gamma).
+      other: (m, 2).
+    """
     (t_a, g_a), (t_b, g_b) = one.T[:, :, None], other.T[:, None, :]
     exponent = np.where(t_a < t_b, g_b, -g_a)
     return (
@@ -59,10 +62,11 @@ def profile_products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def reconstruction(
     times: Sequence[float], lengths: Sequence[float], target_time: float, target_length: float
 ) -> np.ndarray:
-    """Factors that make an average of any length out of snapshots.
+    """Return factors that make an average of any length out of snapshots.
 
     Args:
-      times, lengths: (n,) when each snapshot was taken (any unit), and the length of its average.
+      times: (n,) when each snapshot was taken (any unit).
+      lengths: (n,) of the average in each snapshot.
       target_time: at most the last of the times.
       target_length: in (0, 12^-½).
 
@@ -85,7 +89,7 @@ def reconstruction(
 
 
 def add_scaled(total: Any, tree: Any, factor: float) -> Any:
-    """total + factor · tree, leaf by leaf in float32; `total` None is zero."""
+    """Return total + factor · tree, leaf by leaf in float32; `total` None is zero."""
     if total is None:
         return jax.tree.map(lambda leaf: jnp.float32(factor) * leaf, tree)
     return jax.tree.map(lambda sum_, leaf: sum_ + jnp.float32(factor) * leaf, total, tree)

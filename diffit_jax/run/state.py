@@ -1,6 +1,7 @@
 """An experiment on a mesh, and the state of its run: one pytree, made, saved and restored."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffit_jax import models
-from diffit_jax.data.sources import Source, Wanted, open_dataset
+from diffit_jax.data.sources import DataSpec, Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment, build, class_name
 from diffit_jax.run.objective import DENOISING, Objective
 from diffit_jax.run.optimizer import make_optimizer
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
+
+_FIELDS = {"skipped_in_row": "consecutive_skipped"}  # of names in checkpoints
 
 
 @struct.dataclass
@@ -29,7 +32,8 @@ class TrainState:
       step: int32 scalar, batches seen so far; the data position and all random numbers follow from
         it.
       skipped: int32 scalar, how many of them made no update because the gradient was not finite.
-      skipped_in_row: int32 scalar, how many of the last ones.
+      consecutive_skipped: int32 scalar, how many of the last ones; checkpoints and logs call it
+        `skipped_in_row`.
       params: parameters of the network.
       constants: fixed arrays of the network, which training does not change.
       opt_state: state of the optax optimizer.
@@ -40,7 +44,7 @@ class TrainState:
 
     step: jax.Array
     skipped: jax.Array
-    skipped_in_row: jax.Array
+    consecutive_skipped: jax.Array
     params: Any
     constants: Any
     opt_state: Any
@@ -54,23 +58,35 @@ class TrainState:
         return {"params": self.ema, "constants": self.constants}
 
 
-@backend.pinned()
+@backend.reproducible_numerics()
+def abstract_variables(experiment: Experiment, mesh: Mesh) -> Any:
+    """Return shapes, dtypes and shardings of the network's variables; allocate nothing."""
+    shapes = jax.eval_shape(lambda: models.init_variables(experiment.model, jax.random.key(0)))
+    return parallel.abstract(mesh, shapes, models.parameter_metadata(experiment.model))
+
+
+@backend.reproducible_numerics()
 def abstract_state(
     experiment: Experiment, mesh: Mesh, objective: Objective | None = None
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s; allocates nothing.
-    `objective`: whose parameters it has too."""
+    """Return the state's shapes, dtypes and shardings as `ShapeDtypeStruct`s; allocate nothing.
+
+    Args:
+      experiment: model, optimizer and averages.
+      mesh: the devices.
+      objective: whose parameters the state has too; None: no such parameters.
+    """
     shapes = jax.eval_shape(lambda: _init(experiment, objective))
-    facts = models.parameter_facts(experiment.model)
+    metadata = models.parameter_metadata(experiment.model)
     ours = parallel.abstract(mesh, shapes.objective)  # a copy on each device
-    return parallel.abstract(mesh, shapes.replace(objective={}), facts).replace(objective=ours)
+    return parallel.abstract(mesh, shapes.replace(objective={}), metadata).replace(objective=ours)
 
 
-@backend.pinned()
+@backend.reproducible_numerics()
 def create_state(
     experiment: Experiment, mesh: Mesh, objective: Objective = DENOISING
 ) -> TrainState:
-    """A fresh state, made by one jitted function straight into its shardings."""
+    """Initialise a state by one jitted function straight into its shardings."""
     abstract = abstract_state(experiment, mesh, objective)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda: _init(experiment, objective), out_shardings=shardings)()
@@ -84,7 +100,7 @@ def all_finite(state: TrainState) -> jax.Array:
 
 
 def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainState:
-    """The state before the first update, from the variables of the experiment's network."""
+    """Return the state before the first update, from the variables of the experiment's network."""
     params, constants = variables["params"], variables["constants"]
     optimizer = make_optimizer(experiment.optimizer, experiment.model)
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(experiment.ema.power_lengths))]
@@ -92,7 +108,7 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
     return TrainState(
         step=zero,
         skipped=zero,
-        skipped_in_row=zero,
+        consecutive_skipped=zero,
         params=params,
         constants=constants,
         opt_state=optimizer.init(params),
@@ -112,12 +128,14 @@ def _init(experiment: Experiment, objective: Objective | None) -> TrainState:
 
 
 def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:
-    """Starts writing a checkpoint of the state; what samples are drawn with is in items of its own,
-    for those who only sample."""
+    """Start writing a checkpoint of the state.
+
+    The averages are items of their own, for those who only sample.
+    """
     step, updates = int(state.step), int(state.step) - int(state.skipped)
     soundness = {
         "updates": updates,
-        "skipped_in_row": int(state.skipped_in_row),
+        "skipped_in_row": int(state.consecutive_skipped),
         "finite": bool(all_finite(state)),
     }
     checkpoints.save(
@@ -128,24 +146,35 @@ def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> 
 def restore_state(
     checkpoints: Checkpoints, abstract: TrainState, allow_nonfinite: bool = False
 ) -> TrainState | None:
-    """The state of the newest usable checkpoint, laid out as `abstract` says; None if there is no
-    checkpoint."""
+    """Restore the newest usable checkpoint into the shapes and shardings of `abstract`.
+
+    Returns:
+      None if there is no checkpoint.
+    """
     restored = checkpoints.restore(items_of(abstract), allow_nonfinite=allow_nonfinite)
     if restored is None:
         return None
     _, items = restored
     power_emas = tuple(items["power_emas"][name] for name, _ in named(abstract.power_emas))
-    apart = {
+    separate = {
         "ema": items["ema"],
         "power_emas": power_emas,
         "constants": items.get("constants", abstract.constants),
         "objective": items.get("objective", {}),
     }
-    return TrainState(**items["state"] | apart)
+    fields: dict[Any, Any] = {
+        _FIELDS.get(name, name): leaf for name, leaf in items["state"].items()
+    }
+    return TrainState(**fields | separate)
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
-    kept = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """Divide a state, or its shapes, into the named items of a checkpoint."""
+    names = {field: name for name, field in _FIELDS.items()}
+    kept = {
+        names.get(field.name, field.name): getattr(state, field.name)
+        for field in dataclasses.fields(state)
+    }
     kept |= {"ema": None, "power_emas": (), "constants": None}
     del kept["objective"]  # as checkpoints have it since there is such
     items: dict[str, Any] = {"state": kept, "ema": state.ema}
@@ -159,37 +188,45 @@ def items_of(state: TrainState) -> dict[str, Any]:
 
 
 def named(trees: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """("0", tree), ("1", tree) …: how several averages are named in a checkpoint."""
+    """Yield ("0", tree), ("1", tree) …: the names of averages in a checkpoint."""
     return ((str(index), tree) for index, tree in enumerate(trees))
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class Setup:
     """An experiment on a mesh, checked.
 
     Attributes:
       experiment: the config as typed values.
       mesh: the devices.
-      state: shapes, dtypes and shardings of a run's state; its `ema_variables` are those that
-        samples are drawn with.
       objective: what training minimises.
     """
 
     experiment: Experiment
     mesh: Mesh
-    state: TrainState
     objective: Objective = DENOISING
 
+    @functools.cached_property
+    def variables(self) -> Any:
+        """Shapes, dtypes and shardings of the network's variables; samples are drawn with such."""
+        return abstract_variables(self.experiment, self.mesh)
 
-def open_experiment(
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of a run's state."""
+        return abstract_state(self.experiment, self.mesh, self.objective)
+
+
+def setup_experiment(
     config: ConfigDict | Mapping[str, Any],
     devices: Sequence[Any] | None = None,
     to_train: bool = True,
     config_file: epath.PathLike | None = None,
     objective: Objective = DENOISING,
-) -> Opened:
-    """Checks everything about a config that can be checked before anything is allocated, compiled
-    or written: what every verb begins with.
+) -> Setup:
+    """Check everything about a config before anything is allocated or written.
+
+    Verbs that train, sample or price a config begin with it.
 
     Args:
       config: of the experiment.
@@ -201,7 +238,7 @@ def open_experiment(
       objective: what training minimises.
 
     Raises:
-      UserError: a config, mesh or batch that cannot be.
+      UserError: an impossible config, mesh or batch.
     """
     experiment = build(config, config_file)
     training = experiment.training
@@ -220,15 +257,15 @@ def open_experiment(
         mesh = parallel.any_mesh(devices, experiment.mesh)
     if experiment.model.tries_kernel:
         parallel.try_kernel(mesh)
-    # What is only drawn from needs no parameters of an objective.
-    state = abstract_state(experiment, mesh, objective if to_train else None)
-    parallel.check_axes(mesh, state.params, models.parameter_facts(experiment.model))
-    return Opened(experiment, mesh, state, objective)
+    setup = Setup(experiment, mesh, objective)
+    metadata = models.parameter_metadata(experiment.model)
+    parallel.check_axes(mesh, setup.variables["params"], metadata)
+    return setup
 
 
 def open_training_data(experiment: Experiment, split: str = "train") -> Source:
-    """The data set that an experiment trains on; "test": the split that it does not see."""
+    """Open the data set that an experiment trains on; "test": the split that it does not see."""
     data, model = experiment.data, experiment.model
     scaling = {"latent_mean": data.latent_mean, "latent_scale": data.latent_scale}
-    wanted = Wanted(model.sample_shape, model.num_classes, experiment.space.example, **scaling)
+    wanted = DataSpec(model.sample_shape, model.num_classes, experiment.space.example, **scaling)
     return open_dataset(data.name, split, data.data_dir, wanted)

@@ -6,7 +6,7 @@
     evaluations/STEP.json    the figures of the evaluations of a run
     events/  grids/  profile/  for people; wandb.json which run at Weights & Biases it is
 
-A key of a config may differ from that of the run which it continues if it has the mark `FREE`
+A key of a config may differ from that of the run which it continues if it has the mark `RESUMABLE`
 beside its field: the numbers do not depend on it.
 """
 
@@ -42,8 +42,7 @@ WANDB_FILE = "wandb.json"
 
 @contextlib.contextmanager
 def claimed(workdir: epath.PathLike, config: ConfigDict) -> Generator[None]:
-    """Claims a work directory for a run of `config`, as `claim` does, and owns it for the
-    length of the block.
+    """Claim a work directory for a run of `config`, and own it for the length of the block.
 
     Raises:
       UserError: as `claim`, or another living process owns it.
@@ -54,7 +53,7 @@ def claimed(workdir: epath.PathLike, config: ConfigDict) -> Generator[None]:
 
 
 def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Creates a work directory for a run of `config`, or makes sure that it holds one already.
+    """Create a work directory for a run of `config`, or make sure that it holds one already.
 
     Args:
       workdir: absolute; local or `gs://`.
@@ -97,12 +96,12 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes the config of the run in a work directory."""
+    """Write the config of the run in a work directory."""
     files.write_bytes(epath.Path(workdir) / CONFIG_FILE, config.to_json(indent=2).encode())
 
 
 def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
-    """Step numbers of what some directories in a work directory hold."""
+    """Return the step numbers in some directories of a work directory."""
     folders = [epath.Path(workdir) / name for name in names]
     return [
         int(entry.name)
@@ -114,7 +113,7 @@ def _steps(workdir: epath.PathLike, *names: str) -> list[int]:
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The config of the run in a work directory, as nested dicts.
+    """Return the config of the run in a work directory, as nested dicts.
 
     Raises:
       UserError: there is no run, or its config cannot be read.
@@ -142,12 +141,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def number_settings(section: str, value: Any) -> dict[str, Any]:
-    """The settings of a section's object that change numbers, JSON values by name; the name of its
-    class, where a config chooses that, is among them."""
+    """Return the settings of a section's object that change numbers, JSON values by name.
+
+    The name of its class, where a config chooses that, is among them.
+    """
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         flaxs_own = isinstance(value, nn.Module) and field.name in ("parent", "name")
-        if not flaxs_own and not limits.is_free(field.type):
+        if not flaxs_own and not limits.is_resumable(field.type):
             settings[field.name] = getattr(value, field.name)
     if "dtype" in settings:
         settings["dtype"] = np.dtype(settings["dtype"]).name
@@ -158,12 +159,12 @@ def number_settings(section: str, value: Any) -> dict[str, Any]:
 def _settings(
     config: Mapping[str, Any], config_file: epath.PathLike | None = None
 ) -> dict[str, Any]:
-    """Every setting of a config that changes numbers by its dotted key, defaults included."""
+    """Return every setting of a config that changes numbers, by dotted key, defaults included."""
     experiment = build(config, config_file)
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(Experiment):
         section, value = field.name, getattr(experiment, field.name)
-        if limits.is_free(field.type):
+        if limits.is_resumable(field.type):
             continue
         if dataclasses.is_dataclass(value):
             for name, setting in number_settings(section, value).items():

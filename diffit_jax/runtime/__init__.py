@@ -1,0 +1,1 @@
+"""What any JAX program needs, without diffusion."""

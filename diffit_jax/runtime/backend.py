@@ -1,7 +1,7 @@
-"""The machine that jax computes on: which devices there are, how numbers are made on them, and what
-to do when memory runs out."""
+"""The machine that jax computes on: devices, numerics, memory that runs out, rates of chips."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def devices() -> list[jax.Device]:
-    """The devices of all processes.
+    """Return the devices of all processes.
 
     Raises:
       UserError: there is no such platform here, or another process holds it.
@@ -57,13 +57,12 @@ def devices() -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def pinned() -> Iterator[None]:
-    """Numbers made in this block (a decorator too) are the same whatever modes of jax the
-    environment or a notebook has switched on.
+def reproducible_numerics() -> Iterator[None]:
+    """Compute the same numbers whatever modes of jax the environment has switched on.
 
-    32 bits, threefry's partitionable form (a random number does not depend on how an array is
-    divided), and the usual promotion of types. The precision of matrix products is not pinned: see
-    `matmul_precision`.
+    A context manager and decorator: 32 bits, threefry's partitionable form (a random number does
+    not depend on how an array is divided), and the usual promotion of types. The precision of
+    matrix products is left alone: see `matmul_precision`.
 
     Raises:
       UserError: a mode in which programs are not compiled, or in which this package's cannot be.
@@ -86,21 +85,20 @@ def pinned() -> Iterator[None]:
 
 
 def matmul_precision() -> str:
-    """How precisely matrix products of float32 are computed: "default" is the platform's (bfloat16
-    on TPUs, TF32 on many GPUs).
+    """Return how precisely float32 matrix products are computed.
 
-    It is jax's own setting: the variable JAX_DEFAULT_MATMUL_PRECISION, or
-    `jax.default_matmul_precision`.
+    "default" is the platform's (bfloat16 on TPUs, TF32 on many GPUs). It is jax's own setting: the
+    variable JAX_DEFAULT_MATMUL_PRECISION, or `jax.default_matmul_precision`.
     """
     return str(jax.config.jax_default_matmul_precision or "default")
 
 
 @contextlib.contextmanager
-def memory_for(remedy: str) -> Iterator[None]:
-    """Turns what is said when memory runs out, in compiling or running, into one line.
+def explain_oom(remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error, in compiling or running, into one line.
 
     Args:
-      remedy: what takes less of it.
+      remedy: what needs less memory.
 
     Raises:
       OutOfMemory: memory ran out in the block.
@@ -118,10 +116,106 @@ def memory_for(remedy: str) -> Iterator[None]:
         raise OutOfMemory(f"memory ran out ({said}): {remedy}") from error
 
 
-TRAINING_MEMORY = (
+TRAINING_OOM_HINT = (
     "lower training.batch_size, raise training.accumulation, set model.remat to full "
     "(latent_diffit), or divide the parameters by mesh.fsdp"
 )
-SAMPLING_MEMORY = (
+SAMPLING_OOM_HINT = (
     "lower sampling.batch_per_device (--batch_per_device), or divide the parameters by mesh.fsdp"
 )
+
+
+# --- What is known about TPU chips: the one table for utilisation and preflight.
+#
+# Peak, bandwidth and links are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+# (Cloud TPU documentation, system architecture); links are all of a chip's together, in one
+# direction. `memory` is what the compiler says a program may use. Clocks are those at which the
+# compiler's cycles and the peak agree: peak = clock × 2 × 128² × matrix units × cores.
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+      device_kind: how jax calls it.
+      clock: cycles per second.
+      peak_flops: dense bfloat16 FLOP/s.
+      memory: bytes of HBM.
+      memory_bandwidth: of HBM, bytes per second.
+      link_bandwidth: of all links to other chips together, bytes per second.
+      cores: tensor cores.
+      devices: into how many devices the compiler divides a chip. With 1, its cores share a program.
+      example: a small topology that the compiler knows.
+      calibrated: whether its estimates come near the peak for large matrix products, as they do on
+        the real chip (`calibrate`).
+    """
+
+    device_kind: str
+    clock: float
+    peak_flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    cores: int
+    devices: int
+    example: str
+    calibrated: bool
+
+    def device(self) -> "Chip":
+        """Return the part of the chip that the compiler calls a device."""
+        per_device = {
+            name: getattr(self, name) / self.devices
+            for name in ("peak_flops", "memory", "memory_bandwidth", "link_bandwidth")
+        }
+        return dataclasses.replace(self, cores=self.cores // self.devices, devices=1, **per_device)
+
+
+_GIB = 2**30
+CHIPS = {
+    "v4": Chip("TPU v4", 1.05e9, 275e12, 30.5 * _GIB, 1228e9, 300e9, 2, 2, "v4:2x2x1", False),
+    "v5e": Chip("TPU v5 lite", 1.5e9, 197e12, 15.75 * _GIB, 819e9, 200e9, 1, 1, "v5e:2x2", True),
+    "v5p": Chip("TPU v5", 1.75e9, 459e12, 95.74 * _GIB, 2765e9, 600e9, 2, 1, "v5p:2x2x1", True),
+    "v6e": Chip("TPU v6 lite", 1.75e9, 918e12, 31.25 * _GIB, 1640e9, 448e9, 1, 1, "v6e:2x2", False),
+}
+CHIPS_PER_HOST = 4  # of slices with several hosts
+# Between slices, bytes per second for a chip: 100 Gbit/s for a host of four.
+SLICE_BANDWIDTH = 12.5e9 / CHIPS_PER_HOST
+
+
+def chip_of(topology: str) -> Chip:
+    """Return the chip of a topology such as `v5e:16x16`.
+
+    Raises:
+      UserError: it is not in the table.
+    """
+    name = topology.partition(":")[0]
+    if name not in CHIPS:
+        raise UserError(f"--topology {topology} is unknown: use {KNOWN_TOPOLOGIES}")
+    return CHIPS[name]
+
+
+KNOWN_TOPOLOGIES = (
+    "v4:2x2x1 … v4:8x8x16, v5e:2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16, v5p:2x2x1 … "
+    "v5p:8x8x16, v6e like v5e"
+)
+
+
+# Dense bfloat16 FLOP/s of one device as jax counts them, from the makers' data sheets; by what
+# `device_kind` begins with.
+PEAK_FLOPS = {
+    **{
+        chip.device_kind: chip.peak_flops
+        for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))
+    },
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Return dense bfloat16 FLOP/s of a device, None if it is not in the table."""
+    return next(
+        (peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None
+    )

@@ -1,5 +1,4 @@
-"""Checkpoints of a run: named pytrees saved together, restored into shapes with shardings. A thin
-layer over Orbax."""
+"""Checkpoints: named pytrees saved together, restored into shapes with shardings, by Orbax."""
 
 import contextlib
 import functools
@@ -22,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import distributed, files, parallel
-from diffit_jax.runtime.ranges import first_few
+from diffit_jax.runtime.console import first_few
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +32,17 @@ class Checkpoints:
     A checkpoint is written in the background and appears under its name when it is complete, with
     all its items.
 
-    Three of its facts say whether it is a good one: `finite`, whether its arrays are;
+    Three values of its metadata say whether it is a good one: `finite`, whether its arrays are;
     `skipped_in_row`, 0 if the loss of its step was finite; and `updates`, how many of its steps
     changed the parameters. One that has fewer of them than there are by now was followed by a
-    finite loss of its own parameters. Where a fact is not there, as in checkpoints of other kinds,
+    finite loss of its own parameters. Where one is not there, as in checkpoints of other kinds,
     nothing speaks against it.
     """
 
     def __init__(
         self, directory: epath.PathLike, keep: int | None = None, keep_every: int | None = None
     ):
-        """Opens `directory`, to read only if `keep` is None.
+        """Open `directory`, to read only if `keep` is None.
 
         Args:
           directory: local or `gs://`.
@@ -52,7 +51,7 @@ class Checkpoints:
           keep_every: those whose step is a multiple of this stay too.
         """
         self.directory = files.resolve(directory, "directory of checkpoints")
-        self._keep, self._keep_every, self._facts = keep, keep_every, {}
+        self._keep, self._keep_every, self._metadata = keep, keep_every, {}
         if keep is not None:
             _cut_large_arrays_only()
         # Orbax would create a directory that is only read from.
@@ -68,24 +67,23 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Step numbers of all complete checkpoints, ascending."""
+        """Return the step numbers of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps()) if self._manager else []
 
-    def save(self, step: int, items: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Starts writing pytrees of arrays under a step number; returns when the arrays have been
-        copied.
+    def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Start writing pytrees of arrays under a step number; return when the arrays are copied.
 
         Args:
-          step: number of the checkpoint; what need not stay (see `keep`) is deleted once it is
-            complete.
+          step: number of the checkpoint; checkpoints that need not stay (see `keep`) are deleted
+            once it is complete.
           items: name → pytree of `jax.Array`.
-          facts: JSON values kept beside the items.
+          metadata: JSON values saved with the items.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._facts[step] = dict(facts)
+        self._metadata[step] = dict(metadata)
         with self._writing():
             if not self._manager.save(
-                step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(facts)))
+                step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(metadata)))
             ):
                 raise UserError(
                     f"checkpoint {step} was not written: {self.directory} holds it or a newer one; "
@@ -93,7 +91,7 @@ class Checkpoints:
                 )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Orbax asks: which of these, the newest one included, stay?"""
+        """Answer Orbax which checkpoints stay, the newest one included."""
         steps = sorted(info.step for info in checkpoints)
         stay = set(steps)
         if self._keep is not None and len(steps) > self._keep:
@@ -111,7 +109,7 @@ class Checkpoints:
     def good_steps(
         self, steps: Sequence[int] | None = None, updates: int | None = None
     ) -> list[int]:
-        """The good ones among checkpoints, ascending: finite, with a finite loss.
+        """Return the steps of good checkpoints, ascending: finite, with a finite loss.
 
         Args:
           steps: their step numbers; None: all complete ones.
@@ -120,28 +118,27 @@ class Checkpoints:
         """
         good = []
         for step in self.steps() if steps is None else sorted(steps):
-            facts = self.facts(step)
+            metadata = self.metadata(step)
             if (
-                facts.get("finite", True)
-                and not facts.get("skipped_in_row")
+                metadata.get("finite", True)
+                and not metadata.get("skipped_in_row")
                 and (updates is None or self._updates(step) < updates)
             ):
                 good.append(step)
         return good
 
     def _updates(self, step: int) -> int:
-        return self.facts(step).get("updates", step)
+        return self.metadata(step).get("updates", step)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Wait until nothing is being written any more."""
         if self._manager:
             with self._writing():
                 self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong with the place in writing, now or in the background, is said in one line;
-        other faults stay as they are."""
+        """Turn a failure to write, now or in the background, into one line."""
         try:
             yield
         except UserError:
@@ -163,7 +160,7 @@ class Checkpoints:
         step: int | None = None,
         allow_nonfinite: bool = False,
     ) -> tuple[int, dict[str, Any]] | None:
-        """Restores items of the newest checkpoint that can be used, and says which ones could not.
+        """Restore items of the newest usable checkpoint, and log which ones were not.
 
         Args:
           abstract_items: name → pytree of `ShapeDtypeStruct` with shardings; items of the
@@ -191,7 +188,7 @@ class Checkpoints:
             except Exception as error:
                 # Whatever a damaged or foreign file leads to inside Orbax: older ones may be good.
                 reason = self._differences(candidate, abstract_items) or _first_line(error)
-            if not distributed.everywhere(items is not None):
+            if not distributed.all_hosts(items is not None):
                 reason = reason or "another process could not read it"
             elif not allow_nonfinite:
                 reason = self._diverged(candidate, items or {})
@@ -216,19 +213,21 @@ class Checkpoints:
         return None
 
     def _diverged(self, step: int, items: Mapping[str, Any]) -> str:
-        """Why a checkpoint is not to be used, if its numbers are not finite; else ""."""
-        facts = self.facts(step)
-        if facts.get("finite"):  # else false, or of a version that did not record it
+        """Return why a checkpoint is unusable if its numbers are not finite; else ""."""
+        metadata = self.metadata(step)
+        if metadata.get("finite"):  # else false, or of a version that did not record it
             return ""
         bad = not_finite(_without_moments(items))
-        if not bad and "finite" not in facts:
+        if not bad and "finite" not in metadata:
             return ""
         named = f" ({first_few(bad)})" if bad else ""
         return f"it has parameters or averages that are not finite{named}: the run had diverged"
 
     def set_aside_after(self, step: int) -> None:
-        """Moves checkpoints newer than `step`, which could not be used, to `<directory>_damaged`,
-        where nothing overwrites them."""
+        """Move checkpoints newer than `step`, which are unusable, to `<directory>_damaged`.
+
+        Nothing overwrites them there.
+        """
         damaged = self.directory.parent / f"{self.directory.name}_damaged"
 
         def move() -> None:
@@ -246,8 +245,10 @@ class Checkpoints:
         self._manager.reload()
 
     def _differences(self, step: int, abstract_items: Mapping[str, Any]) -> str:
-        """How the arrays of a checkpoint differ from the wanted ones, the first three by name; ""
-        if they do not, or cannot be read."""
+        """Say how a checkpoint's arrays differ from the requested ones, the first three by name.
+
+        "" if they do not, or cannot be read.
+        """
         differences = []
         for item, wanted in abstract_items.items():
             try:
@@ -268,22 +269,21 @@ class Checkpoints:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
         return f"it is of another model: {'; '.join(differences[:3])}{more}" if differences else ""
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """The facts of a checkpoint; {} if they cannot be read."""
-        if step not in self._facts:
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Return the metadata of a checkpoint; {} if they cannot be read."""
+        if step not in self._metadata:
             try:
-                self._facts[step] = dict(
+                self._metadata[step] = dict(
                     self._manager.restore(
                         step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())
                     )["facts"]
                 )
             except Exception:  # a damaged checkpoint, or a foreign one: whoever restores it says so
                 return {}
-        return self._facts[step]
+        return self._metadata[step]
 
     def restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
-        """The items of one checkpoint, see `restore`; whatever goes wrong inside Orbax is
-        raised."""
+        """Restore the items of one checkpoint, see `restore`; raise Orbax's errors as they are."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
         with _quiet_cleanup():
             restored = self._manager.restore(
@@ -296,9 +296,11 @@ class Checkpoints:
 
 @functools.cache
 def _cut_large_arrays_only() -> None:
-    """Tells Orbax, for this process, when to divide an array that several devices hold among them
-    for writing: not below 1 MiB for each. To cut small ones takes longer than to write them (what
-    a run waits for a save of 125 on two devices: 0.32 s, without that 0.05 s)."""
+    """Have Orbax, in this process, divide an array for writing only above 1 MiB per device.
+
+    Cutting small ones takes longer than writing them (a save of 125 on two devices blocks a run for
+    0.32 s, without that for 0.05 s).
+    """
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     loudness = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)  # that there was another one is no news
@@ -309,15 +311,17 @@ def _cut_large_arrays_only() -> None:
 
 
 def _without_moments(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters and averages by their paths: an optimizer's moments may overflow, and the run is
-    sound."""
+    """Select parameters and averages, by their paths.
+
+    An optimizer's moments may overflow while the run is sound.
+    """
     return {
         name: leaf for name, leaf in parallel.named(items) if "opt_state" not in name.split("/")
     }
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """dtype and shape of every array by its path."""
+    """Return dtype and shape of every array by its path."""
     return {
         name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
         for name, leaf in parallel.named(tree)
@@ -333,8 +337,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet_cleanup() -> Iterator[None]:
-    """Keeps Python from printing a page for each of the half-done reads that a failed restore
-    leaves behind."""
+    """Keep Python from printing a page for each half-done read that a failed restore leaves."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -351,11 +354,10 @@ _SMALL = 2**20  # bytes
 
 
 def fingerprint(tree: Any) -> str:
-    """A digest of names, shapes and values of a pytree of arrays: equal for equal contents,
-    wherever they come from and however they lie.
+    """Digest names, shapes and values of a pytree of arrays.
 
-    Sums of 32-bit integers do not depend on their order, nor on how an array is divided over
-    devices.
+    Equal for equal values, wherever they come from and however they are sharded: sums of 32-bit
+    integers do not depend on their order, nor on how an array is divided over devices.
     """
     leaves = parallel.named(tree)
     sums = _of_each(_sums, leaves)
@@ -366,7 +368,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def not_finite(tree: Any) -> list[str]:
-    """Names of the arrays in a pytree that have a NaN or infinity, each with how many."""
+    """Name the arrays in a pytree that have a NaN or infinity, each with how many."""
     leaves = parallel.named(tree)
     counts = _of_each(_count_bad, leaves)
     return [
@@ -379,7 +381,7 @@ def not_finite(tree: Any) -> list[str]:
 def _of_each(
     function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str, jax.Array]]
 ) -> list[Any]:
-    """A function of each array, computed in one program, on every process's host."""
+    """Apply a function to each array in one program; return the results on every process's host."""
     # Small arrays of one shape, of which networks have hundreds, are computed together: one by one
     # they take ten seconds to compile. To stack large ones would take memory.
     alike: dict[Any, list[int]] = {}
@@ -389,18 +391,18 @@ def _of_each(
     groups = [[leaves[place][1] for place in places] for places in alike.values()]
     if not groups:
         return []
-    everywhere = None
+    all_hosts = None
     first = leaves[0][1]
     if isinstance(first, jax.Array) and isinstance(first.sharding, NamedSharding):
-        everywhere = NamedSharding(first.sharding.mesh, PartitionSpec())
-    results = np.asarray(_program(function, everywhere)(groups).addressable_data(0))
+        all_hosts = NamedSharding(first.sharding.mesh, PartitionSpec())
+    results = np.asarray(_program(function, all_hosts)(groups).addressable_data(0))
     order = [place for places in alike.values() for place in places]
     return results[np.argsort(order)].tolist()
 
 
 @functools.lru_cache(maxsize=16)
 def _program(
-    function: Callable[[jax.Array], jax.Array], everywhere: NamedSharding | None
+    function: Callable[[jax.Array], jax.Array], all_hosts: NamedSharding | None
 ) -> Callable:
     def of_groups(groups: list[list[jax.Array]]) -> jax.Array:
         stacks = [
@@ -408,7 +410,7 @@ def _program(
         ]
         return jnp.concatenate([jax.vmap(function)(stack) for stack in stacks])
 
-    return jax.jit(of_groups, out_shardings=everywhere)
+    return jax.jit(of_groups, out_shardings=all_hosts)
 
 
 def _count_bad(leaf: jax.Array) -> jax.Array:
@@ -416,7 +418,7 @@ def _count_bad(leaf: jax.Array) -> jax.Array:
 
 
 def _sums(leaf: jax.Array) -> jax.Array:
-    """Two sums over all values of an array, each value mixed with its place: (2,) uint32."""
+    """Return two sums over all values of an array, each mixed with its index: (2,) uint32."""
     unsigned = {2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
     bits = lax.convert_element_type(lax.bitcast_convert_type(leaf, unsigned), np.uint32)
     place = lax.full(leaf.shape, np.uint32(0))
@@ -431,7 +433,7 @@ def _sums(leaf: jax.Array) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """MurmurHash3's last step: each bit of the result depends on each of x."""
+    """Mix by MurmurHash3's last step: each bit of the result depends on each of x."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         shifted = lax.shift_right_logical(x, np.uint32(shift))
         x = lax.mul(lax.bitwise_xor(x, shifted), np.uint32(factor))

@@ -18,7 +18,7 @@ from diffit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class ConfigArgs:
     """What a command line says of its config.
 
     Attributes:
@@ -33,8 +33,8 @@ class Given:
     others: Sequence[str]
 
     @classmethod
-    def find(cls, arguments: Sequence[str]) -> "Given":
-        """Sorts the arguments of a command line, without the program's name.
+    def find(cls, arguments: Sequence[str]) -> "ConfigArgs":
+        """Sort the arguments of a command line, without the program's name.
 
         Raises:
           UserError: `--config` without a value.
@@ -60,14 +60,14 @@ class Given:
         return cls(file, overrides, others)
 
     def keys(self) -> list[str]:
-        """The dotted keys that are overridden, in their order."""
+        """Return the dotted keys that are overridden, in their order."""
         names = (argument.partition("=")[0] for argument in self.overrides)
         return [
             name.partition("config.")[2] for name in names if re.match(r"--?(no)?config\.", name)
         ]
 
     def text_of(self, key: str) -> str | None:
-        """What is written for a key, the last time; None if nothing is."""
+        """Return the text of the last override of a key; None if there is none."""
         found = None
         for index, argument in enumerate(self.overrides):
             name, equals, value = argument.partition("=")
@@ -78,8 +78,9 @@ class Given:
 
 
 def own(name: str, flag: str) -> Path:
-    """A file of `configs/`, as it comes with this package: beside it in a checkout, inside of it or
-    beside the script where it is installed.
+    """Return the path of a file of `configs/` that comes with this package.
+
+    In a checkout they are next to the package; installed, inside it or next to the script.
 
     Raises:
       UserError: it is not there; `flag` names another one.
@@ -96,7 +97,7 @@ def own(name: str, flag: str) -> Path:
 
 
 def load(file: str) -> ConfigDict:
-    """What a config file's `get_config()` returns.
+    """Return the result of a config file's `get_config()`.
 
     Args:
       file: path of a Python file; after `:`, an argument of `get_config`.
@@ -132,8 +133,8 @@ def load(file: str) -> ConfigDict:
     )
 
 
-def override(config: ConfigDict, given: Given, file: str) -> None:
-    """Sets the overridden keys of a config, each of which it has, in its type.
+def override(config: ConfigDict, given: ConfigArgs, file: str) -> None:
+    """Set the overridden keys of a config, each of which it has, in its type.
 
     Raises:
       UserError: a value of another type, or a key of the file that is left open.
@@ -164,7 +165,7 @@ def override(config: ConfigDict, given: Given, file: str) -> None:
 
 
 def _left_open(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Keys with a placeholder that must be filled."""
+    """Return the keys with a placeholder that must be filled."""
     keys = []
     for key in config:
         try:
@@ -178,14 +179,14 @@ def _left_open(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _divided(file: str) -> tuple[Path, str | None]:
-    """(path, argument) of `path.py:argument`."""
+    """Split `path.py:argument` into (path, argument)."""
     match = re.fullmatch(r"(.*?\.py):(.*)", file, re.DOTALL)
     path, argument = (match[1], match[2]) if match else (file, None)
     return Path(os.path.expanduser(path)), argument
 
 
 def _check_kind(path: Path) -> None:
-    """Raises `UserError` if a path cannot be a config file; it says what it is."""
+    """Raise `UserError` if a path cannot be a config file, naming its kind."""
     if str(path) in ("", "."):
         raise UserError("--config is empty: name a file with get_config()")
     if path.is_dir():
@@ -208,7 +209,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _mistake(path: Path, error: Exception) -> UserError:
-    """What went wrong in a config file: Python's words, and the file's own line."""
+    """Describe an error in a config file: Python's words, and the file's own line."""
     if isinstance(error, UserError):
         return UserError(f"--config cannot be loaded ({error})")
     said = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,5 +1,4 @@
-"""Several processes as one run: how they find each other, and how they make sure that they are
-doing the same thing."""
+"""Several processes as one run: how they connect, agree, wait for each other and end."""
 
 import contextlib
 import dataclasses
@@ -11,7 +10,9 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,14 +24,13 @@ from jax.experimental import multihost_utils
 
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import interruption
-from diffit_jax.runtime.rollcall import roll_call
 
 T = TypeVar("T")
 
 HEARTBEAT_S = 30  # a process that is silent for so long is dead, and the others end
-MEETING_S = 7 * 24 * 3600  # for one that is only late they wait
+BARRIER_TIMEOUT_S = 7 * 24 * 3600  # for one that is only late they wait
 
-_meetings = itertools.count()  # of this process, see `meet`
+_barriers = itertools.count()  # of this process, see `barrier`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Cluster:
 
 
 def initialize(cluster: Cluster = Cluster()) -> None:
-    """Connects this process to the others, before anything else uses jax. Does nothing where there
-    is only one.
+    """Connect this process to the others, before anything else uses jax.
+
+    Does nothing where there is only one.
 
     Raises:
       UserError: impossible flags, or not all processes came in time.
@@ -79,7 +80,7 @@ def initialize(cluster: Cluster = Cluster()) -> None:
             f"--process_id {number} is not in 0-{count - 1}: change it or --num_processes"
         )
     else:
-        roll_call(coordinator, count, number, cluster.timeout_s)
+        wait_for_processes(coordinator, count, number, cluster.timeout_s)
     # Past its timeout, jax's runtime aborts the process with a page of C++; this thread ends it
     # before that.
     warning = threading.Timer(max(cluster.timeout_s - 2, 1), _end_without_the_others, [cluster])
@@ -106,34 +107,117 @@ def initialize(cluster: Cluster = Cluster()) -> None:
         # jax's service hears SIGTERM to any process and tells all of them; other signals reach it
         # in that form.
         interruption.forward_to(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    if not is_first():
+    if not is_primary():
         logging.getLogger("diffit_jax").setLevel(logging.WARNING)  # process 0 speaks for all
 
 
-def is_first() -> bool:
+def wait_for_processes(
+    coordinator: str, num_processes: int, process_id: int, timeout_s: int
+) -> None:
+    """Wait at the coordinator's address until all processes have come, then free the address.
+
+    jax itself would answer a missing process with a page of C++.
+
+    Args:
+      coordinator: host:port of process 0.
+      num_processes: how many processes there are.
+      process_id: number of this one.
+      timeout_s: how long to wait.
+
+    Raises:
+      UserError: on every process that came, with the numbers of those that did not.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator {coordinator} is not an address: write host:port")
+    deadline = time.monotonic() + timeout_s
+    if process_id == 0:
+        missing = _gather_others(coordinator, int(port), num_processes, deadline)
+    else:
+        missing = _report_to_primary(host, int(port), process_id, deadline)
+    if missing is None:
+        raise UserError(
+            f"process 0 did not answer at {coordinator} within {timeout_s} s: start it there, and "
+            "open its port"
+        )
+    if missing:
+        raise UserError(
+            f"{num_processes - len(missing)} of {num_processes} processes came within {timeout_s} "
+            f"s (missing: {', '.join(map(str, missing))}): start the same command on every host"
+        )
+
+
+def _gather_others(coordinator: str, port: int, num_processes: int, deadline: float) -> list[int]:
+    """Listen for the other processes on process 0 and answer each; return the missing ones."""
+    others = set(range(1, num_processes))
+    callers: dict[int, socket.socket] = {}
+    try:
+        server = socket.create_server(("", port), backlog=num_processes)
+    except OSError as error:
+        raise UserError(
+            f"--coordinator {coordinator} cannot be listened on ({error.strerror}): choose another "
+            "port"
+        ) from error
+    with server:
+        while callers.keys() != others and time.monotonic() < deadline:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            with contextlib.suppress(OSError, ValueError):
+                caller, _ = server.accept()
+                caller.settimeout(5)
+                callers[int(caller.recv(16).decode())] = caller
+    missing = sorted(others - callers.keys())
+    verdict = ",".join(map(str, missing)) or "go"
+    for caller in callers.values():
+        with contextlib.suppress(OSError):
+            caller.sendall(verdict.encode())
+        caller.close()
+    return missing
+
+
+def _report_to_primary(host: str, port: int, process_id: int, deadline: float) -> list[int] | None:
+    """Send this process's number to process 0.
+
+    Returns:
+      The missing processes; None if process 0 did not answer.
+    """
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=2) as line:
+                line.sendall(str(process_id).encode())
+                line.settimeout(max(deadline - time.monotonic(), 0) + 5)
+                verdict = line.recv(4096).decode()
+        except OSError:
+            time.sleep(0.1)
+            continue
+        if verdict:
+            return [] if verdict == "go" else [int(number) for number in verdict.split(",")]
+    return None
+
+
+def is_primary() -> bool:
     """Whether this process is the one that logs and writes files."""
     return jax.process_index() == 0
 
 
-def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
-    """Makes sure that every process has the same facts: functions that give a text, of which
-    digests are compared.
+def check_agreement(texts: Mapping[str, Callable[[], str]]) -> None:
+    """Make sure that every process has the same texts, by comparing digests.
 
-    With one process there is nothing to compare, and they are not called.
+    Args:
+      texts: functions that return a text, by its name; not called with one process.
 
     Raises:
-      UserError: on every process, if one differs from process 0; it says in which fact.
+      UserError: on every process, if one differs from process 0; it names the entry.
     """
     if jax.process_count() == 1:
         return
     digests = np.stack(
         [
             np.frombuffer(hashlib.sha256(text().encode()).digest(), np.uint8)
-            for text in facts.values()
+            for text in texts.values()
         ]
     )
     everyones = _of_each_process(digests)
-    for index, name in enumerate(facts):
+    for index, name in enumerate(texts):
         others = [
             process
             for process in sorted(everyones)
@@ -146,12 +230,12 @@ def check_agreement(facts: Mapping[str, Callable[[], str]]) -> None:
             )
 
 
-def meet() -> None:
-    """Waits until every process is here, however late it comes; returns at once with one process.
+def barrier() -> None:
+    """Wait until every process is here, however late it comes; return at once with one process.
 
-    What stands between two meetings may take one process minutes: it reads, downloads, scores or
-    compiles. Devices do not wait that long: a collective's first use ends after 30 s on CPUs if a
-    process has not come, and the run with it.
+    Between two barriers a process may take minutes: it reads, downloads, scores or compiles.
+    Devices do not wait that long: a collective's first use ends after 30 s on CPUs if a process has
+    not come, and the run with it.
 
     Raises:
       UserError: another process was lost.
@@ -162,24 +246,29 @@ def meet() -> None:
 
     wait = multihost.get_barrier_sync_fn()
     with lost_processes():
-        wait(key=f"diffit_jax.meeting.{next(_meetings)}", timeout_ms=MEETING_S * 1000)
+        wait(key=f"diffit_jax.meeting.{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
 
 
-def call_together(function: Any, *arguments: Any) -> Any:
-    """Calls a jitted function over the devices of all processes, which all call it, when all have
-    compiled it: that may take them minutes more or less, since only the first one finds in a cache
-    what it compiled before, and devices do not wait, see `meet`. Where the arguments lie on this
-    process's devices alone it is called at once."""
+def call_after_barrier(function: Any, *arguments: Any) -> Any:
+    """Call a jitted function over the devices of all processes, once all have compiled it.
+
+    Compiling may take them minutes more or less, since only the first one finds earlier programs in
+    a cache, and devices do not wait, see `barrier`. Where the arguments are on this process's
+    devices alone it is called at once.
+    """
     arrays = (leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
     if not all(array.is_fully_addressable for array in arrays):
         function.lower(*arguments).compile()  # the call finds it
-        meet()
+        barrier()
     return function(*arguments)
 
 
 def _of_each_process(value: np.ndarray) -> dict[int, np.ndarray]:
-    """An array of each process; `process_allgather` does not say in which order they stand."""
-    meet()
+    """Return an array of each process by its number.
+
+    `process_allgather` does not say in which order they come.
+    """
+    barrier()
     numbers = multihost_utils.process_allgather(np.array(jax.process_index()))
     return dict(
         zip(np.ravel(numbers).tolist(), multihost_utils.process_allgather(value), strict=True)
@@ -193,15 +282,17 @@ def code_version() -> str:
     return f"{digest} jax {jax.__version__}"
 
 
-def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None) -> T:
-    """Runs `action` on process 0 and, when it is done, `then` (None: `action`) on the others. If
-    either fails anywhere, all fail."""
+def primary_first(action: Callable[[], T], then: Callable[[], T] | None = None) -> T:
+    """Run `action` on process 0 and, when it is done, `then` (None: `action`) on the others.
+
+    If either fails anywhere, all fail.
+    """
     if jax.process_count() == 1:
         return action()
     result: Any = None
     error = None
     for turn in (True, False):
-        if is_first() == turn:
+        if is_primary() == turn:
             try:
                 result = (action if turn or then is None else then)()
             except UserError as failure:
@@ -219,20 +310,20 @@ def first_then_all(action: Callable[[], T], then: Callable[[], T] | None = None)
 
 
 def on_primary(action: Callable[[], T]) -> T:
-    """Runs `action` on process 0 while the others wait; they get None. If it fails, all fail."""
-    return first_then_all(action, lambda: cast(T, None))
+    """Run `action` on process 0 while the others wait; return None there. If it fails, all fail."""
+    return primary_first(action, lambda: cast(T, None))
 
 
 @contextlib.contextmanager
-def first_holds(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """Process 0 enters a context (a lock, say) for all in this block; if it cannot, all fail."""
+def primary_context(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Enter a context (a lock, say) on process 0 for all in this block; if it fails, all fail."""
     with contextlib.ExitStack() as stack:
         on_primary(lambda: stack.enter_context(context()))
         yield
 
 
 def check_shared(directory: epath.Path) -> None:
-    """Makes sure that all processes see the same directory.
+    """Make sure that all processes see the same directory.
 
     Raises:
       UserError: on every process, if one does not see what process 0 has written there.
@@ -247,7 +338,7 @@ def check_shared(directory: epath.Path) -> None:
         for process, sees in sorted(_of_each_process(np.array(mark.exists())).items())
         if not sees
     ]
-    if is_first():
+    if is_primary():
         mark.unlink()
     if blind:
         raise UserError(
@@ -256,30 +347,30 @@ def check_shared(directory: epath.Path) -> None:
         )
 
 
-def everywhere(value: bool) -> bool:
+def all_hosts(value: bool) -> bool:
     """Whether it is so on every process."""
     if jax.process_count() == 1:
         return value
     return all(bool(one) for one in _of_each_process(np.array(value)).values())
 
 
-def agreed(value: bool) -> bool:
-    """What process 0 says, on every process."""
-    return from_first([value])[0]
+def broadcast_flag(value: bool) -> bool:
+    """Return process 0's value on every process."""
+    return broadcast([value])[0]
 
 
-def from_first(flags: Sequence[bool]) -> list[bool]:
-    """The flags of process 0, on every process."""
+def broadcast(flags: Sequence[bool]) -> list[bool]:
+    """Return process 0's flags on every process."""
     if jax.process_count() == 1:
         return list(flags)
     return [bool(flag) for flag in _of_each_process(np.array(flags, bool))[0]]
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """A global array on every process's host."""
+    """Gather a global array to every process's host."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    meet()  # they compiled apart what made it
+    barrier()  # they compiled apart what made it
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
@@ -288,10 +379,12 @@ _questions = itertools.count()  # of this process, see `PreemptionNotice.reached
 
 class PreemptionNotice:
     """Tells when this run is to be interrupted: a signal to any process, or the platform's notice.
-    Use it as a context manager."""
+
+    Use it as a context manager.
+    """
 
     def __init__(self, ctrl_c: bool = False):
-        """`ctrl_c`: whether Ctrl-C is such a signal too, and does not end the run at once."""
+        """Listen; `ctrl_c`: whether Ctrl-C counts too, and does not end the run at once."""
         self._held = interruption.held(ctrl_c)
 
     def __enter__(self) -> "PreemptionNotice":
@@ -302,15 +395,17 @@ class PreemptionNotice:
         self._held.__exit__(*error)
 
     def reached(self) -> bool:
-        """Whether to save and end now; all processes get the same answer to their n-th question,
-        whoever asks in whichever loop. Ask after every piece of work."""
+        """Ask whether to save and end now. Ask after every piece of work.
+
+        All processes get the same answer to their n-th question, whoever asks in whichever loop.
+        """
         number = next(_questions)
         if jax.process_count() == 1:
             return interruption.noticed()
         return multihost_utils.reached_preemption_sync_point(number)
 
     def ending(self, what_is_kept: str) -> BaseException:
-        """What to raise when everything is saved."""
+        """Return the exception to raise when everything is saved."""
         return (interruption.Interrupted if interruption.pressed() else interruption.Preempted)(
             what_is_kept
         )
@@ -318,7 +413,7 @@ class PreemptionNotice:
 
 @contextlib.contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turns what jax says when another process has died into a message."""
+    """Turn jax's error about a lost process into one line."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
@@ -335,8 +430,10 @@ def lost_processes() -> Iterator[None]:
 
 
 def _slurm_tasks() -> int:
-    """Tasks of the Slurm step that started this process: of an allocation's tasks only those that
-    srun started are processes of a run."""
+    """Return the tasks of the Slurm step that started this process.
+
+    Of an allocation's tasks only those that srun started are processes of a run.
+    """
     text = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(text) if text.isdigit() and os.environ.get("SLURM_PROCID", "").isdigit() else 1
 

@@ -1,5 +1,7 @@
-"""Paths as people write them, files that appear whole or not at all, whose request they answer, and
-who owns a directory; on local disks and `gs://` alike."""
+"""Paths as people write them, atomic writes, results of earlier requests, locks on directories.
+
+On local disks and `gs://` alike.
+"""
 
 import contextlib
 import dataclasses
@@ -26,8 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def resolve(path: epath.PathLike, flag: str) -> epath.Path:
-    """A path as a person writes it, as an absolute one: `~` and `file://` are resolved, other URLs
-    stay as they are.
+    """Resolve a path that a person wrote to an absolute one.
+
+    `~` and `file://` are resolved, other URLs stay as they are.
 
     Args:
       path: relative to the current directory, or absolute, or a URL such as `gs://bucket/run`.
@@ -37,6 +40,7 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
       UserError: it is empty (an unset variable of the shell, perhaps), names a home directory that
         is not there, or is half a URL.
     """
+    # A variable of the shell that is not set arrives as an empty text.
     text = os.fspath(path).strip() if isinstance(path, str | os.PathLike) else ""
     if not text:
         raise UserError(f"{flag} is empty: name a path (was a variable of the shell not set?)")
@@ -48,6 +52,7 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
                 "the path"
             )
         text = urllib.parse.unquote(url.path)
+    # URLs stay as they are; a disk would take a mistyped one for a directory.
     if re.match(r"[A-Za-z][\w+.-]+:/", text):  # one letter is a drive
         if not re.match(r"[^:]+://[^/]", text):
             raise UserError(f"{flag} {text} is half a URL: write gs://bucket/path")
@@ -79,13 +84,12 @@ _SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 def _check_scheme(url: str, flag: str) -> None:
-    """Raises `UserError` where a URL cannot be used: wherever a path is taken, not in the middle of
-    a run."""
+    """Raise `UserError` for a URL of a scheme that cannot be used here."""
     scheme = url.partition(":")[0].lower()
     if scheme == "hf":
         raise UserError(
             f"{flag} {url} is on the Hugging Face hub, which is only read from, where weights, "
-            "pictures or prepared data are named: use a path of a disk, or gs://bucket/path"
+            "images or prepared data are named: use a path of a disk, or gs://bucket/path"
         )
     if scheme in ("http", "https", "ftp"):
         raise UserError(
@@ -104,8 +108,7 @@ def _check_scheme(url: str, flag: str) -> None:
 
 
 def home() -> Path | None:
-    """The home directory, None where there is none (a container's user without an entry, and no
-    HOME)."""
+    """Return the home directory; None for a container's user without an entry and no HOME."""
     expanded = os.path.expanduser("~")
     return None if expanded.startswith("~") else Path(expanded)
 
@@ -116,14 +119,14 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def size(path: epath.PathLike) -> int:
-    """Bytes of a file."""
+    """Return the bytes of a file."""
     path = epath.Path(path)
     # etils' also asks for the owner's name, who may have none.
     return os.stat(path).st_size if is_local(path) else path.stat().length
 
 
 def read_json(path: epath.PathLike, kind: type = dict) -> Any:
-    """The content of a JSON file, if it is there and of a kind; otherwise None."""
+    """Return the content of a JSON file if it exists and is of this kind; otherwise None."""
     try:
         content = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError):
@@ -132,7 +135,7 @@ def read_json(path: epath.PathLike, kind: type = dict) -> Any:
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
-    """Writes a JSON file, whole or not at all, for people too."""
+    """Write a JSON file atomically, indented."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -153,15 +156,16 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """What a command makes, as a file tells of it. Whether earlier work is of the same request, and
-    so may be used, is decided here: by its content, not by its name.
+    """A file that a command makes, and whether an earlier one may be used.
+
+    It may if it answers the same request, judged by its content, not by its name.
 
     Attributes:
       path: of the file.
       fingerprint: JSON values by name of all that the work depends on.
-      of: the fingerprint in the content of the file; None: it has none.
+      of: returns the fingerprint in the content of the file; None: it has none.
       complete: whether by that content the work is done.
-      read: the content of the file; None: it is not there, or damaged.
+      read: returns the content of the file; None: it is missing, or damaged.
     """
 
     path: epath.Path
@@ -170,8 +174,8 @@ class Artifact:
     complete: Callable[[Any], bool] = lambda content: True
     read: Callable[[epath.Path], Mapping[str, Any] | None] | None = None
 
-    def look(self) -> Found:
-        """What is there now."""
+    def inspect(self) -> Found:
+        """Compare the file with the request."""
         content = (self.read or read_json)(self.path)
         if content is None:
             return Found("other" if self.path.exists() else "missing", {}, {})
@@ -183,24 +187,25 @@ class Artifact:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(theirs, ours) by name of the values that differ as JSON has them."""
+    """Return (theirs, ours) by name of the values that differ as JSON has them."""
     one, other = plain(ours), plain(theirs)
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return {name: (theirs.get(name), ours.get(name)) for name in names}
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON gives it back: tuples are lists."""
+    """Return a value as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
 
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[Any]:
-    """A binary file to write to: it has a temporary name of its own until the block ends, and goes
-    away if the block fails.
+    """Open a binary file to write to, which appears under its name when the block ends.
+
+    Until then it has a temporary name, and it is removed if the block fails.
 
     Raises:
-      UserError: the place cannot be written.
+      UserError: the file cannot be written.
     """
     path = epath.Path(path)
     # Two may write the same file at once.
@@ -220,25 +225,26 @@ def writing(path: epath.PathLike) -> Iterator[Any]:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file whole or not at all, see `writing`."""
+    """Write a file atomically, see `writing`."""
     with writing(path) as file:
         file.write(content)
 
 
-def replace_in_words(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file as `write_bytes` does, and says so if one was there: for figures, which are
-    soon made again."""
+def replace_with_notice(path: epath.PathLike, content: bytes) -> None:
+    """Write a file as `write_bytes` does, and log it if one was there.
+
+    For figures, which are soon made again.
+    """
     if epath.Path(path).exists():
         log.warning("%s is replaced", path)
     write_bytes(path, content)
 
 
 def remedy_for_writing(error: BaseException) -> str | None:
-    """What helps if a file could not be written: None if the fault is not the place's, but the
-    program's.
+    """Return what helps if a file could not be written; None if the program is at fault.
 
-    Libraries wrap what the system says, so that the whole chain of causes is looked at, by number
-    or by text.
+    Libraries wrap the system's error, so that the whole chain of causes is looked at, by number or
+    by text.
     """
     remedies = {
         "make room": (
@@ -265,6 +271,7 @@ def remedy_for_writing(error: BaseException) -> str | None:
             r"input/output error|stale file handle|timed out|UNAVAILABLE|DEADLINE_EXCEEDED",
         ),
     }
+    # The first remedy that any cause asks for.
     chain = causes_of(error)
     for remedy, (numbers, pattern) in remedies.items():
         for link in chain:
@@ -278,7 +285,7 @@ def remedy_for_writing(error: BaseException) -> str | None:
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """An error, what it came from, and so on."""
+    """Return an error, its cause, and so on."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -288,14 +295,13 @@ def causes_of(error: BaseException) -> list[BaseException]:
 
 
 def refuse_existing(path: epath.PathLike, flag: str, overwrite: bool) -> None:
-    """Raises `UserError` if a file that `flag` names is there already, unless it may be
-    replaced."""
+    """Raise `UserError` if the file that `flag` names exists, unless it may be replaced."""
     if not overwrite and epath.Path(path).exists():
         raise UserError(f"{flag} {path} is there already: name another file, or say --overwrite")
 
 
 def make_directory(path: epath.PathLike, flag: str) -> epath.Path:
-    """Creates a directory, if need be, and makes sure that files can be written there.
+    """Create a directory, if need be, and make sure that files can be written there.
 
     Args:
       path: the directory.
@@ -329,7 +335,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def owned(directory: epath.PathLike, what: str, wait: bool = False) -> Iterator[None]:
-    """Owns a directory that exists for the length of the block.
+    """Own a directory that exists for the length of the block.
 
     Args:
       directory: absolute; local or `gs://`.
@@ -352,7 +358,10 @@ def owned(directory: epath.PathLike, what: str, wait: bool = False) -> Iterator[
 
 
 def _flock(path: Path, what: str, wait: bool) -> Any:
-    """A function that gives the lock back; None where this disk has no locks."""
+    """Take a lock of the operating system; return a function that releases it.
+
+    None where this disk has no locks.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -377,6 +386,7 @@ def _flock(path: Path, what: str, wait: bool) -> Any:
             if error.errno in _NO_LOCKS:
                 return None
             raise
+        # The lock counts only if the file is still the one with this name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
@@ -393,7 +403,7 @@ def _flock(path: Path, what: str, wait: bool) -> Any:
 
 
 def _heartbeat(path: epath.Path, what: str, wait: bool) -> Any:
-    """A function that stops the heartbeat and removes it."""
+    """Own a directory by a file that is touched all the time; return a function that ends it."""
     me = _me() | {"token": secrets.token_hex(8), "beat": 0}
     while True:
         _await_silence(path, what, wait)
@@ -404,6 +414,7 @@ def _heartbeat(path: epath.Path, what: str, wait: bool) -> Any:
             break
         if not wait:
             raise _in_use(what, winner)
+    # While the block runs, a thread shows that this process is alive.
     stop = threading.Event()
 
     def beat() -> None:
@@ -437,7 +448,7 @@ def _heartbeat(path: epath.Path, what: str, wait: bool) -> Any:
 
 
 def _await_silence(path: epath.Path, what: str, wait: bool) -> None:
-    """Returns when no living process owns the place."""
+    """Wait until no living process owns the directory."""
     seen, since = _read(path), time.monotonic()
     if not seen:
         return
@@ -460,8 +471,7 @@ def _await_silence(path: epath.Path, what: str, wait: bool) -> None:
 
 
 def _me() -> dict[str, Any]:
-    """Who this process is. A number of a process means something only within its machine, boot and
-    container."""
+    """Describe this process. Its number is unique only within its machine, boot and container."""
     with contextlib.suppress(OSError):
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
             "/proc/self/ns/pid"
@@ -487,8 +497,7 @@ def _now() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine was started, in the kernel's ticks: numbers of processes come
-    again. "" if there is none."""
+    """Return the start time of a process in kernel ticks (PIDs are reused); "" if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -519,7 +528,7 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    """What the owner wrote; {} if there is none."""
+    """Return the owner's description; {} if there is none."""
     try:
         return _parsed(path.read_bytes()) or {"token": "?"}
     except FileNotFoundError:

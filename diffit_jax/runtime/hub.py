@@ -1,5 +1,7 @@
-"""Files of the Hugging Face hub by their address, `hf://[datasets/]owner/name[@revision]/path`:
-fetched into the hub's own cache, and compared with the hub's checksums."""
+"""Files of the Hugging Face hub, `hf://[datasets/]owner/name[@revision]/path`.
+
+They are fetched into the hub's own cache, and compared with the hub's checksums.
+"""
 
 import fnmatch
 import glob
@@ -45,7 +47,7 @@ def is_address(path: Any) -> bool:
 
 
 def parse(text: str, flag: str) -> Address:
-    """The parts of an address, in the grammar of huggingface_hub's file system.
+    """Parse an address, in the grammar of huggingface_hub's file system.
 
     Raises:
       UserError: it has another form.
@@ -67,8 +69,7 @@ def parse(text: str, flag: str) -> Address:
 
 
 def local(path: epath.PathLike, flag: str, wanted: Sequence[str] = ("*",)) -> epath.Path:
-    """A path that a person names to read from, as one that can be opened: `hf://…` is fetched, all
-    others are as of `files.resolve`.
+    """Return a path that can be opened: `hf://…` is fetched, others are as of `files.resolve`.
 
     Args:
       path: as it is written.
@@ -84,13 +85,12 @@ def local(path: epath.PathLike, flag: str, wanted: Sequence[str] = ("*",)) -> ep
     return epath.Path(_fetch(os.fspath(path), flag, wanted))
 
 
-def beside(path: epath.PathLike, found: epath.Path) -> epath.Path:
-    """Where what is made of a file is written unless a place is named: beside it, but not in the
-    hub's cache.
+def output_directory(path: epath.PathLike, found: epath.Path) -> epath.Path:
+    """Return where results of an input go by default: next to it, but not in the hub's cache.
 
     Args:
       path: as a person named it.
-      found: what `local` made of it.
+      found: the result of `local`.
     """
     return epath.Path(Path.cwd()) if is_address(path) else found.parent
 
@@ -104,6 +104,7 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
             f"{flag} {text} cannot be fetched without the library huggingface_hub: pip install "
             "huggingface_hub"
         ) from error
+    # A file, or those of a folder that the caller needs.
     common = {
         "repo_id": address.repository,
         "repo_type": address.kind,
@@ -130,8 +131,10 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
 
 
 def _snapshot(library: Any, common: Mapping[str, Any], names: Sequence[str]) -> Path:
-    """The folder of a commit in the cache, with files of it; without a network, as far as they are
-    there."""
+    """Fetch files of a commit and return its folder in the cache.
+
+    Without a network, the files that are there already.
+    """
     patterns = [glob.escape(name) for name in names]
     try:
         return Path(library.snapshot_download(**common, allow_patterns=patterns))
@@ -146,14 +149,16 @@ def _snapshot(library: Any, common: Mapping[str, Any], names: Sequence[str]) -> 
 
 
 def _held(library: Any, common: Mapping[str, Any], patterns: Sequence[str]) -> Path:
-    """The folder of a commit, of which all files that fit the patterns are in the cache."""
+    """Return a commit's folder if all files that match the patterns are in the cache."""
     local = {"local_files_only": True, "allow_patterns": list(patterns)}
     return Path(library.snapshot_download(**common, **local))
 
 
 def _told(error: Exception, address: Address, library: Any) -> str | None:
-    """What an error of the library means, in words that follow the address; None: nothing that a
-    person can mend."""
+    """Explain an error of the library, in words that follow the address.
+
+    None: nothing that a person can mend.
+    """
     from huggingface_hub import errors
 
     page = f"{library.constants.ENDPOINT}/{'datasets/' * (address.kind == 'dataset')}"
@@ -163,6 +168,7 @@ def _told(error: Exception, address: Address, library: Any) -> str | None:
         " cannot be fetched: the hub cannot be reached from here, and the file is not in its "
         "cache; look at the network, or fetch it elsewhere (`hf download`) and name the file"
     )
+    # From the particular error to the general: its classes derive from each other.
     meanings: tuple[tuple[Any, str], ...] = (
         (
             errors.GatedRepoError,
@@ -204,7 +210,7 @@ def _is_pattern(path: str) -> bool:
 def _listed(
     library: Any, address: Address, common: dict[str, Any], wanted: Sequence[str]
 ) -> list[str]:
-    """The files that a pattern or a folder names."""
+    """List the files that a pattern or a folder names."""
     try:
         names = sorted(library.HfApi().list_repo_files(**common))
     except Exception as error:
@@ -238,8 +244,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _check(place: Path, what: str) -> None:
-    """Compares a file with the hub's SHA-256 of it, once: files of the hub's large storage are
-    named by it in the cache.
+    """Compare a file with the hub's SHA-256 of it, once.
+
+    Files of the hub's large storage are named by it in the cache.
 
     Raises:
       UserError: it differs; the file is deleted, so that it is fetched anew.

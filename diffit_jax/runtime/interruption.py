@@ -38,8 +38,7 @@ _forward: Callable[[], None] | None = None
 
 
 class Preempted(Exception):
-    """The machine is about to be taken away, everything is saved, and the same command goes on
-    later."""
+    """The machine is about to be taken away, all is saved; the same command resumes later."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,8 +46,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """Begins to listen; commands call it first. A signal that is ignored already (`nohup` hands
-    SIGHUP over so) stays ignored."""
+    """Begin to listen for signals; commands call it first.
+
+    A signal that is ignored already (`nohup` hands SIGHUP over so) stays ignored.
+    """
     global _listening
     if _listening or threading.current_thread() is not threading.main_thread():
         return
@@ -64,19 +65,22 @@ def listen() -> None:
 
 
 def forward_to(ending: Callable[[], None] | None) -> None:
-    """From now on `ending` is called instead of noting a signal: where several processes have to be
-    told."""
+    """Register a callback that a signal triggers instead of ending the process.
+
+    For example to notify other processes.
+    """
     global _forward
     _forward = ending
 
 
 @contextlib.contextmanager
 def held(ctrl_c: bool = False) -> Iterator[None]:
-    """In this block signals are only noted down, for a loop that asks `noticed` and then saves and
-    ends.
+    """Note signals instead of ending, in this block.
+
+    For a loop that asks `noticed` and then saves and ends.
 
     Args:
-      ctrl_c: whether Ctrl-C is noted down too; the second one raises `KeyboardInterrupt`.
+      ctrl_c: whether Ctrl-C is noted too; the second one raises `KeyboardInterrupt`.
     """
     global _holders, _pressed
     with _lock:
@@ -111,13 +115,12 @@ def noticed() -> bool:
 
 
 def pressed() -> int:
-    """How often it was Ctrl-C."""
+    """Return how often it was Ctrl-C."""
     return _pressed
 
 
 def end(status: int, line: str) -> NoReturn:
-    """Ends the process at once with a line on stderr; what runs in the background (a save under
-    way) is not waited for."""
+    """End the process at once with a line on stderr; do not wait for saves."""
     with _end_lock:  # never given back: one line, one status
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
@@ -128,8 +131,10 @@ def end(status: int, line: str) -> NoReturn:
 
 
 def finished(status: int = 0) -> None:
-    """Nothing is left to do: from here on signals change neither what was written nor the exit
-    status."""
+    """Ignore signals from now on: nothing is left to do.
+
+    They change neither what was written nor the exit status.
+    """
     global _holders
     with _lock:
         _holders += 1
@@ -185,8 +190,10 @@ def _on_ctrl_c(*_) -> None:
 
 
 def _end_after_ctrl_c() -> None:
-    """Python raises KeyboardInterrupt in the main thread, where it may be stuck in a compilation;
-    then this ends the process."""
+    """End the process after Ctrl-C if the main thread does not.
+
+    Python raises KeyboardInterrupt there, where it may be stuck in a compilation.
+    """
     time.sleep(_PATIENCE_S)
     if not (_holders and _pressed <= 1):
         end(EXIT_INTERRUPTED, "interrupted: run the same command again to go on")

@@ -22,7 +22,7 @@ class NpzArray:
     """
 
     def __init__(self, entry: IO[bytes]):
-        """Reads the header of an entry. Raises `ValueError` for one that cannot be a stream."""
+        """Read the header of an entry. Raises `ValueError` for one that cannot be a stream."""
         version = np.lib.format.read_magic(entry)
         read = np.lib.format.read_array_header_1_0
         if version != (1, 0):
@@ -33,13 +33,16 @@ class NpzArray:
         self._entry = entry
 
     def whole(self) -> np.ndarray:
-        """All of it; errors as of `parts`."""
+        """Read all of it; errors as of `parts`."""
         content = self._entry.read(math.prod(self.shape) * self.dtype.itemsize)
         return np.frombuffer(content, self.dtype, math.prod(self.shape)).reshape(self.shape)
 
     def parts(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Rows in their order from row `start` on, `size` at once but for the last; once. Raises
-        one of `DAMAGED` if there are fewer than the header says."""
+        """Yield rows in their order from row `start` on, `size` at a time; once.
+
+        Each (size, …), the last one shorter. Raises one of `DAMAGED` if there are fewer than the
+        header says.
+        """
         row = math.prod(self.shape[1:])
         left = start * row * self.dtype.itemsize
         while left and (skipped := len(self._entry.read(min(left, 2**24)))):
@@ -52,8 +55,10 @@ class NpzArray:
 
 @contextlib.contextmanager
 def reading(path: epath.Path, name: str) -> Iterator[NpzArray]:
-    """An array of a file. Raises `OSError`, `KeyError` (there is no such array) or one of
-    `DAMAGED`."""
+    """Open an array of a file as a stream.
+
+    Raises `OSError`, `KeyError` (there is no such array) or one of `DAMAGED`.
+    """
     with (
         path.open("rb") as file,
         zipfile.ZipFile(file) as archive,
@@ -69,7 +74,7 @@ def write_rows(
     shape: tuple[int, ...],
     parts: Iterable[bytes],
 ) -> None:
-    """Adds an array to an archive from the bytes of its rows, part by part."""
+    """Add an array to an archive from the bytes of its rows, part by part."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
         np.lib.format.write_array_header_1_0(entry, header)
@@ -78,7 +83,7 @@ def write_rows(
 
 
 def write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    """Adds a whole array to an archive."""
+    """Add a whole array to an archive."""
     with archive.open(f"{name}.npy", "w") as entry:
         np.lib.format.write_array(entry, array, allow_pickle=False)
 
@@ -90,17 +95,17 @@ def has(path: epath.Path, name: str) -> bool:
 
 
 def read(path: epath.Path, name: str) -> np.ndarray:
-    """A whole array; errors as of `reading`."""
+    """Read a whole array; errors as of `reading`."""
     with reading(path, name) as stream:
         return stream.whole()
 
 
-def rows_of(path: epath.Path, name: str, wanted: np.ndarray, at_once: int = 64) -> np.ndarray:
-    """Some rows of an array, in the order of `wanted`, (n,) int; errors as of `reading`."""
+def rows_of(path: epath.Path, name: str, wanted: np.ndarray, chunk_size: int = 64) -> np.ndarray:
+    """Read some rows of an array, in the order of `wanted`, (n,) int; errors as of `reading`."""
     places = {int(row): place for place, row in enumerate(wanted)}
     found, start = {}, 0
     with reading(path, name) as stream:
-        for part in stream.parts(at_once):
+        for part in stream.parts(chunk_size):
             for row in range(start, start + len(part)):
                 if row in places:
                     found[row] = part[row - start].copy()

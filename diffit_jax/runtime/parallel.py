@@ -1,4 +1,4 @@
-"""The device mesh and how arrays lie on it: the only place that names mesh axes.
+"""The device mesh and how arrays lie on it: the only place that makes meshes and shardings.
 
 * `data`: every device group has all parameters and its share of the batch.
 * `fsdp`: shares of the batch too, and each device keeps only its part of parameters, optimizer
@@ -26,7 +26,7 @@ from diffit_jax import limits, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
 from diffit_jax.models.diffit import attention_kernel
-from diffit_jax.models.placement import FSDP, TENSOR, Axes, Fact, Placement, under
+from diffit_jax.models.placement import FSDP, TENSOR, Axes, ParamMetadata, Placement, use_placement
 from diffit_jax.runtime import backend, distributed
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _FSDP_FILL = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshShape:
+class MeshShape(limits.Section, name="mesh"):
     """Section `mesh`.
 
     Attributes:
@@ -51,13 +51,13 @@ class MeshShape:
         other axes stay within a slice.
     """
 
-    data: Annotated[int, at_least(1, besides=(-1,))] = -1
-    fsdp: Annotated[int, at_least(1, besides=(-1,))] = 1
-    tensor: Annotated[int, at_least(1, besides=(-1,))] = 1
+    data: Annotated[int, at_least(1, also=(-1,))] = -1
+    fsdp: Annotated[int, at_least(1, also=(-1,))] = 1
+    tensor: Annotated[int, at_least(1, also=(-1,))] = 1
     num_slices: Count = 1
 
     def __post_init__(self):
-        limits.check(self, "mesh")
+        super().__post_init__()
         sizes = self.data, self.fsdp, self.tensor
         if sizes.count(-1) > (2 if self.data == self.fsdp == -1 else 1):
             raise UserError(
@@ -66,7 +66,7 @@ class MeshShape:
             )
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) for a number of devices.
+        """Return (data, fsdp, tensor) for a number of devices.
 
         Raises:
           UserError: they do not make that number.
@@ -93,8 +93,9 @@ class MeshShape:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = MeshShape()) -> Mesh:
-    """The mesh of the devices (None: all of all processes), with the axes `data`, `fsdp` and
-    `tensor`.
+    """Make the mesh of the devices, with axes `data`, `fsdp`, `tensor`.
+
+    None: all devices of all processes.
 
     Raises:
       UserError: the shape does not fit the devices.
@@ -118,8 +119,10 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Me
 
 
 def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = MeshShape()) -> Mesh:
-    """The mesh of a shape, or where that does not fit the devices, one that divides the batch
-    alone: for what needs no training batch."""
+    """Make the mesh of a shape, or where that does not fit, one that divides the batch alone.
+
+    For work without a training batch.
+    """
     devices = list(devices or backend.devices())
     num_slices = _count_slices(devices)
     try:
@@ -130,7 +133,7 @@ def any_mesh(devices: Sequence[jax.Device] | None = None, shape: MeshShape = Mes
 
 
 def local_mesh() -> Mesh:
-    """This process's own devices, for work in which it does not speak to others."""
+    """Make a mesh of this process's own devices."""
     return Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
 
 
@@ -146,13 +149,12 @@ def _count_slices(devices: Sequence[jax.Device]) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose leading axis is the global batch: over `data` and `fsdp`."""
+    """Return the sharding of a global batch's leading axis: over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
 def per_device(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
-    """A jitted function of (variables of which every device has a copy, a batch that is divided
-    over them), which each device computes for its own part."""
+    """Jit `function(variables, batch)` with replicated variables and the batch divided."""
     divided = batch_sharding(mesh)
     mapped = jax.shard_map(
         function,
@@ -165,47 +167,47 @@ def per_device(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array of which every device holds a copy."""
+    """Return the sharding of an array of which every device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-Facts = Mapping[str, Fact]  # of parameters by their paths, see `models.parameter_facts`
+ParamMetadataByPath = Mapping[
+    str, ParamMetadata
+]  # of parameters by their paths, see `models.parameter_metadata`
 
 
-def shardings(mesh: Mesh, tree: Any, facts: Facts) -> Any:
-    """The sharding of every leaf of a pytree (of arrays or shapes).
+def shardings(mesh: Mesh, tree: Any, metadata: ParamMetadataByPath) -> Any:
+    """Return the sharding of every leaf of a pytree of arrays or shapes.
 
     Args:
       mesh: the devices.
-      tree: parameters, or whatever is shaped like them: a leaf is divided as the parameter is with
-        whose path its own ends, dimensions that an axis does not divide are not, and what is like
-        no parameter is copied to each device.
-      facts: of the parameters.
+      tree: parameters, or a tree like theirs: a leaf is divided as the parameter is with whose path
+        its own ends, dimensions that an axis does not divide are not, and what is like no parameter
+        is copied to each device.
+      metadata: of the parameters.
 
     Raises:
       UserError: `tensor` does not divide the heads or channels of an array that it should.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape, facts)), tree
+        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape, metadata)), tree
     )
 
 
-def abstract(mesh: Mesh, tree: Any, facts: Facts = MappingProxyType({})) -> Any:
-    """Shapes and dtypes of a pytree (of arrays, or from `eval_shape`) as `ShapeDtypeStruct`s that
-    lie as `shardings` says."""
+def abstract(mesh: Mesh, tree: Any, metadata: ParamMetadataByPath = MappingProxyType({})) -> Any:
+    """Return a pytree (of arrays, or from `eval_shape`) as `ShapeDtypeStruct`s with `shardings`."""
 
     def lay(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(lay, tree, shardings(mesh, tree, facts))
+    return jax.tree.map(lay, tree, shardings(mesh, tree, metadata))
 
 
-def check_axes(mesh: Mesh, params: Any, facts: Facts) -> None:
-    """Raises `UserError` if `fsdp` or `tensor` has several devices but divides no parameter, or
-    `tensor` does not divide one."""
+def check_axes(mesh: Mesh, params: Any, metadata: ParamMetadataByPath) -> None:
+    """Raise `UserError` if a mesh axis divides no parameter, or not one that it should."""
     used = {
         axis
-        for sharding in jax.tree.leaves(shardings(mesh, params, facts))
+        for sharding in jax.tree.leaves(shardings(mesh, params, metadata))
         for axis in jax.tree.leaves(tuple(sharding.spec))
     }
     for axis in (FSDP, TENSOR):
@@ -217,10 +219,10 @@ def check_axes(mesh: Mesh, params: Any, facts: Facts) -> None:
 
 
 def local_device(mesh: Mesh) -> jax.Device:
-    """The first device of the mesh that belongs to this process: the one whose memory can be asked
-    for.
+    """Return the first device of the mesh that belongs to this process.
 
-    Not `mesh.local_mesh`, which a process whose devices have gaps on the mesh does not have.
+    It can ask for its memory. Not `mesh.local_mesh`, which a process whose devices have gaps on the
+    mesh does not have.
     """
     return next(
         device for device in mesh.devices.flat if device.process_index == jax.process_index()
@@ -228,8 +230,10 @@ def local_device(mesh: Mesh) -> jax.Device:
 
 
 def try_kernel(mesh: Mesh) -> None:
-    """On TPUs, finds out whether their compiler takes the attention kernel, see
-    `attention_kernel.try_to_compile`."""
+    """Find out on TPUs whether the compiler takes the attention kernel.
+
+    See `attention_kernel.try_to_compile`.
+    """
     devices = list(mesh.devices.flat)
     if platforms.of_mesh(mesh).compiles_kernel:
         local = (device for device in devices if device.process_index == jax.process_index())
@@ -237,16 +241,16 @@ def try_kernel(mesh: Mesh) -> None:
 
 
 def memory_of(device: jax.Device) -> float | None:
-    """Bytes that programs may use on a device; None where it does not say."""
+    """Return the bytes that programs may use on a device; None where it does not say."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 @contextlib.contextmanager
 def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
-    """While a program is traced in this block, its networks are for the mesh's platform, their
-    activations lie as the batch does, and each layer gathers its weights.
+    """Trace programs in this block for the mesh: its platform, its shardings.
 
-    Such a trace is of no use outside, see `models.placement`.
+    Activations are divided as the batch is, and each layer gathers its weights. Such a trace is of
+    no use outside, see `models.placement`.
 
     Args:
       mesh: the devices.
@@ -271,21 +275,19 @@ def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
         per_shard=per_shard,
         platform=mesh.devices.flat[0].platform,
     )
-    with under(value):
+    with use_placement(value):
         yield
 
 
 def whole(mesh: Mesh, axes: Axes, weight: jax.Array) -> jax.Array:
-    """Inside jit: a parameter, by the axes that divide it, of which every device has all that
-    `fsdp` would divide."""
+    """All-gather a parameter over the fsdp axis, by the axes that divide it. Call inside jit."""
     kept = tuple(None if axis == FSDP else axis for axis in axes)
     spec = _divided(mesh, kept, weight.shape)
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
 
 
 def _gathered(mesh: Mesh, axes: Axes, weight: jax.Array) -> jax.Array:
-    """A weight whose parts over `fsdp` are put together before it is used; its gradient is divided
-    again at once.
+    """All-gather a weight over `fsdp` before its use; its gradient is divided again at once.
 
     Left to itself, XLA:TPU multiplies by one part after the other as they come, and products with
     1152 / 16 = 72 columns fill half of a matrix unit.
@@ -297,17 +299,19 @@ def _gathered(mesh: Mesh, axes: Axes, weight: jax.Array) -> jax.Array:
     return whole(mesh, axes, jax.lax.with_sharding_constraint(weight, divided))
 
 
-def axes_of(path: tuple, facts: Facts) -> tuple[str, Axes]:
-    """(path as text, the axes of the parameter with whose path it ends, () if there is none)."""
+def axes_of(path: tuple, metadata: ParamMetadataByPath) -> tuple[str, Axes]:
+    """Return a path as text, and the axes of the parameter with whose path it ends, else ()."""
     name = path_name(path)
     ends = name.split("/")
     tails = ("/".join(ends[start:]) for start in range(len(ends)))
-    fact = next((facts[tail] for tail in tails if tail in facts), None)
-    return name, fact.axes if fact else ()
+    entry = next((metadata[tail] for tail in tails if tail in metadata), None)
+    return name, entry.axes if entry else ()
 
 
-def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...], facts: Facts) -> PartitionSpec:
-    name, axes = axes_of(path, facts)
+def _spec(
+    mesh: Mesh, path: tuple, shape: tuple[int, ...], metadata: ParamMetadataByPath
+) -> PartitionSpec:
+    name, axes = axes_of(path, metadata)
     if axes and TENSOR in axes:
         size = shape[len(shape) - len(axes) + axes.index(TENSOR)]
         if size % mesh.shape[TENSOR]:
@@ -329,32 +333,34 @@ def _divided(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:
-    """Raises `UserError` if `parts` times the devices that share a batch do not divide it; `key` is
-    the config key that set its size."""
-    shares = mesh.shape[DATA] * mesh.shape[FSDP] * parts
-    if batch_size < 1 or batch_size % shares:
+    """Raise `UserError` if the devices that divide a batch, times `parts`, do not divide its size.
+
+    `key` is the config key that set it.
+    """
+    num_shards = mesh.shape[DATA] * mesh.shape[FSDP] * parts
+    if batch_size < 1 or batch_size % num_shards:
         over = f"{mesh.shape[DATA] * mesh.shape[FSDP]} devices" + (
             f" in {parts} parts (training.accumulation)" if parts > 1 else ""
         )
         raise UserError(
             f"{key} {batch_size} does not divide over {over}: change {key} to a multiple of "
-            f"{shares}"
+            f"{num_shards}"
         )
 
 
 def next_batch_size(mesh: Mesh, count: int) -> int:
-    """The smallest batch size, at least `count`, that the devices divide."""
-    shares = mesh.shape[DATA] * mesh.shape[FSDP]
-    return -(-count // shares) * shares
+    """Return the smallest batch size, at least `count`, that the devices divide."""
+    num_shards = mesh.shape[DATA] * mesh.shape[FSDP]
+    return -(-count // num_shards) * num_shards
 
 
 def fitting_devices(
     batch_size: int, shape: MeshShape = MeshShape(), parts: int = 1
 ) -> Sequence[jax.Device]:
-    """All devices, or as many of the first as divide a training batch in `parts` parts, with a line
-    of the log that says so.
+    """Return all devices, or as many of the first as divide a training batch in `parts` parts.
 
-    For one process: of several, some would be left without a device, and all devices are returned.
+    If some are left out, a line of the log says so. For one process: of several, some would be left
+    without a device, and all devices are returned.
     """
     devices = backend.devices()
     for count in range(len(devices), 0, -1):
@@ -375,8 +381,8 @@ def fitting_devices(
 
 
 @functools.lru_cache(maxsize=8)
-def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
-    """Which rows of a global batch the devices of a process hold.
+def local_batch_indices(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """Return which rows of a global batch the devices of a process hold.
 
     A mesh follows the pod's torus, so that the rows of a process have gaps, and more than one
     process may hold a row (with `tensor`).
@@ -393,10 +399,10 @@ def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.nd
       ValueError: the devices do not divide the batch.
     """
     process = jax.process_index() if process is None else process
-    shares = batch_sharding(mesh).devices_indices_map((batch_size,))
+    num_shards = batch_sharding(mesh).devices_indices_map((batch_size,))
     bounds = {
-        share[0].indices(batch_size)[:2]
-        for device, share in shares.items()
+        rows_per_device[0].indices(batch_size)[:2]
+        for device, rows_per_device in num_shards.items()
         if device.process_index == process
     }
     rows = np.concatenate([np.arange(0), *(np.arange(*each) for each in sorted(bounds))])
@@ -405,18 +411,18 @@ def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.nd
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """Host arrays with this process's rows of a global batch → global arrays split over the mesh.
+    """Put host arrays with this process's rows of a global batch on the mesh.
 
     Args:
       mesh: the mesh.
-      batch: name → array (n, …), row i of which is row `local_rows(mesh, batch_size)[i]` of the
-        batch.
+      batch: name → array (n, …), row i of which is row `local_batch_indices(mesh, batch_size)[i]`
+        of the batch.
       batch_size: rows of the global batch.
 
     Raises:
       ValueError: an array has another number of rows.
     """
-    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+    sharding, rows = batch_sharding(mesh), local_batch_indices(mesh, batch_size)
 
     def put(name: str, array: np.ndarray) -> jax.Array:
         if len(array) != len(rows):
@@ -425,14 +431,14 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
                 f"{batch_size} of a batch"
             )
         shape = batch_size, *array.shape[1:]
-        devices, shares = [], []
+        devices, num_shards = [], []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))
             devices.append(device)
-            shares.append(array[first : first + stop - start])
+            num_shards.append(array[first : first + stop - start])
         return jax.make_array_from_single_device_arrays(
-            shape, sharding, jax.device_put(shares, devices)
+            shape, sharding, jax.device_put(num_shards, devices)
         )
 
     return {name: put(name, array) for name, array in batch.items()}
@@ -441,9 +447,11 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
 def put_padded(
     mesh: Mesh, arrays: Mapping[str, np.ndarray], batch_size: int
 ) -> dict[str, jax.Array]:
-    """Host arrays of at most `batch_size` rows, the same on every process, as a global batch that
-    is split over the mesh and filled up with copies of the last row."""
-    mine = local_rows(mesh, batch_size)
+    """Put host arrays of at most `batch_size` rows on the mesh, padded to a global batch.
+
+    They are the same on every process; copies of the last row fill the batch up.
+    """
+    mine = local_batch_indices(mesh, batch_size)
 
     def filled(array: np.ndarray) -> np.ndarray:
         widths = (0, batch_size - len(array)), *((0, 0),) * (array.ndim - 1)
@@ -458,7 +466,7 @@ def map_batches(
     batch_size: int,
     arrays: Mapping[str, np.ndarray],
 ) -> Iterator[Any]:
-    """Calls a function that all processes compute together with one padded batch after the other.
+    """Apply a function that all processes compute together to padded batches of arrays.
 
     Args:
       function: of a batch on the mesh, to a pytree of arrays with its rows in front.
@@ -467,7 +475,7 @@ def map_batches(
       arrays: by name, of n rows each, the same on every process.
 
     Yields:
-      What it returns, on every process's host, without the rows that were added.
+      Its results, on every process's host, without the rows that were added.
     """
     count = len(next(iter(arrays.values())))
     for start in range(0, count, batch_size):
@@ -477,36 +485,39 @@ def map_batches(
         yield jax.tree.map(lambda array, rows=rows: distributed.gather(array)[:rows], found)
 
 
-def prove_rows(mesh: Mesh, batch_size: int) -> None:
-    """Proves on the devices at hand that every row of a batch comes to its place, and nowhere else.
+def verify_batch_sharding(mesh: Mesh, batch_size: int) -> None:
+    """Verify on the devices that every row of a batch comes to its device, and no other.
 
-    Row numbers go the way of data (`local_rows`, `put_batch`), and every device counts those that
-    it should not have. All processes take part.
+    Row numbers go the way of data (`local_batch_indices`, `put_batch`), and every device counts
+    those that it should not have. All processes take part.
 
     Raises:
       UserError: on every process; it names the first process that holds wrong rows.
     """
-    share = batch_size // (mesh.shape[DATA] * mesh.shape[FSDP])
-    rows = put_batch(mesh, {"row": local_rows(mesh, batch_size).astype(np.int32)}, batch_size)[
-        "row"
-    ]
-    wrong = np.asarray(_wrong_rows(mesh, share)(rows).addressable_data(0))
+    rows_per_device = batch_size // (mesh.shape[DATA] * mesh.shape[FSDP])
+    rows = put_batch(
+        mesh, {"row": local_batch_indices(mesh, batch_size).astype(np.int32)}, batch_size
+    )["row"]
+    wrong = np.asarray(_wrong_rows(mesh, rows_per_device)(rows).addressable_data(0))
     for device, count in zip(mesh.devices.flat, wrong, strict=True):
         if count:
             raise UserError(
-                f"process {device.process_index} has {count} of {share} rows of the batch in wrong "
-                f"places on device {device.id}: rows are divided wrongly over the mesh "
-                f"{dict(mesh.shape)}; use another mesh (config section mesh), and report this fault"
+                f"process {device.process_index} has {count} of {rows_per_device} rows of the "
+                f"batch in wrong places on device {device.id}: rows are divided wrongly over the "
+                f"mesh {dict(mesh.shape)}; use another mesh (config section mesh), and report this "
+                "fault"
             )
 
 
 @functools.lru_cache(maxsize=8)
-def _wrong_rows(mesh: Mesh, share: int) -> Callable[[jax.Array], jax.Array]:
-    """Of row numbers (B,): how many of its `share` each device should not have, (devices,)."""
+def _wrong_rows(mesh: Mesh, rows_per_device: int) -> Callable[[jax.Array], jax.Array]:
+    """Return a function that counts misplaced ones of row numbers (B,): (devices,) int32."""
 
     def count(row_B: jax.Array) -> jax.Array:
         place = jax.lax.axis_index(DATA) * mesh.shape[FSDP] + jax.lax.axis_index(FSDP)
-        return jnp.sum(row_B != place * share + jnp.arange(share), keepdims=True)
+        return jnp.sum(
+            row_B != place * rows_per_device + jnp.arange(rows_per_device), keepdims=True
+        )
 
     of_each = jax.shard_map(
         count,
@@ -519,11 +530,11 @@ def _wrong_rows(mesh: Mesh, share: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree with their paths, such as `params/final/bias`."""
+    """List the leaves of a pytree with their paths, such as `params/final/bias`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(path_name(path), leaf) for path, leaf in flat]
 
 
 def path_name(path: tuple) -> str:
-    """The path of a leaf, as jax's functions of trees give it, as text: `params/final/bias`."""
+    """Return a leaf's path, as jax's functions of trees give it, as text: `params/final/bias`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

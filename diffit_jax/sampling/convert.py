@@ -1,5 +1,4 @@
-"""The verb `convert`: between released weights and work directories, and between the two
-parametrisations of TMSA."""
+"""The verb `convert`: released weights, work directories, and parametrisations of TMSA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,19 +16,19 @@ from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import (
-    Opened,
+    Setup,
     TrainState,
     fresh_state,
-    open_experiment,
     restore_state,
     save_state,
+    setup_experiment,
 )
 from diffit_jax.runtime import backend, files, hub, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.request import restore_variables
 
 
-@backend.pinned()
+@backend.reproducible_numerics()
 def weights_to_workdir(
     weights: epath.PathLike,
     *,
@@ -40,8 +39,9 @@ def weights_to_workdir(
     allow_nonfinite: bool = False,
     num_classes: int | None = None,
 ) -> None:
-    """Turns a released file into a work directory with a checkpoint of step 0, to sample from or to
-    train on.
+    """Turn a released file into a work directory with a checkpoint of step 0.
+
+    To sample from or to train on.
 
     Args:
       weights: as in `official.load`.
@@ -55,15 +55,15 @@ def weights_to_workdir(
         unconditional network. None: the table of the file.
 
     Raises:
-      UserError: a file that cannot be read, or without a label table to take a row from; a config
-        that cannot be; a directory that holds a run or cannot be written.
+      UserError: a file that cannot be read, or without a label table to take a row from; an
+        impossible config; a directory that holds a run or cannot be written.
     """
     weights, workdir = hub.local(weights, "--weights"), files.resolve(workdir, "--to_workdir")
     change: dict[str, Any] = {"slim_tmsa": slim}
     change |= {} if input_size is None else {"input_size": input_size}
     change |= {} if num_classes is None else {"num_classes": num_classes}
     config = official.fit_config(config, weights, **change)
-    experiment = open_experiment(config, to_train=False).experiment
+    experiment = setup_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
     _, variables = official.load(weights, input_size, allow_nonfinite=allow_nonfinite)
     if num_classes is not None:
@@ -74,7 +74,7 @@ def weights_to_workdir(
     _write(workdir, config, experiment, state)
 
 
-@backend.pinned()
+@backend.reproducible_numerics()
 def workdir_to_weights(
     workdir: epath.PathLike,
     *,
@@ -83,8 +83,7 @@ def workdir_to_weights(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes the averaged parameters of a run's newest checkpoint as a file that the released code
-    can load.
+    """Write the averaged parameters of a run's newest checkpoint as a released weight file.
 
     Args:
       workdir: of the run.
@@ -98,13 +97,13 @@ def workdir_to_weights(
     """
     weights = files.resolve(weights, "--to_weights")
     files.refuse_existing(weights, "--to_weights", overwrite)
-    workdir, opened = _open_latent(workdir)
-    _, variables = restore_variables(workdir, opened.state, allow_nonfinite=allow_nonfinite)
-    model: Any = opened.experiment.model
+    workdir, setup = _open_latent(workdir)
+    _, variables = restore_variables(workdir, setup, allow_nonfinite=allow_nonfinite)
+    model: Any = setup.experiment.model
     official.save(weights, model, variables, index_buffers)
 
 
-@backend.pinned()
+@backend.reproducible_numerics()
 def workdir_to_workdir(
     workdir: epath.PathLike,
     *,
@@ -112,10 +111,9 @@ def workdir_to_workdir(
     slim: bool | None,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Writes the newest checkpoint of a run, optimizer state and all, into another work directory
-    with a parametrisation of choice.
+    """Write the newest checkpoint of a run, optimizer state and all, into another work directory.
 
-    Training there goes on at the same step with the same losses.
+    Its parametrisation is of choice; training there resumes at the same step with the same losses.
 
     Args:
       workdir: of the run.
@@ -127,26 +125,26 @@ def workdir_to_workdir(
       UserError: as `workdir_to_weights`, or a target that holds a run.
     """
     target = files.resolve(target, "--to_workdir")
-    workdir, opened = _open_latent(workdir)
+    workdir, setup = _open_latent(workdir)
     config = workdirs.read_config(workdir)
     _refuse_run(target)
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
-    state = restore_state(checkpoints, opened.state, allow_nonfinite)
+    state = restore_state(checkpoints, setup.state, allow_nonfinite)
     if state is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
-    if slim is not None and slim != opened.experiment.model.slim_tmsa:
+    if slim is not None and slim != setup.experiment.model.slim_tmsa:
         state = (to_slim if slim else to_released)(state)
-        other: Any = opened.experiment.model
-        facts = models.parameter_facts(other.clone(slim_tmsa=slim))
-        state = jax.device_put(state, parallel.shardings(opened.mesh, state, facts))
+        other: Any = setup.experiment.model
+        metadata = models.parameter_metadata(other.clone(slim_tmsa=slim))
+        state = jax.device_put(state, parallel.shardings(setup.mesh, state, metadata))
         config["model"]["slim_tmsa"] = slim
-    _write(target, config, opened.experiment, state)
+    _write(target, config, setup.experiment, state)
 
 
 def _with_new_labels(
     variables: Mapping[str, Any], num_classes: int, weights: epath.Path
 ) -> dict[str, Any]:
-    """The variables with a label table for other classes."""
+    """Return the variables with a label table for other classes."""
     time = variables["params"]["time"]
     if "label" not in time:
         raise UserError(f"{weights} has no label table: leave out --num_classes")
@@ -159,7 +157,7 @@ def _with_new_labels(
 def _write(
     workdir: epath.Path, config: Mapping[str, Any], experiment: Experiment, state: TrainState
 ) -> None:
-    """A work directory with one checkpoint; if it cannot be written, what was begun goes away."""
+    """Write a work directory with one checkpoint; remove it if that fails."""
     with files.owned(files.make_directory(workdir, "--to_workdir"), "--to_workdir"):
         _refuse_run(workdir)  # another conversion may have been faster
         try:
@@ -175,16 +173,16 @@ def _write(
             raise
 
 
-def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Opened]:
+def _open_latent(workdir: epath.PathLike) -> tuple[epath.Path, Setup]:
     workdir = files.resolve(workdir, "--workdir")
-    opened = open_experiment(
+    setup = setup_experiment(
         workdirs.read_config(workdir), to_train=False, config_file=workdir / workdirs.CONFIG_FILE
     )
-    if not isinstance(opened.experiment.model, LatentDiffiT):
+    if not isinstance(setup.experiment.model, LatentDiffiT):
         raise UserError(
             f"workdir {workdir} holds no latent_diffit: only that model can be converted"
         )
-    return workdir, opened
+    return workdir, setup
 
 
 def _refuse_run(workdir: epath.Path) -> None:

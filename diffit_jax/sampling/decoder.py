@@ -1,4 +1,4 @@
-"""From latents to pictures on every device of a mesh."""
+"""From latents to images on every device of a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Jitted = Callable[[dict[str, Any], jax.Array], Any]
 
 DTYPES = ("float32", "bfloat16")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")  # of a folder on the hub
-AT_ONCE = 8  # examples of a slice on an accelerator: rows of a tile of a TPU
+CHUNK_SIZE = 8  # examples of a slice on an accelerator: rows of a tile of a TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +29,41 @@ class Decoding:
     Attributes:
       path: of the autoencoder, see `diffusers.load`.
       dtype: of its convolutions, one of `DTYPES`.
-      at_once: latents that a device decodes at once, see `slice_size`.
+      chunk_size: latents that a device decodes at once, see `slice_size`.
     """
 
     path: epath.PathLike
     dtype: str = "float32"
-    at_once: int | None = None
+    chunk_size: int | None = None
 
-    def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> "Decoder":
-        """Reads the autoencoder; batches over all devices and the rounding of pixels are those of
-        the sampler. Raises `UserError` as `diffusers.load` does."""
+    def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> "LatentDecoder":
+        """Read the autoencoder.
+
+        Batches over all devices and the rounding of pixels are those of the sampler. Raises
+        `UserError` as `diffusers.load` does.
+        """
         path = hub.local(self.path, "vae", VAE_FILES)
         module, variables = diffusers.load(path, self.dtype, parallel.replicated(mesh))
         per_device = batch_size // mesh.size
-        return Decoder(
+        return LatentDecoder(
             module,
             variables,
             mesh,
             batch_per_device=per_device,
-            at_once=self.at_once,
+            chunk_size=self.chunk_size,
             rounding=rounding,
             path=path,
         )
 
 
 def per_slice(function: Jitted, mesh: jax.sharding.Mesh, size: int) -> Any:
-    """A jitted function of (variables on every device, a batch that is divided over them), by which
-    each device works through its part in slices, so that its memory holds what is computed for one.
+    """Jit a function by which each device works through its part of a batch in slices.
+
+    So its memory holds the activations of one slice.
 
     Args:
       function: of (variables, some examples), to arrays with the examples in front.
-      mesh: the devices.
+      mesh: the devices, each of which has the variables and a part of the batch.
       size: examples of a slice, a divisor of each device's part.
     """
 
@@ -73,28 +77,30 @@ def per_slice(function: Jitted, mesh: jax.sharding.Mesh, size: int) -> Any:
     return parallel.per_device(work, mesh)
 
 
-def slice_size(mesh: jax.sharding.Mesh, count: int, at_once: int | None = None) -> int:
-    """Examples of a slice of `count` for each device, one where the platform says so.
+def slice_size(mesh: jax.sharding.Mesh, count: int, chunk_size: int | None = None) -> int:
+    """Return the examples of a slice of `count` for each device; one where the platform says so.
 
     Args:
       mesh: the devices.
       count: examples of a device.
-      at_once: how many are wanted; None: `AT_ONCE`.
+      chunk_size: how many are wanted; None: `CHUNK_SIZE`.
     """
-    return 1 if platforms.of_mesh(mesh).decodes_one else min(at_once or AT_ONCE, count)
+    return 1 if platforms.of_mesh(mesh).decodes_one else min(chunk_size or CHUNK_SIZE, count)
 
 
 def batch_sizes(
-    mesh: jax.sharding.Mesh, per_device: int, at_once: int | None = None
+    mesh: jax.sharding.Mesh, per_device: int, chunk_size: int | None = None
 ) -> tuple[int, int]:
-    """(examples of a slice, of a call over all devices) where each device shall work through
-    `per_device` at least; `at_once` as of `slice_size`."""
-    size = slice_size(mesh, per_device, at_once)
+    """Return the sizes of a slice, and of a call over all devices.
+
+    Each device works through at least `per_device` examples; `chunk_size` as of `slice_size`.
+    """
+    size = slice_size(mesh, per_device, chunk_size)
     slices = 1 if platforms.of_mesh(mesh).decodes_one else -(-per_device // size)
     return size, parallel.next_batch_size(mesh, slices * size * mesh.size)
 
 
-class Decoder:
+class LatentDecoder:
     """The autoencoder's decoder. Each device decodes latents of its own, in slices.
 
     Attributes:
@@ -111,23 +117,24 @@ class Decoder:
         mesh: jax.sharding.Mesh,
         *,
         batch_per_device: int,
-        at_once: int | None = None,
+        chunk_size: int | None = None,
         rounding: str = "adm",
         path: epath.PathLike = "",
     ):
-        """Prepares a decoder.
+        """Prepare a decoder.
 
         Args:
-          module, variables: of the autoencoder.
+          module: the autoencoder.
+          variables: of the autoencoder.
           mesh: devices to decode on.
           batch_per_device: latents of a call, at least.
-          at_once: how many of them a device decodes at once, see `slice_size`.
+          chunk_size: how many of them a device decodes at once, see `slice_size`.
           rounding: of pixels, a name in `pixels.ROUNDINGS`.
           path: where the variables are from.
         """
         self.path = epath.Path(path)
         self.module, self.variables, self._mesh = module, variables, mesh
-        size, self.batch_size = batch_sizes(mesh, batch_per_device, at_once)
+        size, self.batch_size = batch_sizes(mesh, batch_per_device, chunk_size)
         self._decode = per_slice(self._pixels, mesh, size)
         self._rounding = rounding
 
@@ -147,26 +154,28 @@ class Decoder:
         return np.dtype(self.module.dtype).name
 
     def identity(self) -> dict[str, Any]:
-        """JSON values by name of all that pictures of given latents depend on."""
+        """Return all that images of given latents depend on, JSON values by name."""
         settings = workdirs.number_settings("autoencoder", self.module)
         return {"contents": checkpoint.fingerprint(self.variables), **settings}
 
     def lower(self, latent: tuple[int, ...]) -> jax.stages.Lowered:
-        """The program for a batch of latents (h, w, c), ready to be compiled."""
+        """Lower the program for a batch of latents (h, w, c)."""
         sharding = parallel.batch_sharding(self._mesh)
         shape = (self.batch_size, *latent)
         batch = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
         return self._decode.lower(self.variables, batch)
 
     def shape_of(self, latent: tuple[int, ...]) -> tuple[int, int, int]:
-        """(H, W, C) of the picture of a latent (h, w, c)."""
+        """Return the shape of the image (H, W, C) of a latent (h, w, c)."""
         factor = self.module.factor
         return latent[0] * factor, latent[1] * factor, self.module.image_channels
 
-    @backend.pinned()
+    @backend.reproducible_numerics()
     def __call__(self, latents: np.ndarray) -> np.ndarray:
-        """(n, h, w, c) float32 latents as the latent network makes them, any number → (n, H, W, C)
-        uint8. The same on every process."""
+        """Decode latents (n, h, w, c) float32 of the latent network to images (n, H, W, C) uint8.
+
+        Any number, the same on every process.
+        """
         arrays = {"latent": np.asarray(latents, np.float32)}
 
         def decode(batch: dict[str, jax.Array]) -> Any:

@@ -18,19 +18,19 @@ from diffit_jax.experiment.sections import CHOICES, Sampling
 from diffit_jax.interop import official
 from diffit_jax.run import power_ema
 from diffit_jax.run import workdir as workdirs
-from diffit_jax.run.state import Opened, TrainState, items_of, open_experiment
+from diffit_jax.run.state import Setup, items_of, setup_experiment
 from diffit_jax.runtime import backend, checkpoint, config_files, distributed, files, hub, parallel
-from diffit_jax.runtime.console import Progress
-from diffit_jax.runtime.ranges import first_few, in_short
-from diffit_jax.sampling.decoder import Decoder, Decoding
+from diffit_jax.runtime.console import Progress, first_few, in_short
+from diffit_jax.sampling.decoder import Decoding, LatentDecoder
 from diffit_jax.sampling.sampler import Sampler, Variables, default_labels
 
 _LONGEST_NAME = 160
 
 
 def default_name(kind: str, shape: Sequence[int], differences: Mapping[str, Any]) -> str:
-    """ADM's name `<kind>_NxHxWxC.npz`, with what differs from the default request:
-    `samples_4x8x8x1-seeds=4-7,sampler=ddim.npz`.
+    """Return ADM's name `<kind>_NxHxWxC.npz`, with the differences from the default request.
+
+    For example `samples_4x8x8x1-seeds=4-7,sampler=ddim.npz`.
 
     Args:
       kind: "samples" or "latents".
@@ -52,8 +52,7 @@ def _digest(numbers: np.ndarray) -> str:
 
 
 class Run:
-    """A network in a work directory: the averaged parameters of its newest usable checkpoint, or an
-    average of another length."""
+    """A network in a work directory, by default the averages of its newest checkpoint."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class Run:
         raw: bool = False,
         config: Mapping[str, Any] | None = None,
     ):
-        """Reads the run's config.
+        """Read the run's config.
 
         Args:
           workdir: of the run.
@@ -86,16 +85,15 @@ class Run:
         asked = {"ema_length": ema_length, "checkpoint": checkpoint, "raw": raw or None}
         self.differences = {name: value for name, value in asked.items() if value is not None}
 
-    def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
-        """(variables, where they are from). Raises `UserError` if there is no usable checkpoint."""
+    def load(self, setup: Setup) -> tuple[Variables, dict[str, Any]]:
+        """Load (variables, their origin). Raises `UserError` if there is no usable checkpoint."""
         if self._ema_length is None:
             step, variables = restore_variables(
-                self.directory, opened.state, self._checkpoint, self._allow_nonfinite, self._raw
+                self.directory, setup, self._checkpoint, self._allow_nonfinite, self._raw
             )
         else:
-            lengths = opened.experiment.ema.power_lengths
             step, variables = reconstruct_variables(
-                self.directory, opened.state, lengths, self._ema_length, self._checkpoint
+                self.directory, setup, self._ema_length, self._checkpoint
             )
         bad = [] if self._allow_nonfinite else checkpoint.not_finite(variables)
         if bad:
@@ -106,14 +104,13 @@ class Run:
         return variables, self.origin(step)
 
     def origin(self, step: int) -> dict[str, Any]:
-        """Where weights of a step are from, JSON values by name."""
+        """Return where weights of a step are from, JSON values by name."""
         of = {"workdir": str(self.directory), "checkpoint": step, "ema_length": self._ema_length}
         return of | ({"raw": True} if self._raw else {})
 
 
 class Weights:
-    """A network in a file of released weights, sampled as a config says whose `model` takes the
-    file's sizes."""
+    """A network in a file of released weights, with a config whose `model` has the file's sizes."""
 
     config_file = None
     differences: Mapping[str, Any] = {}
@@ -121,16 +118,21 @@ class Weights:
     def __init__(
         self, path: epath.PathLike, config: Mapping[str, Any], allow_nonfinite: bool = False
     ):
-        """Reads the names and shapes of the tensors; `allow_nonfinite`: whether they may have NaNs
-        or infinities."""
+        """Read the names and shapes of the tensors.
+
+        Args:
+          path: of the file.
+          config: for everything but the sizes of the model.
+          allow_nonfinite: whether the tensors may have NaNs or infinities.
+        """
         self._path, self._allow_nonfinite = hub.local(path, "weights"), allow_nonfinite
         self.name = f"weights {self._path}"
-        self.directory = hub.beside(path, self._path)
+        self.directory = hub.output_directory(path, self._path)
         self.config = official.fit_config(config, self._path)
 
-    def load(self, opened: Opened) -> tuple[Variables, dict[str, Any]]:
-        """(variables, where they are from)."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, opened.state.ema_variables)
+    def load(self, setup: Setup) -> tuple[Variables, dict[str, Any]]:
+        """Load (variables, their origin)."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.variables)
         _, variables = official.load(
             self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite
         )
@@ -139,27 +141,28 @@ class Weights:
 
 def restore_variables(
     workdir: epath.PathLike,
-    state: TrainState,
+    setup: Setup,
     step: int | None = None,
     allow_nonfinite: bool = False,
     raw: bool = False,
 ) -> tuple[int, Variables]:
-    """Step and variables (averaged parameters, constants) of the newest usable checkpoint in a work
-    directory.
+    """Restore the newest usable checkpoint's step and variables (averaged parameters, constants).
 
     Args:
       workdir: of the run.
-      state: shapes and shardings of its state.
-      step: of a checkpoint that is wanted instead.
+      setup: its experiment.
+      step: of a checkpoint, instead of the newest.
       allow_nonfinite: whether one with NaNs or infinities is usable.
-      raw: whether the parameters themselves are wanted (for which all of the state is read).
+      raw: whether to return the parameters themselves (for which all of the state is read).
 
     Raises:
       UserError: there is none.
     """
-    items = items_of(state)
-    wanted = {"constants": items.get("constants", state.constants)}
-    wanted |= {"state": items["state"]} if raw else {"ema": items["ema"]}
+    wanted = {"constants": setup.variables["constants"]}
+    if raw:
+        wanted["state"] = items_of(setup.state)["state"]
+    else:
+        wanted["ema"] = setup.variables["params"]
     step, items = _restore_items(workdir, wanted, step, allow_nonfinite)
     params = items["state"]["params"] if raw else items["ema"]
     return step, {"params": params, "constants": items["constants"]}
@@ -171,8 +174,10 @@ def _restore_items(
     step: int | None = None,
     allow_nonfinite: bool = False,
 ) -> tuple[int, dict[str, Any]]:
-    """Items of the newest usable checkpoint by name; one without arrays is not in a checkpoint, and
-    comes back as it is."""
+    """Restore items of the newest usable checkpoint by name.
+
+    One without arrays is not in a checkpoint, and comes back as it is.
+    """
     checkpoints = checkpoint.Checkpoints(epath.Path(workdir) / workdirs.CHECKPOINTS)
     restored = checkpoints.restore(
         {name: tree for name, tree in shapes.items() if tree}, step, allow_nonfinite
@@ -184,25 +189,20 @@ def _restore_items(
 
 
 def reconstruct_variables(
-    workdir: epath.PathLike,
-    state: TrainState,
-    lengths: Sequence[float],
-    length: float,
-    until: int | None = None,
+    workdir: epath.PathLike, setup: Setup, length: float, until: int | None = None
 ) -> tuple[int, Variables]:
-    """Step of the newest snapshot of a run, and its network's variables with averages of a length
-    of choice.
+    """Return the step of a run's last snapshot used, and variables with an average of any length.
 
     Args:
       workdir: of the run.
-      state: shapes and shardings of its state.
-      lengths: of the averages that it keeps snapshots of (`ema.power_lengths`).
-      length: that is wanted.
-      until: step of the snapshot at which the average shall end instead.
+      setup: its experiment, which has the lengths of the averages that it keeps snapshots of.
+      length: of the new average.
+      until: step of the snapshot at which the average ends; None: the newest.
 
     Raises:
       UserError: the run keeps no snapshots, one cannot be read, or an impossible length.
     """
+    lengths = setup.experiment.ema.power_lengths
     snapshots = checkpoint.Checkpoints(epath.Path(workdir) / workdirs.SNAPSHOTS)
     steps = snapshots.steps()
     if not steps:
@@ -210,6 +210,7 @@ def reconstruct_variables(
             f"workdir {workdir} has no snapshots of averages: train with ema.power_lengths, or "
             "leave out --ema_length"
         )
+    # Snapshots up to the end of the average, all of which must be whole.
     if until is not None:
         if until not in steps:
             raise UserError(
@@ -218,32 +219,35 @@ def reconstruct_variables(
             )
         steps = [step for step in steps if step <= until]
     for step in steps:
-        if "updates" not in snapshots.facts(step):
+        if "updates" not in snapshots.metadata(step):
             raise UserError(
                 f"snapshot {step} in {snapshots.directory} is damaged: move it away, or leave out "
                 "--ema_length"
             )
-    times = [snapshots.facts(step)["updates"] for step in steps for _ in lengths]
+    # Factors by the updates that were made; skipped ones changed nothing.
+    times = [snapshots.metadata(step)["updates"] for step in steps for _ in lengths]
     factors = power_ema.reconstruction(
         times, list(lengths) * len(steps), times[-1], length
     ).reshape(len(steps), len(lengths))
-    items = {"power_emas": {str(index): shapes for index, shapes in enumerate(state.power_emas)}}
+    averages = {str(index): setup.variables["params"] for index in range(len(lengths))}
+    # One snapshot in memory at a time.
     params = None
     with Progress(
-        "reconstruct", len(steps), unit="snapshot", shown=distributed.is_first()
+        "reconstruct", len(steps), unit="snapshot", shown=distributed.is_primary()
     ) as progress:
         for step, row in zip(steps, factors, strict=True):
-            averages = snapshots.restore_step(step, items)["power_emas"]
+            restored = snapshots.restore_step(step, {"power_emas": averages})["power_emas"]
             for index, factor in enumerate(row):
-                params = power_ema.add_scaled(params, averages[str(index)], factor)
+                params = power_ema.add_scaled(params, restored[str(index)], factor)
             progress.advance()
-    _, items = _restore_items(workdir, {"constants": state.constants}, allow_nonfinite=True)
+    _, items = _restore_items(
+        workdir, {"constants": setup.variables["constants"]}, allow_nonfinite=True
+    )
     return steps[-1], {"params": params, "constants": items["constants"]}
 
 
-def open_weaker(experiment: Experiment, workdir: str) -> tuple[Run, Opened]:
-    """The run of the weaker network of autoguidance, which must take and give what the main one
-    does.
+def open_guide(experiment: Experiment, workdir: str) -> tuple[Run, Setup]:
+    """Open the run of autoguidance's guiding network, which must fit the main one.
 
     Raises:
       UserError: it does not, or there is no run.
@@ -254,24 +258,23 @@ def open_weaker(experiment: Experiment, workdir: str) -> tuple[Run, Opened]:
             "choose another guidance"
         )
     run = Run(workdir)
-    weaker = open_experiment(run.config, to_train=False, config_file=run.config_file)
+    guide = setup_experiment(run.config, to_train=False, config_file=run.config_file)
     ours, theirs = (
         (one.process, one.model.sample_shape, one.model.num_classes)
-        for one in (experiment, weaker.experiment)
+        for one in (experiment, guide.experiment)
     )
     if ours != theirs:
         raise UserError(
             f"guidance.workdir {workdir} differs in process, shape or number of classes: name a "
             "run like the main one"
         )
-    return run, weaker
+    return run, guide
 
 
 def config_for_weights(
     config: ConfigDict | None, weights: str, input_size: int | None = None
 ) -> dict[str, Any]:
-    """The config that released weights are used with: the one given, or that of their size in
-    `configs/`.
+    """Return the config for released weights: the one given, or that of their size in `configs/`.
 
     Args:
       config: as it is given, None if it is not.
@@ -290,24 +293,24 @@ class Networks(NamedTuple):
 
     Attributes:
       variables: of the network.
-      weaker: of the second network of autoguidance, or None.
+      guide: of autoguidance's guiding network, or None.
       origin: where they are from, JSON values by name.
     """
 
     variables: Variables
-    weaker: Variables | None
+    guide: Variables | None
     origin: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class SamplingOptions:
     """How the samples of a network are drawn, as a request says it.
 
     Attributes:
       labels: one for each sample, or text as `labels.parse_labels` reads it; None: seed modulo
         classes.
       overrides: settings of sampling by key, in place of the config's.
-      decoding: by which autoencoder latents become pictures, or None.
+      decoding: by which autoencoder latents become images, or None.
     """
 
     labels: Sequence[int] | str | None = None
@@ -316,30 +319,30 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SampleRequest:
     """What is asked for, checked.
 
     Attributes:
       source: of the network.
-      opened: the source's experiment on a mesh.
+      setup: the source's experiment on a mesh.
       experiment: the same, sampled as asked for.
       seeds, labels: (N,) int64.
       words: the labels for people; None: the default ones.
       sampler: that draws.
-      weaker: run of the second network of autoguidance, and its experiment.
-      decoder: from latents to pictures, or None.
+      guide: run of autoguidance's guiding network, and its experiment.
+      decoder: from latents to images, or None.
       scale: of the guidance, where the sampler has another one, see `Sampler.draw_batch`.
     """
 
     source: Run | Weights
-    opened: Opened
+    setup: Setup
     experiment: Experiment
     seeds: np.ndarray
     labels: np.ndarray
     words: str | None
     sampler: Sampler
-    weaker: tuple[Run, Opened] | None
-    decoder: Decoder | None
+    guide: tuple[Run, Setup] | None
+    decoder: LatentDecoder | None
     scale: float | None = None
 
     @classmethod
@@ -348,55 +351,59 @@ class Asked:
         source: Run | Weights,
         *,
         seeds: Sequence[int],
-        drawing: Drawing = Drawing(),
-        opened: Opened | None = None,
-    ) -> "Asked":
-        """Checks a request; arguments and errors as of `sample`. `opened`: the source's experiment,
-        if it is open already."""
-        opened = opened or open_experiment(
+        options: SamplingOptions = SamplingOptions(),
+        setup: Setup | None = None,
+    ) -> "SampleRequest":
+        """Check a request; errors as of `sample`.
+
+        Args:
+          source: of the network.
+          seeds: one seed number per sample.
+          options: how they are drawn.
+          setup: the source's experiment, if it is set up already.
+        """
+        setup = setup or setup_experiment(
             source.config, to_train=False, config_file=source.config_file
         )
-        usual, model = opened.experiment.sampling, opened.experiment.model
+        usual, model = setup.experiment.sampling, setup.experiment.model
 
         # --- Seeds, labels, settings.
         if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
             raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
-        label_of = _labels(drawing.labels, seeds, model.num_classes, source.name)
-        sampling = usual.overridden(drawing.overrides)
+        label_of = _labels(options.labels, seeds, model.num_classes, source.name)
+        sampling = usual.overridden(options.overrides)
         if sampling.guidance.needs_labels and not model.num_classes:
             raise UserError(
                 f"the model in {source.name} is unconditional: leave out --guidance.scale"
             )
-        experiment = opened.experiment.with_sampling(sampling)
-        weaker = None
-        if sampling.guidance.needs_weaker:
-            weaker = open_weaker(experiment, getattr(sampling.guidance, "workdir", ""))
+        experiment = setup.experiment.with_sampling(sampling)
+        guide = None
+        if sampling.guidance.needs_guide:
+            guide = open_guide(experiment, getattr(sampling.guidance, "workdir", ""))
         words = None
         if not np.array_equal(label_of, default_labels(seeds, model.num_classes)):
-            text = drawing.labels
+            text = options.labels
             words = text if isinstance(text, str) else in_short(label_of.tolist())
 
         # --- The sampler, on devices that hold the right rows, and the decoder behind it.
-        weaker_model = weaker[1].experiment.model if weaker else None
-        sampler = Sampler(experiment, opened.mesh, len(seeds), weaker_model)
-        parallel.prove_rows(opened.mesh, sampler.batch_size)
+        guide_model = guide[1].experiment.model if guide else None
+        sampler = Sampler(experiment, setup.mesh, len(seeds), guide_model)
+        parallel.verify_batch_sharding(setup.mesh, sampler.batch_size)
         decoder = None
-        if drawing.decoding is not None:
-            decoder = drawing.decoding.open(
-                opened.mesh, sampler.batch_size, sampling.pixel_rounding
-            )
+        if options.decoding is not None:
+            decoder = options.decoding.open(setup.mesh, sampler.batch_size, sampling.pixel_rounding)
             space = experiment.space.decoded(decoder, model.sample_shape)
             experiment = dataclasses.replace(experiment, space=space)
         numbers = np.asarray(seeds, np.int64)
-        return cls(source, opened, experiment, numbers, label_of, words, sampler, weaker, decoder)
+        return cls(source, setup, experiment, numbers, label_of, words, sampler, guide, decoder)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(H, W, C) of a sample as it is written."""
         return self.experiment.space.shape(self.experiment.model.sample_shape)
 
-    def with_scale(self, scale: float) -> "Asked":
-        """The same with another scale of the guidance, drawn by the same compiled function."""
+    def with_scale(self, scale: float) -> "SampleRequest":
+        """Return the request with another scale of the guidance, for the same compiled function."""
         sampling = self.experiment.sampling
         guidance = dataclasses.replace(sampling.guidance, scale=scale)
         sampling = dataclasses.replace(sampling, guidance=guidance)
@@ -404,7 +411,7 @@ class Asked:
         return dataclasses.replace(self, experiment=experiment, scale=scale)
 
     def output(self, path: epath.PathLike | None) -> epath.Path:
-        """Where the samples go: a path that was asked for, or the one that the request names.
+        """Return where the samples go: a path that was asked for, or the request's default name.
 
         Raises:
           UserError: it is no npz file.
@@ -422,32 +429,34 @@ class Asked:
         return output
 
     def load(self) -> Networks:
-        """The networks, on the mesh.
+        """Load the networks onto the mesh.
 
         Raises:
           UserError: there is no checkpoint, or weights that cannot be read or are not finite.
         """
-        return self.beside(*self.source.load(self.opened))
+        return self.bundle(*self.source.load(self.setup))
 
-    def beside(self, variables: Variables, origin: dict[str, Any]) -> Networks:
-        """The network of these variables, which are from there, and what is needed beside it."""
-        weaker, origin = None, dict(origin)
-        if self.weaker:
-            weaker, weaker_origin = self.weaker[0].load(self.weaker[1])
-            origin |= {f"weaker {name}": value for name, value in weaker_origin.items()}
+    def bundle(self, variables: Variables, origin: dict[str, Any]) -> Networks:
+        """Bundle variables with the guiding network, and record where both came from."""
+        guide, origin = None, dict(origin)
+        if self.guide:
+            guide, guide_origin = self.guide[0].load(self.guide[1])
+            origin |= {f"weaker {name}": value for name, value in guide_origin.items()}
         if self.decoder:
             origin |= {"autoencoder": str(self.decoder.path)}
-        return Networks(variables, weaker, origin)
+        return Networks(variables, guide, origin)
 
     def identity(self, networks: Networks) -> dict[str, Any]:
-        """JSON values by name of all that the samples depend on: not how many are drawn at once,
-        nor where the networks lie."""
-        weaker_network = None
-        if self.weaker and networks.weaker is not None:
-            weaker_network = _network(self.weaker[1].experiment, networks.weaker)
+        """Return all that the samples depend on, JSON values by name.
+
+        Not how many are drawn at once, nor on which disk the networks are.
+        """
+        guide_network = None
+        if self.guide and networks.guide is not None:
+            guide_network = _network(self.guide[1].experiment, networks.guide)
         return {
             "network": _network(self.experiment, networks.variables),
-            "weaker network": weaker_network,
+            "weaker network": guide_network,
             "autoencoder": self.decoder.identity() if self.decoder else None,
             "seeds": _digest(self.seeds),
             "labels": _digest(self.labels),
@@ -456,33 +465,36 @@ class Asked:
         }
 
     def settings(self) -> dict[str, Any]:
-        """The settings of sampling that samples depend on, JSON values by name."""
+        """Return the settings of sampling that samples depend on, JSON values by name."""
         sampling = self.experiment.sampling
         return {f"sampling.{name}": value for name, value in _makes_samples(sampling).items()}
 
     def draw(self, networks: Networks, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A batch of the samples, as they are written to files, and which of them are finite.
+        """Draw a batch of the samples as they are written to files, and which of them are finite.
 
         Args:
           networks: from `load`.
-          batch: (n,) places among the seeds, n at most the sampler's batch.
+          batch: (n,) indices into the seeds, n at most the sampler's batch.
+
+        Returns:
+          (n, H, W, C) uint8 images or float32 latents, and (n,) bool.
         """
         seeds, labels = self.seeds[batch], self.labels[batch]
         drawn = self.sampler.draw_batch(
-            networks.variables, seeds, labels, networks.weaker, self.scale
+            networks.variables, seeds, labels, networks.guide, self.scale
         )
         finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
         space = self.experiment.space
-        return space.leave(drawn), finite
+        return space.from_model(drawn), finite
 
     def _differences(self) -> Iterator[tuple[str, Any]]:
-        """What of the request differs from the default one, in words."""
-        usual, sampling = self.opened.experiment.sampling, self.experiment.sampling
+        """Yield the differences from the default request, for the file's name."""
+        usual, sampling = self.setup.experiment.sampling, self.experiment.sampling
         seeds = self.seeds.tolist()
         if seeds != list(range(len(seeds))):
-            yield "seeds", _in_words(in_short(seeds))
+            yield "seeds", _describe(in_short(seeds))
         if self.words is not None:
-            yield "labels", _in_words(self.words)
+            yield "labels", _describe(self.words)
         ours, theirs = _makes_samples(sampling), _makes_samples(usual)
         for name, value in ours.items():
             if value != "" and value != theirs.get(name):
@@ -490,7 +502,7 @@ class Asked:
         place = getattr(sampling.guidance, "workdir", "")
         if place != getattr(usual.guidance, "workdir", ""):
             yield "guidance.workdir", epath.Path(place).name
-        if self.decoder and self.decoder.path.stem != self.opened.experiment.data.autoencoder:
+        if self.decoder and self.decoder.path.stem != self.setup.experiment.data.autoencoder:
             yield "vae", self.decoder.path.stem
         if self.decoder and self.decoder.dtype != "float32":
             yield "vae_dtype", self.decoder.dtype
@@ -501,7 +513,7 @@ class Asked:
 def _labels(
     asked: Sequence[int] | str | None, seeds: Sequence[int], num_classes: int, name: str
 ) -> np.ndarray:
-    """The label of each seed, (N,) int64."""
+    """Return the label of each seed, (N,) int64."""
     if asked is None:
         return default_labels(seeds, num_classes)
     if not num_classes:
@@ -512,8 +524,7 @@ def _labels(
 
 
 def _network(experiment: Experiment, variables: Variables) -> dict[str, Any]:
-    """What makes a network's samples beside the settings: what its arrays hold, and what is
-    computed with them."""
+    """Return what a network's samples depend on: its arrays, model and process."""
     return {
         "contents": checkpoint.fingerprint(variables),
         "model": workdirs.number_settings("model", experiment.model),
@@ -522,7 +533,7 @@ def _network(experiment: Experiment, variables: Variables) -> dict[str, Any]:
 
 
 def _makes_samples(sampling: Sampling) -> dict[str, Any]:
-    """Settings that samples depend on, by the names of their flags."""
+    """Return the settings that samples depend on, by the names of their flags."""
     settings: dict[str, Any] = {"pixel_rounding": sampling.pixel_rounding}
     for section, classes in CHOICES.items():
         value = getattr(sampling, section)
@@ -533,5 +544,5 @@ def _makes_samples(sampling: Sampling) -> dict[str, Any]:
     return settings
 
 
-def _in_words(text: str) -> str:
+def _describe(text: str) -> str:
     return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,9 +1,8 @@
-"""The verb `sample`: from a run or a file of released weights to files of samples, which come about
-part by part.
+"""The verb `sample`: from a run or released weights to files of samples, drawn part by part.
 
 A request for samples leaves three files of one name: the npz of ADM's evaluator (`arr_0` (N, H, W,
-C) samples, `arr_1` (N,) int64 labels), a PNG of the first hundred, and a record, JSON, of what was
-asked for. Nothing of another request is replaced unless that is asked for.
+C) samples, `arr_1` (N,) int64 labels), a PNG of the first hundred, and a record, JSON, of the
+request. Files of another request are replaced only with `overwrite`.
 """
 
 import contextlib
@@ -25,21 +24,20 @@ from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.spaces import Space
 from diffit_jax.runtime import backend, distributed, files, interruption, npz
-from diffit_jax.runtime.console import Progress
-from diffit_jax.runtime.ranges import in_short
+from diffit_jax.runtime.console import Progress, in_short
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Drawing, Networks, Run, Weights
+from diffit_jax.sampling.request import Networks, Run, SampleRequest, SamplingOptions, Weights
 
 log = logging.getLogger(__name__)
 
 _REQUEST = "request.json"
-PREVIEWED = 100  # samples in the picture
-COLUMNS, CLASSES = 10, 20  # of the picture by class, at most
-WATCHED = 8  # samples in the picture of trajectories, at most
+PREVIEWED = 100  # samples in the image
+COLUMNS, CLASSES = 10, 20  # of the image by class, at most
+TRAJECTORIES = 8  # samples in the image of trajectories, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class RequestKey:
     """A request for samples.
 
     Attributes:
@@ -56,21 +54,23 @@ class Request:
         for name in ("identity", "source"):
             object.__setattr__(self, name, files.plain(_plain(getattr(self, name))))
 
-    def look(
+    def inspect(
         self, path: epath.Path, within: str = "", complete: Callable[[Any], bool] = lambda _: True
     ) -> files.Found:
-        """What a file tells of earlier samples, as `files.Artifact` has it; `within`: the name by
-        which it holds the request (`as_json`)."""
+        """Compare a file with this request, as `files.Artifact` does.
+
+        `within` is the name by which the file holds the request (`as_json`).
+        """
 
         def identity(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-            request = content.get(within) if within else content
-            found = request.get("identity") if isinstance(request, Mapping) else None
+            request_key = content.get(within) if within else content
+            found = request_key.get("identity") if isinstance(request_key, Mapping) else None
             return found if isinstance(found, Mapping) else None
 
-        return files.Artifact(path, self.identity, identity, complete).look()
+        return files.Artifact(path, self.identity, identity, complete).inspect()
 
     def in_words(self, found: files.Found, source: Any) -> str:
-        """How another request differs from this one; `source`: of its network."""
+        """Describe how another request differs from this one; `source`: of its network."""
         if not found.differences:
             return "another request, of an older version"
         name, (theirs, ours) = next(iter(found.differences.items()))
@@ -79,39 +79,41 @@ class Request:
         return f"another {name} ({_short(theirs)}, now {_short(ours)})"
 
     def as_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
         return {"identity": self.identity, "source": self.source}
 
 
 class SampleFiles:
-    """The three files of one request, and its parts: npy files in a directory `<output>.parts`,
-    each there whole or not at all.
+    """The three files of one request, and its parts: npy files in a directory `<output>.parts`.
 
-    Used as a context manager: one process at a time owns the directory of parts.
+    Each appears whole or not at all. Used as a context manager: one process at a time owns the
+    directory of parts.
     """
 
-    def __init__(self, output: epath.Path, request: Request, overwrite: bool = False):
-        """Names the files of a request; `overwrite`: whether those of another one, or of unknown
-        origin, may be replaced."""
-        self.output, self.request, self._overwrite = output, request, overwrite
-        self.picture, self.record = output.with_suffix(".png"), output.with_suffix(".json")
+    def __init__(self, output: epath.Path, request_key: RequestKey, overwrite: bool = False):
+        """Name the files of a request.
+
+        `overwrite`: whether those of another one, or of unknown origin, may be replaced.
+        """
+        self.output, self.request_key, self._overwrite = output, request_key, overwrite
+        self.image, self.record = output.with_suffix(".png"), output.with_suffix(".json")
         self._parts = output.parent / f"{output.name}.parts"
 
     def finished(self) -> dict[str, Any] | None:
-        """The record of this request's samples, if they are all there; None if they are to be
-        drawn.
+        """Return the record of this request's samples, if they are all there; None otherwise.
 
         Raises:
           UserError: files of another request, or of unknown origin, are in the way.
         """
-        there = [path for path in (self.output, self.picture, self.record) if path.exists()]
+        there = [path for path in (self.output, self.image, self.record) if path.exists()]
         if not there:
             return None
-        found = self.request.look(
+        found = self.request_key.inspect(
             self.record,
             "request",
             lambda record: self.output in there and files.size(self.output) == record.get("bytes"),
         )
-        if self.request.look(self._parts / _REQUEST).state == "done":
+        if self.request_key.inspect(self._parts / _REQUEST).state == "done":
             return None  # it was interrupted while these files were written
         if found.state == "done":
             return dict(found.content)
@@ -119,7 +121,7 @@ class SampleFiles:
             return None
         recorded, what = found.content.get("request"), "is of unknown origin (nothing beside it"
         if isinstance(recorded, dict):
-            what = f"holds samples of {self.request.in_words(found, recorded.get('source'))}"
+            what = f"holds samples of {self.request_key.in_words(found, recorded.get('source'))}"
         else:
             what += " says of which request)"
         raise UserError(
@@ -127,11 +129,11 @@ class SampleFiles:
         )
 
     def __enter__(self) -> "SampleFiles":
-        """Opens the directory of parts, which may hold some of an interrupted run.
+        """Open the directory of parts, which may hold some of an interrupted run.
 
         Raises:
           UserError: the parts there belong to another request, a living process draws them, or the
-            place cannot be written.
+            directory cannot be written.
         """
         files.make_directory(self._parts, "output directory")
         with contextlib.ExitStack() as stack:
@@ -145,7 +147,7 @@ class SampleFiles:
 
     def _check_parts(self) -> None:
         path = self._parts / _REQUEST
-        found = self.request.look(path)
+        found = self.request_key.inspect(path)
         if found.state == "done":
             return
         if self._overwrite:
@@ -154,7 +156,7 @@ class SampleFiles:
                     entry.unlink()
         elif found.content:
             source = found.content.get("source")
-            difference = self.request.in_words(found, source)
+            difference = self.request_key.in_words(found, source)
             checkpoint = source.get("checkpoint") if isinstance(source, Mapping) else None
             named = checkpoint is not None and difference.startswith("another network")
             again = f" (--checkpoint {checkpoint})" if named else ""
@@ -164,13 +166,15 @@ class SampleFiles:
             )
         elif found.state == "other":
             raise UserError(f"{path} is damaged (it is not a request): delete {self._parts}")
-        files.write_json(path, self.request.as_json())
+        files.write_json(path, self.request_key.as_json())
 
     def done(self, count: int) -> np.ndarray:
-        """(count,) bool: which samples are in parts. A part that cannot be read goes away, and is
-        to be drawn anew."""
+        """Return which samples are in parts, (count,) bool.
+
+        A part that cannot be read is deleted, and drawn anew.
+        """
         there = np.zeros(count, bool)
-        for start, stop, path in self._stretches():
+        for start, stop, path in self._segments():
             try:
                 if len(self._read(path)) != stop - start or stop > count or there[start:stop].any():
                     raise ValueError("it has another number of samples")
@@ -182,8 +186,13 @@ class SampleFiles:
         return there
 
     def write(self, start: int, samples: np.ndarray, finite: np.ndarray) -> None:
-        """Writes a part: samples (n, H, W, C) from number `start` on, and which of them are finite,
-        (n,) bool."""
+        """Write a part.
+
+        Args:
+          start: number of its first sample.
+          samples: (n, H, W, C).
+          finite: (n,) bool, which of them are finite.
+        """
         name = f"{start:08d}-{start + len(samples):08d}"
         if not finite.all():  # first: a part that is there is complete
             files.write_bytes(
@@ -193,9 +202,9 @@ class SampleFiles:
             np.save(file, samples, allow_pickle=False)
 
     def first(self, count: int) -> np.ndarray:
-        """The first samples, at most `count`."""
+        """Return the first samples, at most `count`."""
         found, have = [], 0
-        for _, _, path in self._stretches():
+        for _, _, path in self._segments():
             if have < count:
                 found.append(np.asarray(self._read(path)))
                 have += len(found[-1])
@@ -204,19 +213,21 @@ class SampleFiles:
     def finish(
         self, labels: np.ndarray, seeds: Sequence[int] | np.ndarray, more: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Puts the parts together in the npz, one at a time, writes the record beside it, and
-        returns that; `leave` removes the parts.
+        """Join the parts in the npz, one at a time, write the record, and return it.
+
+        `remove_parts` removes the parts.
 
         Args:
           labels: (N,) ints.
           seeds: N seed numbers.
           more: JSON values that the record has too.
         """
-        stretches = self._stretches()
-        first, digest = self._read(stretches[0][2]), hashlib.sha256()
+        # Hashed and written part by part: all samples may not fit in memory.
+        segments = self._segments()
+        first, digest = self._read(segments[0][2]), hashlib.sha256()
 
         def parts() -> Iterator[bytes]:
-            for _, _, path in stretches:
+            for _, _, path in segments:
                 content = np.ascontiguousarray(self._read(path)).tobytes()
                 digest.update(content)
                 yield content
@@ -228,9 +239,10 @@ class SampleFiles:
         ):
             npz.write_rows(archive, "arr_0", first.dtype, shape, parts())
             npz.write(archive, "arr_1", np.asarray(labels, np.int64))
+        # The record last: where it stands, the npz is whole.
         bad = [
             start + row
-            for start, stop, _ in stretches
+            for start, stop, _ in segments
             for row in files.read_json(self._parts / f"{start:08d}-{stop:08d}.json", list) or []
         ]
         record = {
@@ -238,18 +250,18 @@ class SampleFiles:
             "bytes": files.size(self.output),
             "arr_0_sha256": digest.hexdigest(),
             "not_finite": {"count": len(bad), "seeds": [int(seeds[row]) for row in bad]},
-            "request": self.request.as_json(),
+            "request": self.request_key.as_json(),
             **more,
         }
         files.write_json(self.record, _plain(record))
         return record
 
-    def leave(self) -> None:
-        """Removes the parts of a finished request."""
+    def remove_parts(self) -> None:
+        """Remove the parts of a finished request."""
         self._parts.rmtree()
 
-    def _stretches(self) -> list[tuple[int, int, epath.Path]]:
-        """(first sample, the one after the last, file) of each part, in order."""
+    def _segments(self) -> list[tuple[int, int, epath.Path]]:
+        """Return (first sample, the one after the last, file) of each part, in order."""
         named = (
             (re.fullmatch(r"(\d+)-(\d+)\.npy", path.name), path)
             for path in self._parts.glob("*.npy")
@@ -264,25 +276,25 @@ class SampleFiles:
 
 
 def read_record(samples: epath.Path) -> dict[str, Any] | None:
-    """What is recorded beside a file of samples; None if there is nothing, or something else."""
+    """Return the record of a file of samples; None if there is none."""
     record = files.read_json(samples.with_suffix(".json"))
     return record if record is not None and isinstance(record.get("request"), dict) else None
 
 
-def stretches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Ascending rows in batches of consecutive ones, each at most `size` long."""
+def segments(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Divide ascending rows (n,) into batches of consecutive ones, each at most `size` long."""
     for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
         yield from (run[start : start + size] for start in range(0, len(run), size))
 
 
 def named_seeds(seeds: Iterable[int]) -> str:
-    """Seed numbers for a message: the first few."""
+    """Format seed numbers for a message: the first few."""
     seeds = list(seeds)
     return in_short(seeds[:20]) + (f" and {len(seeds) - 20} more" if len(seeds) > 20 else "")
 
 
 def _plain(value: Any) -> Any:
-    """The same with infinities, which JSON does not have, as text."""
+    """Return a value with infinities, which JSON does not have, as text."""
     if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -299,8 +311,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-@backend.pinned()
-@backend.memory_for(backend.SAMPLING_MEMORY)
+@backend.reproducible_numerics()
+@backend.explain_oom(backend.SAMPLING_OOM_HINT)
 def sample(
     source: epath.PathLike | Run | Weights,
     *,
@@ -313,29 +325,28 @@ def sample(
     by_class: bool = False,
     frames: int = 0,
 ) -> epath.Path:
-    """Draws samples and writes them as an npz file, a PNG grid and a record. Interrupted, the same
-    call goes on where it was.
+    """Draw samples and write them as an npz file, a PNG grid and a record.
 
-    A request is known by what makes samples: what the weights hold, seeds, labels, settings. If its
-    samples are there already, nothing is drawn.
+    Interrupted, the same call resumes. A request is known by what its samples depend on: the values
+    of the weights, seeds, labels, settings. If its samples are there already, nothing is drawn.
 
     Args:
       source: a work directory, or `Run` or `Weights`.
       seeds: one seed number per sample.
       labels: given out to the samples in turn, or text as in `parse_labels`; None:
         `default_labels`.
-      output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or beside the
-        weights (`latents_…` for latents), with what differs from the default request after it, see
-        `default_name`. The grid of the first 100 has the same name with `.png`, the record (what
-        was asked for, and which samples are not finite) with `.json`.
+      output: path of the npz; None: `samples_NxHxWxC.npz` in the work directory or next to the
+        weights (`latents_…` for latents), with the differences from the default request after it,
+        see `default_name`. The grid of the first 100 has the same name with `.png`, the record with
+        `.json`.
       overwrite: whether files of another request may be replaced.
-      overrides: what replaces values of the config's section `sampling`, as in
+      overrides: settings of sampling that differ from the config's section `sampling`, as in
         `Sampling.overridden`: `{"sampler.num_steps": 30, "guidance.scale": 2.0}`.
-      decoding: makes images of latents, by an autoencoder.
+      decoding: an autoencoder that decodes latents to images.
       by_class: whether to draw `NAME.classes.png` too: a row of ten for each of the first twenty
         labels.
-      frames: how many columns `NAME.trajectory.png` has, in which eight samples come about: the
-        clean sample as it is estimated along the way; 0: it is not drawn.
+      frames: columns of `NAME.trajectory.png`, which shows for eight samples the estimates of the
+        clean sample along the way; 0: it is not drawn.
 
     Returns:
       Path of the npz, laid out as ADM's evaluator reads it: `arr_0` (N, H, W, C) uint8 images (or
@@ -345,68 +356,72 @@ def sample(
       UserError: no run or checkpoint there, weights that cannot be read or are not finite, a label
         or seed out of range, settings or an autoencoder that do not fit, an output that cannot be
         written or is of another request; or, when all is written, samples that are not finite.
-      interruption.Preempted: the machine is about to be taken away; what is drawn is saved.
+      interruption.Preempted: the machine is about to be taken away; finished parts are saved.
     """
     # --- Check everything before the first thing is written.
     source = source if isinstance(source, Run | Weights) else Run(source)
-    asked = Asked.make(source, seeds=seeds, drawing=Drawing(labels, overrides or {}, decoding))
-    _check_pictures(asked, by_class, frames)
-    output = asked.output(output)
+    request = SampleRequest.make(
+        source, seeds=seeds, options=SamplingOptions(labels, overrides or {}, decoding)
+    )
+    _check_images(request, by_class, frames)
+    output = request.output(output)
     distributed.on_primary(lambda: files.make_directory(output.parent, "output directory"))
 
     # --- The networks, and with them what the request is known by.
-    networks = asked.load()
-    request = Request(asked.identity(networks), networks.origin)
+    networks = request.load()
+    request_key = RequestKey(request.identity(networks), networks.origin)
     distributed.check_agreement(
         {
-            "request for samples": lambda: str(request.identity),
+            "request for samples": lambda: str(request_key.identity),
             "code version": distributed.code_version,
         }
     )
     log.info("precision of float32 matrix products: %s", backend.matmul_precision())
 
     # --- Draw them, unless that is done already.
-    sample_files = SampleFiles(output, request, overwrite)
+    sample_files = SampleFiles(output, request_key, overwrite)
     record = distributed.on_primary(sample_files.finished)
-    if distributed.agreed(record is not None):
+    if distributed.broadcast_flag(record is not None):
         log.info("%s holds these samples already", output)
     else:
-        record = _make(asked, sample_files, networks)
+        record = _make(request, sample_files, networks)
 
-    # --- More pictures of them.
-    space = asked.experiment.space
+    # --- More images of them.
+    space = request.experiment.space
     if by_class:
-        picture = output.with_suffix(".classes.png")
-        distributed.on_primary(lambda: _draw_classes(picture, output, asked.labels, space))
+        image = output.with_suffix(".classes.png")
+        distributed.on_primary(lambda: _draw_classes(image, output, request.labels, space))
     if frames:
-        _draw_trajectory(output.with_suffix(".trajectory.png"), asked, networks, frames)
+        _draw_trajectory(output.with_suffix(".trajectory.png"), request, networks, frames)
     return _conclude(output, record)
 
 
-def _check_pictures(asked: Asked, by_class: bool, frames: int) -> None:
-    experiment = asked.experiment
+def _check_images(request: SampleRequest, by_class: bool, frames: int) -> None:
+    experiment = request.experiment
     if by_class and not experiment.model.num_classes:
-        raise UserError(f"the model in {asked.source.name} is unconditional: leave out --grid")
+        raise UserError(f"the model in {request.source.name} is unconditional: leave out --grid")
     steps = experiment.sampling.sampler.steps(experiment.process)
     if frames > steps:
         raise UserError(f"--trajectory is {frames}: the sampler has {steps} steps")
 
 
-def _make(asked: Asked, sample_files: SampleFiles, networks: Networks) -> dict[str, Any] | None:
-    """Draws the parts that are not there, puts all together, gives the first process the record."""
-    if asked.experiment.space.note:
-        log.info("%s", asked.experiment.space.note)
-    with distributed.first_holds(lambda: sample_files):
-        _draw(asked, sample_files, networks)
+def _make(
+    request: SampleRequest, sample_files: SampleFiles, networks: Networks
+) -> dict[str, Any] | None:
+    """Draw missing parts and join all; return the record on the first process."""
+    if request.experiment.space.note:
+        log.info("%s", request.experiment.space.note)
+    with distributed.primary_context(lambda: sample_files):
+        _draw(request, sample_files, networks)
         with interruption.held():  # what is complete need not be begun again
-            return distributed.on_primary(lambda: _assemble(asked, sample_files))
+            return distributed.on_primary(lambda: _assemble(request, sample_files))
 
 
-def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
-    """Draws the samples that are in no part yet, part by part."""
-    first, count = distributed.is_first(), len(asked.seeds)
+def _draw(request: SampleRequest, sample_files: SampleFiles, networks: Networks) -> None:
+    """Draw the samples that are in no part yet, part by part."""
+    first, count = distributed.is_primary(), len(request.seeds)
     done_there = sample_files.done(count) if first else np.zeros(count, bool)
-    there = np.array(distributed.from_first(done_there.tolist()))
+    there = np.array(distributed.broadcast(done_there.tolist()))
     done = int(there.sum())
 
     def kept() -> str:
@@ -415,12 +430,12 @@ def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
     progress = Progress("sample", count, done=done, unit="sample", shown=first)
     try:
         with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
-            missing = stretches(np.flatnonzero(~there), asked.sampler.batch_size)
+            missing = segments(np.flatnonzero(~there), request.sampler.batch_size)
             for batch in missing:
-                samples, finite = asked.draw(networks, batch)
+                samples, finite = request.draw(networks, batch)
                 if first:
                     if not finite.all():
-                        bad = named_seeds(asked.seeds[batch][~finite].tolist())
+                        bad = named_seeds(request.seeds[batch][~finite].tolist())
                         log.warning("samples of seeds %s are not finite", bad)
                     sample_files.write(batch[0], samples, finite)
                 progress.advance(len(samples))
@@ -431,20 +446,18 @@ def _draw(asked: Asked, sample_files: SampleFiles, networks: Networks) -> None:
         raise interruption.Interrupted(kept()) from error
 
 
-def _assemble(asked: Asked, sample_files: SampleFiles) -> dict[str, Any]:
-    """The files of a request whose parts are all there; returns the record."""
+def _assemble(request: SampleRequest, sample_files: SampleFiles) -> dict[str, Any]:
+    """Join the files of a request whose parts are all there; return the record."""
     precision = {"matmul_precision": backend.matmul_precision()}
-    record = sample_files.finish(asked.labels, asked.seeds, precision)
-    preview = asked.experiment.space.preview
-    pixels.write_preview(sample_files.picture, sample_files.first(PREVIEWED), preview)
-    sample_files.leave()
+    record = sample_files.finish(request.labels, request.seeds, precision)
+    preview = request.experiment.space.preview
+    pixels.write_preview(sample_files.image, sample_files.first(PREVIEWED), preview)
+    sample_files.remove_parts()
     return record
 
 
-def _draw_classes(
-    picture: epath.Path, output: epath.Path, labels: np.ndarray, space: Space
-) -> None:
-    """A picture with a row for each label, from the npz."""
+def _draw_classes(image: epath.Path, output: epath.Path, labels: np.ndarray, space: Space) -> None:
+    """Draw an image with a row for each label, from the npz."""
     rows = [np.flatnonzero(labels == label)[:COLUMNS] for label in np.unique(labels)[:CLASSES]]
     samples = npz.rows_of(output, "arr_0", np.concatenate(rows))
     cells = np.zeros((len(rows), COLUMNS, *samples.shape[1:]), samples.dtype)
@@ -452,36 +465,40 @@ def _draw_classes(
     for cell, row in zip(cells, rows, strict=True):
         cell[: len(row)] = samples[begin : begin + len(row)]
         begin += len(row)
-    pixels.write_preview(picture, cells.reshape(-1, *samples.shape[1:]), space.preview, COLUMNS)
-    log.info("wrote %s", picture)
+    pixels.write_preview(image, cells.reshape(-1, *samples.shape[1:]), space.preview, COLUMNS)
+    log.info("wrote %s", image)
 
 
-def _draw_trajectory(picture: epath.Path, asked: Asked, networks: Networks, frames: int) -> None:
-    """A picture of how the first samples come about, a row for each."""
-    space, size = asked.experiment.space, asked.sampler.batch_size
-    shown = np.arange(min(WATCHED, len(asked.seeds)))
+def _draw_trajectory(
+    image: epath.Path, request: SampleRequest, networks: Networks, frames: int
+) -> None:
+    """Draw the trajectories of the first samples, a row for each."""
+    space, size = request.experiment.space, request.sampler.batch_size
+    shown = np.arange(min(TRAJECTORIES, len(request.seeds)))
     rows = []
     for start in range(0, len(shown), size):
         batch = shown[start : start + size]
-        seeds, labels = asked.seeds[batch], asked.labels[batch]
-        watched = asked.sampler.watch_batch(
-            networks.variables, seeds, labels, frames, networks.weaker
+        seeds, labels = request.seeds[batch], request.labels[batch]
+        trajectory = request.sampler.sample_trajectory(
+            networks.variables, seeds, labels, frames, networks.guide
         )
-        rows.append(space.leave(watched.reshape(-1, *watched.shape[2:])))
+        rows.append(space.from_model(trajectory.reshape(-1, *trajectory.shape[2:])))
     samples = np.concatenate(rows)
 
     def write() -> None:
-        pixels.write_preview(picture, samples, space.preview, frames)
-        log.info("wrote %s", picture)
+        pixels.write_preview(image, samples, space.preview, frames)
+        log.info("wrote %s", image)
 
     distributed.on_primary(write)
 
 
 def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
-    """The end of a request on every process, given its record on the first one: good only if all
-    samples are finite."""
+    """End a request on every process, given its record on the first one.
+
+    Raises `UserError` unless all samples are finite.
+    """
     bad: Mapping[str, Any] = record["not_finite"] if record else {"count": 0}
-    if distributed.agreed(bad["count"] > 0):
+    if distributed.broadcast_flag(bad["count"] > 0):
         seeds = f" ({bad['count']}, of seeds {named_seeds(bad['seeds'])})" if record else ""
         raise UserError(
             f"{output} is written, but some of its samples are not finite{seeds}: leave them out, "

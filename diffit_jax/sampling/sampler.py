@@ -12,8 +12,8 @@ import numpy as np
 from diffit_jax import models
 from diffit_jax.diffusion import guidance, samplers
 from diffit_jax.diffusion.guidance import Guidance
-from diffit_jax.diffusion.samplers import Drawn
-from diffit_jax.diffusion.seams import Network, Process
+from diffit_jax.diffusion.samplers import SamplerOutput
+from diffit_jax.diffusion.types import Network, Process
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import SamplingMethod
 from diffit_jax.models import Model
@@ -30,7 +30,7 @@ class _Program:
     Attributes:
       model, process: of the experiment.
       method, guidance: how it samples.
-      mesh, weaker_model, copy: as in `Sampler`.
+      mesh, guide_model, copy: as in `Sampler`.
       attention: how the networks compute it here, which what was found out before decides
         (`parallel.try_kernel`).
     """
@@ -40,36 +40,36 @@ class _Program:
     method: SamplingMethod
     guidance: Guidance
     mesh: jax.sharding.Mesh
-    weaker_model: Model | None
+    guide_model: Model | None
     copy: bool | None
     attention: tuple[tuple[str, str], ...]
 
     def _draw_batch(
         self,
         variables: Variables,
-        weaker: Variables | None,
+        guide: Variables | None,
         batch: dict[str, jax.Array],
         scale: jax.Array | None = None,
     ) -> jax.Array:
-        return self._drawn(variables, weaker, batch, scale=scale).samples
+        return self._drawn(variables, guide, batch, scale=scale).samples
 
-    def _watch_batch(
+    def _sample_trajectory(
         self,
         variables: Variables,
-        weaker: Variables | None,
+        guide: Variables | None,
         batch: dict[str, jax.Array],
         frames: int,
     ) -> jax.Array:
-        return jnp.moveaxis(self._drawn(variables, weaker, batch, frames).frames, 0, 1)
+        return jnp.moveaxis(self._drawn(variables, guide, batch, frames).frames, 0, 1)
 
     def _drawn(
         self,
         variables: Variables,
-        weaker: Variables | None,
+        guide: Variables | None,
         batch: dict[str, jax.Array],
         frames: int = 0,
         scale: jax.Array | None = None,
-    ) -> Drawn:
+    ) -> SamplerOutput:
         copy = _copies(self.model) and self.copy
         if copy is None:
             memory = parallel.memory_of(parallel.local_device(self.mesh))
@@ -77,17 +77,16 @@ class _Program:
         with parallel.placement(self.mesh, whole_weights=copy):
             if copy:
                 variables = self._copied(self.model, variables)
-                if weaker is not None and self.weaker_model is not None:
-                    weaker = self._copied(self.weaker_model, weaker)
-            return self._trajectory(variables, weaker, batch, frames, scale)
+                if guide is not None and self.guide_model is not None:
+                    guide = self._copied(self.guide_model, guide)
+            return self._trajectory(variables, guide, batch, frames, scale)
 
     def _copied(self, model: Model, variables: Variables) -> Variables:
-        """The variables whole on every device, those that the network casts before use in its
-        dtype."""
+        """Copy the variables whole to every device, cast where the network casts them anyway."""
 
         def copy(path: tuple, leaf: jax.Array, cast: bool) -> jax.Array:
             leaf = leaf.astype(model.dtype) if cast else leaf
-            _, axes = parallel.axes_of(path, models.parameter_facts(model))
+            _, axes = parallel.axes_of(path, models.parameter_metadata(model))
             return parallel.whole(self.mesh, axes, leaf)
 
         return jax.tree_util.tree_map_with_path(copy, variables, cast_before_use(model, variables))
@@ -95,26 +94,26 @@ class _Program:
     def _trajectory(
         self,
         variables: Variables,
-        weaker: Variables | None,
+        guide: Variables | None,
         batch: dict[str, jax.Array],
         frames: int,
         scale: jax.Array | None,
-    ) -> Drawn:
+    ) -> SamplerOutput:
         process, method = self.process, self.method
         num_classes = self.model.num_classes
 
-        def evaluated(model: Model, variables: Variables) -> Network:
-            return method.evaluated(process, models.as_network(model, variables))
+        def model_fn(model: Model, variables: Variables) -> Network:
+            return method.model_fn(process, models.as_network(model, variables))
 
-        plain, lesser = evaluated(self.model, variables), None
-        if weaker is not None and self.weaker_model is not None:
-            lesser = evaluated(self.weaker_model, weaker)
-        guided = guidance.guide(
+        plain, guiding = model_fn(self.model, variables), None
+        if guide is not None and self.guide_model is not None:
+            guiding = model_fn(self.guide_model, guide)
+        guided = guidance.apply_guidance(
             self.guidance,
             plain,
             process.time_of,
             null_label=num_classes or None,
-            weaker=lesser,
+            guide=guiding,
             scale=scale,
         )
         noise = samplers.seeded_noise(batch["seed"], self.model.sample_shape)
@@ -124,10 +123,10 @@ class _Program:
 
 @functools.lru_cache(maxsize=4)  # each may hold its machine code in a device's memory
 def _jitted(program: _Program) -> tuple[Any, Any]:
-    """(draws a batch, draws one and shows how it came about): one pair for all samplers alike."""
+    """Return the functions that draw a batch and a trajectory, one pair for equal samplers."""
     sharding = parallel.batch_sharding(program.mesh)
     draw = jax.jit(program._draw_batch, out_shardings=sharding)
-    return draw, jax.jit(program._watch_batch, out_shardings=sharding, static_argnums=3)
+    return draw, jax.jit(program._sample_trajectory, out_shardings=sharding, static_argnums=3)
 
 
 class Sampler:
@@ -145,45 +144,49 @@ class Sampler:
         experiment: Experiment,
         mesh: jax.sharding.Mesh,
         count: int | None = None,
-        weaker_model: Model | None = None,
+        guide_model: Model | None = None,
         copy: bool | None = None,
     ):
-        """Prepares a sampler.
+        """Prepare a sampler.
 
         Args:
           experiment: model, process and section `sampling`.
           mesh: devices to draw on.
           count: how many samples there are to draw, if that is known: no more than one batch of
             them is made.
-          weaker_model: the second network of autoguidance, trained with the same process on the
-            same data.
+          guide_model: autoguidance's guiding network, trained with the same process on the same
+            data.
           copy: whether each device holds a copy of the parameters in the dtype in which the network
             uses them, while it draws a batch, instead of casting them and gathering their parts in
             every evaluation; None: where it fits, see `copy_fits`.
         """
         self.batch_size = batch_size(experiment, mesh, count)
         platform = mesh.devices.flat[0].platform
-        networks = (experiment.model, weaker_model)
+        networks = (experiment.model, guide_model)
         self._program = _Program(
             model=experiment.model,
             process=experiment.process,
             method=experiment.sampling.sampler,
             guidance=experiment.sampling.guidance,
             mesh=mesh,
-            weaker_model=weaker_model,
+            guide_model=guide_model,
             copy=copy,
             attention=tuple(one.attention_backend(platform) for one in networks if one is not None),
         )
         self._draw, self._watch = _jitted(self._program)
 
     def lower(self, variables: Variables) -> jax.stages.Lowered:
-        """The function that draws a batch, without autoguidance, ready to be compiled for variables
-        of these shapes and shardings."""
+        """Lower the function that draws a batch, without autoguidance.
+
+        For variables of these shapes and shardings.
+        """
         return self._draw.lower(variables, None, self._batch_shapes())
 
     def multiply_adds(self, variables: Variables) -> int:
-        """Multiply-adds of the matrix products and convolutions that draw a batch, without
-        autoguidance. A kernel's are those of the products that it stands for."""
+        """Count multiply-adds of matrix products and convolutions for a batch.
+
+        Without autoguidance. A kernel's are those of the products that it replaces.
+        """
         model = self._program.model.with_xla_attention()
         counted = dataclasses.replace(self._program, model=model)
         traced = jax.make_jaxpr(counted._draw_batch)(variables, None, self._batch_shapes())
@@ -196,24 +199,24 @@ class Sampler:
             for name, dtype in (("seed", np.uint32), ("label", np.int32))
         }
 
-    @backend.pinned()
+    @backend.reproducible_numerics()
     def draw_batch(
         self,
         variables: Variables,
         seeds: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
-        weaker: Variables | None = None,
+        guide: Variables | None = None,
         scale: float | None = None,
     ) -> np.ndarray:
-        """Draws one sample per seed, for at most a batch of them.
+        """Draw one sample per seed, for at most a batch of them.
 
         Args:
           variables: `params` and `constants` of the network, on the mesh.
           seeds: n seed numbers in [0, 2³²), n at most the batch size.
           labels: n labels in [0, num_classes], the last one meaning "no label"; ignored by an
             unconditional model.
-          weaker: variables of the weaker network, for autoguidance.
-          scale: of the guidance in place of the experiment's; one program serves all of them. Where
+          guide: variables of the guiding network, for autoguidance.
+          scale: of the guidance, instead of the experiment's; one program serves all of them. Where
             it is given, nothing is left out for scales near 1.
 
         Returns:
@@ -222,28 +225,30 @@ class Sampler:
         """
         at = () if scale is None else (np.float32(scale),)
         batch = self._batch(seeds, labels)
-        drawn = distributed.call_together(self._draw, variables, weaker, batch, *at)
+        drawn = distributed.call_after_barrier(self._draw, variables, guide, batch, *at)
         return distributed.gather(drawn)[: len(seeds)]
 
-    @backend.pinned()
-    def watch_batch(
+    @backend.reproducible_numerics()
+    def sample_trajectory(
         self,
         variables: Variables,
         seeds: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
         frames: int,
-        weaker: Variables | None = None,
+        guide: Variables | None = None,
     ) -> np.ndarray:
-        """How samples come about: (n, F, H, W, C) float32, the clean samples as they were estimated
-        at F steps from the first to the last; arguments as of `draw_batch`."""
+        """Draw samples and return their estimates along the way, (n, F, H, W, C) float32.
+
+        At F = `frames` steps from the first to the last; other arguments as of `draw_batch`.
+        """
         batch = self._batch(seeds, labels)
-        kept = distributed.call_together(self._watch, variables, weaker, batch, frames)
+        kept = distributed.call_after_barrier(self._watch, variables, guide, batch, frames)
         return distributed.gather(kept)[: len(seeds)]
 
     def _batch(
         self, seeds: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray
     ) -> dict[str, jax.Array]:
-        """On the mesh, filled up with copies of the last sample."""
+        """Put a batch on the mesh, padded with copies of the last sample."""
         batch = {"seed": np.asarray(seeds, np.uint32), "label": np.asarray(labels, np.int32)}
         return parallel.put_padded(self._program.mesh, batch, self.batch_size)
 
@@ -252,27 +257,28 @@ class Sampler:
         variables: Variables,
         seeds: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
-        weaker: Variables | None = None,
+        guide: Variables | None = None,
     ) -> Iterator[np.ndarray]:
-        """`draw_batch` for one batch of n seeds after the other."""
+        """Yield `draw_batch` for one batch of n seeds after the other."""
         for start in range(0, len(seeds), self.batch_size):
             part = slice(start, start + self.batch_size)
-            yield self.draw_batch(variables, seeds[part], labels[part], weaker)
+            yield self.draw_batch(variables, seeds[part], labels[part], guide)
 
     def draw(
         self,
         variables: Variables,
         seeds: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
-        weaker: Variables | None = None,
+        guide: Variables | None = None,
     ) -> np.ndarray:
-        """All of `batches` as one (n, H, W, C) float32 array."""
-        return np.concatenate(list(self.batches(variables, seeds, labels, weaker)))
+        """Draw all of `batches` as one (n, H, W, C) float32 array."""
+        return np.concatenate(list(self.batches(variables, seeds, labels, guide)))
 
 
 def batch_size(experiment: Experiment, mesh: jax.sharding.Mesh, count: int | None = None) -> int:
-    """Samples per call of the experiment's sampler, over all devices, which divide it: rounded up,
-    since samples can be spare.
+    """Return the samples per call of the experiment's sampler, over all devices, which divide it.
+
+    Rounded up, since samples can be spare.
 
     Args:
       experiment: whose `sampling.batch_per_device` counts.
@@ -289,17 +295,19 @@ def sampler_without_autoguidance(
     count: int | None = None,
     copy: bool | None = None,
 ) -> Sampler:
-    """The experiment's sampler where no weaker network is at hand; arguments as of `Sampler`."""
+    """Make the experiment's sampler without a guiding network; arguments as of `Sampler`."""
     sampling = experiment.sampling
-    if sampling.guidance.needs_weaker:
+    if sampling.guidance.needs_guide:
         unguided = dataclasses.replace(sampling, guidance=guidance.Unguided())
         experiment = experiment.with_sampling(unguided)
     return Sampler(experiment, mesh, count, copy=copy)
 
 
 def copy_bytes(model: Model, variables: Variables) -> int:
-    """Bytes of the copy that a sampler can hold on each device (see `Sampler`), if `tensor` divides
-    nothing; 0 if it makes none."""
+    """Return the bytes of the copy that a sampler can hold on each device (see `Sampler`).
+
+    If `tensor` divides nothing; 0 if it makes none.
+    """
     if not _copies(model):
         return 0
     casts = cast_before_use(model, variables)
@@ -308,8 +316,10 @@ def copy_bytes(model: Model, variables: Variables) -> int:
 
 
 def copy_fits(size: int, memory: float | None) -> bool:
-    """Whether a device holds a copy of so many bytes: up to a quarter of its memory (None: unknown,
-    and large), beside what it computes."""
+    """Return whether a device holds a copy of so many bytes: up to a quarter of its memory.
+
+    None, an unknown memory, counts as large.
+    """
     return memory is None or size <= memory / 4
 
 
@@ -318,6 +328,8 @@ def _copies(model: Model) -> bool:
 
 
 def default_labels(seeds: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
-    """The label of each seed where none is asked for: seed mod num_classes, so that consecutive
-    seeds go round the classes."""
+    """Return the default label of each seed: seed mod num_classes, (n,) int64.
+
+    So consecutive seeds go round the classes.
+    """
     return np.asarray(seeds, np.int64) % max(num_classes, 1)

@@ -1,6 +1,8 @@
-"""Training of an autoencoder between images and latents: mean absolute error and a weak
-Kullback-Leibler term. The published ones (Rombach et al. 2022) have a perceptual loss and an
-adversary besides, without which pictures of photographs stay soft; for digits it is enough.
+"""Training of an autoencoder between images and latents.
+
+By mean absolute error and a weak Kullback-Leibler term. The published ones (Rombach et al. 2022)
+have a perceptual loss and an adversary too, without which photographs stay soft; for digits it is
+enough.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ GROUPS = 8  # of the normalisations; narrow stages have too few channels for the
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderTraining:
+class AutoencoderTraining(limits.Section):
     """An autoencoder and how it is trained.
 
     Attributes:
@@ -43,13 +45,10 @@ class AutoencoderTraining:
     batch_size: Count = 16
     learning_rate: Annotated[float, above(0)] = 3e-3
     kl_weight: Annotated[float, at_least(0)] = 1e-6
-    seed: Annotated[int, at_least(0, most=2**32 - 1)] = 0
-
-    def __post_init__(self):
-        limits.check(self)
+    seed: Annotated[int, at_least(0, le=2**32 - 1)] = 0
 
     def module(self, image_channels: int) -> Autoencoder:
-        """The autoencoder of such images, whose latents are not scaled yet.
+        """Return the autoencoder of such images, whose latents are not scaled yet.
 
         Raises:
           UserError: channels that do not divide into groups.
@@ -66,7 +65,7 @@ class AutoencoderTraining:
         return module
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, of gradients that are shortened to length 1."""
+        """Return Adam, of gradients clipped to length 1."""
         ramp = max(self.steps // 10, 1)
         rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, ramp, self.steps + 1)
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
@@ -88,7 +87,7 @@ class AutoencoderState:
 
 
 def initial_state(settings: AutoencoderTraining, module: Autoencoder) -> AutoencoderState:
-    """The state before the first update."""
+    """Return the state before the first update."""
     side = module.factor
     key = jax.random.key(settings.seed, impl="threefry2x32")
     variables = module.init(key, jnp.zeros((1, side, side, module.image_channels)))
@@ -99,8 +98,10 @@ def initial_state(settings: AutoencoderTraining, module: Autoencoder) -> Autoenc
 def make_step(
     settings: AutoencoderTraining, module: Autoencoder
 ) -> Callable[[AutoencoderState, dict[str, jax.Array]], tuple[AutoencoderState, dict]]:
-    """The update as a pure function: `step(state, batch of a Source) -> (state, terms)`, the terms
-    as of `losses`."""
+    """Return the update as a pure function.
+
+    `step(state, batch of a Source) -> (state, terms)`, the terms as of `losses`.
+    """
     optimizer = settings.optimizer()
 
     def step(state: AutoencoderState, batch: dict[str, jax.Array]) -> tuple[AutoencoderState, dict]:
@@ -121,18 +122,18 @@ def make_step(
 def losses(
     module: Autoencoder, variables: Any, image_BHWC: jax.Array, key_B: jax.Array
 ) -> dict[str, jax.Array]:
-    """What is to become small, float32 scalars.
+    """Compute the terms of the loss, float32 scalars.
 
     Args:
       module: the autoencoder.
-      variables: of it.
+      variables: of the autoencoder.
       image_BHWC: (B, H, W, C) float32 in [-1, 1].
       key_B: (B,) keys, of the draws from posteriors.
 
     Returns:
-      `error`: mean absolute difference between images and what becomes of a latent drawn for them;
-      `kl`: divergence of the posterior from a standard normal distribution, ½ Σ (μ² + σ² - 1 -
-      ln σ²), per pixel value.
+      `error`: mean absolute difference between images and the reconstructions of latents drawn for
+      them; `kl`: divergence of the posterior from a standard normal distribution, ½ Σ (μ² + σ² - 1
+      - ln σ²), per pixel value.
     """
     mean_Bhwc, log_variance_Bhwc = _apply(module, variables, image_BHWC, "encode")
     noise_Bhwc = jax.vmap(lambda key: jax.random.normal(key, mean_Bhwc.shape[1:]))(key_B)

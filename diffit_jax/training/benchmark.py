@@ -1,5 +1,4 @@
-"""The verb `benchmark`: how fast a config trains on the devices at hand, or which of many settings
-is the fastest."""
+"""The verb `benchmark`: times updates of a config, or of all combinations of a few settings."""
 
 import contextlib
 import functools
@@ -18,22 +17,21 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment import config as experiment
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 from diffit_jax.models.model import training_flops
-from diffit_jax.run.state import create_state, open_experiment, open_training_data
-from diffit_jax.runtime import backend, distributed, parallel, ranges
-from diffit_jax.runtime.apart import apart
-from diffit_jax.runtime.chips import peak_flops
+from diffit_jax.run.state import create_state, open_training_data, setup_experiment
+from diffit_jax.runtime import backend, console, distributed, parallel
+from diffit_jax.runtime.backend import peak_flops
 from diffit_jax.runtime.console import Progress
+from diffit_jax.runtime.run_in_subprocess import run_in_subprocess
 from diffit_jax.training.loop import batches_on
 from diffit_jax.training.step import compile_train_step
 
 
-@backend.pinned()
-@backend.memory_for(backend.TRAINING_MEMORY)
+@backend.reproducible_numerics()
+@backend.explain_oom(backend.TRAINING_OOM_HINT)
 def measure(
     config: ConfigDict, *, steps: int, devices: Sequence[jax.Device] | None = None
 ) -> dict[str, Any]:
-    """Compiles the training step of a config and times updates on its own data, the loader
-    included.
+    """Compile the training step of a config and time updates on its own data, loader included.
 
     Args:
       config: as for training; nothing is written.
@@ -42,35 +40,37 @@ def measure(
 
     Returns:
       `device`, `devices`, `jax`: what ran; `compile_s`: seconds to trace and compile the step;
-        `step_ms_median`, `step_ms_min`:
-      milliseconds from one update to the next; `steps_per_s`, `images_per_s`: from the median;
-      `data_wait_share`: share of the time spent waiting for a batch; `mfu`: share of the devices'
-      bfloat16 peak, where it is known; `matmul_precision`: of float32 products;
-      `attention`: how it is computed;
-      `peak_memory_gb`: of the process on a CPU, else of this process's first device.
+      `step_ms_median`, `step_ms_min`: milliseconds from one update to the next; `steps_per_s`,
+      `images_per_s`: from the median; `data_wait_share`: fraction of the time spent waiting for a
+      batch; `mfu`: fraction of the devices' bfloat16 peak, where it is known; `matmul_precision`:
+      of float32 products; `attention`: how it is computed; `peak_memory_gb`: of the process on a
+      CPU, else of this process's first device.
     """
-    opened = open_experiment(config, devices)
-    experiment, mesh, size = opened.experiment, opened.mesh, opened.experiment.training.batch_size
-    source = distributed.first_then_all(lambda: open_training_data(experiment))
+    setup = setup_experiment(config, devices)
+    experiment, mesh, size = setup.experiment, setup.mesh, setup.experiment.training.batch_size
+    source = distributed.primary_first(lambda: open_training_data(experiment))
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
     )
-    parallel.prove_rows(mesh, size)
+    parallel.verify_batch_sharding(mesh, size)
+    # The data, the state and the compiled update, as in training.
     waits: list[float] = []
     waiting = functools.partial(_timed, waits)
     stream = batches_on(mesh, source, size, experiment.seed, waiting=waiting)
     state, batch = create_state(experiment, mesh), next(stream)
-    train_step, collected, compile_s = compile_train_step(opened, state, batch)
+    train_step, collected, compile_s = compile_train_step(setup, state, batch)
 
+    # The first three updates warm up caches and the loader.
     times: list[float] = []
-    shown = distributed.is_first()
+    shown = distributed.is_primary()
     with Progress("benchmark", steps + 3, shown=shown) as progress, distributed.lost_processes():
         for _ in range(steps + 3):
             with _timed(times):
-                state, collected = train_step(state, collected, batch, opened.objective.frozen)
+                state, collected = train_step(state, collected, batch, setup.objective.frozen)
                 batch = next(stream)
                 jax.block_until_ready(state)
             progress.advance()
+    # The median: single updates are disturbed by other programs.
     median = statistics.median(times[3:])
     device = parallel.local_device(mesh)
     peak, flops = peak_flops(device), training_flops(experiment.model) * size / median / mesh.size
@@ -86,21 +86,21 @@ def measure(
         "data_wait_share": sum(waits[4:]) / sum(times[3:]),
         **({"mfu": flops / peak} if peak else {}),
         "matmul_precision": backend.matmul_precision(),
-        "attention": models.attention_in_words(experiment.model, device.platform),
+        "attention": models.describe_attention(experiment.model, device.platform),
         "peak_memory_gb": _peak_memory(device) / 1e9,
     }
 
 
 @contextlib.contextmanager
 def _timed(seconds: list[float]) -> Iterator[None]:
-    """Notes how long the block took."""
+    """Append the duration of the block."""
     started = time.perf_counter()
     yield
     seconds.append(time.perf_counter() - started)
 
 
 def _peak_memory(device: jax.Device) -> int:
-    """Bytes: of the device where it counts them, else the largest resident size of this process."""
+    """Return the bytes of the device where it counts them, else this process's resident size."""
     counted = device.memory_stats() or {}
     if "peak_bytes_in_use" in counted:
         return counted["peak_bytes_in_use"]
@@ -110,9 +110,9 @@ def _peak_memory(device: jax.Device) -> int:
 
 # What `--sweep` varies; batch is of all devices.
 KNOWN = {
-    "batch": ranges.SweepKey(int, "it must be a whole number", bare=True),
-    "remat": ranges.SweepKey(str, bare=True),
-    "attention": ranges.SweepKey(str, bare=True),
+    "batch": console.SweepKey(int, "it must be a whole number", bare=True),
+    "remat": console.SweepKey(str, bare=True),
+    "attention": console.SweepKey(str, bare=True),
 }
 _KEYS = {"batch": "training.batch_size", "remat": "model.remat", "attention": "model.attention"}
 _UNITS = f"{'images/s':>10} {'ms':>9} {'MFU':>7} {'GB':>7}"
@@ -126,10 +126,10 @@ def matrix(
     fewer_devices: bool = False,
     show: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Times updates for all combinations of settings.
+    """Time updates for all combinations of settings.
 
-    Each is measured in a process of its own: what one holds the next does not lack, the memory is
-    its own, and one that is too large ends itself only. This process leaves the devices alone.
+    Each is measured in a process of its own, with all of the memory, and one that is too large ends
+    itself only. This process leaves the devices alone.
 
     Args:
       config: as for training; nothing is written.
@@ -141,20 +141,19 @@ def matrix(
       show: called with each line of the table when it is known, and at the end with the best.
 
     Returns:
-      Of each combination its settings, with the figures of
-        `benchmark.measure` or an `error`.
+      The settings of each combination, with the figures of `measure` or an `error`.
 
     Raises:
-      UserError: a value that cannot be, or none of them can be measured.
+      UserError: an impossible value, or none of them can be measured.
     """
     own = config.training.batch_size
     usual: dict[str, Callable[[], Sequence[Any]]] = {
         "batch": lambda: (max(own // 2, 1), own, own * 2),
         "remat": lambda: tuple(REMAT_POLICIES),
-        "attention": lambda: platforms.of(apart(_platform)).attentions,
+        "attention": lambda: platforms.of(run_in_subprocess(_platform)).attentions,
     }
     dimensions = {name: values or usual[name]() for name, values in sweep.items()}
-    trials = ranges.combinations(dimensions)
+    trials = console.combinations(dimensions)
     configs = [_varied(config, trial) for trial in trials]
     for changed in configs:
         experiment.build(changed)
@@ -163,7 +162,7 @@ def matrix(
     found = []
     for trial, changed in zip(trials, configs, strict=True):
         try:
-            figures = apart(_measure, changed.to_dict(), steps, fewer_devices)
+            figures = run_in_subprocess(_measure, changed.to_dict(), steps, fewer_devices)
         except UserError as error:
             figures = {"error": str(error)}
         found.append(figures | trial)
@@ -203,12 +202,12 @@ def _platform() -> str:
 
 
 def _measure(config: dict[str, Any], steps: int, fewer_devices: bool) -> dict[str, Any]:
-    """`benchmark.measure`, of a network whose attention is computed as its config says."""
+    """Call `measure` for a network whose attention is computed as its config says."""
     given = ConfigDict(config)
     built, wanted = experiment.build(given), config["model"].get("attention", "auto")
     platform = _platform()
     if wanted not in ("auto", built.model.attention_backend(platform)[0]):
-        words = models.attention_in_words(built.model, platform)
+        words = models.describe_attention(built.model, platform)
         raise UserError(f"not served here: {words}")
     devices = None
     if fewer_devices:

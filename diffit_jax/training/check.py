@@ -49,7 +49,7 @@ def check(
     workdir: epath.PathLike | None = None,
     devices: Callable[[ConfigDict], Sequence[jax.Device] | None] = lambda _: None,
 ) -> Checked:
-    """Trains the first updates of an experiment and compares the losses with a reference curve.
+    """Train the first updates of an experiment and compare the losses with a reference curve.
 
     Args:
       curve: of `configs/curves`.
@@ -85,7 +85,7 @@ def check(
 
 
 def table(checked: Checked) -> str:
-    """It as text, a line for each report."""
+    """Format the result as text, a line for each report."""
     lines = [f"{'update':>7} {'loss':>9}   band of the curve"]
     for place, update in enumerate(checked.updates):
         mark = "   outside" if place in checked.outside else ""

@@ -1,5 +1,7 @@
-"""The loss on examples that training does not see, at noise levels and with noise that are the same
-every time: the cheap signal of a long run, whose curve has no noise but that of the parameters."""
+"""The loss on examples that training does not see, at fixed noise levels and with fixed noise.
+
+The cheap signal of a long run: its curve has no noise but that of the parameters.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.run.objective import DENOISING
-from diffit_jax.run.state import Opened, open_training_data
+from diffit_jax.run.state import Setup, open_training_data
 from diffit_jax.runtime import backend, distributed, parallel
 from diffit_jax.training.step import example_keys
 
@@ -21,34 +23,38 @@ SEED = 0  # of noise levels and noise, whatever the run's: curves of several run
 
 
 class HeldOutLoss:
-    """The training loss of the first examples of a test split, each with its label and without
-    augmentation and dropout.
+    """The training loss of the first examples of a test split.
+
+    Each with its label and without augmentation and dropout.
 
     Attributes:
       count: of examples.
     """
 
-    def __init__(self, opened: Opened, source: Source):
-        """`source`: the test split, see `open_held_out`."""
-        experiment, self._mesh, self._source = opened.experiment, opened.mesh, source
+    def __init__(self, setup: Setup, source: Source):
+        """Prepare; `source`: the test split, see `open_held_out`."""
+        experiment, self._mesh, self._source = setup.experiment, setup.mesh, source
         self.count = min(experiment.evaluation.loss_examples, len(source))
         most = experiment.training.batch_size // experiment.training.accumulation
         self._size = parallel.next_batch_size(self._mesh, min(self.count, most))
         sharding = parallel.batch_sharding(self._mesh)
         self._losses = jax.jit(functools.partial(losses, experiment), out_shardings=sharding)
 
-    @backend.pinned()
+    @backend.reproducible_numerics()
     def __call__(self, networks: Mapping[str, Any]) -> dict[str, float]:
-        """The mean loss by name of networks, their variables by name. All processes call it."""
+        """Compute the mean loss of networks by name, given their variables by name.
+
+        All processes call it.
+        """
         found: dict[str, list[np.ndarray]] = {name: [] for name in networks}
         for start in range(0, self.count, self._size):
             places = np.minimum(np.arange(start, start + self._size), self.count - 1)
-            mine = places[parallel.local_rows(self._mesh, self._size)]
-            examples = {**self._source.read(mine), "place": mine.astype(np.int32)}
+            mine = places[parallel.local_batch_indices(self._mesh, self._size)]
+            examples = {**self._source.read(mine), "index": mine.astype(np.int32)}
             batch = parallel.put_batch(self._mesh, examples, self._size)
             for name, variables in networks.items():
                 with parallel.placement(self._mesh):
-                    of_batch = distributed.call_together(self._losses, variables, batch)
+                    of_batch = distributed.call_after_barrier(self._losses, variables, batch)
                 found[name].append(distributed.gather(of_batch)[: self.count - start])
         return {
             name: float(np.concatenate(each).mean(dtype=np.float64)) for name, each in found.items()
@@ -56,16 +62,19 @@ class HeldOutLoss:
 
 
 def losses(experiment: Experiment, variables: Any, examples: Mapping[str, jax.Array]) -> jax.Array:
-    """The process's loss of each example, (B,) float32; `examples` as of a `Source`, and `place`
-    (B,) int32, of which noise level and noise are functions."""
-    key_B = jax.vmap(lambda place: example_keys(SEED, place, 1)[0])(examples["place"])
+    """Compute the process's loss of each example, (B,) float32.
+
+    `examples` as of a `Source`, with `index` (B,) int32, of which noise level and noise are
+    functions.
+    """
+    key_B = jax.vmap(lambda index: example_keys(SEED, index, 1)[0])(examples["index"])
     return DENOISING(
         experiment, variables, {}, examples, key_B=key_B, update=jnp.int32(0), training=False
     )[0]
 
 
 def open_held_out(experiment: Experiment) -> Source:
-    """The test split of an experiment's data set.
+    """Open the test split of an experiment's data set.
 
     Raises:
       UserError: there is none.

@@ -1,6 +1,7 @@
-"""Where the figures and pictures of a run go: TensorBoard's events always, Weights & Biases where
-`training.wandb` names a project there; and curves, read from events or reference files and
-compared."""
+"""Logs of a run: TensorBoard's events always, Weights & Biases where `training.wandb` is set.
+
+And curves, read from events or reference files and compared.
+"""
 
 import contextlib
 import dataclasses
@@ -28,22 +29,22 @@ log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """One place for figures and pictures."""
+    """One place for figures and images."""
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars of a step, by name."""
+        """Log scalars of a step, by name."""
         ...
 
-    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """A uint8 picture of 1 or 3 channels."""
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """Log a uint8 image of 1 or 3 channels."""
         ...
 
     def flush(self) -> None:
-        """Returns when what was logged is written, where that can be waited for."""
+        """Wait until everything logged is written, where that can be waited for."""
         ...
 
     def close(self) -> None:
-        """Ends the log."""
+        """End the log."""
         ...
 
 
@@ -51,22 +52,26 @@ class TensorBoard:
     """Event files in a work directory, which TensorBoard shows with `--logdir`."""
 
     def __init__(self, workdir: epath.Path, config: ConfigDict, first_step: int):
-        """Begins a file. What was logged after `first_step`, which a restored run does again, is
-        not to be shown."""
+        """Begin a file of events.
+
+        Events after `first_step`, which a restored run repeats, are purged.
+        """
         self._place = workdir / workdirs.EVENTS
         self._writer = SummaryWriter(str(self._place), purge_step=first_step + 1)
         for part in summary.hparams(flat(config), {"loss": 0}):
             self._writer.file_writer.add_summary(part)
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Log scalars of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """Log a uint8 image of 1 or 3 channels."""
         self._writer.add_image(name, image_HWC, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Raises `UserError` if the events cannot be written."""
+        """Write the events. Raises `UserError` if they cannot be written."""
         try:
             self._writer.flush()
         except OSError as error:
@@ -76,15 +81,16 @@ class TensorBoard:
             ) from error
 
     def close(self) -> None:
+        """End the file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run at wandb.ai (or offline, with WANDB_MODE=offline). Its id is kept in the work
-    directory, so that a run which is continued goes on there too.
+    """A run at wandb.ai (or offline, with WANDB_MODE=offline).
 
-    A run does not end because nobody can be told of it: when wandb fails, that is a warning, and no
-    more is sent.
+    Its id is kept in the work directory, so that a run which is resumed continues there too. A run
+    does not end because nobody can be told of it: when wandb fails, that is a warning, and no more
+    is sent.
     """
 
     def __init__(self, workdir: epath.Path, config: ConfigDict, project: str):
@@ -102,7 +108,7 @@ class WeightsAndBiases:
         self._guarded(lambda: self._begin(settings))
 
     def _own_id(self, project: str) -> str:
-        """That of the run in the work directory, or a new one if there is none in this project."""
+        """Return the id of the run in the work directory, or a new one for another project."""
         path = self._workdir / workdirs.WANDB_FILE
         kept = {}
         if path.exists():
@@ -124,18 +130,21 @@ class WeightsAndBiases:
         log.info("wandb: run %s, %s", self._run.id, self._run.dir if _offline() else self._run.url)
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Log scalars of a step."""
         self._send({"step": step, **values})
 
-    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """Log a uint8 image of 1 or 3 channels."""
         import wandb
 
         image = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
         self._send({"step": step, name: wandb.Image(image)})
 
     def flush(self) -> None:
-        """wandb sends by itself, from a process of its own."""
+        """Do nothing: wandb sends by itself, from a process of its own."""
 
     def close(self) -> None:
+        """End the run."""
         if run := self._run:
             self._guarded(run.finish)
 
@@ -160,7 +169,7 @@ class Loggers:
 
     @classmethod
     def open(cls, workdir: epath.Path, config: ConfigDict, first_step: int) -> "Loggers":
-        """Those that a config asks for."""
+        """Open the loggers that a config asks for."""
         project = config.training.get("wandb", "")
         more = [WeightsAndBiases(workdir, config, project)] if project else []
         return cls([TensorBoard(workdir, config, first_step), *more])
@@ -170,22 +179,22 @@ class Loggers:
         return bool(self._loggers)
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Logger`."""
+        """Log scalars of a step, by name."""
         for logger in self._loggers:
             logger.figures(step, values)
 
-    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """See `Logger`."""
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """Log a uint8 image of 1 or 3 channels."""
         for logger in self._loggers:
-            logger.picture(step, name, image_HWC)
+            logger.image(step, name, image_HWC)
 
     def flush(self) -> None:
-        """See `Logger`."""
+        """Wait until everything logged is written."""
         for logger in self._loggers:
             logger.flush()
 
     def close(self) -> None:
-        """See `Logger`."""
+        """End the logs."""
         for logger in self._loggers:
             logger.close()
 
@@ -217,7 +226,7 @@ def _offline() -> bool:
 
 
 def flat(config: ConfigDict) -> dict[str, bool | int | float | str]:
-    """A config's values by dotted name; lists as text."""
+    """Return a config's values by dotted name; lists as text."""
     values = traverse_util.flatten_dict(config.to_dict(), sep=".")
     return {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -231,10 +240,10 @@ BAND_DEVIATIONS = 4.0
 
 
 def read_figures(workdir: epath.PathLike) -> dict[str, dict[int, float]]:
-    """The figures of a run as TensorBoard shows them: name → {step: value}, in the order of steps.
+    """Read the figures of a run as TensorBoard shows them: name → {step: value}, by step.
 
-    What a run logged after the checkpoint from which it went on is left out, as is a record that
-    is not whole (yet).
+    Figures after the checkpoint from which a run resumed are left out, as is a record that is not
+    whole (yet).
     """
     found: dict[str, dict[int, float]] = {}
     files = list((epath.Path(workdir) / workdirs.EVENTS).glob("events.*"))
@@ -251,7 +260,7 @@ def read_figures(workdir: epath.PathLike) -> dict[str, dict[int, float]]:
 
 
 def events_in(content: bytes) -> Sequence[Event]:
-    """A record is its length, a checksum, the message and a checksum."""
+    """Parse events. A record is its length, a checksum, the message and a checksum."""
     events, at = [], 0
     while at + 12 <= len(content):
         (size,) = struct.unpack("<Q", content[at : at + 8])
@@ -284,7 +293,7 @@ class Curve:
 
     @classmethod
     def read(cls, path: epath.PathLike) -> "Curve":
-        """Raises `UserError` if it is no such file."""
+        """Read a curve. Raises `UserError` if it is no such file."""
         try:
             return cls(**json.loads(epath.Path(path).read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -294,7 +303,7 @@ class Curve:
             ) from error
 
     def band(self, up_to: int) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high), the bounds of the losses of the reports up to an update.
+        """Return (low, high), the bounds of the losses of the reports up to an update.
 
         mean ± `BAND_DEVIATIONS` · d · mean, where d is the standard deviation of the losses of the
         seeds relative to their mean, pooled over these reports: the loss of a report is noisy by
@@ -306,5 +315,5 @@ class Curve:
         return mean * (1 - BAND_DEVIATIONS * deviation), mean * (1 + BAND_DEVIATIONS * deviation)
 
     def reports(self, up_to: int) -> int:
-        """How many reports there are up to an update."""
+        """Return how many reports there are up to an update."""
         return sum(update <= up_to for update in self.updates)

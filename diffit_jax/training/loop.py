@@ -1,5 +1,7 @@
-"""The loop of training, of networks and of autoencoders, and what it tells of itself: speed,
-utilisation, memory, waiting, compilations."""
+"""The loop that trains networks and autoencoders, and its measurements.
+
+Speed, utilisation, memory, waiting, compilations.
+"""
 
 import collections
 import contextlib
@@ -18,8 +20,8 @@ from diffit_jax.errors import one_line
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.models.model import training_flops
 from diffit_jax.runtime import distributed, parallel
+from diffit_jax.runtime.backend import peak_flops
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.runtime.chips import peak_flops
 from diffit_jax.runtime.console import Progress
 
 log = logging.getLogger(__name__)
@@ -35,37 +37,37 @@ class Hooks:
     checkpoints: Checkpoints
 
     def before(self, step: int) -> None:
-        """Called before an update."""
+        """Prepare an update; do nothing by default."""
 
     def update(self, batch: Any) -> None:
-        """Begins the update by a batch; the devices may be at it when this returns."""
+        """Begin the update by a batch; the devices may be at it when this returns."""
         raise NotImplementedError
 
-    def look(self, step: int, say: Callable[[str], None]) -> bool:
-        """Called after an update: reports by `say`; returns whether a checkpoint is due."""
+    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
+        """Report by `say` after an update; return whether a checkpoint is due."""
         raise NotImplementedError
 
     def save(self, step: int) -> None:
-        """Begins to write a checkpoint."""
+        """Begin to write a checkpoint."""
         raise NotImplementedError
 
     def after(self, step: int) -> None:
-        """Called when all that is due after an update is done."""
+        """Finish an update when all that is due after it is done; do nothing by default."""
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Wait until nothing is being written any more."""
         self.checkpoints.wait()
 
 
 def run_loop(name: str, hooks: Hooks, stream: Iterator[Any], first: int, total: int) -> None:
-    """Makes the updates from number `first` + 1 to `total`, each by the next batch of `stream`.
+    """Make the updates from number `first` + 1 to `total`, each by the next batch of `stream`.
 
     Raises:
       interruption.Preempted, interruption.Interrupted: the machine is about to be taken away, or
         after Ctrl-C; a checkpoint is saved.
     """
     notices = distributed.PreemptionNotice(ctrl_c=True)
-    progress = Progress(name, total, done=first, shown=distributed.is_first())
+    progress = Progress(name, total, done=first, shown=distributed.is_primary())
     with progress, notices as notice, distributed.lost_processes():
         batch = next(stream)
         for step in range(first + 1, total + 1):
@@ -75,7 +77,7 @@ def run_loop(name: str, hooks: Hooks, stream: Iterator[Any], first: int, total: 
             if step < total:
                 batch = next(stream)
             progress.advance()
-            due = hooks.look(step, progress.say)
+            due = hooks.evaluate(step, progress.say)
             # A checkpoint, on time or because the machine is about to go.
             preempted = notice.reached() and step < total
             if due or preempted:
@@ -97,9 +99,11 @@ def batches_on(
     first: int = 0,
     waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[dict[str, jax.Array]]:
-    """The global batches of a data set from number `first` on, on the devices; `waiting` goes
-    around every wait for the data."""
-    stream = batches(source, size, seed, first, parallel.local_rows(mesh, size))
+    """Yield global batches, (B, …) arrays by name, on the devices, from number `first` on.
+
+    `waiting` is entered around every wait for the data.
+    """
+    stream = batches(source, size, seed, first, parallel.local_batch_indices(mesh, size))
     while True:
         with waiting():
             batch = next(stream)
@@ -107,8 +111,10 @@ def batches_on(
 
 
 class Watch:
-    """Measures intervals of a run. `data_wait` goes around every wait for a batch; `report` ends
-    one interval and begins the next."""
+    """Measures intervals of a run.
+
+    `data_wait` goes around every wait for a batch; `report` ends one interval and begins the next.
+    """
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._device, self._devices = parallel.local_device(mesh), mesh.size
@@ -116,40 +122,41 @@ class Watch:
         self._flops_per_image = training_flops(experiment.model)
         self._peak = peak_flops(self._device)
         self._compilations = Compilations()
-        self._beside_s, self._began = 0.0, time.monotonic()
+        self._overhead_s, self._began = 0.0, time.monotonic()
         self.begin_interval(0)
 
     def start(self, step: int) -> None:
-        """Begins the first interval after batch number `step`; what was compiled before counts as
-        start-up."""
+        """Begin the first interval after batch `step`; earlier compilations are start-up."""
         self.begin_interval(step)
         self._began = self._start
         self._compilations.reset()
 
     def begin_interval(self, step: int) -> None:
-        """Begins an interval after batch number `step`."""
+        """Begin an interval after batch number `step`."""
         self._start, self._step, self._waited = time.monotonic(), step, 0.0
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Time spent in this block was spent waiting for data."""
+        """Count the time spent in this block as waiting for data."""
         started = time.monotonic()
         yield
         self._waited += time.monotonic() - started
 
     @contextlib.contextmanager
     def paused(self, state: Any) -> Iterator[None]:
-        """What happens in this block is no training: grids, evaluations. It counts in no interval,
-        but in `beside_share`; the updates that lead to `state` come before it."""
+        """Exclude this block from training's intervals: grids, evaluations.
+
+        It counts in `beside_share` instead; the updates that lead to `state` come before it.
+        """
         jax.block_until_ready(state)
         started = time.monotonic()
         yield
         seconds = time.monotonic() - started
         self._start += seconds
-        self._beside_s += seconds
+        self._overhead_s += seconds
 
     def report(self, step: int) -> dict[str, float]:
-        """Figures of the interval up to batch number `step`; the next begins.
+        """Return figures of the interval up to batch number `step`; begin the next.
 
         Returns:
           `steps_per_s`, `images_per_s`, `images_per_s_per_chip`, `tflops_per_s_per_chip` (of matrix
@@ -168,7 +175,7 @@ class Watch:
             "tflops_per_s_per_chip": per_chip * self._flops_per_image / 1e12,
             "data_wait_share": self._waited / seconds,
             "compilations": float(self._compilations.count),
-            "beside_share": self._beside_s / max(time.monotonic() - self._began, 1e-9),
+            "beside_share": self._overhead_s / max(time.monotonic() - self._began, 1e-9),
         }
         if self._peak:
             values["mfu"] = per_chip * self._flops_per_image / self._peak
@@ -186,27 +193,29 @@ _CACHE_EVENTS = {
 
 
 class Compilations:
-    """Counts programs compiled by this process, and how many of them the persistent cache had,
-    since it was made or reset."""
+    """Counts programs compiled since it was reset, and how many the persistent cache had."""
 
     def __init__(self):
         _listen()
         self.reset()
 
     def reset(self) -> None:
-        """Starts counting anew."""
+        """Start counting anew."""
         self._before = _seen.copy()
 
     @property
     def count(self) -> int:
+        """Number of programs compiled."""
         return self._since("compiled")
 
     @property
     def hits(self) -> int:
+        """Number of them that the cache had."""
         return self._since("hits")
 
     @property
     def misses(self) -> int:
+        """Number of them that it did not have."""
         return self._since("misses")
 
     def _since(self, kind: str) -> int:
@@ -218,7 +227,7 @@ _seen: collections.Counter[str] = collections.Counter()  # of the whole process
 
 @functools.cache
 def _listen() -> None:
-    """Begins to count, once for the process: jax keeps a listener for good."""
+    """Begin to count, once for the process: jax keeps a listener for good."""
 
     def on_event(event: str, **_: str | int) -> None:
         if event in _CACHE_EVENTS:
@@ -233,7 +242,7 @@ def _listen() -> None:
 
 @contextlib.contextmanager
 def cache_report(what: str) -> Iterator[None]:
-    """Says whether a compilation in this block came from the persistent cache, if there is one."""
+    """Log whether a compilation in this block came from the persistent cache, if there is one."""
     compilations = Compilations()
     yield
     directory = jax.config.jax_compilation_cache_dir
@@ -249,11 +258,13 @@ def cache_report(what: str) -> Iterator[None]:
 
 
 class Tracer:
-    """Writes a profiler trace of some steps, on every process. Use it as a context manager: what is
-    traced when it ends is written."""
+    """Writes a profiler trace of some steps, on every process.
+
+    Use it as a context manager, so that an unfinished trace is written too.
+    """
 
     def __init__(self, directory: epath.Path, steps: tuple[int, int] | None):
-        """Traces the steps from first to last of `steps` into a directory; None: never."""
+        """Trace the steps from first to last of `steps` into a directory; None: never."""
         self._directory, self._steps, self._first, self._last = directory, steps, None, 0
 
     def __enter__(self) -> "Tracer":

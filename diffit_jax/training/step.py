@@ -12,13 +12,13 @@ from clu import metrics
 from jax.sharding import Mesh
 
 from diffit_jax import platforms
-from diffit_jax.diffusion.seams import Process
+from diffit_jax.diffusion.types import Process
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import EMA
 from diffit_jax.run.objective import AVERAGE, DENOISING, Objective
 from diffit_jax.run.optimizer import learning_rate, make_optimizer
 from diffit_jax.run.power_ema import gamma_of, power_rate
-from diffit_jax.run.state import Opened, TrainState
+from diffit_jax.run.state import Setup, TrainState
 from diffit_jax.runtime import distributed, parallel
 
 Batch = dict[str, Any]  # of global arrays, or their shapes
@@ -37,14 +37,19 @@ def _metrics_of(terms: tuple[str, ...]) -> type[metrics.Collection]:
 
 
 def step_metrics(process: Process, objective: Objective = DENOISING) -> type[metrics.Collection]:
-    """A class of metrics for each process and objective, as clu has it: means over the updates
-    since the last report, kept on the device until then."""
+    """Return the class of metrics of a process and objective (clu).
+
+    Means over the updates since the last report (of learning rate and counts the last value), kept
+    on the device until then.
+    """
     return _metrics_of(objective.terms(process))
 
 
 def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
-    """One key per example of a global batch, (batch_size,): a function of (seed, step, position in
-    the batch) alone."""
+    """Return one key per example of a global batch, (batch_size,).
+
+    A function of (seed, step, position in the batch) alone.
+    """
     step_key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(jnp.arange(batch_size))
 
@@ -74,15 +79,17 @@ def _gradient_norm(experiment: Experiment, state: TrainState) -> jax.Array:
 
 
 def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
-    """Whether the parameters give a finite gradient of the process's loss on examples without
-    fault: what tells a network that blew up from bad data."""
+    """Return whether the process's loss has a finite gradient on synthetic examples.
+
+    It distinguishes a network that diverged from bad data.
+    """
     return bool(jnp.isfinite(_gradient_norm(experiment, state)))
 
 
 def make_train_step(
     experiment: Experiment, objective: Objective = DENOISING
 ) -> Callable[[TrainState, metrics.Collection, Batch, Any], tuple[TrainState, metrics.Collection]]:
-    """The update as a pure function, ready for `jit` (donate the state and the metrics).
+    """Return the update as a pure function, ready for `jit` (donate the state and the metrics).
 
     Returns:
       `step(state, metrics, batch, frozen) -> (state, metrics)`. The batch is that of a `Source`,
@@ -121,12 +128,12 @@ def make_train_step(
         state = if_finite(updated(experiment, state, gradient, batch_size), state).replace(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
-            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            consecutive_skipped=jnp.where(finite, 0, state.consecutive_skipped + 1),
             constants=state.constants,
         )
 
         # --- What the log shows: averages are over updates that were made; the counts go on.
-        counts = {name: getattr(state, name) for name in ("skipped", "skipped_in_row")}
+        counts = {"skipped": state.skipped, "skipped_in_row": state.consecutive_skipped}
         measured = step_metrics(experiment.process, objective).single_from_model_output(
             loss=loss,
             **terms,
@@ -150,8 +157,10 @@ def mean_loss(
     *,
     update: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of some examples and its terms, float32 scalars; arguments as of `Objective`, the
-    examples with `key` (n,), a key for each."""
+    """Compute the mean loss of some examples and its terms, float32 scalars.
+
+    Arguments as of `Objective`, the examples with `key` (n,), a key for each.
+    """
     examples = dict(examples)
     key_B = examples.pop("key")
     loss_B, terms = objective(
@@ -163,8 +172,10 @@ def mean_loss(
 def updated(
     experiment: Experiment, state: TrainState, gradient: Mapping[str, Any], batch_size: int
 ) -> TrainState:
-    """The state with its parameters changed by a gradient, `params` and perhaps `objective`, and
-    with every average of them."""
+    """Return the state with its parameters changed by a gradient, and every average of them.
+
+    The gradient has `params` and perhaps `objective`.
+    """
     num_updates = state.step - state.skipped
     optimizer = make_optimizer(experiment.optimizer, experiment.model)
     change, opt_state = optimizer.update(gradient["params"], state.opt_state, state.params)
@@ -188,7 +199,7 @@ def updated(
 def accumulated(
     gradient_of: Callable[[dict[str, jax.Array]], Any], examples: dict[str, jax.Array], count: int
 ) -> Any:
-    """`gradient_of(examples)` as the mean over `count` microbatches, one after the other.
+    """Return `gradient_of(examples)` as the mean over `count` microbatches of (B, …) arrays.
 
     Args:
       gradient_of: examples → pytree that is a mean over them.
@@ -214,48 +225,49 @@ def accumulated(
 
 
 def ema_rate(settings: EMA, update: jax.Array, batch_size: int) -> jax.Array:
-    """1 - beta of an update by its number (from 0): float32 scalar in (0, 1], exactly 1 in the
-    first update.
+    """Return 1 - beta of an update by its number (from 0), exactly 1 in the first update.
 
-    beta = 0.5^(1 / h) with the half-life in updates h = min(halflife_images / batch_size, update ·
-    rampup_ratio). Updates are counted, not images, which would leave the range of int32 and
-    float32; `expm1` keeps 1 - beta exact where beta is nearly 1.
+    A float32 scalar in (0, 1]. beta = 0.5^(1 / h) with the half-life in updates h =
+    min(halflife_images / batch_size, update · rampup_ratio). Updates are counted, not images, which
+    would leave the range of int32 and float32; `expm1` keeps 1 - beta exact where beta is nearly 1.
     """
     halflife = jnp.minimum(settings.halflife_images / batch_size, update * settings.rampup_ratio)
     return -jnp.expm1(-jnp.log(2.0) / jnp.maximum(halflife, 1e-8))
 
 
 def ema_update(average: Any, params: Any, rate: jax.Array) -> Any:
-    """average + rate (params - average), leaf by leaf; float32 pytrees of one structure."""
+    """Return average + rate (params - average), of float32 pytrees that are like each other."""
     return jax.tree.map(lambda mean, new: mean + rate * (new - mean), average, params)
 
 
 def compile_train_step(
-    opened: Opened, state: TrainState, batch: Batch
+    setup: Setup, state: TrainState, batch: Batch
 ) -> tuple[jax.stages.Compiled, metrics.Collection, float]:
-    """Compiles the update for a mesh: (step, empty metrics to start with, seconds it took).
+    """Compile the update for a mesh: (step, empty metrics to start with, seconds it took).
 
     The step takes over the memory of its state and metrics ("donation"), where the platform's entry
     says so.
     """
     started = time.monotonic()
-    lowered = lower_train_step(opened, state, batch)
+    lowered = lower_train_step(setup, state, batch)
     distributed.check_agreement({"program": lowered.as_text})
-    empty = step_metrics(opened.experiment.process, opened.objective).empty()
-    collected = jax.device_put(empty, parallel.replicated(opened.mesh))
+    empty = step_metrics(setup.experiment.process, setup.objective).empty()
+    collected = jax.device_put(empty, parallel.replicated(setup.mesh))
     step, seconds = lowered.compile(), time.monotonic() - started
-    distributed.meet()  # see `distributed.call_together`
+    distributed.barrier()  # see `distributed.call_after_barrier`
     return step, collected, seconds
 
 
-def lower_train_step(opened: Opened, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-    """The update for a mesh, ready to be compiled: `make_train_step`'s. State and batch may be
-    shapes with shardings."""
-    experiment, mesh, objective = opened.experiment, opened.mesh, opened.objective
+def lower_train_step(setup: Setup, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+    """Lower the update of `make_train_step` for a mesh.
+
+    State and batch may be shapes with shardings.
+    """
+    experiment, mesh, objective = setup.experiment, setup.mesh, setup.objective
     empty = step_metrics(experiment.process, objective).empty
     collected = parallel.abstract(mesh, jax.eval_shape(empty))
     donated = (0, 1) if platforms.of_mesh(mesh).donates else ()
-    laid = jax.tree.map(lambda leaf: leaf.sharding, opened.state)
+    laid = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     shardings = laid, parallel.replicated(mesh)
     step = make_train_step(experiment, objective)
     jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
@@ -264,7 +276,7 @@ def lower_train_step(opened: Opened, state: TrainState, batch: Batch) -> jax.sta
 
 
 def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:
-    """The shapes of a batch, with their shardings, whatever the data set."""
+    """Return the shapes of a batch, with their shardings, for any data set."""
     sharding = parallel.batch_sharding(mesh)
     shapes = experiment.space.batch(experiment.training.batch_size, experiment.model.sample_shape)
     return {

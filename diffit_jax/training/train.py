@@ -21,15 +21,15 @@ from diffit_jax.experiment.config import Experiment
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.objective import DENOISING, Objective
 from diffit_jax.run.state import (
-    Opened,
+    Setup,
     TrainState,
     all_finite,
     create_state,
     named,
-    open_experiment,
     open_training_data,
     restore_state,
     save_state,
+    setup_experiment,
 )
 from diffit_jax.runtime import backend, distributed, files, interruption, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
@@ -42,69 +42,69 @@ from diffit_jax.training.step import compile_train_step, gradient_is_finite
 log = logging.getLogger(__name__)
 
 
-class Looks(NamedTuple):
-    """What looks at weights while they are trained.
+class Monitors(NamedTuple):
+    """What a run's weights are watched by while they are trained.
 
     Attributes:
       grid_sampler: draws the sample grids.
-      evaluations: compare samples with a reference.
+      evaluations: compare samples with a reference, and decode latents for grids; or None.
       held_out: the loss on examples that are not trained on, or None.
     """
 
     grid_sampler: Sampler
-    evaluations: InTraining
+    evaluations: InTraining | None
     held_out: HeldOutLoss | None
 
     @classmethod
-    def open(cls, opened: Opened, config: ConfigDict, workdir: epath.Path) -> "Looks":
-        """Opens and checks everything; writes nothing. Errors as of `InTraining` and
-        `open_held_out`."""
-        experiment, held_out = opened.experiment, None
-        wandb = experiment.training.wandb if distributed.is_first() else ""
-        distributed.first_then_all(lambda: check_wandb(wandb))
+    def open(cls, setup: Setup, config: ConfigDict, workdir: epath.Path) -> "Monitors":
+        """Open and check all; write nothing. Errors as of `InTraining` and `open_held_out`."""
+        experiment, evaluations, held_out = setup.experiment, None, None
+        wandb = experiment.training.wandb if distributed.is_primary() else ""
+        distributed.primary_first(lambda: check_wandb(wandb))
         count = experiment.training.grid_images
-        grid_sampler = sampler_without_autoguidance(experiment, opened.mesh, count)
-        evaluations = InTraining(opened, config.to_dict(), workdir)
+        grid_sampler = sampler_without_autoguidance(experiment, setup.mesh, count)
+        if experiment.evaluation.steps or experiment.evaluation.vae:
+            evaluations = InTraining(setup, config.to_dict(), workdir)
         if experiment.evaluation.loss_steps:
-            source = distributed.first_then_all(lambda: open_held_out(experiment))
-            held_out = HeldOutLoss(opened, source)
+            source = distributed.primary_first(lambda: open_held_out(experiment))
+            held_out = HeldOutLoss(setup, source)
         return cls(grid_sampler, evaluations, held_out)
 
 
 class RunFiles:
     """What a run leaves in its work directory while it goes on."""
 
-    def __init__(self, opened: Opened, config: ConfigDict, workdir: epath.Path, looks: Looks):
-        self.workdir, self._opened, self._config = workdir, opened, config
-        self._experiment, self._looks = opened.experiment, looks
-        training = opened.experiment.training
+    def __init__(self, setup: Setup, config: ConfigDict, workdir: epath.Path, monitors: Monitors):
+        self.workdir, self._setup, self._config = workdir, setup, config
+        self._experiment, self._monitors = setup.experiment, monitors
+        training = setup.experiment.training
         keep, keep_every = training.keep_checkpoints, training.keep_every_steps
         self.checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep, keep_every)
         self._snapshots: Checkpoints | None = None
-        if opened.experiment.ema.power_lengths:
+        if setup.experiment.ema.power_lengths:
             self._snapshots = Checkpoints(workdir / workdirs.SNAPSHOTS, keep=10**6)
         self._loggers = Loggers()
         self._first_step = 0
 
     def restore(self) -> TrainState | None:
-        """The state of the newest usable checkpoint; newer ones, which are not, are set aside."""
-        state = restore_state(self.checkpoints, self._opened.state)
+        """Restore the newest usable checkpoint, if any; set unusable newer ones aside."""
+        state = restore_state(self.checkpoints, self._setup.state)
         if state is not None:
             self._first_step = int(state.step)
             self.checkpoints.set_aside_after(self._first_step)
         return state
 
     def open_log(self) -> None:
-        """Begins to log figures and pictures, on process 0."""
-        if distributed.is_first() and not self._loggers:
+        """Begin to log figures and images, on process 0."""
+        if distributed.is_primary() and not self._loggers:
             self._loggers = Loggers.open(self.workdir, self._config, self._first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes figures of a step."""
+        """Log figures of a step."""
         self._loggers.figures(step, values)
 
     def save(self, state: TrainState) -> None:
-        """Begins to write a checkpoint. When it is there, so is all that was left before it."""
+        """Begin to write a checkpoint. When it is there, so is all that was left before it."""
         if self._snapshots:
             self._snapshots.wait()
         self._loggers.flush()
@@ -112,7 +112,7 @@ class RunFiles:
         save_state(self.checkpoints, state, self._experiment.training.batch_size)
 
     def _put_back(self) -> None:
-        """What was in the directory beside checkpoints, if somebody has deleted it."""
+        """Write config and events anew if somebody has deleted them."""
         if self._loggers and not (self.workdir / workdirs.CONFIG_FILE).exists():
             log.warning(
                 "%s was deleted while the run went on; its config and events are written anew",
@@ -124,19 +124,20 @@ class RunFiles:
 
     def evaluates(self, step: int) -> bool:
         """Whether samples are compared with a reference after this step."""
-        return self._looks.evaluations.due(step)
+        evaluations = self._monitors.evaluations
+        return evaluations is not None and evaluations.due(step)
 
     def measures_loss(self, step: int) -> bool:
         """Whether the loss on held-out examples is measured after this step."""
         steps = self._experiment.evaluation.loss_steps
         return bool(steps) and self.every(steps, step)
 
-    def leaves_something(self, step: int) -> bool:
-        """Whether `leave_behind` has something to do."""
+    def has_work_after(self, step: int) -> bool:
+        """Whether `after_step` has something to do."""
         return self._snapshot_due(step) or self._grid_due(step) or self.evaluates(step)
 
     def every(self, steps: int, step: int) -> bool:
-        """Every so many steps, and at the last one."""
+        """Return whether a step is one of every so many, or the last one."""
         return step % steps == 0 or step == self._experiment.training.total_steps
 
     def _snapshot_due(self, step: int) -> bool:
@@ -146,93 +147,94 @@ class RunFiles:
     def _grid_due(self, step: int) -> bool:
         return self.every(self._experiment.training.grid_steps, step)
 
-    def leave_behind(self, step: int, state: TrainState, restored: bool = False) -> None:
-        """What a step leaves behind beside checkpoints: a snapshot of averages, a grid of samples,
-        an evaluation. A restored step may have ended before it did; what is there stays.
+    def after_step(self, step: int, state: TrainState, restored: bool = False) -> None:
+        """Write a snapshot of averages, a grid of samples, an evaluation, if they are due.
+
+        A restored step may have ended before they were written; those that exist stay.
 
         Raises:
           interruption.Preempted, interruption.Interrupted: in an evaluation. The checkpoint of
-            `step` is there, and so is what is measured.
+            `step` and the part that is measured are saved.
         """
         snapshots = self._snapshots
         if snapshots and self._snapshot_due(step) and step not in snapshots.steps():
-            facts = {"step": step, "updates": step - int(state.skipped)}
+            metadata = {"step": step, "updates": step - int(state.skipped)}
             # One after the other: Orbax's processes wait for each other under names made of steps.
             self.checkpoints.wait()
-            snapshots.save(step, {"power_emas": dict(named(state.power_emas))}, facts)
+            snapshots.save(step, {"power_emas": dict(named(state.power_emas))}, metadata)
         if self._grid_due(step):
             grid = self.workdir / workdirs.GRIDS / f"{step:08d}.png"
-            if not (restored and distributed.agreed(grid.exists())):
+            if not (restored and distributed.broadcast_flag(grid.exists())):
                 self._write_grid(step, grid, state)
-        if self.evaluates(step) and not (restored and self._looks.evaluations.done(step)):
+        if self.evaluates(step) and not (restored and self._monitors.evaluations.done(step)):
             self._evaluate(step, state)
 
     def _write_grid(self, step: int, path: epath.Path, state: TrainState) -> None:
-        """Samples with the seeds 0, 1, 2 …, the same each time, so that pictures of different steps
-        can be compared.
+        """Draw samples with the seeds 0, 1, 2 …, the same each time, to compare steps.
 
-        A run does not end because there is no picture of it: one that cannot be made is a warning.
+        A run does not end because of a grid: one that cannot be made is a warning.
         """
-        sampler, space = self._looks.grid_sampler, self._looks.evaluations.space
+        sampler, evaluations = self._monitors.grid_sampler, self._monitors.evaluations
+        space = evaluations.space if evaluations else self._experiment.space
         seeds = np.arange(self._experiment.training.grid_images)
         labels = default_labels(seeds, self._experiment.model.num_classes)
         try:
-            with backend.memory_for("fewer training.grid_images take less"):
+            with backend.explain_oom("fewer training.grid_images take less"):
                 samples = sampler.draw(state.ema_variables, seeds, labels)
                 finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
-                if self._looks.evaluations.decoder:
-                    samples = space.leave(samples)
+                if evaluations and evaluations.decoder:
+                    samples = space.from_model(samples)
         except OutOfMemory as error:
             log.warning("the grid %s could not be drawn: %s", path, error)
             return
-        if not distributed.is_first():
+        if not distributed.is_primary():
             return
         if not finite.all():
             bad = int((~finite).sum())
             log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
         grid = pixels.write_preview(path, samples, space.preview)
         if grid is not None:
-            self._loggers.picture(step, "grid", grid)
+            self._loggers.image(step, "grid", grid)
 
     def measure_loss(self, step: int, state: TrainState) -> None:
-        """Logs the loss on held-out examples, of the parameters and every average."""
-        assert self._looks.held_out
+        """Log the loss on held-out examples, of the parameters and every average."""
+        assert self._monitors.held_out
         weights = kinds(self._experiment, state)
-        found = self._looks.held_out({one.name: one.variables for one in weights})
+        found = self._monitors.held_out({one.name: one.variables for one in weights})
         self.log(step, {f"held_out_loss/{name}": loss for name, loss in found.items()})
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in found.items())
         log.info("step %d: held-out loss %s", step, losses)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        """Compares samples of the weights of a step with the reference."""
+        """Compare samples of the weights of a step with the reference."""
         try:
-            found = self._looks.evaluations.run(step, state)
+            found = self._monitors.evaluations.run(step, state)
         except (interruption.Preempted, interruption.Interrupted) as notice:
             self.wait()
             kept = f"checkpoint {step} is saved in {self.checkpoints.directory}, and {notice}"
             raise type(notice)(kept) from notice
         self.open_log()
         self.log(step, found.values)
-        for name, pictures in found.pictures.items():
-            grid = pixels.image_grid(pictures, columns=8)
-            self._loggers.picture(step, f"samples/{name}", grid)
+        for name, images in found.images.items():
+            grid = pixels.image_grid(images, columns=8)
+            self._loggers.image(step, f"samples/{name}", grid)
         self._loggers.flush()
-        self._looks.evaluations.finish(found)  # last: what is there is not done again
-        log.info("step %d: %s; it took %.3g s", step, found.in_words(), found.seconds)
+        self._monitors.evaluations.finish(found)  # last: what is there is not done again
+        log.info("step %d: %s; it took %.3g s", step, found.describe(), found.seconds)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Wait until nothing is being written any more."""
         self.checkpoints.wait()
         if self._snapshots:
             self._snapshots.wait()
 
     def close(self) -> None:
-        """Ends the log."""
+        """End the log."""
         self._loggers.close()
 
 
-@backend.pinned()
-@backend.memory_for(backend.TRAINING_MEMORY)
+@backend.reproducible_numerics()
+@backend.explain_oom(backend.TRAINING_OOM_HINT)
 def train(
     config: ConfigDict,
     *,
@@ -241,12 +243,12 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     objective: Objective = DENOISING,
 ) -> TrainState:
-    """Trains a config in a work directory, from its newest checkpoint if there is one, up to
-    `training.total_steps`.
+    """Train a config in a work directory, from its newest checkpoint if there is one.
 
-    The directory receives `config.json`, TensorBoard events in `events/`, sample grids in `grids/`,
-    figures in `evaluations/` and checkpoints in `checkpoints/`. A run that was killed and started
-    again ends with the same parameters as one that never stopped.
+    Up to `training.total_steps`. The directory receives `config.json`, TensorBoard events in
+    `events/`, sample grids in `grids/`, figures in `evaluations/` and checkpoints in
+    `checkpoints/`. A run that was killed and started again ends with the same parameters as one
+    that never stopped.
 
     Args:
       config: of the experiment.
@@ -261,32 +263,32 @@ def train(
       The final state.
 
     Raises:
-      UserError: a config that cannot be, a directory that holds another config's run, is in use or
+      UserError: an impossible config, a directory that holds another config's run, is in use or
         cannot be written, or a run that has diverged.
       interruption.Preempted: the machine is about to be taken away; a checkpoint is saved.
       interruption.Interrupted: the same after Ctrl-C.
     """
     # --- Check everything before the first thing is written.
     workdir = files.resolve(workdir, "workdir")
-    opened = open_experiment(config, devices, objective=objective)
-    looks = Looks.open(opened, config, workdir)
-    source = distributed.first_then_all(lambda: open_training_data(opened.experiment))
+    setup = setup_experiment(config, devices, objective=objective)
+    monitors = Monitors.open(setup, config, workdir)
+    source = distributed.primary_first(lambda: open_training_data(setup.experiment))
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
     )
-    parallel.prove_rows(opened.mesh, opened.experiment.training.batch_size)
-    with distributed.first_holds(lambda: workdirs.claimed(workdir, config)):
+    parallel.verify_batch_sharding(setup.mesh, setup.experiment.training.batch_size)
+    with distributed.primary_context(lambda: workdirs.claimed(workdir, config)):
         distributed.check_shared(workdir)
-        run = RunFiles(opened, config, workdir, looks)
-        return _train(opened, source, run, profile_steps)
+        run = RunFiles(setup, config, workdir, monitors)
+        return _train(setup, source, run, profile_steps)
 
 
 def _train(
-    opened: Opened, source: Source, run: RunFiles, profile_steps: tuple[int, int] | None
+    setup: Setup, source: Source, run: RunFiles, profile_steps: tuple[int, int] | None
 ) -> TrainState:
-    """`train` in a directory that is this run's."""
-    training, mesh = opened.experiment.training, opened.mesh
-    state = _first_state(opened, run)
+    """Train in a directory that is this run's, see `train`."""
+    training, mesh = setup.experiment.training, setup.mesh
+    state = _first_state(setup, run)
     first, total, size = int(state.step), training.total_steps, training.batch_size
     if first >= total:
         run.wait()
@@ -294,13 +296,13 @@ def _train(
         return state
 
     # --- The update, compiled before the clock starts.
-    watch = Watch(opened.experiment, mesh)
+    watch = Watch(setup.experiment, mesh)
     stream = batches_on(
-        mesh, source, size, opened.experiment.seed, first=first, waiting=watch.data_wait
+        mesh, source, size, setup.experiment.seed, first=first, waiting=watch.data_wait
     )
     batch = next(stream)
     with cache_report("training step"):
-        compiled = compile_train_step(opened, opened.state, batch)
+        compiled = compile_train_step(setup, setup.state, batch)
     kind = mesh.devices.flat[0].device_kind
     log.info("compiled the training step in %.1f s for %d x %s", compiled[2], mesh.size, kind)
     all_finite(state)  # compiled too: each checkpoint asks
@@ -308,7 +310,7 @@ def _train(
     run.open_log()
     watch.start(first)
     tracer = Tracer(run.workdir / workdirs.PROFILE, profile_steps)
-    hooks = _Training(opened, run, watch, tracer, step=compiled[:2], state=state)
+    hooks = _Training(setup, run, watch, tracer, step=compiled[:2], state=state)
     stream = itertools.chain([batch], stream)
     del state, batch  # whose memory the updates take over
     with tracer:
@@ -326,7 +328,7 @@ class _Training(Hooks):
 
     def __init__(
         self,
-        opened: Opened,
+        setup: Setup,
         run: RunFiles,
         watch: Watch,
         tracer: Tracer,
@@ -334,8 +336,8 @@ class _Training(Hooks):
         step: tuple[Any, Any],
         state: TrainState,
     ):
-        """`step`: the compiled update, and empty metrics."""
-        self._opened, self._run, self._watch, self._tracer = opened, run, watch, tracer
+        """Take a compiled update with empty metrics, `step`, and a state."""
+        self._setup, self._run, self._watch, self._tracer = setup, run, watch, tracer
         self._step, self._collected = step
         self.state, self.checkpoints = state, run.checkpoints
         self._saved_at = time.monotonic()
@@ -344,11 +346,11 @@ class _Training(Hooks):
         self._tracer.before(step)
 
     def update(self, batch: Any) -> None:
-        frozen = self._opened.objective.frozen
+        frozen = self._setup.objective.frozen
         self.state, self._collected = self._step(self.state, self._collected, batch, frozen)
 
-    def look(self, step: int, say: Callable[[str], None]) -> bool:
-        run, training = self._run, self._opened.experiment.training
+    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
+        run, training = self._run, self._setup.experiment.training
         due = run.every(training.checkpoint_steps, step) or run.evaluates(step)
         if run.every(training.log_steps, step):
             # A report waits for the devices, and so is where the clock is looked at.
@@ -357,12 +359,12 @@ class _Training(Hooks):
             run.log(step, values)
             say(_line(values))
             empty = type(self._collected).empty()
-            self._collected = jax.device_put(empty, parallel.replicated(self._opened.mesh))
+            self._collected = jax.device_put(empty, parallel.replicated(self._setup.mesh))
             if values["skipped_in_row"] >= training.max_bad_steps:
-                raise _diverged(self._opened.experiment, self.state, run.checkpoints)
+                raise _diverged(self._setup.experiment, self.state, run.checkpoints)
             if training.checkpoint_minutes:
                 minutes = (time.monotonic() - self._saved_at) / 60
-                due = distributed.agreed(minutes > training.checkpoint_minutes) or due
+                due = distributed.broadcast_flag(minutes > training.checkpoint_minutes) or due
         if run.measures_loss(step):
             with self._watch.paused(self.state):
                 run.measure_loss(step, self.state)
@@ -373,41 +375,43 @@ class _Training(Hooks):
         self._saved_at = time.monotonic()
 
     def after(self, step: int) -> None:
-        if self._run.leaves_something(step):
+        if self._run.has_work_after(step):
             with self._watch.paused(self.state):
-                self._run.leave_behind(step, self.state)
+                self._run.after_step(step, self.state)
         self._tracer.after(step)
-        if step % self._opened.experiment.training.log_steps == 0:
+        if step % self._setup.experiment.training.log_steps == 0:
             self._watch.begin_interval(step)  # checkpoints do not count
 
     def wait(self) -> None:
         self._run.wait()
 
 
-def _first_state(opened: Opened, run: RunFiles) -> TrainState:
-    """A fresh state, or that of the newest usable checkpoint; says what is trained."""
-    experiment, mesh = opened.experiment, opened.mesh
+def _first_state(setup: Setup, run: RunFiles) -> TrainState:
+    """Create a state, or restore the newest usable checkpoint; log what is trained."""
+    experiment, mesh = setup.experiment, setup.mesh
     state = run.restore()
     if state is None:
-        state = create_state(experiment, mesh, opened.objective)
+        state = create_state(experiment, mesh, setup.objective)
     step, total = int(state.step), experiment.training.total_steps
     parameters = f"{parameter_overview.count_parameters(state.params):,}"
     platform = mesh.devices.flat[0].platform
     log.info("model %s: %s parameters", type(experiment.model).__name__, parameters)
-    log.info("attention: %s", models.attention_in_words(experiment.model, platform))
+    log.info("attention: %s", models.describe_attention(experiment.model, platform))
     log.info("precision of float32 matrix products: %s", backend.matmul_precision())
     begins = "resuming at" if step else "starting at"
     log.info("%s step %d of %d in %s", begins, step, total, run.workdir)
     if step:
-        run.leave_behind(step, state, restored=True)
+        run.after_step(step, state, restored=True)
     return state
 
 
 def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoints) -> UserError:
-    """The end of a run whose batches have no finite gradient any more: what is to blame, and which
-    checkpoint is good."""
+    """Describe a run whose batches have no finite gradient any more.
+
+    Whether data or network are to blame, and which checkpoint is good.
+    """
     checkpoints.wait()
-    step, in_row, skipped = int(state.step), int(state.skipped_in_row), int(state.skipped)
+    step, in_row, skipped = int(state.step), int(state.consecutive_skipped), int(state.skipped)
     blame, followed = "the parameters have blown up: look at the rate", step - skipped
     if gradient_is_finite(experiment, state):
         blame, followed = "the network is sound: look at the data", None
@@ -424,7 +428,7 @@ def _diverged(experiment: Experiment, state: TrainState, checkpoints: Checkpoint
 
 
 def _line(values: dict[str, float]) -> str:
-    """A report on the width of a phone; everything else is in the log of figures."""
+    """Format a report for the width of a phone; everything else is in the log of figures."""
     speed = values["images_per_s"]
     return (
         f"loss {values['loss']:.4f} | {speed:,.{0 if speed >= 10 else 2}f} images/s"

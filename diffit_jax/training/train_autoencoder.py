@@ -14,10 +14,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diffit_jax.data import pixels
-from diffit_jax.data.sources import Source, Wanted, open_dataset
+from diffit_jax.data.sources import DataSpec, Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics
-from diffit_jax.ingest.encoder import Encoder
+from diffit_jax.ingest.encoder import ImageEncoder
 from diffit_jax.interop import diffusers
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import backend, distributed, files, parallel
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "training.json"
 CHECKPOINTS = "checkpoints"
-PICTURE = "reconstructions.png"
+IMAGE = "reconstructions.png"
 LOG_STEPS, CHECKPOINT_STEPS = 20, 500
 MEASURED = 1_000  # images of the test split, for the error
 SCALED = 10_000  # images of the train split, for the scale of latents
@@ -56,8 +56,8 @@ class Reconstruction(NamedTuple):
     count: int
 
 
-@backend.pinned()
-@backend.memory_for("lower --batch_size or --channels")
+@backend.reproducible_numerics()
+@backend.explain_oom("lower --batch_size or --channels")
 def train_autoencoder(
     dataset: str,
     *,
@@ -65,30 +65,31 @@ def train_autoencoder(
     settings: AutoencoderTraining = AutoencoderTraining(),
     data_dir: epath.PathLike = "",
 ) -> Reconstruction:
-    """Trains an autoencoder, or goes on with it, and writes it as a folder of diffusers' that
-    `--vae` takes. Its latents have mean 0 and variance 1 in each channel.
+    """Train an autoencoder, or resume, and write it as a folder of diffusers' that `--vae` takes.
+
+    Its latents have mean 0 and variance 1 in each channel.
 
     Args:
       dataset: name of prepared images, with a test split, see `open_dataset`.
       workdir: local or `gs://`. It receives the autoencoder (`config.json` and safetensors),
-        `reconstructions.png` (images of the test split, and below each what comes back) and
+        `reconstructions.png` (images of the test split above their reconstructions) and
         checkpoints.
       settings: the autoencoder, and how it is trained.
-      data_dir: where prepared data sets live.
+      data_dir: where prepared data sets are.
 
     Raises:
-      UserError: a data set that cannot be, a directory that holds another training, is in use or
-        cannot be written.
+      UserError: an unusable data set, a directory that holds another training, is in use or cannot
+        be written.
       interruption.Preempted, interruption.Interrupted: a checkpoint is saved.
     """
     # --- Check everything before the first thing is written.
     workdir = files.resolve(workdir, "workdir")
 
-    def opened(split: str) -> Source:
-        wanted = Wanted(example="image")
-        return distributed.first_then_all(lambda: open_dataset(dataset, split, data_dir, wanted))
+    def open_split(split: str) -> Source:
+        wanted = DataSpec(example="image")
+        return distributed.primary_first(lambda: open_dataset(dataset, split, data_dir, wanted))
 
-    train, test = opened("train"), opened("test")
+    train, test = open_split("train"), open_split("test")
     module = settings.module(train.image_shape[-1])
     if train.image_shape[0] % module.factor or train.image_shape[1] % module.factor:
         raise UserError(
@@ -97,17 +98,21 @@ def train_autoencoder(
         )
     mesh = parallel.any_mesh()
     parallel.check_batch_size(mesh, settings.batch_size, "--batch_size")
-    facts = {"dataset": dataset, "image": list(train.image_shape), **dataclasses.asdict(settings)}
+    metadata = {
+        "dataset": dataset,
+        "image": list(train.image_shape),
+        **dataclasses.asdict(settings),
+    }
     distributed.on_primary(lambda: files.make_directory(workdir, "workdir"))
-    with distributed.first_holds(lambda: files.owned(workdir, "workdir")):
-        distributed.on_primary(lambda: _claim(workdir, facts))
+    with distributed.primary_context(lambda: files.owned(workdir, "workdir")):
+        distributed.on_primary(lambda: _claim(workdir, metadata))
         state = _train(settings, module, train, mesh, workdir)
         return _finish(module, state.variables, train=train, test=test, mesh=mesh, workdir=workdir)
 
 
-def _claim(workdir: epath.Path, facts: dict[str, Any]) -> None:
-    """Makes sure that a directory holds this training or none."""
-    found = files.Artifact(workdir / SETTINGS, files.plain(facts)).look()
+def _claim(workdir: epath.Path, metadata: dict[str, Any]) -> None:
+    """Make sure that a directory holds this training or none."""
+    found = files.Artifact(workdir / SETTINGS, files.plain(metadata)).evaluate()
     for key, (was, now) in found.differences.items():
         raise UserError(
             f"workdir {workdir} holds an autoencoder with {key} {was}, not {now}: choose another "
@@ -115,7 +120,7 @@ def _claim(workdir: epath.Path, facts: dict[str, Any]) -> None:
         )
     if found.state != "done" and (workdir / diffusers.CONFIG).exists():
         raise UserError(f"workdir {workdir} holds something else: choose another workdir")
-    files.write_json(workdir / SETTINGS, facts)
+    files.write_json(workdir / SETTINGS, metadata)
 
 
 def _train(
@@ -125,24 +130,24 @@ def _train(
     mesh: Mesh,
     workdir: epath.Path,
 ) -> AutoencoderState:
-    """The state after the last update; the newest checkpoint is where it begins."""
+    """Train from the newest checkpoint, if there is one; return the state after the last update."""
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=2)
-    everywhere = parallel.replicated(mesh)
+    all_hosts = parallel.replicated(mesh)
 
     def initial() -> AutoencoderState:
         return initial_state(settings, module)
 
     abstract = parallel.abstract(mesh, jax.eval_shape(initial))
     restored = checkpoints.restore({"state": abstract})
-    state = restored[1]["state"] if restored else jax.jit(initial, out_shardings=everywhere)()
+    state = restored[1]["state"] if restored else jax.jit(initial, out_shardings=all_hosts)()
     first = int(state.step)
     if first == settings.steps:
         return state
     stream = batches_on(mesh, source, settings.batch_size, settings.seed, first=first)
     batch = next(stream)
-    update = jax.jit(make_step(settings, module), out_shardings=everywhere)
+    update = jax.jit(make_step(settings, module), out_shardings=all_hosts)
     step = update.lower(state, batch).compile()
-    distributed.meet()  # see `distributed.call_together`
+    distributed.barrier()  # see `distributed.call_after_barrier`
     hooks = _Training(settings, checkpoints, step, state)
     stream = itertools.chain([batch], stream)
     del state, batch
@@ -170,7 +175,7 @@ class _Training(Hooks):
     def update(self, batch: Any) -> None:
         self.state, self._terms = self._step(self.state, batch)
 
-    def look(self, step: int, say: Callable[[str], None]) -> bool:
+    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
         last = step == self._settings.steps
         if step % LOG_STEPS == 0 or last:
             error, kl = (float(self._terms[name]) for name in ("error", "kl"))
@@ -195,12 +200,14 @@ def _finish(
     mesh: Mesh,
     workdir: epath.Path,
 ) -> Reconstruction:
-    """Scales the latents, writes the autoencoder, and looks at what comes back."""
+    """Scale the latents, write the autoencoder, and measure reconstructions."""
     started = time.monotonic()
-    encoder = Encoder(module, variables, parallel.local_mesh(), batch_per_device=32, orientations=1)
+    encoder = ImageEncoder(
+        module, variables, parallel.local_mesh(), batch_per_device=32, orientations=1
+    )
 
     def moments(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(images, moments) of the first ones."""
+        """Return (images, moments) of the first ones."""
         images = source.read(np.arange(min(count, len(source))))["image"]
         parts = range(0, len(images), encoder.batch_size)
         encoded = [encoder.start(images[at : at + encoder.batch_size]) for at in parts]
@@ -220,12 +227,12 @@ def _finish(
     difference = images.astype(np.float64) - back
     psnr = 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9))
     result = Reconstruction(float(np.abs(difference).mean()), float(psnr), len(images))
-    if distributed.is_first():
-        # At equal distances: prepared pictures lie class by class.
+    if distributed.is_primary():
+        # At equal distances: prepared images lie class by class.
         places = np.linspace(0, len(images) - 1, min(_SHOWN, len(images))).astype(int)
         shown = np.concatenate([images[places], back[places]])
         grid = pixels.image_grid(shown, columns=len(places), min_side=64)
-        pixels.write_png(workdir / PICTURE, grid)
+        pixels.write_png(workdir / IMAGE, grid)
     log.info(
         "reconstruction of %d test images: mean error %.2f of 255 levels, PSNR %.1f dB (%.1f s)",
         *(result.count, result.error, result.psnr, time.monotonic() - started),

@@ -1,4 +1,4 @@
-"""EDM's augmentation: its original's pictures and labels from the recorded draws, and what our own
+"""EDM's augmentation: its original's images and labels from the recorded draws, and what our own
 draws must be."""
 
 import dataclasses
@@ -50,11 +50,11 @@ def some_images(count, height, width=None, channels=3):
     return jnp.asarray(np.random.RandomState(0).uniform(-1, 1, shape), jnp.float32)
 
 
-# float32 against float32: at most 8.6e-6 was measured, of pictures in [-1, 1].
+# float32 against float32: at most 8.6e-6 was measured, of images in [-1, 1].
 @pytest.mark.parametrize(
     "name", ["cifar_p1", "cifar_p012", "ffhq_p015", "grey_p1", "blit_p1", "colour_p1"]
 )
-def test_the_originals_pictures_and_labels_from_its_draws(name):
+def test_the_originals_images_and_labels_from_its_draws(name):
     recorded = golden(f"edm_augment_{name}.npz")
     draws = {}
     for ours, theirs in DRAWS.items():
@@ -99,7 +99,7 @@ def test_extreme_draws_stay_finite():
     }
     made = augment.apply(only("scale", "stretch", "shift", "rotation"), images, draws)
     assert np.isfinite(made).all()
-    assert not np.any(made[2:])  # far outside of the mirrored picture there is nothing
+    assert not np.any(made[2:])  # far outside of the mirrored image there is nothing
 
 
 # Four standard errors of a mean over 10,000 draws: one seed in 16,000 would miss such a bound.

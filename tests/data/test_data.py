@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from diffit_jax.data import pixels
 from diffit_jax.data.sources import (
     ArraySource,
+    DataSpec,
     ShuffledBatches,
     SyntheticSource,
-    Wanted,
     batches,
     open_dataset,
 )
@@ -34,7 +34,7 @@ except Exception as error:
 def digits(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("tfds"))
     return {
-        split: open_dataset("digits", split, data_dir, Wanted((8, 8, 1), 10))
+        split: open_dataset("digits", split, data_dir, DataSpec((8, 8, 1), 10))
         for split in ("train", "test")
     }
 
@@ -74,8 +74,8 @@ from diffit_jax import cli
 from diffit_jax.sampling import sampler
 from diffit_jax.evaluation import small
 from diffit_jax.training import train
-from diffit_jax.data.sources import Wanted, open_dataset
-open_dataset("digits", "train", {str(tmp_path)!r}, Wanted((8, 8, 1), 10))
+from diffit_jax.data.sources import DataSpec, open_dataset
+open_dataset("digits", "train", {str(tmp_path)!r}, DataSpec((8, 8, 1), 10))
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -188,17 +188,20 @@ def test_image_grid_places_images_row_by_row():
     ("arguments", "message"),
     [
         (
-            ("mnist", "train", "", Wanted((8, 8, 1), 10)),
+            ("mnist", "train", "", DataSpec((8, 8, 1), 10)),
             "data set 'mnist' is unknown: prepare or encode it first",
         ),
-        (("digits", "validation", "", Wanted((8, 8, 1), 10)), "data split 'validation' is unknown"),
         (
-            ("digits", "train", "", Wanted((16, 16, 1), 10)),
+            ("digits", "validation", "", DataSpec((8, 8, 1), 10)),
+            "data split 'validation' is unknown",
+        ),
+        (
+            ("digits", "train", "", DataSpec((16, 16, 1), 10)),
             "images of .8, 8, 1., the model expects .16, 16, 1.",
         ),
-        (("digits", "train", "", Wanted((8, 8, 1), 5)), "has 10 classes, the model 5"),
+        (("digits", "train", "", DataSpec((8, 8, 1), 5)), "has 10 classes, the model 5"),
         pytest.param(
-            ("digits", "train", "/dev/null/x", Wanted((8, 8, 1), 10)),
+            ("digits", "train", "/dev/null/x", DataSpec((8, 8, 1), 10)),
             "data_dir /dev/null/x cannot be written",
             marks=needs_library,
         ),
@@ -216,11 +219,11 @@ def test_bad_data_sets(arguments, message):
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"name": "cats"}', "\x00\x01"])
 def test_damaged_metadata_is_one_line(tmp_path, name, content):
-    open_dataset("digits", "train", str(tmp_path), Wanted((8, 8, 1), 10))
+    open_dataset("digits", "train", str(tmp_path), DataSpec((8, 8, 1), 10))
     (path,) = tmp_path.rglob(name)
     path.write_text(content)
     try:
-        source = open_dataset("digits", "train", str(tmp_path), Wanted((8, 8, 1), 10))
+        source = open_dataset("digits", "train", str(tmp_path), DataSpec((8, 8, 1), 10))
     except UserError as error:
         assert re.search(
             r"data set digits in .*/digits.* is damaged \(.*\): delete it to have it prepared anew",
@@ -238,10 +241,10 @@ def test_digits_without_tensorflow_datasets_are_the_same_in_the_same_order(
 ):
     """Where it does not import beside the installed protobuf, as on Colab: a run sees the same
     batches."""
-    reference = open_dataset("digits", split, str(tmp_path), Wanted((8, 8, 1), 10))
+    reference = open_dataset("digits", split, str(tmp_path), DataSpec((8, 8, 1), 10))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with caplog.at_level("INFO", logger="diffit_jax"):
-        source = open_dataset("digits", split, str(tmp_path / "elsewhere"), Wanted((8, 8, 1), 10))
+        source = open_dataset("digits", split, str(tmp_path / "elsewhere"), DataSpec((8, 8, 1), 10))
     assert "tensorflow-datasets cannot be imported here" in caplog.text
     np.testing.assert_array_equal(source.images, reference.images)
     np.testing.assert_array_equal(source.labels, reference.labels)

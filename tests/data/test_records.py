@@ -35,8 +35,8 @@ def folder(tmp_path_factory):
             for number in plan.numbers(shard):
                 writer.add(number % 5, moments=moments(number))
     classes = tuple("abcde")
-    facts = {"source": {}, "crop": {}}
-    plan.finish(classes, lambda sums: facts)
+    metadata = {"source": {}, "crop": {}}
+    plan.finish(classes, lambda sums: metadata)
     return folder
 
 
@@ -142,7 +142,7 @@ def test_a_shard_of_other_records_is_named(folder, tmp_path):
 
 def test_processes_that_decode_import_no_jax():
     """They are started for every core: half a second and 200 MB each."""
-    for name in ("ingest/decoding", "ingest/places", "data/records", "ingest/images"):
+    for name in ("ingest/decoding", "ingest/locations", "data/records", "ingest/images"):
         text = (ROOT / f"diffit_jax/{name}.py").read_text()
         assert "import jax" not in text and "from jax" not in text
 
@@ -166,8 +166,8 @@ def test_a_record_may_have_three_arrays(tmp_path):
         with plan.writing(shard) as writer:
             for number in plan.numbers(shard):
                 writer.add(number % 10, **{name: value[number] for name, value in values.items()})
-    facts = {"source": {}, "crop": {}, "autoencoder": {}}
-    plan.finish(tuple("abcdefghij"), lambda sums: facts)
+    metadata = {"source": {}, "crop": {}, "autoencoder": {}}
+    plan.finish(tuple("abcdefghij"), lambda sums: metadata)
     source = open_dataset("many", "train", tmp_path)
     order = rng.permutation(count)
     batch = source.read(order)

@@ -8,7 +8,7 @@ from support.golden import WEIGHTS, evaluate, golden
 
 from diffit_jax import models
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.guidance import PowerCosine, guide, unguided
+from diffit_jax.diffusion.guidance import PowerCosine, apply_guidance, unguided
 from diffit_jax.diffusion.samplers import DDIM, Ancestral
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
@@ -52,7 +52,7 @@ def test_trajectories_golden(network_a, name):
             )
             return network(x, timestep, conditioning)
 
-        guided = guide(guidance, recorded, PROCESS.time_of, null_label=10)
+        guided = apply_guidance(guidance, recorded, PROCESS.time_of, null_label=10)
         sampler = Ancestral(25) if name == "ddpm25_cfg" else DDIM(25)
         labels = {"label": jnp.asarray(data["y"])}
         return sampler.draw(PROCESS, guided, lambda index: noise[index], labels).samples
@@ -69,7 +69,7 @@ def test_trajectories_golden(network_a, name):
         close(visited[done - 1], expected)
     close(final, data["final_x"])
 
-    guided = guide(
+    guided = apply_guidance(
         guidance,
         lambda *inputs: evaluate(module, variables, *inputs),
         PROCESS.time_of,

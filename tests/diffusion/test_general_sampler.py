@@ -12,7 +12,7 @@ from support.golden import golden
 from diffit_jax.diffusion import PROCESSES, samplers
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.general_sampler import General
-from diffit_jax.diffusion.guidance import guide, unguided
+from diffit_jax.diffusion.guidance import apply_guidance, unguided
 from diffit_jax.diffusion.samplers import Euler, Heun
 from diffit_jax.errors import UserError
 from diffit_jax.runtime.backend import enable_x64
@@ -100,7 +100,7 @@ def test_it_is_guided_on_its_own_grid():
     def by_label(x, sigma, conditioning):
         return curved(x, sigma) * (1 - 0.5 * (conditioning["label"] == null))[:, None, None, None]
 
-    guided = guide(guidance, by_label, EDM().time_of, null)
+    guided = apply_guidance(guidance, by_label, EDM().time_of, null)
     labels = {"label": jnp.zeros(4, jnp.int32)}
     one = General(num_steps=9).draw(EDM(), guided, NOISE, labels).samples
     other = Heun(num_steps=9).draw(EDM(), guided, NOISE, labels).samples

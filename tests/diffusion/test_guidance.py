@@ -16,8 +16,8 @@ from diffit_jax.diffusion.guidance import (
     Interval,
     PowerCosine,
     Unguided,
+    apply_guidance,
     drop_labels,
-    guide,
     unguided,
 )
 from diffit_jax.errors import UserError
@@ -34,7 +34,7 @@ def evaluate(x, level, conditioning):
     return jnp.concatenate([y, y + 1], axis=-1)
 
 
-def weaker(x, level, conditioning):
+def guide(x, level, conditioning):
     return evaluate(x, level, conditioning) * 0.9 - 0.1
 
 
@@ -52,16 +52,18 @@ def test_mixture_is_the_formula(arguments, kind, scale, channels):
     lies beyond the sample's channels."""
     x, level, conditioning = arguments
     main = evaluate(x, level, conditioning)
-    lesser = (
-        weaker(x, level, conditioning)
+    uncond = (
+        guide(x, level, conditioning)
         if kind == "autoguidance"
         else evaluate(x, level, {"label": jnp.full(4, NULL)})
     )
-    guided = guide(GUIDANCE[kind](scale, channels=channels), evaluate, np.zeros_like, NULL, weaker)
+    guided = apply_guidance(
+        GUIDANCE[kind](scale, channels=channels), evaluate, np.zeros_like, NULL, guide
+    )
     y = guided.mixed(x, level, conditioning, scale)
     count = channels or 4
     np.testing.assert_allclose(
-        y[..., :count], (lesser + scale * (main - lesser))[..., :count], rtol=1e-5, atol=1e-5
+        y[..., :count], (uncond + scale * (main - uncond))[..., :count], rtol=1e-5, atol=1e-5
     )
     np.testing.assert_array_equal(y[..., count:], main[..., count:])
 
@@ -120,12 +122,12 @@ def run(sampler, guidance, calls=None, weak_calls=None):
 
     @jax.jit
     def draw():
-        guided = guide(
+        guided = apply_guidance(
             guidance,
             wrap(counting(calls)),
             PROCESS.time_of,
             NULL,
-            wrap(counting(weak_calls, weaker)),
+            wrap(counting(weak_calls, guide)),
         )
         return METHODS[sampler](num_steps=10).draw(process, guided, noise, conditioning).samples
 
@@ -188,7 +190,10 @@ def test_skipping_changes_no_more_than_the_skipped_guidance(sampler):
 
 def test_guidance_of_no_use_is_no_guidance():
     for guidance in (Constant(1.0), Unguided(), Constant(1.0005)):
-        assert guide(guidance, evaluate, np.zeros_like).plain is evaluate and not guidance.active
+        assert (
+            apply_guidance(guidance, evaluate, np.zeros_like).plain is evaluate
+            and not guidance.active
+        )
     assert unguided(evaluate).scales(np.ones(3)).tolist() == [1, 1, 1]
 
 
@@ -213,9 +218,9 @@ def test_impossible_settings(arguments, message):
 
 def test_what_guidance_needs():
     with pytest.raises(UserError, match="autoguidance needs a second, weaker network"):
-        guide(Autoguidance(2.0), evaluate, np.zeros_like, NULL)
+        apply_guidance(Autoguidance(2.0), evaluate, np.zeros_like, NULL)
     with pytest.raises(UserError, match="guides by labels, which the model does not have"):
-        guide(Constant(2.0), evaluate, np.zeros_like)
+        apply_guidance(Constant(2.0), evaluate, np.zeros_like)
 
 
 def test_drop_labels_rate_and_independence_of_the_batch():

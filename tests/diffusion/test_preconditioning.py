@@ -73,7 +73,7 @@ def test_losses_of_the_original(name):
     if name == "edm":
         sigma = jnp.exp(process.log_sigma_mean + process.log_sigma_std * draw)
     else:
-        sigma = process.sigma_of_share(jnp.asarray(draw))
+        sigma = process.sigma_of_fraction(jnp.asarray(draw))
     # Ours is the mean over an image of what the original leaves elementwise.
     wanted = recorded[f"{name}_loss"]
     loss = jax.jit(lambda x, sigma, noise: loss_at(process, network, x, sigma, noise, {})[0])(
@@ -95,11 +95,11 @@ def test_losses_draw_noise_levels_over_the_whole_range(process):
     assert low * 0.999 <= sigma.min() and sigma.max() <= high * 1.001
     # The share of the way is uniform: 4 standard errors of its mean and of its square's.
     if isinstance(process, VE):
-        share = np.log(sigma / low) / np.log(high / low)
+        fraction = np.log(sigma / low) / np.log(high / low)
     else:
-        share = 1 - np.asarray(process.preconditioning(jnp.asarray(sigma))[3]) / 999
-    assert abs(share.mean() - 1 / 2) < 4 / np.sqrt(12 * 4000)
-    assert abs((share**2).mean() - 1 / 3) < 4 * np.sqrt(4 / 45 / 4000)
+        fraction = 1 - np.asarray(process.preconditioning(jnp.asarray(sigma))[3]) / 999
+    assert abs(fraction.mean() - 1 / 2) < 4 / np.sqrt(12 * 4000)
+    assert abs((fraction**2).mean() - 1 / 3) < 4 * np.sqrt(4 / 45 / 4000)
 
 
 @pytest.mark.parametrize("process", [VP(), VE(), IDDPM()])

@@ -9,7 +9,7 @@ from diffit_jax.diffusion import samplers
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.general_sampler import General
-from diffit_jax.diffusion.guidance import Constant, guide, unguided
+from diffit_jax.diffusion.guidance import Constant, apply_guidance, unguided
 from diffit_jax.diffusion.samplers import DDIM, Ancestral, DPMSolver, Euler, Heun
 
 SEEDS = jnp.arange(5, dtype=jnp.uint32)
@@ -71,7 +71,7 @@ def test_guidance_acts_on_the_leaves_and_channels_that_are_named():
 
     x, level = PAIR(0), jnp.ones(5)
     conditioning = {"label": jnp.arange(5)}
-    guided = guide(
+    guided = apply_guidance(
         Constant(3.0), labelled, lambda sigma: sigma, null_label=10, acts_on={"latent/z": 2}
     )
     found = guided.mixed(x, level, conditioning, jnp.float32(3.0))
@@ -79,6 +79,6 @@ def test_guidance_acts_on_the_leaves_and_channels_that_are_named():
     np.testing.assert_array_equal(found["image"], plain["image"])
     z = found["latent"]["z"]
     np.testing.assert_array_equal(z[..., 2:], plain["latent"]["z"][..., 2:])
-    lesser = x["latent"]["z"] + 10.0
-    wanted = lesser + 3.0 * (plain["latent"]["z"] - lesser)
+    uncond = x["latent"]["z"] + 10.0
+    wanted = uncond + 3.0 * (plain["latent"]["z"] - uncond)
     np.testing.assert_allclose(z[..., :2], wanted[..., :2], rtol=1e-6)

@@ -13,7 +13,7 @@ from PIL import Image
 from support import warm
 from support.commands import assert_one_line_error, launch
 from support.fid import save_inception, save_vae
-from support.pictures import tar_bytes, write_folder, write_parquet, write_zip
+from support.images import tar_bytes, write_folder, write_parquet, write_zip
 from support.processes import ROOT, at_question, environment, free_port
 
 from diffit_jax.errors import UserError
@@ -21,13 +21,13 @@ from diffit_jax.evaluation import measuring
 from diffit_jax.evaluation.evaluate import evaluate, table
 from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor, Features
+from diffit_jax.evaluation.images import NpzImages, open_samples
 from diffit_jax.evaluation.make_reference import make_reference
-from diffit_jax.evaluation.pictures import NpzPictures, open_pictures
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.self_test import Published, self_test
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Drawing, Run
+from diffit_jax.sampling.request import Run, SamplingOptions
 from diffit_jax.sampling.sample import sample
 
 ALL = ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
@@ -36,7 +36,7 @@ COMPARED = ("metrics", "resize", "batch_per_device")
 DRAWN = ("labels", "overrides", "decoding")
 
 
-def pictures(count, seed, side=20):
+def images(count, seed, side=20):
     """Smooth coloured noise."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, side // 4, side // 4, 3)).astype(np.uint8)
@@ -51,9 +51,9 @@ def place(tmp_path_factory):
     """A folder with weights, samples, a data set and its reference."""
     folder = tmp_path_factory.mktemp("fid")
     save_inception(folder / "inception.safetensors")
-    np.savez(folder / "samples.npz", arr_0=pictures(19, 0), arr_1=np.arange(19) % 5)
-    np.savez(folder / "data.npz", arr_0=pictures(30, 1))
-    reference(folder, open_pictures(folder / "data.npz"), "reference.npz", kept=12)
+    np.savez(folder / "samples.npz", arr_0=images(19, 0), arr_1=np.arange(19) % 5)
+    np.savez(folder / "data.npz", arr_0=images(30, 1))
+    reference(folder, open_samples(folder / "data.npz"), "reference.npz", kept=12)
     return folder
 
 
@@ -69,9 +69,9 @@ def measured(folder, samples="samples.npz", against="reference.npz", **more):
     weights = folder / "inception.safetensors"
     how = {"batch_per_device": BATCH}
     how |= {name: more.pop(name) for name in COMPARED if name in more}
-    drawing = Drawing(**{name: more.pop(name) for name in DRAWN if name in more})
+    options = SamplingOptions(**{name: more.pop(name) for name in DRAWN if name in more})
     comparison = Comparison(folder / against, weights, **how)
-    return evaluate(path, comparison=comparison, drawing=drawing, **more)
+    return evaluate(path, comparison=comparison, options=options, **more)
 
 
 def test_a_data_set_against_itself(place, tmp_path):
@@ -79,14 +79,14 @@ def test_a_data_set_against_itself(place, tmp_path):
     assert list(scores) == [*ALL, "kid_std"]
     # Of float32 features of size 1: 1e-6 of the trace.
     assert scores["fid"] == pytest.approx(0, abs=1e-6) and scores["sfid"] < 1e-4
-    assert scores["recall"] == 1  # its pictures are twelve of the thirty
+    assert scores["recall"] == 1  # its images are twelve of the thirty
     assert 1 <= scores["inception_score"] < 1.1
 
 
-def test_the_reference_holds_statistics_and_evenly_spaced_pictures(place):
+def test_the_reference_holds_statistics_and_evenly_spaced_images(place):
     with np.load(place / "reference.npz") as made:
         chosen = np.linspace(0, 29, 12).astype(int)
-        np.testing.assert_array_equal(made["arr_0"], pictures(30, 1)[chosen])
+        np.testing.assert_array_equal(made["arr_0"], images(30, 1)[chosen])
         assert made["mu"].shape == (256,) and made["sigma"].shape == (256, 256)
         assert made["mu_s"].shape == (2023,) and made["sigma"].dtype == np.float64
         said = json.loads(str(made["protocol"]))
@@ -107,11 +107,11 @@ def test_what_is_written(place):
         measured(place, "data.npz", output=place / "samples.metrics.json")
 
 
-def test_pictures_in_a_folder_are_the_same(place, tmp_path):
-    for number, picture in enumerate(pictures(19, 0)):
+def test_images_in_a_folder_are_the_same(place, tmp_path):
+    for number, image in enumerate(images(19, 0)):
         folder = tmp_path / "pngs" / f"{number // 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / f"{number:02}.png")
+        Image.fromarray(image).save(folder / f"{number:02}.png")
     scores = measured(place, tmp_path / "pngs", metrics=["fid", "sfid"])
     expected = measured(place, metrics=["fid", "sfid"], output=tmp_path / "m.json")
     assert scores["metrics"] == expected["metrics"]
@@ -120,30 +120,30 @@ def test_pictures_in_a_folder_are_the_same(place, tmp_path):
 
 
 def test_what_trains_can_be_measured(place, tmp_path):
-    """The pictures of `prepare`'s containers, whatever kind their files are, in one order."""
+    """The images of `prepare`'s containers, whatever kind their files are, in one order."""
     shots = {}
-    for number, picture in enumerate(pictures(19, 0)):
+    for number, image in enumerate(images(19, 0)):
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, ("PNG", "BMP", "TIFF", "PPM")[number % 4])
+        Image.fromarray(image).save(file, ("PNG", "BMP", "TIFF", "PPM")[number % 4])
         shots[f"{number:02}{('.png', '.BMP', '.tif', '.ppm')[number % 4]}"] = file.getvalue()
     write_folder(tmp_path / "kinds", shots | {"notes.txt": b"", ".hidden.png": b""})
     write_zip(tmp_path / "kinds.zip", shots)
     (tmp_path / "kinds.tar").write_bytes(tar_bytes(shots))
     write_parquet(tmp_path / "kinds.parquet", shots, [-1] * 19)
-    expected = list(open_pictures(place / "samples.npz").batches(7, 5))
+    expected = list(open_samples(place / "samples.npz").batches(7, 5))
     for name in ("kinds", "kinds.zip", "kinds.tar", "kinds.parquet"):
-        opened = open_pictures(epath.Path(tmp_path / name))
-        assert opened.count == 19
-        for ours, theirs in zip(opened.batches(7, 5), expected, strict=True):
+        setup = open_samples(epath.Path(tmp_path / name))
+        assert setup.count == 19
+        for ours, theirs in zip(setup.batches(7, 5), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     (tmp_path / "kinds/03.ppm").write_bytes(b"P6")
-    with pytest.raises(UserError, match=r"--samples: .*kinds/03.ppm is not a picture that can be"):
-        list(open_pictures(epath.Path(tmp_path / "kinds")).batches(4))
+    with pytest.raises(UserError, match=r"--samples: .*kinds/03.ppm is not an image that can be"):
+        list(open_samples(epath.Path(tmp_path / "kinds")).batches(4))
     Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(tmp_path / "kinds/03.ppm")
     with pytest.raises(
         UserError, match=r"kinds/03.ppm is \(3, 4\), others are \(20, 20\): all pic"
     ):
-        list(open_pictures(epath.Path(tmp_path / "kinds")).batches(4))
+        list(open_samples(epath.Path(tmp_path / "kinds")).batches(4))
 
 
 def test_the_number_of_devices_changes_no_bit(place):
@@ -152,7 +152,7 @@ def test_the_number_of_devices_changes_no_bit(place):
     def features(devices):
         mesh = parallel.make_mesh(jax.devices()[:devices])
         extract = Extractor.load(place / "inception.safetensors", mesh, batch_per_device=4)
-        parts = NpzPictures(place / "samples.npz").batches(4 * devices)
+        parts = NpzImages(place / "samples.npz").batches(4 * devices)
         return [np.concatenate(arrays) for arrays in zip(*map(extract, parts), strict=True)]
 
     for one, other in zip(features(1), features(2), strict=True):
@@ -162,7 +162,7 @@ def test_the_number_of_devices_changes_no_bit(place):
 def test_samples_of_a_network_are_those_of_its_file(place, latent_run, tmp_path):
     vae = save_vae(tmp_path / "sd-vae-ft-ema")
     path = sample(latent_run[0], seeds=range(6), output=tmp_path / "s.npz", decoding=Decoding(vae))
-    made = reference(place, open_pictures(path), str(tmp_path / "r.npz"))
+    made = reference(place, open_samples(path), str(tmp_path / "r.npz"))
     again = dict(metrics=["fid", "precision"], against=made)
     from_file = measured(place, path, **again)
     drawn = measured(
@@ -184,8 +184,8 @@ def test_samples_of_a_network_are_those_of_its_file(place, latent_run, tmp_path)
 
 def test_the_lowest_fid_of_several_seeds(place, run, tmp_path, monkeypatch):
     """EDM's protocol. Interrupted in the second set, the first is not measured again."""
-    np.savez(tmp_path / "d.npz", arr_0=pictures(12, 1, side=8)[..., :1])
-    made = reference(place, open_pictures(tmp_path / "d.npz"), str(tmp_path / "r.npz"))
+    np.savez(tmp_path / "d.npz", arr_0=images(12, 1, side=8)[..., :1])
+    made = reference(place, open_samples(tmp_path / "d.npz"), str(tmp_path / "r.npz"))
     of_run = functools.partial(measured, place, Run(run[0]), made, metrics=["fid"])
     sets = [range(18), range(18, 36), range(36, 54)]
     alone = of_run(seeds=sets[1:2], output=tmp_path / "one.json")
@@ -251,8 +251,8 @@ def test_references_that_do_not_fit(place, tmp_path):
     files = {
         "edm": dict(mu=np.zeros(256), sigma=square),
         "wide": dict(mu=np.zeros(2048), sigma=np.eye(2048)),
-        "pictures": dict(arr_0=pictures(5, 2)),
-        "large": dict(mu=np.zeros(256), sigma=square, arr_0=pictures(5, 2, side=24)),
+        "images": dict(arr_0=images(5, 2)),
+        "large": dict(mu=np.zeros(256), sigma=square, arr_0=images(5, 2, side=24)),
         "nothing": dict(images=rng.random(3)),
     }
     for name, content in files.items():
@@ -262,7 +262,7 @@ def test_references_that_do_not_fit(place, tmp_path):
         ("edm", ["sfid"], r"edm\.npz has no mu_s, which sfid needs: leave sfid out"),
         ("edm", ["recall"], "has no arr_0, which recall needs"),
         ("wide", None, r"mu \(2048,\) and sigma \(2048, 2048\), not of the 256 features"),
-        ("pictures", ["fid"], "its 5 pictures are for precision and recall; statistics are of a"),
+        ("images", ["fid"], "its 5 images are for precision and recall; statistics are of a"),
         ("large", None, "is of 24 × 24 pixels, the samples have 20 × 20"),
         ("nothing", None, "has none of mu, mu_s and arr_0"),
         ("text", None, "is not an npz file of statistics"),
@@ -281,7 +281,7 @@ def test_references_that_do_not_fit(place, tmp_path):
 
 
 def test_samples_that_cannot_be_measured(place, tmp_path):
-    good = pictures(6, 3)
+    good = images(6, 3)
     broken = np.where(np.arange(6)[:, None, None, None] % 3 == 1, np.nan, good / 127.5 - 1)
     files = {
         "first": dict(arr_0=good.transpose(0, 3, 1, 2)),
@@ -298,7 +298,7 @@ def test_samples_that_cannot_be_measured(place, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "sizes").mkdir()
     for side in (20, 24):
-        Image.fromarray(pictures(1, 0, side)[0]).save(tmp_path / "sizes" / f"{side}.png")
+        Image.fromarray(images(1, 0, side)[0]).save(tmp_path / "sizes" / f"{side}.png")
     cases = (
         ("first.npz", r"\(6, 3, 20, 20\), which has the channels first"),
         ("flat.npz", r"shape \(6, 1200\), which is not \(N, H, W, C\)"),
@@ -311,7 +311,7 @@ def test_samples_that_cannot_be_measured(place, tmp_path):
         ("cut.npz", "is not a whole npz file"),
         ("none.npz", "cannot be read"),
         ("one.npz", "one sample has no covariance"),
-        ("folder", "has no pictures"),
+        ("folder", "has no images"),
         ("sizes", r"24\.png is \(24, 24\), others are \(20, 20\)"),
     )
     for name, message in cases:
@@ -323,10 +323,10 @@ def test_samples_that_cannot_be_measured(place, tmp_path):
 
 
 def test_a_reference_is_no_data_set(place):
-    with pytest.raises(UserError, match="reference already: its 12 pictures are for precision"):
-        reference(place, open_pictures(place / "reference.npz"), "again.npz")
+    with pytest.raises(UserError, match="reference already: its 12 images are for precision"):
+        reference(place, open_samples(place / "reference.npz"), "again.npz")
     with pytest.raises(UserError, match=r"is there already.*--overwrite"):
-        reference(place, open_pictures(place / "data.npz"), "reference.npz")
+        reference(place, open_samples(place / "data.npz"), "reference.npz")
 
 
 def test_published_figures(place, tmp_path):
@@ -348,7 +348,7 @@ def test_published_figures(place, tmp_path):
 
 
 def test_two_processes_of_four_devices(place, tmp_path):
-    """The same figures, to 1e-9, as two devices of one process give. (Of fewer than eight pictures
+    """The same figures, to 1e-9, as two devices of one process give. (Of fewer than eight images
     this narrow network has so few outputs that a CPU of more threads divides sums among them.)"""
     port = free_port()
     flags = ["--samples", place / "samples.npz", "--output", tmp_path / "m.json"]
@@ -377,8 +377,8 @@ def test_flags_that_do_not_go_together(place, tmp_path):
     assert_one_line_error(drawn, "--guidance.scale goes with --workdir or --weights")
 
 
-def test_grey_pictures_count_as_three_equal_channels(place, tmp_path):
-    grey = pictures(7, 4)[..., :1]
+def test_grey_images_count_as_three_equal_channels(place, tmp_path):
+    grey = images(7, 4)[..., :1]
     np.savez(tmp_path / "grey.npz", arr_0=grey)
     np.savez(tmp_path / "colour.npz", arr_0=grey.repeat(3, axis=-1))
     one, other = (
@@ -389,13 +389,13 @@ def test_grey_pictures_count_as_three_equal_channels(place, tmp_path):
 
 def test_partial_measurements_of_others_are_not_taken(tmp_path):
     """Of other samples, or with other settings: they are measured from the beginning."""
-    begun = measuring.Begun(tmp_path / "b.npz", "one")
+    begun = measuring.PartialResult(tmp_path / "b.npz", "one")
     kept = measuring.Measured(pooled=True)
-    kept.add(pictures(3, 0), Features(*np.ones((3, 3, 4), np.float32)))
+    kept.add(images(3, 0), Features(*np.ones((3, 3, 4), np.float32)))
     begun.save(kept)
     same, other = measuring.Measured(True), measuring.Measured(True)
     begun.restore(same)
-    measuring.Begun(tmp_path / "b.npz", "other").restore(other)
+    measuring.PartialResult(tmp_path / "b.npz", "other").restore(other)
     assert same.count == 3 and other.count == 0 and same.digest == kept.digest
     np.testing.assert_array_equal(same.features, kept.features)
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 from sklearn.neighbors import NearestNeighbors
 
-from diffit_jax.data.sources import Wanted, open_dataset
+from diffit_jax.data.sources import DataSpec, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.neighbours import nearest_distances
 from diffit_jax.evaluation.score import score
@@ -83,7 +83,7 @@ def test_nearest_distances():
 def splits(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("tfds"))
     train, test = (
-        open_dataset("digits", split, data_dir, Wanted((8, 8, 1), 10))
+        open_dataset("digits", split, data_dir, DataSpec((8, 8, 1), 10))
         for split in ("train", "test")
     )
     return data_dir, train, test

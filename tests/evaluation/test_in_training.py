@@ -24,12 +24,12 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluate import evaluate
 from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.images import open_samples
 from diffit_jax.evaluation.make_reference import make_reference
-from diffit_jax.evaluation.pictures import open_pictures
-from diffit_jax.run.state import create_state, open_experiment
+from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Drawing, Run
+from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions
 from diffit_jax.training.held_out import SEED, HeldOutLoss
 from diffit_jax.training.step import example_keys
 from diffit_jax.training.train import train
@@ -48,9 +48,9 @@ def place(tmp_path_factory):
     save_tiny_vae(folder / "vae")
     rng = np.random.default_rng(0)
     for side in (16, 20):
-        pictures = rng.integers(0, 256, (12, side, side, 3)).astype(np.uint8)
-        np.savez(folder / f"{side}.npz", arr_0=pictures)
-        source = open_pictures(folder / f"{side}.npz")
+        images = rng.integers(0, 256, (12, side, side, 3)).astype(np.uint8)
+        np.savez(folder / f"{side}.npz", arr_0=images)
+        source = open_samples(folder / f"{side}.npz")
         where = folder / f"reference_{side}.npz"
         make_reference(source, output=where, inception="random", kept=6, batch_per_device=BATCH)
     return folder
@@ -95,7 +95,7 @@ def test_the_figures_are_those_of_the_verb(place, whole, tmp_path, kind, asked):
         comparison=Comparison(
             place / "reference_16.npz", "random", METRICS, batch_per_device=BATCH
         ),
-        drawing=Drawing(decoding=Decoding(place / "vae")),
+        options=SamplingOptions(decoding=Decoding(place / "vae")),
         count=12,
         output=tmp_path / "m.json",
     )
@@ -104,13 +104,13 @@ def test_the_figures_are_those_of_the_verb(place, whole, tmp_path, kind, asked):
 
 
 def test_what_a_run_leaves(whole):
-    """Two evaluations, none half done; decoded pictures in the grid; figures and pictures for
+    """Two evaluations, none half done; decoded images in the grid; figures and images for
     TensorBoard."""
     names = sorted(path.name for path in (whole[0] / "evaluations").iterdir())
     assert names == ["00000004.json", "00000006.json"]
     assert found(whole[0], 4)["weights"]["ema"]["count"] == 12
     with Image.open(whole[0] / "grids" / "00000006.png") as grid:
-        assert grid.size == (10 * 33 - 1, 32)  # four pictures of 16 pixels, enlarged, in a row
+        assert grid.size == (10 * 33 - 1, 32)  # four images of 16 pixels, enlarged, in a row
         assert grid.mode == "RGB"
     (events,) = (whole[0] / "events").iterdir()
     content = events.read_bytes()
@@ -186,13 +186,13 @@ def test_minutes_bound_an_evaluation(place, whole, tmp_path, caplog):
 
 def test_weights_that_cannot_be_evaluated_do_not_end_a_run(place, tmp_path, monkeypatch, caplog):
     """Samples of the raw weights are not finite, and then there is no memory for any."""
-    draw = Asked.draw
+    draw = SampleRequest.draw
 
     def poisoned(self, networks, batch):
         samples, finite = draw(self, networks, batch)
         return samples, finite & ("raw" not in networks.origin)
 
-    monkeypatch.setattr(Asked, "draw", poisoned)
+    monkeypatch.setattr(SampleRequest, "draw", poisoned)
     config = watched(place, steps=6)
     state = train(config, workdir=tmp_path / "run")
     assert list(found(tmp_path / "run", 6)["weights"]) == ["ema", "ema_0.1"]
@@ -201,7 +201,7 @@ def test_weights_that_cannot_be_evaluated_do_not_end_a_run(place, tmp_path, monk
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to")
 
-    monkeypatch.setattr(Asked, "draw", full)
+    monkeypatch.setattr(SampleRequest, "draw", full)
     config.training.total_steps = 7
     assert int(state.step) == 6 and int(train(config, workdir=tmp_path / "run").step) == 7
     assert found(tmp_path / "run", 7)["weights"] == {}
@@ -237,10 +237,10 @@ def test_images_need_no_autoencoder(place, tmp_path):
 
 
 def held_out(config, source, devices=None):
-    opened = open_experiment(config, devices)
-    state = create_state(opened.experiment, opened.mesh)
+    setup = setup_experiment(config, devices)
+    state = create_state(setup.experiment, setup.mesh)
     networks = {"raw": {"params": state.params, "constants": state.constants}}
-    return opened.experiment, networks["raw"], HeldOutLoss(opened, source)(networks)["raw"]
+    return setup.experiment, networks["raw"], HeldOutLoss(setup, source)(networks)["raw"]
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -277,9 +277,9 @@ def test_the_held_out_loss_is_the_same_whatever_the_seed_of_the_run():
         config.evaluation = ConfigDict(dict(loss_steps=1, loss_examples=8))
     source = SyntheticSource((8, 8, 1), 10)
     _, variables, loss = held_out(first, source)
-    opened = open_experiment(second)
-    variables = jax.device_put(variables, parallel.replicated(opened.mesh))
-    assert HeldOutLoss(opened, source)({"raw": variables})["raw"] == pytest.approx(loss, rel=1e-6)
+    setup = setup_experiment(second)
+    variables = jax.device_put(variables, parallel.replicated(setup.mesh))
+    assert HeldOutLoss(setup, source)({"raw": variables})["raw"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_data_set_without_a_test_split_has_no_held_out_loss(tmp_path):

@@ -115,18 +115,18 @@ def test_precision_and_recall_by_brute_force():
     reference = rng.integers(-8, 9, (83, 3)).astype(np.float32)
     samples = rng.integers(-5, 12, (71, 3)).astype(np.float32)
 
-    def share(of, points):
+    def fraction(of, points):
         """Of the points that lie within a ball of a set."""
         within = np.sort(((of[:, None] - of[None]) ** 2).sum(-1), axis=1)[:, 3]
         return (((of[:, None] - points[None]) ** 2).sum(-1) <= within[:, None]).any(0).mean()
 
     ours = neighbours.precision_and_recall(reference, samples, block=20)
-    assert ours == (share(reference, samples), share(samples, reference))
+    assert ours == (fraction(reference, samples), fraction(samples, reference))
 
 
-def test_too_few_pictures():
+def test_too_few_images():
     few = np.zeros((3, 2), np.float32)
-    with pytest.raises(UserError, match="more than 3 pictures on each side"):
+    with pytest.raises(UserError, match="more than 3 images on each side"):
         neighbours.precision_and_recall(np.zeros((9, 2), np.float32), few)
 
 

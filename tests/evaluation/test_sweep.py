@@ -16,12 +16,12 @@ from diffit_jax.diffusion.guidance import GUIDANCE, Interval, PowerCosine
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.images import open_samples
 from diffit_jax.evaluation.make_reference import make_reference
-from diffit_jax.evaluation.pictures import open_pictures
 from diffit_jax.evaluation.sweep import Swept, parse, sweep, table
 from diffit_jax.runtime import distributed, interruption
 from diffit_jax.sampling.decoder import Decoding
-from diffit_jax.sampling.request import Asked, Drawing, Run, Weights
+from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions, Weights
 from diffit_jax.sampling.sample import sample
 from diffit_jax.training.train import train
 
@@ -49,7 +49,7 @@ def planted(folder, source, name, overrides):
     )
     assert output
     make_reference(
-        open_pictures(folder / "s.npz"),
+        open_samples(folder / "s.npz"),
         output=folder / name,
         inception="random",
         batch_per_device=BATCH,
@@ -63,7 +63,7 @@ def weights():
 
 
 def swept(place, output, text, source=weights, reference="reference.npz", **more):
-    drawing = Drawing(
+    options = SamplingOptions(
         more.pop("labels", None), more.pop("overrides", STEPS), Decoding(place / "vae")
     )
     metrics = more.pop("metrics", None)
@@ -71,19 +71,19 @@ def swept(place, output, text, source=weights, reference="reference.npz", **more
         source,
         keys=parse(text),
         comparison=Comparison(place / reference, "random", metrics, batch_per_device=BATCH),
-        drawing=drawing,
+        options=options,
         output=output,
         **{"count": COUNT, **more},
     )
 
 
 def test_it_finds_the_planted_scale(place, tmp_path):
-    """With one compiled sampler for all scales; in a table, a picture and a file."""
-    compiled, guide = [], guidance.guide
+    """With one compiled sampler for all scales; in a table, an image and a file."""
+    compiled, apply_guidance = [], guidance.apply_guidance
 
     def traced(*arguments, **named):
         compiled.append(1)
-        return guide(*arguments, **named)
+        return apply_guidance(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guidance, "guide", traced)
@@ -91,14 +91,14 @@ def test_it_finds_the_planted_scale(place, tmp_path):
     assert len(compiled) == 1
     fids = [point["metrics"]["fid"] for point in found.points]
     assert found.best["settings"] == {"guidance.scale": 300.0}, fids
-    # The same pictures but for a level here and there: scales are rounded in another order.
+    # The same images but for a level here and there: scales are rounded in another order.
     assert fids[2] < 1e-3 * min(fids[:2] + fids[3:]), fids
     assert fids[0] > fids[1] and fids[4] > fids[3]
     lines = table(found).splitlines()
     assert lines[3].endswith("← best") and lines[3].split()[0] == "300" and len(lines) == 7
     assert json.loads((tmp_path / "sweep.json").read_text())["points"] == list(found.points)
-    with Image.open(tmp_path / "sweep.png") as picture:
-        assert picture.size == (700, 450)
+    with Image.open(tmp_path / "sweep.png") as image:
+        assert image.size == (700, 450)
 
 
 def test_an_edge_is_said(place, tmp_path):
@@ -161,11 +161,13 @@ def test_a_scale_that_comes_later_gives_the_same_samples(kind):
         overrides |= {"guidance.sigma_low": 0.1, "guidance.sigma_high": 50.0}
     if kind == "power_cosine":
         overrides |= {"guidance.power": 0.3}  # early, where there are steps
-    asked = Asked.make(source, seeds=range(4), drawing=Drawing(overrides=overrides))
+    asked = SampleRequest.make(source, seeds=range(4), options=SamplingOptions(overrides=overrides))
     networks, all_of_it = asked.load(), np.arange(4)
     expected, _ = asked.draw(networks, all_of_it)
-    other = Asked.make(
-        source, seeds=range(4), drawing=Drawing(overrides={**overrides, "guidance.scale": 7.0})
+    other = SampleRequest.make(
+        source,
+        seeds=range(4),
+        options=SamplingOptions(overrides={**overrides, "guidance.scale": 7.0}),
     )
     drawn, _ = other.with_scale(2.5).draw(networks, all_of_it)
     # float32 rounding of latents of size 300, in three steps.

@@ -29,7 +29,7 @@ def test_examples_of_a_source_are_those_that_the_space_expects(name):
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
         key: (value.shape, value.dtype) for key, value in expected.items()
     }
-    x_BHWC, conditioning = jax.jit(space.enter)(batch, KEYS, {})
+    x_BHWC, conditioning = jax.jit(space.to_model)(batch, KEYS, {})
     assert x_BHWC.shape == (4, 8, 8, 4) and x_BHWC.dtype == jnp.float32 and conditioning == {}
 
 
@@ -37,7 +37,7 @@ def test_augmented_pixels_come_with_what_was_done_to_them():
     augmentation = Augmentation(probability=0.9)
     space = make_space(Data("digits"), "edm", augmentation)
     images = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
-    x_BHWC, conditioning = jax.jit(space.enter)({"image": images}, KEYS, {})
+    x_BHWC, conditioning = jax.jit(space.to_model)({"image": images}, KEYS, {})
     expected = augment.augment(augmentation, pixels.to_model(images), KEYS)
     # Compiled with another neighbourhood: 1e-6 was measured.
     np.testing.assert_allclose(x_BHWC, expected[0], rtol=0, atol=5e-6)
@@ -54,16 +54,16 @@ def test_latents_are_not_augmented():
 def test_pixels_come_back_as_they_went_in(rounding):
     """Of all 256 levels: exactly, by either rule."""
     space, levels = PixelSpace(rounding), np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    x_BHWC, _ = space.enter({"image": levels}, KEYS[:1], {})
+    x_BHWC, _ = space.to_model({"image": levels}, KEYS[:1], {})
     # ADM's rule truncates: a level that float32 leaves a bit below itself falls to the next.
-    back = space.leave(x_BHWC + (1e-6 if rounding == "adm" else 0))
+    back = space.from_model(x_BHWC + (1e-6 if rounding == "adm" else 0))
     np.testing.assert_array_equal(back, levels)
 
 
 def test_latents_leave_as_they_are():
     latents = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
     space = LatentSpace("vae")
-    np.testing.assert_array_equal(space.leave(latents), latents)
+    np.testing.assert_array_equal(space.from_model(latents), latents)
     assert space.preview(latents).shape == (2, 4, 4, 3) and "vae" in space.note
 
 
@@ -72,9 +72,9 @@ def test_previews_have_one_or_three_channels(channels):
     shown = 3 if channels >= 3 else 1
     x = np.zeros((2, 4, 4, channels), np.float32)
     for space in SPACES.values():
-        picture = space.preview(x)
-        assert picture.shape == (2, 4, 4, shown) and picture.dtype == np.uint8
-    whole = PixelSpace().leave(x)
+        image = space.preview(x)
+        assert image.shape == (2, 4, 4, shown) and image.dtype == np.uint8
+    whole = PixelSpace().from_model(x)
     np.testing.assert_array_equal(PixelSpace().preview(whole), PixelSpace().preview(x))
 
 
@@ -102,7 +102,7 @@ def test_latents_are_drawn_from_their_posteriors():
     one = moments_of(1)
     space = LatentSpace("vae", (1.0, 2.0, 3.0), (0.5, 0.25, 2.0))
     examples = {"moments": np.repeat(one, count, axis=0)}
-    x_BHWC, conditioning = jax.jit(space.enter)(examples, keys(count), {})
+    x_BHWC, conditioning = jax.jit(space.to_model)(examples, keys(count), {})
     assert x_BHWC.dtype == jnp.float32 and conditioning == {}
     z_BHWC = np.asarray(x_BHWC, np.float64) / space.latent_scale + space.latent_mean
     second = z_BHWC.mean((1, 2, 3)) > 5
@@ -119,21 +119,21 @@ def test_latents_are_drawn_from_their_posteriors():
 def test_a_draw_is_a_function_of_the_examples_key():
     """In any order, and alone."""
     moments, space = moments_of(6), LatentSpace("vae")
-    enter = jax.jit(space.enter)
-    whole, _ = enter({"moments": moments}, keys(6), {})
+    to_model = jax.jit(space.to_model)
+    whole, _ = to_model({"moments": moments}, keys(6), {})
     order = np.array([4, 0, 5, 2, 1, 3])
-    moved, _ = enter({"moments": moments[order]}, keys(6)[order], {})
+    moved, _ = to_model({"moments": moments[order]}, keys(6)[order], {})
     np.testing.assert_array_equal(moved, whole[order])
-    alone, _ = enter({"moments": moments[3:4]}, keys(6)[3:4], {})
+    alone, _ = to_model({"moments": moments[3:4]}, keys(6)[3:4], {})
     np.testing.assert_allclose(alone[0], whole[3], rtol=1e-6)
-    other, _ = enter({"moments": moments}, keys(6, seed=1), {})
+    other, _ = to_model({"moments": moments}, keys(6, seed=1), {})
     assert (np.asarray(other) != np.asarray(whole)).all(axis=(1, 2, 3)).all()
 
 
 def test_one_orientation_without_variance_is_its_mean():
     moments = moments_of(5, orientations=1)
     moments[..., 3:] = -30
-    x_BHWC, _ = LatentSpace("vae").enter({"moments": moments}, keys(5), {})
+    x_BHWC, _ = LatentSpace("vae").to_model({"moments": moments}, keys(5), {})
     expected = moments[:, 0, ..., :3].astype(np.float64) * 0.18215
     np.testing.assert_allclose(x_BHWC, expected, atol=1e-6)
 
@@ -141,10 +141,10 @@ def test_one_orientation_without_variance_is_its_mean():
 def test_draws_are_the_same_on_every_mesh():
     """Divided over two devices, whichever comes first."""
     moments, space = moments_of(8), LatentSpace("vae")
-    alone, _ = jax.jit(space.enter)({"moments": moments}, keys(8), {})
+    alone, _ = jax.jit(space.to_model)({"moments": moments}, keys(8), {})
     for devices in (jax.devices(), jax.devices()[::-1]):
         mesh = jax.sharding.Mesh(np.array(devices), "data")
         divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         batch = {"moments": jax.device_put(moments, divided)}
-        moved, _ = jax.jit(space.enter)(batch, jax.device_put(keys(8), divided), {})
+        moved, _ = jax.jit(space.to_model)(batch, jax.device_put(keys(8), divided), {})
         np.testing.assert_allclose(moved, alone, rtol=1e-6, atol=1e-6)

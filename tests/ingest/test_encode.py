@@ -1,4 +1,4 @@
-"""Pictures → shards of moments → the training step."""
+"""Images → shards of moments → the training step."""
 
 import concurrent.futures
 import itertools
@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from support import warm
 from support.fid import save_tiny_vae
-from support.pictures import encoded, pets, picture, write_folder
+from support.images import encoded, image, pets, write_folder
 from support.processes import ROOT, command, environment, free_port
 
 from diffit_jax.data import records
 from diffit_jax.data.records import ArraySpec, Manifest, Shard, open_records
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics, shards
-from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.encode import Encoding, encode
-from diffit_jax.ingest.encoder import Encoder
+from diffit_jax.ingest.encoder import ImageEncoder
 from diffit_jax.ingest.prepare import prepare
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import parallel
@@ -34,7 +34,7 @@ RECORD = 4 + 2 * 8 * 8 * 8 * 2  # both orientations of 8×8 latents, float16
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with pictures (a broken one among them) and a narrow autoencoder."""
+    """A folder with images (a broken one among them) and a narrow autoencoder."""
     folder = tmp_path_factory.mktemp("encode")
     names = pets(COUNT, width=SIDE, height=SIDE)
     names["cat/04.png"] = b""
@@ -50,7 +50,7 @@ def many(monkeypatch):
 
 
 def encode_pets(place, data_dir, batch=1, **settings):
-    more = {name: settings.pop(name) for name in ("split", "framing") if name in settings}
+    more = {name: settings.pop(name) for name in ("split", "preprocessing") if name in settings}
     encoding = Encoding(place / "vae", batch_per_device=batch, **settings)
     return encode(
         place / "pets", name="pets", encoding=encoding, data_dir=data_dir, workers=0, **more
@@ -71,8 +71,8 @@ def contents(folder):
 
 
 def test_moments_are_those_of_the_autoencoder(place, whole):
-    """Of each picture and its mirror image, one by one: 2e-5 of the largest, and half a unit of
-    float16's last place; the broken picture is named and its label not counted."""
+    """Of each image and its mirror image, one by one: 2e-5 of the largest, and half a unit of
+    float16's last place; the broken image is named and its label not counted."""
     source = open_records(whole, "train")
     assert len(source) == COUNT - 1 and source.image_shape == (8, 8, 4) and source.num_classes == 2
     assert source.manifest.skipped == (("cat/04.png", "empty file"),)
@@ -84,7 +84,7 @@ def test_moments_are_those_of_the_autoencoder(place, whole):
     numbers = [n for n in (*range(0, COUNT, 2), *range(1, COUNT, 2)) if n != 4]
     encode_one = jax.jit(lambda image: module.apply(variables, image, method="encode"))
     for number, moments in zip(numbers, batch["moments"], strict=True):
-        x = picture(number, SIDE, SIDE)[None].astype(np.float32) / 127.5 - 1
+        x = image(number, SIDE, SIDE)[None].astype(np.float32) / 127.5 - 1
         for orientation, way in enumerate((x, x[:, :, ::-1])):
             expected = np.concatenate(encode_one(way), axis=-1)[0]
             error = np.abs(moments[orientation].astype(np.float32) - expected)
@@ -127,8 +127,8 @@ def test_an_encode_that_is_cut_at_five_points_gives_the_same_bytes(place, whole,
 
 def test_a_command_that_is_killed_goes_on(place, tmp_path):
     """By SIGKILL, with processes that decode; then on prepared data, which are the same."""
-    prepare(place / "pets", name="pictures", data_dir=tmp_path / "data", workers=0)
-    flags = ["--source", tmp_path / "data/pictures", "--name", "latents", "--vae", place / "vae"]
+    prepare(place / "pets", name="images", data_dir=tmp_path / "data", workers=0)
+    flags = ["--source", tmp_path / "data/images", "--name", "latents", "--vae", place / "vae"]
     flags += ["--data_dir", tmp_path / "data", "--batch_per_device", 1, "--workers", 1]
     script = [warm.python(), ROOT / "launch/encode.py", *flags]
     process = subprocess.Popen(list(map(str, script)), env=environment(), cwd=tmp_path)
@@ -152,8 +152,8 @@ def moments_on(place, devices, batch):
     module, variables = diffusers.load(place / "vae")
     mesh = jax.sharding.Mesh(np.array(devices).reshape(-1, 1, 1), parallel.AXES)
     variables = jax.device_put(variables, parallel.replicated(mesh))
-    encoder = Encoder(module, variables, mesh, batch_per_device=batch)
-    images = np.stack([picture(number, SIDE, SIDE) for number in range(8)])
+    encoder = ImageEncoder(module, variables, mesh, batch_per_device=batch)
+    images = np.stack([image(number, SIDE, SIDE) for number in range(8)])
     size = encoder.batch_size
     return np.concatenate(
         [encoder.start(images[n : n + size]).result()[0] for n in range(0, len(images), size)]
@@ -210,8 +210,11 @@ def test_one_orientation_is_half_of_two(place, whole, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(framing=Framing("adm", 15)), "15×15 with 3 channels, the autoencoder takes 3"),
-        (dict(framing=Framing(channels=1)), "16×16 with 1 channels"),
+        (
+            dict(preprocessing=Preprocessing("adm", 15)),
+            "15×15 with 3 channels, the autoencoder takes 3",
+        ),
+        (dict(preprocessing=Preprocessing(channels=1)), "16×16 with 1 channels"),
         (dict(stored="int8"), "--stored int8 is unknown: use float16 or float32"),
         (dict(orientations=4), "--orientations is 4: use 1 or 2"),
     ],
@@ -234,7 +237,7 @@ def test_latents_of_another_autoencoder_do_not_go_into_the_same_data_set(place, 
 
 
 def manifest_of(statistics, **changes):
-    facts = dict(
+    metadata = dict(
         arrays=records.layout(moments=ArraySpec((2, 32, 32, 8), "float16")),
         classes=tuple(map(str, range(1000))),
         count=1_281_167,
@@ -242,12 +245,12 @@ def manifest_of(statistics, **changes):
         source={"split": "train"},
         crop={"crop": "adm", "size": 256},
         skipped=(),
-        remarks={},
+        notes={},
         shards=(Shard("x", 1_281_167, ""),),
         autoencoder={"path": "hf://x/sd-vae-ft-mse"},
         statistics=statistics,
     )
-    return Manifest(**(facts | changes))
+    return Manifest(**(metadata | changes))
 
 
 def test_statistics_of_imagenet_are_compared_with_the_published_ones():
@@ -283,25 +286,25 @@ def test_manifests_come_back_as_they_were(whole):
     assert said["autoencoder"]["contents"] and said["crop"]["crop"] == "none"
 
 
-def test_not_finite_moments_name_their_pictures(place, tmp_path, monkeypatch):
-    start = Encoder.start
+def test_not_finite_moments_name_their_images(place, tmp_path, monkeypatch):
+    start = ImageEncoder.start
 
-    def broken(encoder, pictures):
-        moments, when = start(encoder, pictures).result()
+    def broken(encoder, images):
+        moments, when = start(encoder, images).result()
         future = concurrent.futures.Future()
         future.set_result((np.where(np.arange(len(moments)) == 0, np.nan, moments.T).T, when))
         return future
 
-    monkeypatch.setattr(Encoder, "start", broken)
+    monkeypatch.setattr(ImageEncoder, "start", broken)
     with pytest.raises(UserError, match=r"moments of cat/00.png are not finite: use --vae_dtype"):
         encode_pets(place, tmp_path)
 
 
-def test_encoded_has_no_small_pictures(place):
-    """A picture that has the size already needs no crop; another one does."""
-    names = pets(12, width=SIDE, height=SIDE) | {"dog/99.png": encoded(picture(0, 24, 16))}
+def test_encoded_has_no_small_images(place):
+    """An image that has the size already needs no crop; another one does."""
+    names = pets(12, width=SIDE, height=SIDE) | {"dog/99.png": encoded(image(0, 24, 16))}
     source = write_folder(place / "mixed", names)
-    with pytest.raises(UserError, match=r"dog/99.png is 24×16, the first picture is 16×16"):
+    with pytest.raises(UserError, match=r"dog/99.png is 24×16, the first image is 16×16"):
         encode(
             source,
             name="mixed",

@@ -1,4 +1,4 @@
-"""What sources hold, and which label each picture has."""
+"""What sources hold, and which label each image has."""
 
 import gzip
 import io
@@ -9,20 +9,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from support.pictures import (
-    encoded,
-    pets,
-    picture,
-    tar_bytes,
-    write_folder,
-    write_parquet,
-    write_zip,
-)
+from support.images import encoded, image, pets, tar_bytes, write_folder, write_parquet, write_zip
 
 from diffit_jax.data.sources import open_dataset
 from diffit_jax.errors import UserError
-from diffit_jax.ingest import places
-from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest import locations
+from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.images import Loader, open_images
 
 PETS = pets(12)
@@ -31,9 +23,9 @@ LABELS = [int(name.startswith("dog")) for name in NAMES]
 FLAT = {name.replace("/", "_"): content for name, content in PETS.items()}
 
 
-def loaded(index, framing=Framing()):
-    """Pixels of every picture, by this process."""
-    with Loader(index, framing, workers=0) as loader:
+def loaded(index, preprocessing=Preprocessing()):
+    """Pixels of every image, by this process."""
+    with Loader(index, preprocessing, workers=0) as loader:
         return [one.pixels for one in loader.load(range(len(index)))]
 
 
@@ -51,7 +43,7 @@ def imagenet_tar(contents):
 
 
 def containers(folder):
-    """The same pictures in every container that has folders for classes."""
+    """The same images in every container that has folders for classes."""
     reverse = dict(reversed(PETS.items()))
     (folder / "plain.tar").write_bytes(tar_bytes(reverse))
     (folder / "imagenet.tar").write_bytes(imagenet_tar(PETS))
@@ -73,7 +65,7 @@ def containers(folder):
     }
 
 
-def test_the_same_pictures_are_the_same_data_in_every_container(tmp_path):
+def test_the_same_images_are_the_same_data_in_every_container(tmp_path):
     """In the same order with the same labels, whatever the order of files: class folders, zips,
     tars, ImageNet's tar of tars."""
     for kind, path in containers(tmp_path).items():
@@ -81,23 +73,23 @@ def test_the_same_pictures_are_the_same_data_in_every_container(tmp_path):
         tails = ["/".join(name.split("/")[-2:]) for name in index.names]
         assert tails == NAMES, kind
         assert index.classes == ("cat", "dog") and index.labels.tolist() == LABELS, kind
-        contents = [places.read(index.place(number)) for number in range(len(index))]
+        contents = [locations.read(index.location(number)) for number in range(len(index))]
         assert contents == [PETS[name] for name in NAMES], kind
-        assert index.said == ()
+        assert index.messages == ()
 
 
 def test_an_index_travels_to_other_processes(tmp_path):
     for path in containers(tmp_path).values():
         index = open_images(path)
-        other = places.Index.from_bytes(index.to_bytes())
+        other = locations.Index.from_bytes(index.to_bytes())
         assert other.digest() == index.digest() and other.classes == index.classes
-        assert [other.place(n) for n in range(12)] == [index.place(n) for n in range(12)]
+        assert [other.location(n) for n in range(12)] == [index.location(n) for n in range(12)]
 
 
 def test_names_of_any_bytes_travel_too(tmp_path):
     raw = {f"{number}\udcff\udc80 ü.png": PETS[name] for number, name in enumerate(NAMES)}
     index = open_images(write_folder(tmp_path / "odd", raw))
-    other = places.Index.from_bytes(index.to_bytes())
+    other = locations.Index.from_bytes(index.to_bytes())
     assert other.names == index.names == sorted(raw) and other.digest() == index.digest()
 
 
@@ -122,10 +114,10 @@ def test_parts_of_a_far_file_are_read_alone(tmp_path):
                     ),
                 )
                 places_there = [
-                    index.place(number)._replace(path=f"memory://{path.name}")
+                    index.location(number)._replace(path=f"memory://{path.name}")
                     for number in range(12)
                 ]
-                assert [places.read(place) for place in places_there] == list(
+                assert [locations.read(place) for place in places_there] == list(
                     map(PETS.get, NAMES)
                 ), name
             assert max(asked) <= max(map(len, PETS.values())) + 2**11
@@ -134,7 +126,7 @@ def test_parts_of_a_far_file_are_read_alone(tmp_path):
 def test_a_flat_folder_has_no_labels(tmp_path):
     index = open_images(write_folder(tmp_path / "flat", FLAT))
     assert index.labels is None and index.classes == ()
-    assert index.said == ("no labels: its pictures lie in one folder",)
+    assert index.messages == ("no labels: its images lie in one folder",)
     above = open_images(write_zip(tmp_path / "x.zip", {f"set/{name}": FLAT[name] for name in FLAT}))
     assert above.labels is None
 
@@ -153,7 +145,7 @@ def test_labels_of_edms_layout(tmp_path):
     assert open_images(folder).labels is None
 
 
-def test_webdataset_pairs_pictures_with_their_numbers(tmp_path):
+def test_webdataset_pairs_images_with_their_numbers(tmp_path):
     parts = [{}, {}]
     for number, name in enumerate(NAMES):
         key = f"{number:06d}"
@@ -165,7 +157,7 @@ def test_webdataset_pairs_pictures_with_their_numbers(tmp_path):
     assert len(index) == 12 and index.classes == ("0", "1", "2")
     assert index.labels.tolist() == [0, 2, 1, 0, 2, 1, 1, 0, 2, 1, 0, 2]
     assert index.labels.tolist() == open_images(tmp_path / "train-*.tar").labels.tolist()
-    contents = [places.read(index.place(number)) for number in range(12)]
+    contents = [locations.read(index.location(number)) for number in range(12)]
     assert contents == [PETS[NAMES[n]] for n in (*range(0, 12, 2), *range(1, 12, 2))]
 
 
@@ -178,9 +170,9 @@ def test_tables_of_the_hub(tmp_path):
     write_parquet(tmp_path / "data/test-0.parquet", contents, [-1] * 12, ["tabby", "hound"])
     index = open_images(tmp_path)
     assert index.classes == ("tabby", "hound") and index.labels.tolist() == LABELS
-    assert [places.read(index.place(n)) for n in range(12)] == list(contents.values())
+    assert [locations.read(index.location(n)) for n in range(12)] == list(contents.values())
     test = open_images(tmp_path, "test")
-    assert test.labels is None and "as in test splits" in test.said[0]
+    assert test.labels is None and "as in test splits" in test.messages[0]
 
 
 def test_what_tensorflow_datasets_has_prepared(tmp_path):
@@ -192,7 +184,7 @@ def test_what_tensorflow_datasets_has_prepared(tmp_path):
     digits = open_dataset("digits", "train", tmp_path)
     folder = next((tmp_path / "digits").iterdir())
     index = open_images(folder)
-    with Loader(index, Framing(channels=1), workers=0) as loader:
+    with Loader(index, Preprocessing(channels=1), workers=0) as loader:
         found = np.stack([one.pixels for one in loader.load(range(0, len(index), 97))])
     np.testing.assert_array_equal(found, digits.images[::97])
     np.testing.assert_array_equal(index.labels, digits.labels)
@@ -201,7 +193,7 @@ def test_what_tensorflow_datasets_has_prepared(tmp_path):
         open_images(folder, "validation")
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    places.tfds_source.cache_clear()
+    locations.tfds_source.cache_clear()
     with pytest.raises(UserError, match=r"prepared as tfrecord, which cannot be read without Tens"):
         open_images(folder)
 
@@ -242,7 +234,7 @@ def test_cifars_archives(tmp_path, binary, packed):
     np.testing.assert_array_equal(np.stack(loaded(train)), images[:5].reshape(-1, 32, 32, 3))
     assert train.labels.tolist() == labels[:5].ravel().tolist()
     assert train.classes[3] == "class3"
-    with pytest.raises(UserError, match="has 4 pictures, a data set needs 10"):
+    with pytest.raises(UserError, match="has 4 images, a data set needs 10"):
         open_images(path, "test")
 
 
@@ -262,12 +254,12 @@ def test_a_pickle_runs_nothing(tmp_path, what, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-def test_pictures_of_other_processes_come_in_order(tmp_path):
+def test_images_of_other_processes_come_in_order(tmp_path):
     """And what is broken among them is named, whoever decodes."""
-    contents = {f"{n:03d}.png": encoded(picture(n, 9, 7)) for n in range(40)}
+    contents = {f"{n:03d}.png": encoded(image(n, 9, 7)) for n in range(40)}
     contents |= {"005.png": b"", "017.png": b"<html>"}
     index = open_images(write_folder(tmp_path, contents))
-    with Loader(index, Framing(), workers=2) as loader:
+    with Loader(index, Preprocessing(), workers=2) as loader:
         found = list(loader.load(range(40)))
     assert [one.number for one in found] == list(range(40))
     assert {one.number: one.reason[:10] for one in found if one.pixels is None} == {
@@ -276,7 +268,7 @@ def test_pictures_of_other_processes_come_in_order(tmp_path):
     }
     for one in found:
         if one.pixels is not None:
-            np.testing.assert_array_equal(one.pixels, picture(one.number, 9, 7))
+            np.testing.assert_array_equal(one.pixels, image(one.number, 9, 7))
 
 
 def bad_sources(folder):
@@ -299,20 +291,20 @@ def bad_sources(folder):
     (folder / "words.tar").write_bytes(tar_bytes(cls | {f"{n}.cls": b"1" for n in range(1, 12)}))
     (folder / "fewer.tar").write_bytes(tar_bytes(cls))
     return {
-        r"dataset.json has no label of 5 pictures \(dog": write_zip(folder / "a.zip", PETS, half),
-        r"names 2 pictures that are not there \(fish/1.png, fish/2.png\)": write_zip(
+        r"dataset.json has no label of 5 images \(dog": write_zip(folder / "a.zip", PETS, half),
+        r"names 2 images that are not there \(fish/1.png, fish/2.png\)": write_zip(
             folder / "b.zip", PETS, extra
         ),
         "lists.zip.*must be whole numbers": lists,
-        "has no pictures": write_folder(folder / "empty", {"a/readme.txt": b""}),
-        "has 3 pictures, a data set needs 10": write_folder(folder / "few", few),
+        "has no images": write_folder(folder / "empty", {"a/readme.txt": b""}),
+        "has 3 images, a data set needs 10": write_folder(folder / "few", few),
         "has one class only, 'cat'": write_folder(
             folder / "one", {f"cat/{number}.png": b"" for number in range(20)}
         ),
-        r"has 1 pictures beside its folders \(x.png\)": write_folder(
+        r"has 1 images beside its folders \(x.png\)": write_folder(
             folder / "mixed", PETS | {"x.png": b""}
         ),
-        r"has folders without a picture \(fish\)": write_folder(
+        r"has folders without an image \(fish\)": write_folder(
             folder / "gap", PETS | {"fish/readme.txt": b""}
         ),
         r"has folders of splits \(train, val\), not of classes": write_folder(
@@ -327,7 +319,7 @@ def bad_sources(folder):
         "holds TFRecords.*file_format='array_record'": folder / "a.tfrecord",
         "a.txt is neither a folder nor a zip, tar or Parquet file": folder / "a.txt",
         r"the .cls of 0.png is 'cat', not a number": folder / "words.tar",
-        r"11 pictures have no .cls beside them": folder / "fewer.tar",
+        r"11 images have no .cls beside them": folder / "fewer.tar",
     }
 
 

@@ -1,4 +1,4 @@
-"""From own pictures to training, in pixels and in latents; and latents that others made."""
+"""From own images to training, in pixels and in latents; and latents that others made."""
 
 import json
 import zipfile
@@ -9,7 +9,7 @@ import pytest
 from support.configs import config_of
 from support.fid import save_tiny_vae
 from support.golden import WEIGHTS
-from support.pictures import others_latents, pets, write_folder
+from support.images import others_latents, pets, write_folder
 
 from diffit_jax.data.records import open_records
 from diffit_jax.errors import UserError
@@ -38,17 +38,17 @@ def short(config):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of data sets: `pictures`, `latents`, and `plain` without labels."""
+    """A folder of data sets: `images`, `latents`, and `plain` without labels."""
     folder = tmp_path_factory.mktemp("own")
     source = write_folder(folder / "pets", pets(14, width=8, height=8))
     vae = Encoding(save_tiny_vae(folder / "tiny-vae", scaling_factor=0.7), batch_per_device=1)
-    prepare(source, name="pictures", data_dir=folder, workers=0)
+    prepare(source, name="images", data_dir=folder, workers=0)
     prepare(source, name="plain", data_dir=folder, unlabelled=True, workers=0)
     encode(source, name="latents", encoding=vae, data_dir=folder, workers=0)
     return folder
 
 
-@pytest.mark.parametrize("name", ["pictures", "plain", "latents"])
+@pytest.mark.parametrize("name", ["images", "plain", "latents"])
 def test_a_name_is_all_that_training_needs(data, tmp_path, name, monkeypatch):
     """By its path, and by its name alone where the variable says where data sets live; what the
     manifest says stands in config.json."""
@@ -86,14 +86,10 @@ def test_a_latent_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
     ("name", "changes", "message"),
     [
         ("latents", {"latent_scale": (0.18215,)}, "was encoded with latent_scale 0.7, the config"),
-        ("latents", {"autoencoder": ""}, "holds latents: name pictures, or set data.autoencoder"),
-        (
-            "latents",
-            {"name": "pictures"},
-            'holds pictures: encode them, or set data.autoencoder=""',
-        ),
-        ("pictures", {"name": "plain"}, "has 0 classes, the model 2"),
-        ("pictures", {"name": "other"}, "there is no .*other/train.manifest.json"),
+        ("latents", {"autoencoder": ""}, "holds latents: name images, or set data.autoencoder"),
+        ("latents", {"name": "images"}, 'holds images: encode them, or set data.autoencoder=""'),
+        ("images", {"name": "plain"}, "has 0 classes, the model 2"),
+        ("images", {"name": "other"}, "there is no .*other/train.manifest.json"),
     ],
 )
 def test_a_manifest_that_disagrees_with_the_config_is_refused(
@@ -125,11 +121,11 @@ def test_released_weights_get_a_new_label_table(tmp_path):
     written = workdirs.read_config(tmp_path / "run")
     assert written["model"]["num_classes"] == 7
     _, theirs = official.load(WEIGHTS["a"])
-    from diffit_jax.run.state import open_experiment
+    from diffit_jax.run.state import setup_experiment
     from diffit_jax.sampling.request import Run
 
     run = Run(tmp_path / "run")
-    ours, _ = run.load(open_experiment(written, to_train=False))
+    ours, _ = run.load(setup_experiment(written, to_train=False))
     table = ours["params"]["time"].pop("label")["embedding"]
     old = theirs["params"]["time"].pop("label")["embedding"]
     assert table.shape == (8, old.shape[1])
@@ -187,7 +183,7 @@ def test_latents_of_an_unknown_kind_are_refused(tmp_path):
         import_latents(tmp_path / "plain.zip", name="x", data_dir=tmp_path, unlabelled=True).classes
         == ()
     )
-    write_folder(tmp_path / "pictures", pets(12))
+    write_folder(tmp_path / "images", pets(12))
     with pytest.raises(UserError, match=r"has no img-mean-std-\*.npy"):
-        import_latents(tmp_path / "pictures", name="y", data_dir=tmp_path)
+        import_latents(tmp_path / "images", name="y", data_dir=tmp_path)
     assert not (tmp_path / "y").exists()

@@ -1,4 +1,4 @@
-"""Pictures → ArrayRecord shards and a manifest, interrupted and gone on with."""
+"""Images → ArrayRecord shards and a manifest, interrupted and gone on with."""
 
 import json
 import os
@@ -9,15 +9,15 @@ import time
 
 import numpy as np
 import pytest
-from support.pictures import encoded, odd_pictures, pets, picture, write_folder
+from support.images import encoded, image, odd_images, pets, write_folder
 from support.processes import ROOT, command, environment
 
 from diffit_jax.data import records
 from diffit_jax.data.records import ArraySpec, open_records
-from diffit_jax.data.sources import Wanted, open_dataset
+from diffit_jax.data.sources import DataSpec, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import shards
-from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.prepare import prepare
 
 
@@ -42,9 +42,9 @@ def test_what_is_prepared_is_read_back_bit_for_bit(tmp_path, many):
     assert (manifest.count, manifest.classes) == (23, ("cat", "dog"))
     assert manifest.arrays["image"] == ArraySpec((8, 8, 3), "uint8")
     assert manifest.class_counts == (12, 11) and [s.count for s in manifest.shards] == [7, 7, 7, 2]
-    read = open_dataset("pets", "train", tmp_path / "data", Wanted((8, 8, 3), 2, "image"))
+    read = open_dataset("pets", "train", tmp_path / "data", DataSpec((8, 8, 3), 2, "image"))
     order = [*range(0, 23, 2), *range(1, 23, 2)]  # by name: cats first
-    expected = np.stack([picture(number, 8, 8) for number in order])
+    expected = np.stack([image(number, 8, 8) for number in order])
     batch = everything(read)
     np.testing.assert_array_equal(batch["image"], expected)
     assert batch["label"].tolist() == [0] * 12 + [1] * 11 and batch["label"].dtype == np.int32
@@ -132,7 +132,7 @@ def test_a_corrupt_shard_is_named_and_the_rest_stays_usable(tmp_path, many):
     prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     path = tmp_path / "data/pets/train-00001-of-00004.array_record"
     content = bytearray(path.read_bytes())
-    place = content.find(picture(14, 8, 8).tobytes()[:40])  # the first of its records
+    place = content.find(image(14, 8, 8).tobytes()[:40])  # the first of its records
     content[place + 20] ^= 255
     path.write_bytes(content)
     read = open_records(tmp_path / "data/pets", "train")
@@ -142,18 +142,22 @@ def test_a_corrupt_shard_is_named_and_the_rest_stays_usable(tmp_path, many):
     assert len(read.read(others)["label"]) == 22
 
 
-def test_odd_pictures_are_counted_and_broken_ones_named(tmp_path):
+def test_odd_images_are_counted_and_broken_ones_named(tmp_path):
     """Twenty among two hundred: seven are skipped, thirteen handled."""
-    odd = {f"odd/{name}": content for name, (content, _) in odd_pictures().items()}
-    plain = {f"plain/{number}.png": encoded(picture(number)) for number in range(180)}
-    source = write_folder(tmp_path / "pictures", odd | plain)
+    odd = {f"odd/{name}": content for name, (content, _) in odd_images().items()}
+    plain = {f"plain/{number}.png": encoded(image(number)) for number in range(180)}
+    source = write_folder(tmp_path / "images", odd | plain)
     manifest = prepare(
-        source, name="odd", data_dir=tmp_path / "data", framing=Framing("adm", 16), workers=0
+        source,
+        name="odd",
+        data_dir=tmp_path / "data",
+        preprocessing=Preprocessing("adm", 16),
+        workers=0,
     )
-    broken = {f"odd/{n}" for n, (_, becomes) in odd_pictures().items() if isinstance(becomes, str)}
+    broken = {f"odd/{n}" for n, (_, becomes) in odd_images().items() if isinstance(becomes, str)}
     assert manifest.count == 193 and len(broken) == 7
     assert {name for name, _ in manifest.skipped} == broken and all(r for _, r in manifest.skipped)
-    assert manifest.remarks == {
+    assert manifest.notes == {
         "16-bit": 1,
         "CMYK": 1,
         "animated: its first frame": 1,
@@ -168,11 +172,9 @@ def test_odd_pictures_are_counted_and_broken_ones_named(tmp_path):
 
 
 def test_mixed_sizes_need_a_crop(tmp_path):
-    names = pets(12) | {"dog/99.png": encoded(picture(0, 41, 32))}
+    names = pets(12) | {"dog/99.png": encoded(image(0, 41, 32))}
     source = write_folder(tmp_path / "pets", names)
-    with pytest.raises(
-        UserError, match=r"dog/99.png is 41×32, the first picture is 40×32: .*--crop"
-    ):
+    with pytest.raises(UserError, match=r"dog/99.png is 41×32, the first image is 40×32: .*--crop"):
         prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     assert not (tmp_path / "data/pets/train.manifest.json").exists()
 
@@ -185,7 +187,11 @@ def test_another_source_does_not_go_into_the_same_data_set(tmp_path):
         prepare(other, name="pets", data_dir=tmp_path / "data", workers=0)
     with pytest.raises(UserError, match=r"of other data \(crop .*shape"):
         prepare(
-            first, name="pets", data_dir=tmp_path / "data", framing=Framing("adm", 8), workers=0
+            first,
+            name="pets",
+            data_dir=tmp_path / "data",
+            preprocessing=Preprocessing("adm", 8),
+            workers=0,
         )
     prepare(other, name="pets", data_dir=tmp_path / "data", split="test", workers=0)
     assert len(open_records(tmp_path / "data/pets", "test")) == 14
@@ -244,9 +250,9 @@ def test_what_an_experiment_expects_is_checked(tmp_path):
     source = write_folder(tmp_path / "pets", pets(12, width=8, height=8))
     prepare(source, name="pets", data_dir=tmp_path / "data", workers=0)
     for wanted, message in [
-        (Wanted((16, 16, 3), 2, "image"), "images of .8, 8, 3., the model expects .16, 16, 3."),
-        (Wanted((8, 8, 3), 5, "image"), "has 2 classes, the model 5"),
-        (Wanted((1, 1, 4), 2, "latent"), "holds pictures: encode them"),
+        (DataSpec((16, 16, 3), 2, "image"), "images of .8, 8, 3., the model expects .16, 16, 3."),
+        (DataSpec((8, 8, 3), 5, "image"), "has 2 classes, the model 5"),
+        (DataSpec((1, 1, 4), 2, "latent"), "holds images: encode them"),
     ]:
         with pytest.raises(UserError, match=message):
             open_dataset("pets", "train", tmp_path / "data", wanted)

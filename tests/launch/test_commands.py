@@ -51,8 +51,8 @@ def test_train_then_sample(tmp_path):
     name = "samples_4x8x8x1-seeds=0-2_7,labels=3_5,guidance.scale=2.0"
     with np.load(workdir / f"{name}.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 8, 8, 1) and arrays["arr_1"].tolist() == [3, 5, 3, 5]
-    with Image.open(workdir / f"{name}.png") as picture:
-        assert picture.size == (10 * 33 - 1, 32)
+    with Image.open(workdir / f"{name}.png") as image:
+        assert image.size == (10 * 33 - 1, 32)
 
 
 def test_benchmark(tmp_path):

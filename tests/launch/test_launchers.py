@@ -364,7 +364,7 @@ def test_every_launcher_runs_every_verb(verb, flags):
         ("sample", ["--seeds", "0"], "name a run or weights after --"),
         ("benchmark", ["--workdir", "w"], "name the config after --"),
         ("evaluate", [], "name what is measured after --"),
-        ("encode", [], "name the pictures after --"),
+        ("encode", [], "name the images after --"),
     ],
 )
 def test_what_a_verb_needs_is_named(verb, flags, message):

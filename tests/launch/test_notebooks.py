@@ -26,7 +26,7 @@ def is_parameters(cell):
 
 
 def executed(name, **parameters):
-    """(its pictures, all that it printed) of a notebook with other parameters."""
+    """(its images, all that it printed) of a notebook with other parameters."""
     notebook = read(name)
     (place,) = [index for index, cell in enumerate(notebook.cells) if is_parameters(cell)]
     lines = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
@@ -34,8 +34,8 @@ def executed(name, **parameters):
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    return pictures, "".join(output.get("text", "") for output in outputs)
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    return images, "".join(output.get("text", "") for output in outputs)
 
 
 @pytest.fixture
@@ -49,44 +49,44 @@ def alone(tmp_path, monkeypatch):
 
 
 def test_quickstart(alone):
-    pictures, _ = executed("quickstart", total_steps=3, workdir=str(alone / "run"))
-    assert len(pictures) == 2
+    images, _ = executed("quickstart", total_steps=3, workdir=str(alone / "run"))
+    assert len(images) == 2
     assert (alone / "run" / "checkpoints" / "3").exists()
 
 
 def test_released_weights_without_a_network(alone):
-    """Random weights take the released ones' place, and all pictures are drawn."""
+    """Random weights take the released ones' place, and all images are drawn."""
     few = dict(per_class=2, classes="tiger,volcano", scales=(1.0, 4.4), steps=8, fast_steps=3)
-    pictures, said = executed("released_weights", output=str(alone), **few)
-    assert len(pictures) == 5
-    assert "the hub cannot be reached from here" in said and "the pictures are noise" in said
+    images, said = executed("released_weights", output=str(alone), **few)
+    assert len(images) == 5
+    assert "the hub cannot be reached from here" in said and "the images are noise" in said
     with np.load(alone / "classes.npz") as arrays:
         assert arrays["arr_0"].shape == (4, 64, 64, 3) and len(set(arrays["arr_1"].tolist())) == 2
     with np.load(alone / "class.npz") as one, np.load(alone / "scale-4.4.npz") as other:
         np.testing.assert_array_equal(one["arr_0"], other["arr_0"])  # the release's scale
 
 
-def test_train_on_tpu_from_pictures_to_a_number(alone):
-    """The chain in its short form, then a narrow network on somebody's own pictures."""
+def test_train_on_tpu_from_images_to_a_number(alone):
+    """The chain in its short form, then a narrow network on somebody's own images."""
     rng = np.random.default_rng(0)
     for number in range(24):
-        path = alone / "pictures" / ("cats", "dogs")[number % 2] / f"{number}.png"
+        path = alone / "images" / ("cats", "dogs")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
     small = {"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2}
     small |= {"training.batch_size": 8, "training.log_steps": 2, "training.grid_images": 9}
     small |= {"sampling.sampler.num_steps": 2}
-    pictures, said = executed(
+    images, said = executed(
         "train_on_tpu",
         accelerator="cpu",
         place=str(alone),
-        pictures=str(alone / "pictures"),
+        images=str(alone / "images"),
         short=True,
         size=32,
         total_steps=4,
         overrides=[f"--config.{key}={value}" for key, value in small.items()],
     )
-    assert len(pictures) == 5
+    assert len(images) == 5
     assert "The autoencoder of the first part is used instead" in said
     assert "FITS" in said and "train 4/4 steps | loss" in said
     metrics = json.loads((alone / "samples.metrics.json").read_text())
@@ -95,8 +95,8 @@ def test_train_on_tpu_from_pictures_to_a_number(alone):
     assert "its figures have no meaning" in said
     with np.load(chain / "samples_360x32x32x3.npz") as samples:
         assert samples["arr_0"].shape == (360, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
-    for picture in ("samples_360x32x32x3.png", "latents/grids/00000008.png"):
-        with Image.open(chain / picture) as grid:
+    for image in ("samples_360x32x32x3.png", "latents/grids/00000008.png"):
+        with Image.open(chain / image) as grid:
             assert grid.size[0] == 10 * 33 - 1 and grid.mode == "RGB"
     scores = json.loads((chain / "samples_360x32x32x3.metrics.json").read_text())
     assert scores["count"] == 360 and scores["classifier_accuracy_real"] > 0.9

@@ -16,7 +16,7 @@ from PIL import Image
 from support import warm
 from support.configs import small_config, small_latent_config
 from support.fid import NARROW, inception_tensors, save_pth, save_tiny_vae
-from support.pictures import cifar10_archive, others_latents
+from support.images import cifar10_archive, others_latents
 from support.processes import environment, write_config
 
 from diffit_jax import models
@@ -186,9 +186,9 @@ def scratch(tmp_path_factory):
     save_pth(folder / "pt_inception-2015-12-05-6726825d.pth", inception_tensors(NARROW))
     images = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
     np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
+        Image.fromarray(image).save(folder / "images" / f"{number}.png")
     return folder
 
 

@@ -14,7 +14,7 @@ from diffit_jax.models.diffit.attention import (
     relative_position_index,
 )
 from diffit_jax.models.diffit.blocks import DiffiTResBlock
-from diffit_jax.models.placement import Placement, under
+from diffit_jax.models.placement import Placement, use_placement
 
 WINDOW, HEADS, CHANNELS, TIME = 3, 2, 8, 6
 
@@ -225,14 +225,14 @@ def test_windows_are_the_same_in_tiles(height, width, window):
             y = block.apply(variables, x, time)
             return jnp.sum(jnp.sin(y)), y
 
-        with under(Placement(platform=platform)):
+        with use_placement(Placement(platform=platform)):
             return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, x)
 
     here, there = outputs("cpu"), outputs("tpu")
     # Other orders of the sums: 3e-6 of each array's largest value was measured.
     for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-5 * np.abs(one).max())
-    with under(Placement(platform="tpu")):  # attention weights are kept by window
+    with use_placement(Placement(platform="tpu")):  # attention weights are kept by window
         _, kept = block.apply(variables, x, time, mutable="intermediates")
     (weights,) = kept["intermediates"]["transformer"]["attention"]["attention"]
     assert weights.shape == (2, height * width // window**2, 2, window**2, window**2)

@@ -22,9 +22,9 @@ from diffit_jax.models.diffit.attention import (
     relative_position_index,
 )
 from diffit_jax.models.model import traced_multiply_adds
-from diffit_jax.models.placement import Placement, under
+from diffit_jax.models.placement import Placement, use_placement
 from diffit_jax.preflight import compiler
-from diffit_jax.run.state import open_experiment
+from diffit_jax.run.state import setup_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.step import lower_train_step
@@ -152,9 +152,9 @@ def test_what_cannot_be_served_falls_back_and_says_why(
 )
 def test_the_first_lines_of_a_run_say_which_attention_and_why(asked, platform, words):
     model = build(small_latent_config(**LARGE, model__attention=asked)).model
-    assert models.attention_in_words(model, platform).startswith(words)
+    assert models.describe_attention(model, platform).startswith(words)
     image = build(small_config()).model
-    assert models.attention_in_words(image, platform) == "xla (as the config says)"
+    assert models.describe_attention(image, platform) == "xla (as the config says)"
 
 
 LARGE = dict(
@@ -214,7 +214,7 @@ def test_flops_are_the_same_for_kernel_and_xla():
     """MFU on a TPU must not depend on how attention is computed: the count equals the closed
     form."""
     model = build(config_of("imagenet256_latent")).model
-    with under(Placement(platform="tpu")):
+    with use_placement(Placement(platform="tpu")):
         counts = {
             backend: traced_multiply_adds(model.clone(attention=backend))
             for backend in ("auto", "xla")
@@ -236,13 +236,13 @@ def test_training_step_contains_the_kernel_only_where_it_is_asked_for(monkeypatc
 
     monkeypatch.setattr(attention_kernel, "attention", counted)
     for backend, there in (("auto", False), ("pallas", True)):
-        opened = open_experiment(small_latent_config(**LARGE, model__attention=backend))
-        sharding = parallel.batch_sharding(opened.mesh)
+        setup = setup_experiment(small_latent_config(**LARGE, model__attention=backend))
+        sharding = parallel.batch_sharding(setup.mesh)
         batch = {
             "latent": jax.ShapeDtypeStruct((8, 32, 32, 4), jnp.float32, sharding=sharding),
             "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding),
         }
-        lower_train_step(opened, opened.state, batch)
+        lower_train_step(setup, setup.state, batch)
         assert bool(calls) == there
 
 
@@ -264,7 +264,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch):
     def loss(variables, x, time):
         return jnp.sum(module.apply(variables, x, time).astype(jnp.float32))
 
-    with under(Placement(platform="gpu")):
+    with use_placement(Placement(platform="gpu")):
         text = (
             jax.jit(jax.grad(loss))
             .trace(variables, x, time)

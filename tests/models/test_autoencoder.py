@@ -93,7 +93,7 @@ def test_bfloat16_comes_close(vae, data):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_the_size_of_slices_changes_no_picture(vae, data, devices):
+def test_the_size_of_slices_changes_no_image(vae, data, devices):
     """Four latents on one and two devices in slices of 1, 2 and 4."""
     module, variables = vae
     latents = np.concatenate([data["z"], data["mean"]]) * 0.18215
@@ -102,16 +102,16 @@ def test_the_size_of_slices_changes_no_picture(vae, data, devices):
     )
     mesh = parallel.make_mesh(jax.devices()[:devices])
     on_mesh = jax.device_put(variables, parallel.replicated(mesh))
-    pictures = [
-        Decoder(module, on_mesh, mesh, batch_per_device=4 // devices, at_once=size)(latents)
+    images = [
+        Decoder(module, on_mesh, mesh, batch_per_device=4 // devices, chunk_size=size)(latents)
         for size in (1, 2, 4 // devices)
     ]
-    assert pictures[0].dtype == np.uint8 and pictures[0].shape == (4, 64, 64, 3)
+    assert images[0].dtype == np.uint8 and images[0].shape == (4, 64, 64, 3)
     # Truncated: where the golden value lies within 0.01 of a whole number either side will do.
     edge = abs(wanted - np.rint(wanted)) < 0.01
-    assert (abs(pictures[0].astype(int) - np.floor(wanted)) <= edge).all()
-    for others in pictures[1:]:
-        np.testing.assert_array_equal(others, pictures[0])
+    assert (abs(images[0].astype(int) - np.floor(wanted)) <= edge).all()
+    for others in images[1:]:
+        np.testing.assert_array_equal(others, images[0])
 
 
 def test_any_number_of_latents_is_decoded(vae, data):

@@ -132,11 +132,11 @@ def test_the_derivative_goes_through_a_divided_network():
         for seed in (1, 3)
     )
     x = random_like(jax.ShapeDtypeStruct((2, *model.sample_shape), jnp.float32), 2)
-    found, facts = [], models.parameter_facts(model)
+    found, metadata = [], models.parameter_metadata(model)
     for shape in (dict(data=1, fsdp=2), dict(data=2, fsdp=1)):
         mesh = parallel.make_mesh(shape=parallel.MeshShape(**shape))
         here, there = (
-            jax.device_put(tree, parallel.shardings(mesh, tree, facts))
+            jax.device_put(tree, parallel.shardings(mesh, tree, metadata))
             for tree in (variables, direction)
         )
 

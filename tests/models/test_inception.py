@@ -25,10 +25,10 @@ def test_all_taps(network, rule, prefix):
     data = golden("inception.npz")
     _, variables, apply = network
     images = np.moveaxis(data["images"], -1, -3)  # had their channels last already
-    pictures = inception.resized(images, rule)
-    taps = apply(variables, inception.normalised(pictures, rule))
+    resized = inception.resized(images, rule)
+    outputs = apply(variables, inception.normalised(resized, rule))
     wanted = (f"{prefix}pool3", f"{prefix}sfid_spatial7", f"{prefix}logits_nobias")
-    for ours, name in zip(taps, wanted, strict=True):
+    for ours, name in zip(outputs, wanted, strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, data[name], rtol=0, atol=5e-5 * abs(data[name]).max())
 
@@ -54,8 +54,8 @@ def test_an_antialiased_resize_is_seen():
 
 
 @pytest.mark.parametrize("rule", inception.RULES)
-def test_pictures_that_are_no_squares(rule):
-    """Against interpolation in float64, one picture row and column at a time."""
+def test_images_that_are_no_squares(rule):
+    """Against interpolation in float64, one image row and column at a time."""
     image = np.random.default_rng(0).integers(0, 256, (20, 31, 3)).astype(np.uint8)
 
     def places(size):

@@ -8,7 +8,7 @@ import pytest
 from support.golden import WEIGHTS, evaluate, golden, golden_tensors
 
 from diffit_jax import models
-from diffit_jax.diffusion.guidance import Constant, PowerCosine, Unguided, guide
+from diffit_jax.diffusion.guidance import Constant, PowerCosine, Unguided, apply_guidance
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.diffit.blocks import position_embedding
@@ -153,7 +153,7 @@ def test_guided_evaluation_golden(name, key, guidance):
     data = golden(f"diffit_{name}_cfg.npz")
     x, t, y = (jnp.asarray(data[k][:4]) for k in ("x", "t", "y"))
     network = lambda *i: evaluate(module, variables, *i)
-    guided = guide(guidance, network, lambda sigma: sigma, null_label=10)
+    guided = apply_guidance(guidance, network, lambda sigma: sigma, null_label=10)
     scales = guidance.scales(np.asarray(t) / 1000, np.ones(4))
     out = np.concatenate(
         [
@@ -172,7 +172,7 @@ def test_guidance_without_a_scale_is_a_plain_forward_pass(network_a):
     module, variables = network_a
     data = golden("diffit_a_cfg.npz")
     network = lambda *i: evaluate(module, variables, *i)
-    guided = guide(Unguided(), network, lambda sigma: sigma, null_label=10)
+    guided = apply_guidance(Unguided(), network, lambda sigma: sigma, null_label=10)
     batch = data["x"], data["t"], {"label": data["y"]}
     np.testing.assert_array_equal(guided.plain(*batch), network(*batch))
 

@@ -8,7 +8,7 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
 from diffit_jax.experiment.config import build
-from diffit_jax.models.placement import Placement, nowhere, under
+from diffit_jax.models.placement import Placement, no_placement, use_placement
 from diffit_jax.runtime import parallel
 
 CONFIGS = {
@@ -40,18 +40,18 @@ def test_every_matrix_is_asked_for_with_its_axes(name):
     level_B, label_B = jnp.zeros(2), {"label": jnp.zeros(2, jnp.int32)}
     if name == "augmented":
         label_B["augment"] = jnp.zeros((2, 9))
-    with under(Placement(activation=activation, weight=weight)):
+    with use_placement(Placement(activation=activation, weight=weight)):
         jax.eval_shape(
             lambda v, x: models.as_network(model, v)(x, level_B, label_B), variables, x_BHWC
         )
-    facts, shapes = models.parameter_facts(model), dict(parallel.named(variables["params"]))
-    assert facts.keys() == shapes.keys()
+    metadata, shapes = models.parameter_metadata(model), dict(parallel.named(variables["params"]))
+    assert metadata.keys() == shapes.keys()
     matrices = []
     for path, leaf in shapes.items():
         stacked = path.split("/")[0] in model.stacked
         shape = leaf.shape[1:] if stacked else leaf.shape
         if path.endswith("kernel") and shape[:2] != (3, 3):
-            matrices.append((shape, facts[path].axes))
+            matrices.append((shape, metadata[path].axes))
     assert sorted(map(str, set(asked))) == sorted(map(str, set(matrices)))
     assert placed and all(shape[0] == 2 for shape in placed)
 
@@ -61,9 +61,9 @@ def test_a_placement_ends_with_its_block():
     record = Placement(activation=lambda x: seen.append("outer") or x, platform="tpu")
     from diffit_jax.models.placement import placed, platform
 
-    with under(record):
+    with use_placement(record):
         placed(jnp.zeros(1))
-        with nowhere():
+        with no_placement():
             placed(jnp.zeros(1))
             assert platform() == "tpu"
     placed(jnp.zeros(1))

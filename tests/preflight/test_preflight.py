@@ -119,7 +119,7 @@ def test_report(reported):
     assert report.run.data_bytes_per_s_per_host == pytest.approx(
         32 / train.step_s * (32 * 32 * 4 * 4 + 4)
     )
-    assert len(train.dearest) == compiler.DEAREST and any(
+    assert len(train.dearest) == compiler.TOP_OPS and any(
         "attention.py" in entry.source for entry in train.dearest
     )
     text = preflight_report.render(report)

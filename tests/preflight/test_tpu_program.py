@@ -10,7 +10,7 @@ import pytest
 from diffit_jax.preflight import compiler, preflight
 from diffit_jax.preflight.cost import Kernel, cost, group_size, kernels, parse, type_bytes
 from diffit_jax.runtime import parallel
-from diffit_jax.runtime.chips import CHIPS, chip_of
+from diffit_jax.runtime.backend import CHIPS, chip_of
 
 
 def estimate(cycles):
@@ -269,7 +269,7 @@ def test_large_matrix_products_come_near_the_peak(chip, low, high):
     """The three products of the calibration: near the peak on v5e and v5p, and not on v6e, which is
     therefore marked."""
     shares = [row.share_of_peak for row in preflight.calibrate(CHIPS[chip].example).products]
-    assert len(shares) == 3 and all(low <= share <= high for share in shares), shares
+    assert len(shares) == 3 and all(low <= fraction <= high for fraction in shares), shares
     assert CHIPS[chip].calibrated == (chip != "v6e")
 
 

@@ -34,7 +34,7 @@ class Projection(Objective):
         loss_B, terms = super().__call__(
             experiment, variables, frozen, examples, key_B=key_B, **more
         )
-        x_BHWC, _ = experiment.space.enter(examples, key_B, frozen)
+        x_BHWC, _ = experiment.space.to_model(examples, key_B, frozen)
         head = variables["objective"]["head"]
         y = models.as_network(experiment.model, variables)(x_BHWC, jnp.zeros(len(x_BHWC)), {})
         guess_B = (y.reshape(len(y), -1) @ head["kernel"] + head["bias"])[:, 0]
@@ -88,7 +88,7 @@ class OfAverage(Objective):
     uses = (AVERAGE,)
 
     def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
-        x_BHWC, _ = experiment.space.enter(examples, key_B, frozen)
+        x_BHWC, _ = experiment.space.to_model(examples, key_B, frozen)
         level_B = jnp.zeros(len(x_BHWC))
         ours, teachers = (
             models.as_network(experiment.model, each)(x_BHWC, level_B, {})
@@ -109,7 +109,7 @@ class AtTwoLevels(Objective):
 
     def __call__(self, experiment, variables, frozen, examples, *, key_B, **more):
         process = experiment.process
-        x_BHWC, _ = experiment.space.enter(examples, key_B, frozen)
+        x_BHWC, _ = experiment.space.to_model(examples, key_B, frozen)
         noised = process.noise(x_BHWC, key_B)
         less = process.noised_at(x_BHWC, noised.draws["sigma"] / 2, noised.draws["noise"])
         network = models.as_network(experiment.model, variables)

@@ -60,9 +60,9 @@ def test_weight_decay_is_adamws_and_spares_what_is_no_matrix():
 def test_what_decays(config):
     experiment = build(config)
     params = jax.eval_shape(lambda: create_state(experiment, parallel.make_mesh())).params
-    facts = models.parameter_facts(experiment.model)
-    assert facts.keys() == dict(parallel.named(params)).keys()
-    for path, decaying in jax.tree_util.tree_leaves_with_path(decays(params, facts)):
+    metadata = models.parameter_metadata(experiment.model)
+    assert metadata.keys() == dict(parallel.named(params)).keys()
+    for path, decaying in jax.tree_util.tree_leaves_with_path(decays(params, metadata)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert decaying == name.endswith("kernel"), name
         assert not (decaying and ("bias" in name or "norm" in name or "embedding" in name))
@@ -157,12 +157,12 @@ def test_a_bad_batch_moves_the_data_on_and_nothing_else():
     bad = bad | {"latent": np.full_like(bad["latent"], np.nan)}
     before, _ = run_steps(config, [first])
     after, values = run_steps(config, [first, bad])
-    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (2, 1, 1)
+    assert (int(after.step), int(after.skipped), int(after.consecutive_skipped)) == (2, 1, 1)
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
     assert np.isfinite(values["loss"]) and values["skipped"] == 1  # the mean is over updates
     end, values = run_steps(config, [first, bad, last])
-    assert (int(end.step), int(end.skipped), int(end.skipped_in_row)) == (3, 1, 0)
+    assert (int(end.step), int(end.skipped), int(end.consecutive_skipped)) == (3, 1, 0)
     # The third batch was the second update: the schedule stood still.
     np.testing.assert_allclose(values["learning_rate"], 1e-2 / 4, rtol=1e-6)
     counts = [int(leaf) for leaf in jax.tree.leaves(end.opt_state) if leaf.dtype == jnp.int32]

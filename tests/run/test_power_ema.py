@@ -10,7 +10,7 @@ from support.configs import small_latent_config
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import config as experiment
 from diffit_jax.run.power_ema import gamma_of, power_rate, reconstruction
-from diffit_jax.run.state import open_experiment
+from diffit_jax.run.state import setup_experiment
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.request import Run, reconstruct_variables
 from diffit_jax.sampling.sample import sample
@@ -126,14 +126,14 @@ def test_a_run_with_snapshots(tmp_path):
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert Checkpoints(tmp_path / "ema_snapshots").steps() == [2, 3, 4, 6, 8]
-    opened = open_experiment(config())
-    step, variables = reconstruct_variables(tmp_path, opened.state, (0.05, 0.10), 0.10)
+    setup = setup_experiment(config())
+    step, variables = reconstruct_variables(tmp_path, setup, 0.10)
     assert step == 8
     for ours, theirs in zip(
         jax.tree.leaves(variables["params"]), jax.tree.leaves(state.power_emas[1]), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    _, other = reconstruct_variables(tmp_path, opened.state, (0.05, 0.10), 0.07)
+    _, other = reconstruct_variables(tmp_path, setup, 0.07)
     distance = lambda a, b: max(
         np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )

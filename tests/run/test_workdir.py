@@ -150,7 +150,7 @@ def test_free_keys_are_marked_beside_their_fields():
         f"{section}.{name}"
         for section, cls in experiment.section_classes(small_latent_config()).items()
         for name, field in experiment.keys_of(section, cls).items()
-        if limits.is_free(field.type)
+        if limits.is_resumable(field.type)
     }
     assert free == {
         "data.data_dir",

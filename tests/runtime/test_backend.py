@@ -14,7 +14,7 @@ from support.processes import ROOT, command, environment, write_config
 
 from diffit_jax.errors import UserError
 from diffit_jax.run import workdir
-from diffit_jax.run.state import create_state, open_experiment
+from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import backend
 from diffit_jax.sampling.sample import sample
 from diffit_jax.sampling.sampler import Sampler
@@ -52,9 +52,9 @@ def test_modes_change_no_number(chosen, latent_run, tmp_path):
 
     def numbers(name):
         path = sample(workdir, seeds=range(4), output=tmp_path / f"{name}.npz")
-        opened = open_experiment(small_latent_config())
-        fresh = create_state(opened.experiment, opened.mesh)
-        drawn = Sampler(opened.experiment, opened.mesh).draw(
+        setup = setup_experiment(small_latent_config())
+        fresh = create_state(setup.experiment, setup.mesh)
+        drawn = Sampler(setup.experiment, setup.mesh).draw(
             fresh.ema_variables, range(4), [0, 1, 2, 3]
         )
         with np.load(path) as arrays:
@@ -173,7 +173,7 @@ def test_devices_that_another_process_holds(monkeypatch):
 )
 def test_what_is_said_when_memory_runs_out(said, ours):
     expected = backend.OutOfMemory if ours else jax.errors.JaxRuntimeError
-    with pytest.raises(expected) as error, backend.memory_for(backend.TRAINING_MEMORY):
+    with pytest.raises(expected) as error, backend.explain_oom(backend.TRAINING_OOM_HINT):
         raise jax.errors.JaxRuntimeError(said)
     if ours:
         assert (
@@ -212,6 +212,6 @@ def test_too_much_for_this_machine(tmp_path):
 
 def test_pinned_is_for_threads_and_nested_calls():
     with mode("jax_enable_x64", True):
-        with backend.pinned(), backend.pinned():
+        with backend.reproducible_numerics(), backend.reproducible_numerics():
             assert jnp.zeros(1).dtype == jnp.float32
         assert jnp.zeros(1).dtype == jnp.float64

@@ -170,14 +170,14 @@ def test_training_and_sampling_go_on_from_the_last_good_checkpoint(run, tmp_path
 # --- Good ones and bad ones
 
 
-def save_all(folder, keep, facts):
+def save_all(folder, keep, metadata):
     """Checkpoints 1, 2, 3 … with such facts, one after the other."""
     checkpoints = Checkpoints(folder, keep=keep)
-    for step, (updates, skipped_in_row, finite) in enumerate(facts, 1):
+    for step, (updates, consecutive_skipped, finite) in enumerate(metadata, 1):
         told = {
             "step": step,
             "updates": updates,
-            "skipped_in_row": skipped_in_row,
+            "skipped_in_row": consecutive_skipped,
             "finite": finite,
         }
         checkpoints.save(step, {"tree": {"a": jnp.full(3, step)}}, told)
@@ -240,8 +240,8 @@ def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path, monkeypa
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert (
         named in checkpoints.steps()
-        and checkpoints.facts(named)["finite"]
-        and not checkpoints.facts(named)["skipped_in_row"]
+        and checkpoints.metadata(named)["finite"]
+        and not checkpoints.metadata(named)["skipped_in_row"]
     )
     newer = [step for step in checkpoints.steps() if step > named]
     assert newer and f"first move {', '.join(map(str, newer))} away" in text

@@ -16,7 +16,7 @@ from diffit_jax.runtime import config_files
 def taken(*arguments):
     """The config that a command with these arguments has."""
     texts = [str(argument) for argument in arguments]
-    return experiment.given_config(config_files.Given.find(texts))
+    return experiment.given_config(config_files.ConfigArgs.find(texts))
 
 
 MISTAKES = {

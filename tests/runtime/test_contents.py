@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diffit_jax.runtime import checkpoint, parallel
-from diffit_jax.runtime.ranges import first_few
+from diffit_jax.runtime.console import first_few
 
 
 def tree(seed=0):

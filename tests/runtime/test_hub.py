@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from support.hub import COMMIT, Hub
-from support.pictures import pets, write_folder
+from support.images import pets, write_folder
 from support.processes import ROOT
 
 from diffit_jax.errors import UserError

@@ -15,7 +15,7 @@ from support.processes import environment
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
-from diffit_jax.models.placement import Fact
+from diffit_jax.models.placement import ParamMetadata
 from diffit_jax.run.state import TrainState, abstract_state
 from diffit_jax.runtime import parallel
 from diffit_jax.runtime.parallel import MeshShape
@@ -178,7 +178,7 @@ def test_rules_reach_every_place_where_parameters_are():
 def test_local_rows_and_batch_sizes():
     mesh = parallel.make_mesh()
     assert (
-        parallel.local_rows(mesh, 6).tolist() == [0, 1, 2, 3, 4, 5]
+        parallel.local_batch_indices(mesh, 6).tolist() == [0, 1, 2, 3, 4, 5]
         and parallel.next_batch_size(mesh, 5) == 6
     )
     with pytest.raises(
@@ -235,12 +235,12 @@ def test_an_axis_that_divides_nothing_is_refused():
         "norm": {"scale": jax.ShapeDtypeStruct((15,), np.float32)},
         "out": {"kernel": jax.ShapeDtypeStruct((3, 15), np.float32)},
     }
-    facts = {"out/kernel": Fact((None, "fsdp"), True)}
+    metadata = {"out/kernel": ParamMetadata((None, "fsdp"), True)}
     for axis, mesh in (("fsdp", abstract_mesh(1, 2, 1)), ("tensor", abstract_mesh(1, 1, 2))):
         with pytest.raises(
             UserError, match=f"mesh.{axis} is 2, but no rule divides a parameter over it"
         ):
-            parallel.check_axes(mesh, params, facts)
+            parallel.check_axes(mesh, params, metadata)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

@@ -10,7 +10,7 @@ from support.configs import small_latent_config
 from support.golden import WEIGHTS
 from support.processes import command, write_config
 
-from diffit_jax.data.sources import Wanted, open_dataset
+from diffit_jax.data.sources import DataSpec, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.score import score
 from diffit_jax.run.workdir import claim
@@ -118,7 +118,7 @@ def test_functions_of_a_notebook_refuse_an_empty_path(latent_run):
 def test_data_directories_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    open_dataset("digits", "train", "~/data", Wanted((8, 8, 1), 10))
+    open_dataset("digits", "train", "~/data", DataSpec((8, 8, 1), 10))
     assert (tmp_path / "home" / "data" / "digits").exists() and not (tmp_path / "~").exists()
 
 
@@ -182,7 +182,7 @@ def test_without_a_home_directory(latent_run, tmp_path, monkeypatch):
         UserError,
         match=r"there is no home directory to keep prepared data sets in: set data\.data_dir",
     ):
-        open_dataset("digits", "train", "", Wanted((8, 8, 1), 10))
+        open_dataset("digits", "train", "", DataSpec((8, 8, 1), 10))
     with pytest.raises(UserError, match="names a home directory that is not known here"):
         files.resolve("~/x", "workdir")
 

@@ -48,11 +48,11 @@ def rows_by_hand(mesh, batch_size):
     """process → rows of its devices: place (d, f) of the mesh holds share number d · fsdp + f of
     the batch."""
     data, fsdp, _ = mesh.devices.shape
-    share = batch_size // (data * fsdp)
+    fraction = batch_size // (data * fsdp)
     rows = {}
     for (d, f, _), device in np.ndenumerate(mesh.devices):
         rows.setdefault(device.process_index, set()).update(
-            range((d * fsdp + f) * share, (d * fsdp + f + 1) * share)
+            range((d * fsdp + f) * fraction, (d * fsdp + f + 1) * fraction)
         )
     return {process: np.array(sorted(each)) for process, each in rows.items()}
 
@@ -64,7 +64,9 @@ def test_rows_of_all_processes_are_the_batch(topology, shape, num_slices):
     mesh = pods.pod_mesh(topology, shape, num_slices)
     batch_size = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
     expected = rows_by_hand(mesh, batch_size)
-    ours = {process: parallel.local_rows(mesh, batch_size, process) for process in expected}
+    ours = {
+        process: parallel.local_batch_indices(mesh, batch_size, process) for process in expected
+    }
     for process, by_hand in expected.items():
         np.testing.assert_array_equal(ours[process], by_hand)
     everyones = np.concatenate(list(ours.values()))
@@ -86,7 +88,7 @@ def test_processes_read_exactly_the_batch(topology):
     for step in (0, 1, 4):
         together = np.zeros_like(whole[step]["image"])
         for process in range(4):
-            mine = parallel.local_rows(mesh, 32, process)
+            mine = parallel.local_batch_indices(mesh, 32, process)
             part = ShuffledBatches(source, 32, seed=3, rows=mine)[step]
             together[mine] = part["image"]
             np.testing.assert_array_equal(part["label"], whole[step]["label"][mine])
@@ -114,7 +116,7 @@ def two_devices(swapped=False):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_batches_are_put_where_they_belong(swapped):
     mesh = two_devices(swapped)
-    parallel.prove_rows(mesh, 6)
+    parallel.verify_batch_sharding(mesh, 6)
     batch = parallel.put_batch(mesh, {"x": np.arange(12.0).reshape(6, 2)}, 6)["x"]
     np.testing.assert_array_equal(batch, np.arange(12.0).reshape(6, 2))
     np.testing.assert_array_equal(jax.jit(jnp.sum)(batch[:, 0]), 30)
@@ -153,7 +155,7 @@ def test_rows_in_wrong_places_end_the_run_before_it_writes(wrong, count, tmp_pat
         UserError,
         match=rf"process 0 has {count} of 3 rows of the batch in wrong places on device \d",
     ) as error:
-        parallel.prove_rows(two_devices(), 6)
+        parallel.verify_batch_sharding(two_devices(), 6)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="rows of the batch in wrong places"):
         train(small_latent_config(), workdir=tmp_path / "run")

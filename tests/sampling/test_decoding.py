@@ -1,4 +1,4 @@
-"""Images of a latent run, by an autoencoder, and more pictures of samples."""
+"""Images of a latent run, by an autoencoder, and more images of samples."""
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ def test_a_decoded_request_is_another_one(latent_run, vae, tmp_path):
     sample(workdir, seeds=range(2), output=output, decoding=Decoding(vae))
     before = output.stat().st_mtime_ns
     sample(
-        workdir, seeds=range(2), output=output, decoding=Decoding(vae, at_once=1)
+        workdir, seeds=range(2), output=output, decoding=Decoding(vae, chunk_size=1)
     )  # there already
     assert output.stat().st_mtime_ns == before
     for other in (None, Decoding(vae, "bfloat16")):
@@ -54,7 +54,7 @@ def test_a_decoded_request_is_another_one(latent_run, vae, tmp_path):
             sample(workdir, seeds=range(2), output=output, decoding=other)
 
 
-def test_pictures_by_class_and_of_trajectories(latent_run, vae, tmp_path):
+def test_images_by_class_and_of_trajectories(latent_run, vae, tmp_path):
     """Ten columns of 64 pixels, a row for each of three labels; and two rows of three frames, the
     last of which is the sample."""
     path = sample(
@@ -74,9 +74,9 @@ def test_pictures_by_class_and_of_trajectories(latent_run, vae, tmp_path):
             cell = by_class[65 * row : 65 * row + 64, 65 * column : 65 * column + 64]
             np.testing.assert_array_equal(cell, image)
     assert not by_class[:, 4 * 65 :].any()  # four of each
-    watched = np.asarray(Image.open(tmp_path / "s.trajectory.png"))
-    assert watched.shape == (8 * 65 - 1, 3 * 65 - 1, 3)
-    last = watched[:64, 2 * 65 :].astype(int)
+    frame_indices = np.asarray(Image.open(tmp_path / "s.trajectory.png"))
+    assert frame_indices.shape == (8 * 65 - 1, 3 * 65 - 1, 3)
+    last = frame_indices[:64, 2 * 65 :].astype(int)
     assert (last != images[0]).mean() < 1e-3 and abs(last - images[0]).max() <= 1
 
 

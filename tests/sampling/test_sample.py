@@ -36,8 +36,8 @@ def test_latents_are_written_as_they_are(latent_run, tmp_path, caplog):
     )
     assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 4] and arrays["arr_1"].dtype == np.int64
     assert "writing latents of sd-vae-ft-ema: --vae decodes them to images" in caplog.text
-    with Image.open(path.with_suffix(".png")) as picture:
-        assert picture.mode == "RGB"
+    with Image.open(path.with_suffix(".png")) as image:
+        assert image.mode == "RGB"
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["l.json", "l.npz", "l.png"]
 
 

@@ -16,10 +16,10 @@ from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.interop import official
 from diffit_jax.models.diffit.latent import LatentDiffiT
-from diffit_jax.runtime.ranges import in_short, parse_numbers
+from diffit_jax.runtime.console import in_short, parse_numbers
 from diffit_jax.sampling import sample as sample_files
 from diffit_jax.sampling.request import Run, Weights, default_name
-from diffit_jax.sampling.sample import sample, stretches
+from diffit_jax.sampling.sample import sample, segments
 from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.training.train import train
 
@@ -56,7 +56,7 @@ def test_requests_have_names_of_their_own(mine):
         dict(seeds=range(2), overrides={"sampler": "ddim", "sampler.eta": 0.5}),
         dict(seeds=range(2), overrides={"guidance": "none"}),
     ]
-    paths = [sample(mine, **request) for request in requests] + [
+    paths = [sample(mine, **request_key) for request_key in requests] + [
         sample(Run(mine, checkpoint=4), seeds=range(2))
     ]
     names = [path.name for path in paths]
@@ -113,8 +113,8 @@ def test_files_of_unknown_origin_stay(mine, tmp_path, name):
         tmp_path / "s.npz.parts"
     ).exists()
     sample(mine, seeds=[0], output=tmp_path / "s.npz", overwrite=True)
-    with Image.open(tmp_path / "s.png") as picture:
-        assert picture.mode == "RGB"
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.mode == "RGB"
 
 
 def test_the_same_request_again_draws_nothing(mine, tmp_path, monkeypatch, caplog):
@@ -133,7 +133,7 @@ def test_the_same_request_again_draws_nothing(mine, tmp_path, monkeypatch, caplo
 # --- What a request is known by
 
 
-def interrupted(monkeypatch, after, *arguments, **request):
+def interrupted(monkeypatch, after, *arguments, **request_key):
     """Draws so many batches of a request."""
     draw_batch, count = Sampler.draw_batch, []
 
@@ -145,7 +145,7 @@ def interrupted(monkeypatch, after, *arguments, **request):
 
     monkeypatch.setattr(Sampler, "draw_batch", counting)
     with pytest.raises(KeyboardInterrupt):
-        sample(*arguments, **request)
+        sample(*arguments, **request_key)
     monkeypatch.setattr(Sampler, "draw_batch", draw_batch)
 
 
@@ -259,14 +259,14 @@ def test_a_damaged_part_is_drawn_anew(mine, monkeypatch, caplog, content):
 
 
 def test_killed_while_the_files_are_put_together(mine, monkeypatch):
-    """After the npz and before its record, then before the picture: the same request makes them
+    """After the npz and before its record, then before the image: the same request makes them
     whole."""
-    for name in ("write_bytes", "leave"):
+    for name in ("write_bytes", "remove_parts"):
         owner = sample_files.files if name == "write_bytes" else sample_files.SampleFiles
         original = getattr(owner, name)
 
         def dying(first, *rest, original=original, name=name):
-            if name == "leave" or str(first).endswith("4x8x8x4.json"):
+            if name == "remove_parts" or str(first).endswith("4x8x8x4.json"):
                 raise KeyboardInterrupt
             return original(first, *rest)
 
@@ -283,14 +283,14 @@ def test_killed_while_the_files_are_put_together(mine, monkeypatch):
 
 
 def test_missing_rows_are_drawn_in_batches_of_neighbours():
-    assert [batch.tolist() for batch in stretches(np.array([0, 1, 2, 5, 6, 9]), 2)] == [
+    assert [batch.tolist() for batch in segments(np.array([0, 1, 2, 5, 6, 9]), 2)] == [
         [0, 1],
         [2],
         [5, 6],
         [9],
     ]
-    assert list(stretches(np.array([], int), 4)) == [] or all(
-        len(batch) == 0 for batch in stretches(np.array([], int), 4)
+    assert list(segments(np.array([], int), 4)) == [] or all(
+        len(batch) == 0 for batch in segments(np.array([], int), 4)
     )
 
 
@@ -354,10 +354,10 @@ def test_one_bad_sample_of_images_is_found(run, tmp_path, monkeypatch):
         return drawn
 
     monkeypatch.setattr(Sampler, "draw_batch", spoiling)
-    request = dict(seeds=range(6), overrides={"batch_per_device": 1}, output=tmp_path / "s.npz")
-    interrupted(monkeypatch, 1, run[0], **request)
+    request_key = dict(seeds=range(6), overrides={"batch_per_device": 1}, output=tmp_path / "s.npz")
+    interrupted(monkeypatch, 1, run[0], **request_key)
     with pytest.raises(UserError, match=r"not finite \(1, of seeds 1\)"):
-        sample(run[0], **request)
+        sample(run[0], **request_key)
     assert arrays_of(tmp_path / "s.npz")[0].shape == (6, 8, 8, 1)
 
 

@@ -63,13 +63,13 @@ def test_samples_do_not_depend_on_batches_or_devices(lively):
 
 def test_samplers_alike_are_traced_once(lively, monkeypatch):
     """Though their experiments differ elsewhere."""
-    traced, guide = [], guidance.guide
+    traced, apply_guidance = [], guidance.apply_guidance
 
     def counted(*arguments, **named):
         traced.append(1)
-        return guide(*arguments, **named)
+        return apply_guidance(*arguments, **named)
 
-    monkeypatch.setattr(guidance, "guide", counted)
+    monkeypatch.setattr(guidance, "apply_guidance", counted)
     experiment, variables = lively
     counts = []
     for steps, seed in ((5, 0), (5, 1), (4, 1)):
@@ -192,7 +192,7 @@ def test_a_copy_in_bfloat16_changes_no_sample(config):
     )
     mesh = parallel.make_mesh(shape=parallel.MeshShape(data=1, fsdp=2))
     variables = jax.device_put(
-        variables, parallel.shardings(mesh, variables, models.parameter_facts(experiment.model))
+        variables, parallel.shardings(mesh, variables, models.parameter_metadata(experiment.model))
     )
     with_copy, without = (
         Sampler(experiment, mesh, copy=copy).draw(variables, [1, 2, 3], [0, 1, 2])

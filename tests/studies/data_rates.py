@@ -2,7 +2,7 @@
 
     python tests/studies/data_rates.py [prepare] [load] [decode] [far]
 
-prepare: 50,000 pictures of 32×32 in a zip → ArrayRecord, by two processes.
+prepare: 50,000 images of 32×32 in a zip → ArrayRecord, by two processes.
 load: images a second that one core reads of what was prepared, in batches of 512.
 decode: full-size JPEGs (500×375 at quality 95, as ImageNet's are on average) → ADM's crop, a second
   and core.
@@ -24,12 +24,12 @@ from diffit_jax.data import records
 from diffit_jax.data.records import RecordSource, open_records
 from diffit_jax.data.sources import batches
 from diffit_jax.ingest import shards
-from diffit_jax.ingest.decoding import Framing, decode
+from diffit_jax.ingest.decoding import Preprocessing, decode
 from diffit_jax.ingest.prepare import prepare
 
 
-def small_pictures(folder: Path, count: int = 50_000) -> Path:
-    path = folder / "pictures.zip"
+def small_images(folder: Path, count: int = 50_000) -> Path:
+    path = folder / "images.zip"
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(count):
@@ -41,10 +41,10 @@ def small_pictures(folder: Path, count: int = 50_000) -> Path:
 
 
 def measure_prepare(folder: Path) -> None:
-    source = small_pictures(folder)
+    source = small_images(folder)
     started = time.monotonic()
     manifest = prepare(source, name="small", data_dir=folder, workers=2)
-    print(f"prepare: {manifest.count} pictures in {time.monotonic() - started:.1f} s")
+    print(f"prepare: {manifest.count} images in {time.monotonic() - started:.1f} s")
 
 
 def measure_load(folder: Path) -> None:
@@ -59,14 +59,14 @@ def measure_load(folder: Path) -> None:
 def measure_decode(_: Path) -> None:
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-    picture = coarse.resize((500, 375), Image.Resampling.BICUBIC)
-    noisy = np.asarray(picture).astype(int) + rng.integers(-12, 13, (375, 500, 3))
+    image = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+    noisy = np.asarray(image).astype(int) + rng.integers(-12, 13, (375, 500, 3))
     content = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(content, "jpeg", quality=95)
     for size in (256, 512):
         started = time.process_time()
         for _ in range(200):
-            decode(content.getvalue(), Framing("adm", size), "x.JPEG")
+            decode(content.getvalue(), Preprocessing("adm", size), "x.JPEG")
         rate = 200 / (time.process_time() - started)
         print(f"decode: {len(content.getvalue()) / 1e3:.0f} KB → {size} px: {rate:.0f}/s and core")
 
@@ -100,8 +100,8 @@ def measure_far(folder: Path) -> None:
         next(stream)
         waited += time.monotonic() - asked
     peak = tracemalloc.get_traced_memory()[1] / 2**20
-    share = waited / (time.monotonic() - started)
-    print(f"far: waiting {share:.2%} of 40 steps of 0.5 s; at most {peak:.0f} MB of batches")
+    fraction = waited / (time.monotonic() - started)
+    print(f"far: waiting {fraction:.2%} of 40 steps of 0.5 s; at most {peak:.0f} MB of batches")
 
 
 def main() -> None:

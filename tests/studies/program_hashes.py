@@ -20,7 +20,7 @@ import jax
 from support.configs import CONFIGS, config_of, small_config, small_latent_config
 
 from diffit_jax.errors import UserError
-from diffit_jax.run.state import open_experiment
+from diffit_jax.run.state import setup_experiment
 from diffit_jax.sampling.sampler import sampler_without_autoguidance
 from diffit_jax.training.step import batch_shapes, lower_train_step
 
@@ -109,14 +109,14 @@ def programs(config) -> dict[str, str]:
             config = config.copy_and_resolve_references().unlock()
             config.mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
             try:
-                opened = open_experiment(config, jax.devices()[:count])
+                setup = setup_experiment(config, jax.devices()[:count])
                 break
             except UserError:  # heads that `tensor` does not divide
                 if tensor == 1:
                     raise
-        experiment, mesh, state = opened.experiment, opened.mesh, opened.state
+        experiment, mesh, state = setup.experiment, setup.mesh, setup.state
         lowered = {
-            "step": lower_train_step(opened, state, batch_shapes(experiment, mesh)),
+            "step": lower_train_step(setup, state, batch_shapes(experiment, mesh)),
             "sampler": sampler_without_autoguidance(experiment, mesh).lower(state.ema_variables),
         }
         for what, program in lowered.items():

@@ -1,4 +1,4 @@
-"""Makes configs/curves: how the small experiments train, of three seeds, and a picture of it.
+"""Makes configs/curves: how the small experiments train, of three seeds, and an image of it.
 
     python tests/studies/reference_curves.py digits digits_latent chain
     python tests/studies/reference_curves.py --draw

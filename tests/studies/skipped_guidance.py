@@ -16,7 +16,7 @@ from etils import epath
 
 from diffit_jax.diffusion.guidance import PowerCosine
 from diffit_jax.run import workdir as workdirs
-from diffit_jax.run.state import open_experiment
+from diffit_jax.run.state import setup_experiment
 from diffit_jax.sampling.request import restore_variables
 from diffit_jax.sampling.sampler import Sampler, default_labels
 
@@ -32,9 +32,9 @@ class NeverSkipped(PowerCosine):
 
 def main() -> None:
     workdir, scale = epath.Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 4.4
-    opened = open_experiment(workdirs.read_config(workdir), to_train=False)
-    loaded, mesh = opened.experiment, opened.mesh
-    _, variables = restore_variables(workdir, opened.state)
+    setup = setup_experiment(workdirs.read_config(workdir), to_train=False)
+    loaded, mesh = setup.experiment, setup.mesh
+    _, variables = restore_variables(workdir, setup)
     seeds = np.arange(64)
     labels = default_labels(seeds, loaded.model.num_classes)
     levels = loaded.process.schedule_for("250").sqrt_recipm1_alphas_cumprod

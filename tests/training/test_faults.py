@@ -17,7 +17,7 @@ from support.configs import small_latent_config
 from support.processes import checkpoints_of, environment, write_config
 from support.trees import assert_equal_trees
 
-from diffit_jax.data.sources import Wanted, open_dataset
+from diffit_jax.data.sources import DataSpec, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.run.state import abstract_state, restore_state
@@ -210,7 +210,7 @@ def test_full_disk_during_a_save(small_disk, tmp_path, monkeypatch):
 
 
 def test_a_damaged_record_is_named(tmp_path):
-    open_dataset("digits", "train", str(tmp_path), Wanted((8, 8, 1), 10))
+    open_dataset("digits", "train", str(tmp_path), DataSpec((8, 8, 1), 10))
     (record,) = tmp_path.rglob("*train*.array_record*")
     content = bytearray(record.read_bytes())
     middle = len(content) // 2
@@ -219,7 +219,7 @@ def test_a_damaged_record_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"data set digits in .* is damaged .*: delete it to have it prepared anew"
     ) as error:
-        open_dataset("digits", "train", str(tmp_path), Wanted((8, 8, 1), 10))
+        open_dataset("digits", "train", str(tmp_path), DataSpec((8, 8, 1), 10))
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people: events, pictures that never end it, errors with the right remedy,
+"""What a run leaves for people: events, images that never end it, errors with the right remedy,
 configs of other versions."""
 
 import errno
@@ -102,12 +102,12 @@ def test_sigkill_after_a_checkpoint_loses_no_event_before_it(tmp_path):
     )
 
 
-# --- Pictures
+# --- Images
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("latents", [False, True])
-def test_any_number_of_channels_makes_a_picture(tmp_path, channels, latents):
+def test_any_number_of_channels_makes_a_image(tmp_path, channels, latents):
     shape = (3, 8, 6, channels)
     samples = (
         np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -116,8 +116,8 @@ def test_any_number_of_channels_makes_a_picture(tmp_path, channels, latents):
     )
     space = LatentSpace("vae") if latents else PixelSpace()
     pixels.write_preview(tmp_path / "deep" / "p.png", samples, space.preview)
-    with Image.open(tmp_path / "deep" / "p.png") as picture:
-        assert picture.mode == ("RGB" if channels >= 3 else "L")
+    with Image.open(tmp_path / "deep" / "p.png") as image:
+        assert image.mode == ("RGB" if channels >= 3 else "L")
 
 
 @pytest.mark.parametrize(

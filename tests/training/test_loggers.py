@@ -53,12 +53,12 @@ def records_of(path):
 
 
 def test_one_run_at_wandb_has_everything(stopped_and_continued):
-    """Both parts under one id: figures by step, pictures, and the hyper-parameters."""
+    """Both parts under one id: figures by step, images, and the hyper-parameters."""
     kept = json.loads((stopped_and_continued / "wandb.json").read_text())
     assert kept["project"] == "team/digits"
     files = sorted((stopped_and_continued / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
-    losses, pictures = {}, {}
+    losses, images = {}, {}
     for path in files:
         for record in records_of(path):
             if record.WhichOneof("record_type") == "run":
@@ -75,13 +75,13 @@ def test_one_run_at_wandb_has_everything(stopped_and_continued):
                     losses[items["step"]] = items["loss"]
                 for name in items:
                     if name.startswith("grid"):
-                        pictures.setdefault(items["step"], items[name])
+                        images.setdefault(items["step"], items[name])
     assert losses == pytest.approx(read_figures(stopped_and_continued)["loss"], rel=1e-6)
-    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and sorted(pictures) == [2, 4, 6]
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and sorted(images) == [2, 4, 6]
 
 
 def test_tensorboard_has_hyper_parameters_and_grids(stopped_and_continued):
-    begun, pictures = [], {}
+    begun, images = [], {}
     for path in (stopped_and_continued / "events").iterdir():
         for event in events_in(path.read_bytes()):
             for value in event.summary.value:
@@ -89,10 +89,10 @@ def test_tensorboard_has_hyper_parameters_and_grids(stopped_and_continued):
                     content = value.metadata.plugin_data.content
                     begun.append(HParamsPluginData.FromString(content).session_start_info.hparams)
                 if value.tag == "grid":
-                    pictures[event.step] = (value.image.height, value.image.width)
+                    images[event.step] = (value.image.height, value.image.width)
     assert len(begun) == 2
     assert {one["training.batch_size"].number_value for one in begun} == {8}
-    assert sorted(pictures) == [2, 4, 6] and len(set(pictures.values())) == 1
+    assert sorted(images) == [2, 4, 6] and len(set(images.values())) == 1
 
 
 def test_a_record_that_is_not_whole_is_left_out(tmp_path):
@@ -114,7 +114,7 @@ def test_when_wandb_fails_training_goes_on(tmp_path, monkeypatch, caplog):
     logger._run.finish()
     logger._run.log = lambda values: (_ for _ in ()).throw(OSError("the net is down"))
     logger.figures(1, {"loss": 1.0})
-    logger.picture(1, "grid", np.zeros((8, 8, 1), np.uint8))
+    logger.image(1, "grid", np.zeros((8, 8, 1), np.uint8))
     logger.close()
     warnings = [one.getMessage() for one in caplog.records if one.name.startswith("diffit_jax")]
     assert [text for text in warnings if "goes on without it" in text] == [

@@ -7,7 +7,7 @@ from support.commands import assert_one_line_error, launch
 from support.configs import small_config, small_latent_config
 
 from diffit_jax.errors import UserError
-from diffit_jax.runtime.ranges import parse_sweep
+from diffit_jax.runtime.console import parse_sweep
 from diffit_jax.training import benchmark
 
 EVERY = {"batch": [], "remat": [], "attention": []}
@@ -31,13 +31,13 @@ def test_every_combination_and_the_best(tmp_path):
 
 
 def test_what_does_not_fit_is_a_line_and_not_the_best(monkeypatch):
-    def apart(function, config, *_):
+    def run_in_subprocess(function, config, *_):
         if config["training"]["batch_size"] == 16:
             raise UserError("memory ran out")
         speed = float(config["training"]["batch_size"])
         return dict(images_per_s=speed, step_ms_median=1.0, peak_memory_gb=1.0) | BY
 
-    monkeypatch.setattr(benchmark, "apart", apart)
+    monkeypatch.setattr(benchmark, "run_in_subprocess", run_in_subprocess)
     lines = []
     found = benchmark.matrix(
         small_latent_config(),
@@ -53,13 +53,13 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
     """A GPU tries cuDNN, a TPU the kernel, for both networks."""
     asked = []
 
-    def apart(function, *arguments):
+    def run_in_subprocess(function, *arguments):
         if function is benchmark._platform:
             return platform
         asked.append((arguments[0]["training"]["batch_size"], arguments[0]["model"]))
         return dict(images_per_s=1.0, step_ms_median=1.0, peak_memory_gb=1.0) | BY
 
-    monkeypatch.setattr(benchmark, "apart", apart)
+    monkeypatch.setattr(benchmark, "run_in_subprocess", run_in_subprocess)
     for platform, attentions in (  # noqa: B007
         ("gpu", {"xla", "cudnn"}),
         ("tpu", {"xla", "pallas"}),
@@ -77,7 +77,7 @@ def test_defaults_follow_the_platform_and_the_network(monkeypatch):
 def test_one_that_is_killed_is_a_line(monkeypatch):
     """As the system does it where memory is short."""
     with pytest.raises(UserError, match="its process was killed: probably memory ran out"):
-        benchmark.apart(_die)
+        benchmark.run_in_subprocess(_die)
 
 
 def _die():

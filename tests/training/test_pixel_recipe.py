@@ -6,15 +6,15 @@ import subprocess
 import numpy as np
 from support import warm
 from support.configs import config_of
-from support.pictures import cifar10_archive
+from support.images import cifar10_archive
 from support.processes import QUICK_TO_COMPILE, ROOT, environment, write_config
 
-from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.prepare import prepare
 
 
 def test_the_loss_falls_inside_a_band(tmp_path):
-    """2,000 pictures of 16 pixels, two narrow stages, 300 updates of 16; augmentation, dropout and
+    """2,000 images of 16 pixels, two narrow stages, 300 updates of 16; augmentation, dropout and
     all else as in the config. Two seeds gave means over 50 updates of 0.970 and 0.968 at the
     beginning and of 0.541 and 0.549 at the end; a single loss has a standard deviation of half its
     mean."""
@@ -25,7 +25,7 @@ def test_the_loss_falls_inside_a_band(tmp_path):
         name="cifar10",
         data_dir=data,
         split="train",
-        framing=Framing("resize", 16),
+        preprocessing=Preprocessing("resize", 16),
     )
     config = config_of("cifar10")
     with config.unlocked():

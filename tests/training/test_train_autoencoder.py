@@ -32,10 +32,10 @@ def data(tmp_path_factory):
     """A folder of data sets: `digits8`, 60 digits to train on and 40 others; `upright` is only to
     train on."""
     folder = tmp_path_factory.mktemp("digits")
-    digits.write_pictures(folder / "pictures", 60)
-    prepare(folder / "pictures" / "train", name="digits8", data_dir=folder, workers=0)
-    prepare(folder / "pictures" / "test", name="digits8", data_dir=folder, split="test", workers=0)
-    prepare(folder / "pictures" / "train", name="upright", data_dir=folder, workers=0)
+    digits.write_images(folder / "images", 60)
+    prepare(folder / "images" / "train", name="digits8", data_dir=folder, workers=0)
+    prepare(folder / "images" / "test", name="digits8", data_dir=folder, split="test", workers=0)
+    prepare(folder / "images" / "train", name="upright", data_dir=folder, workers=0)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_the_loss_is_what_its_formula_says():
 
 
 def test_it_learns_and_its_folder_is_read(data, trained, tmp_path):
-    """Better by half than the best of all fixed pictures, in 300 updates; latents come out
+    """Better by half than the best of all fixed images, in 300 updates; latents come out
     with mean 0 and variance 1."""
     workdir, result = trained
     images = open_records(data / "digits8", "test").read(np.arange(60))["image"]
@@ -80,8 +80,8 @@ def test_it_learns_and_its_folder_is_read(data, trained, tmp_path):
     np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-3)
     variance = scaled.var((0, 1, 2)) + (np.exp(log_variance) * np.square(scale)).mean((0, 1, 2))
     np.testing.assert_allclose(variance, 1, atol=2e-3)
-    with Image.open(workdir / "reconstructions.png") as picture:
-        assert picture.size == (10 * 65 - 1, 2 * 65 - 1)
+    with Image.open(workdir / "reconstructions.png") as image:
+        assert image.size == (10 * 65 - 1, 2 * 65 - 1)
 
 
 def test_an_interrupted_training_ends_as_one_that_was_not(data, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from diffit_jax.data.sources import batches
 from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit.image import ImageDiffiT
 from diffit_jax.models.model import traced_multiply_adds
-from diffit_jax.run.state import create_state, open_experiment, open_training_data
+from diffit_jax.run.state import create_state, open_training_data, setup_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.training.loop import Compilations, Watch
 from diffit_jax.training.step import compile_train_step
@@ -65,12 +65,12 @@ def test_report(monkeypatch):
 def test_steady_state_moves_nothing_and_compiles_nothing(config):
     """Ten updates under a transfer guard: batches go to the devices explicitly, nothing comes back,
     and no program is built."""
-    opened = open_experiment(config)
-    experiment, mesh = opened.experiment, opened.mesh
+    setup = setup_experiment(config)
+    experiment, mesh = setup.experiment, setup.mesh
     state = create_state(experiment, mesh)
     data = batches(open_training_data(experiment), experiment.training.batch_size, 0)
     batch = parallel.put_batch(mesh, next(data), 8)
-    step, collected, _ = compile_train_step(opened, state, batch)
+    step, collected, _ = compile_train_step(setup, state, batch)
     state, collected = step(state, collected, batch, {})
     compilations = Compilations()
     with (

@@ -1,4 +1,4 @@
-"""Measures the training step of a config, or of all combinations of a few settings:
+"""Measures the training step of a config, or of all combinations of a few settings.
 
 python launch/benchmark.py --config configs/digits.py
 python launch/benchmark.py --config configs/imagenet256_latent.py --sweep batch,remat
@@ -24,6 +24,7 @@ CLUSTER = cli.define_cluster()
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.runtime import distributed, files, ranges
     from diffit_jax.training import benchmark
 
@@ -38,14 +39,14 @@ def main() -> None:
         figures = benchmark.measure(
             CONFIG.value, steps=STEPS.value, devices=FEWER_DEVICES(CONFIG.value)
         )
-        if not distributed.is_first():
+        if not distributed.is_primary():
             return
         for name, value in figures.items():
             print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value}")
     if JSON.value:
-        files.replace_in_words(JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
+        files.replace_with_notice(JSON.value, (json.dumps(figures, indent=2) + "\n").encode())
 
 
 def takes_devices() -> bool:
-    """The processes of a sweep need them for themselves."""
+    """Return False for a sweep, whose processes need the devices for themselves."""
     return not SWEEP.value

@@ -1,4 +1,4 @@
-"""Does this installation train as it should? The first 300 updates beside a reference curve:
+"""Does this installation train as it should? Compares 300 updates with a reference curve.
 
 python launch/check.py
 """
@@ -15,6 +15,7 @@ FEWER_DEVICES = cli.define_fewer_devices()
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.runtime import config_files
     from diffit_jax.training.check import check, table
     from diffit_jax.training.loggers import Curve

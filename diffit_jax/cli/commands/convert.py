@@ -51,12 +51,14 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.runtime import hub
     from diffit_jax.sampling import convert
     from diffit_jax.sampling.request import config_for_weights
 
     cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
     cli.require_one(to_workdir=TO_WORKDIR.value, to_weights=TO_WEIGHTS.value)
+    # Flags that do not go together, before anything is read.
     slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
     if TO_WEIGHTS.value and WEIGHTS.value:
         cli.fail(
@@ -75,6 +77,7 @@ def main() -> None:
             "--input_size, --num_classes and --config go with --weights: a work directory keeps "
             "its own"
         )
+    # The three ways.
     if TO_WEIGHTS.value:
         convert.workdir_to_weights(
             WORKDIR.value,

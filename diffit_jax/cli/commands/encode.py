@@ -1,12 +1,12 @@
-"""Makes a data set of latents, to train latent models on:
+r"""Makes a data set of latents, to train latent models on.
 
     python launch/encode.py --source ILSVRC2012_img_train.tar --crop adm --size 256 \\
         --vae hf://stabilityai/sd-vae-ft-ema --name imagenet256_latents
 
-The source may be what launch/prepare.py wrote. On a pod every host runs the same command, and
-encodes shards of its own.
+The source may be a data set that launch/prepare.py wrote. On a pod every host runs the same
+command, and encodes shards of its own.
 
-Interrupted, the same command goes on where it was.
+Interrupted, the same command resumes.
 """
 
 from absl import flags
@@ -26,22 +26,24 @@ ORIENTATIONS = flags.DEFINE_enum(
     "orientations",
     "2",
     ["1", "2"],
-    "2: of each picture and its mirror image, which training draws between; 1: half the space.",
+    "2: of each image and its mirror image, which training draws between; 1: half the space.",
 )
 BATCH_PER_DEVICE = flags.DEFINE_integer(
-    "batch_per_device", 32, "Pictures that each device encodes in a call.", lower_bound=1
+    "batch_per_device", 32, "Images that each device encodes in a call.", lower_bound=1
 )
-VAE_AT_ONCE = flags.DEFINE_integer(
-    "vae_at_once",
+VAE_BATCH_SIZE = flags.DEFINE_integer(
+    "vae_batch_size",
     None,
     "How many of them an accelerator encodes at once, 8 if not said; a CPU encodes one.",
     lower_bound=1,
 )
+flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
 CLUSTER = cli.define_cluster()
 flags.mark_flag_as_required("vae")
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.ingest.encode import Encoding, encode
 
     encoding = Encoding(
@@ -50,6 +52,6 @@ def main() -> None:
         STORED.value,
         int(ORIENTATIONS.value),
         BATCH_PER_DEVICE.value,
-        VAE_AT_ONCE.value,
+        VAE_BATCH_SIZE.value,
     )
     encode(encoding=encoding, **SOURCE.value)

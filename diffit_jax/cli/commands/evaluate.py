@@ -1,13 +1,13 @@
-"""Measures samples by ADM's suite: an npz file, a folder of pictures, or those of a network.
+r"""Measures samples by ADM's suite: an npz file, a folder of images, or those of a network.
 
     python launch/evaluate.py --samples samples_50000x256x256x3.npz \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
-`--workdir` or `--weights` in place of `--samples` draws what is measured. Small data sets are
-scored without a network by launch/score.py; launch/make_reference.py makes a reference,
-launch/sweep.py looks for the best settings.
+`--workdir` or `--weights` in place of `--samples` draws the samples. Small data sets are scored
+without a network by launch/score.py; launch/make_reference.py makes a reference, launch/sweep.py
+looks for the best settings.
 
-Interrupted, the same command goes on where it was.
+Interrupted, the same command resumes.
 """
 
 from absl import flags
@@ -23,7 +23,7 @@ from diffit_jax.cli.shared import (
 )
 
 SAMPLES = define_samples(
-    "npz file with arr_0 (images), as launch/sample.py writes it, or folder of pictures."
+    "npz file with arr_0 (images), as launch/sample.py writes it, or folder of images."
 )
 NETWORK = NetworkFlags()  # or a network, whose samples are drawn and measured
 SCORES = ScoreFlags("NAME_OF_THE_SAMPLES.metrics.json beside them", "the scores of other samples")
@@ -44,10 +44,11 @@ SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale â
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.evaluation import evaluate
     from diffit_jax.runtime import distributed
-    from diffit_jax.runtime.ranges import parse_ranges
-    from diffit_jax.sampling.request import Drawing
+    from diffit_jax.runtime.console import parse_ranges
+    from diffit_jax.sampling.request import SamplingOptions
 
     of_network = NETWORK.workdir.value, NETWORK.weights.value
     cli.require_one(samples=SAMPLES.value, workdir=of_network[0], weights=of_network[1])
@@ -65,9 +66,9 @@ def main() -> None:
     scores = evaluate.evaluate(
         SAMPLES.value or NETWORK.source(),
         **SCORES.value(INCEPTION),
-        drawing=Drawing(SCORES.labels.value, SAMPLING.value, DECODING.decoding()),
+        options=SamplingOptions(SCORES.labels.value, SAMPLING.value, DECODING.decoding()),
         count=COUNT.value,
         seeds=parse_ranges("--seeds", SEEDS.value) if SEEDS.value else None,
     )
-    if distributed.is_first():
+    if distributed.is_primary():
         print(evaluate.table(scores))

@@ -1,9 +1,9 @@
-"""Measures all pictures of a data set, as the reference that samples are compared with.
+r"""Measures all images of a data set, as the reference that samples are compared with.
 
     python launch/make_reference.py --dataset cifar10 --output cifar10.npz \\
         --inception pt_inception-2015-12-05-6726825d.pth
 
-Interrupted, the same command goes on where it was.
+Interrupted, the same command resumes.
 """
 
 from absl import flags
@@ -11,7 +11,7 @@ from absl import flags
 from diffit_jax import cli
 from diffit_jax.cli.shared import InceptionFlags, define_data_dir, define_samples
 
-SAMPLES = define_samples("npz file with arr_0 (images), or folder of pictures.")
+SAMPLES = define_samples("npz file with arr_0 (images), or folder of images.")
 DATASET = flags.DEFINE_string("dataset", None, "Or the name of a data set.")
 DATA_DIR = define_data_dir()
 OUTPUT = cli.define_path("output", "npz file for the statistics.")
@@ -22,19 +22,18 @@ flags.mark_flag_as_required("output")
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.data.sources import open_dataset
+    from diffit_jax.evaluation.images import DatasetImages, open_samples
     from diffit_jax.evaluation.make_reference import make_reference
-    from diffit_jax.evaluation.pictures import DatasetPictures, open_pictures
     from diffit_jax.runtime import distributed, hub
 
     cli.require_one(samples=SAMPLES.value, dataset=DATASET.value)
     if SAMPLES.value:
-        pictures = open_pictures(hub.local(SAMPLES.value, "samples"))
+        images = open_samples(hub.local(SAMPLES.value, "samples"))
     else:
         source = open_dataset(DATASET.value, "train", DATA_DIR.value or "")
-        pictures = DatasetPictures(source, f"data set {DATASET.value}, train")
-    path = make_reference(
-        pictures, output=OUTPUT.value, **INCEPTION.value, overwrite=OVERWRITE.value
-    )
-    if distributed.is_first():
+        images = DatasetImages(source, f"data set {DATASET.value}, train")
+    path = make_reference(images, output=OUTPUT.value, **INCEPTION.value, overwrite=OVERWRITE.value)
+    if distributed.is_primary():
         print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""What a config will need and take on a TPU pod, without one:
+"""Estimates memory and time of a config on a TPU pod, without one.
 
 python launch/preflight.py --config configs/digits.py --topology v5e:4x4
 """
@@ -49,6 +49,7 @@ flags.mark_flag_as_required("topology")
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.preflight import preflight, report
     from diffit_jax.runtime import files
 
@@ -74,6 +75,6 @@ def main() -> None:
             print("\n" + report.explain(answer))
     if JSON.value:
         text = json.dumps(dataclasses.asdict(answer), indent=2) + "\n"
-        files.replace_in_words(JSON.value, text.encode())
+        files.replace_with_notice(JSON.value, text.encode())
     if not fits:
         cli.fail("it does not fit (see above)")

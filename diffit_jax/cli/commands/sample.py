@@ -1,10 +1,10 @@
-"""Draws samples from a run or from released weights:
+r"""Draws samples from a run or from released weights.
 
     python launch/sample.py --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
     python launch/sample.py --weights diffit_256.safetensors --labels "golden retriever,88" \\
         --vae sd-vae-ft-ema
 
-Interrupted, the same command goes on where it was.
+Interrupted, the same command resumes.
 """
 
 from absl import flags
@@ -43,7 +43,8 @@ SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale â
 
 
 def main() -> None:
-    from diffit_jax.runtime.ranges import parse_numbers
+    """Run the command."""
+    from diffit_jax.runtime.console import parse_numbers
     from diffit_jax.sampling.sample import sample
 
     cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)

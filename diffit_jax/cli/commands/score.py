@@ -19,6 +19,7 @@ CLUSTER = cli.define_cluster()
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.evaluation.score import score
     from diffit_jax.evaluation.small import score_table
     from diffit_jax.runtime import distributed

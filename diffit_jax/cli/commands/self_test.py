@@ -17,6 +17,7 @@ flags.mark_flag_as_required("folder")
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.evaluation import self_test
     from diffit_jax.runtime import distributed
 
@@ -24,7 +25,7 @@ def main() -> None:
     rows = self_test.self_test(
         FOLDER.value, inception=asked["inception"], batch_per_device=asked["batch_per_device"]
     )
-    if distributed.is_first():
+    if distributed.is_primary():
         print(self_test.table(rows))
     if not all(row["passed"] for row in rows):
         cli.fail("the figures are not the published ones (see above)")

@@ -1,9 +1,9 @@
-"""Finds the best settings of a network's samples, by ADM's suite, and measures those.
+r"""Finds the best settings of a network's samples, by ADM's suite, and measures those.
 
     python launch/sweep.py --workdir runs/imagenet256 --sweep guidance.scale=1,1.5,2 \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
-Interrupted, the same command goes on where it was; with more values it only adds those.
+Interrupted, the same command resumes; with more values it only adds those.
 """
 
 import dataclasses
@@ -43,24 +43,26 @@ flags.mark_flag_as_required("sweep")
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.evaluation import evaluate, sweep
     from diffit_jax.runtime import distributed
-    from diffit_jax.sampling.request import Drawing
+    from diffit_jax.sampling.request import SamplingOptions
 
     cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     if not SCORES.reference.value:
         cli.fail("--reference is missing: the samples of a network are measured against one")
     asked = SCORES.value(INCEPTION)
-    drawing = Drawing(SCORES.labels.value, SAMPLING.value, DECODING.decoding())
+    options = SamplingOptions(SCORES.labels.value, SAMPLING.value, DECODING.decoding())
+    # The sweep, then its best settings with the samples of a real measurement.
     swept = sweep.sweep(
         NETWORK.source,
         keys=sweep.parse(SWEEP.value),
         **asked,
-        drawing=drawing,
+        options=options,
         count=SWEEP_COUNT.value,
     )
     best = swept.best["settings"]
-    if distributed.is_first():
+    if distributed.is_primary():
         print(sweep.table(swept))
         print(f"the best: {_command(best)}", flush=True)
     if COUNT.value == 0:
@@ -69,15 +71,15 @@ def main() -> None:
     scores = evaluate.evaluate(
         NETWORK.source(**of_source),
         **asked | {"output": None},
-        drawing=dataclasses.replace(drawing, overrides={**SAMPLING.value, **of_sampling}),
+        options=dataclasses.replace(options, overrides={**SAMPLING.value, **of_sampling}),
         count=COUNT.value,
     )
-    if distributed.is_first():
+    if distributed.is_primary():
         print(evaluate.table(scores))
 
 
 def _command(best: Mapping[str, Any]) -> str:
-    """The command that measures the best settings."""
+    """Return the command that measures the best settings."""
     dropped, words, arguments = ("sweep", "sweep_count", "output", "count"), [], iter(sys.argv[1:])
     for argument in arguments:
         name, separator, _ = argument.lstrip("-").partition("=")

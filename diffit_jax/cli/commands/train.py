@@ -1,4 +1,4 @@
-"""Trains a config, or goes on with a run:
+"""Trains a config, or resumes a run.
 
 python launch/train.py --config configs/digits.py --workdir runs/digits
 """
@@ -20,7 +20,8 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    from diffit_jax.runtime.ranges import parse_numbers
+    """Run the command."""
+    from diffit_jax.runtime.console import parse_numbers
     from diffit_jax.training.train import train
 
     steps = PROFILE_STEPS.value and parse_numbers("--profile_steps", PROFILE_STEPS.value)

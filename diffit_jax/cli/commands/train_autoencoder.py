@@ -1,7 +1,8 @@
-"""Trains a small autoencoder on a data set that launch/prepare.py has written, by L1 and KL without
-an adversary, or goes on with it:
+"""Trains a small autoencoder by L1 and KL without an adversary, or resumes.
 
-python launch/train_autoencoder.py --dataset flowers --workdir runs/autoencoder
+On a data set that launch/prepare.py has written:
+
+    python launch/train_autoencoder.py --dataset flowers --workdir runs/autoencoder
 """
 
 from absl import flags
@@ -9,7 +10,7 @@ from absl import flags
 from diffit_jax import cli
 
 DATASET = flags.DEFINE_string(
-    "dataset", None, "Name of prepared pictures, with a train and a test split."
+    "dataset", None, "Name of prepared images, with a train and a test split."
 )
 DATA_DIR = cli.define_path(
     "data_dir", "Where prepared data sets live; default: ~/tensorflow_datasets.", to_read=True
@@ -25,7 +26,7 @@ CHANNELS = flags.DEFINE_list(
 NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 1, "Residual blocks of a stage.")
 LATENT_CHANNELS = flags.DEFINE_integer("latent_channels", 4, "Of latents.")
 STEPS = flags.DEFINE_integer("steps", 220, "Updates of the whole run.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures per update, over all devices.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images per update, over all devices.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Adam's; it falls to 0 as a cosine.")
 KL_WEIGHT = flags.DEFINE_float("kl_weight", 1e-6, "Of the divergence from a normal distribution.")
 SEED = flags.DEFINE_integer("seed", 0, "Of parameters, data order and noise.")
@@ -35,6 +36,7 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
+    """Run the command."""
     from diffit_jax.training.autoencoder import AutoencoderTraining
     from diffit_jax.training.train_autoencoder import train_autoencoder
 

@@ -42,7 +42,7 @@ from diffit_jax.models.placement import (
 
 
 def relative_position_index(window: int) -> np.ndarray:
-    """Row of the bias table that belongs to each pair of tokens of a window.
+    """Return the row of the bias table for each pair of tokens of a window.
 
     Args:
       window: side w of the square window, L = w² tokens in row-major order.
@@ -64,11 +64,11 @@ _LANES = 128  # of a TPU's vector unit; arrays are padded to multiples of it
 
 
 def dense_tile(height: int, width: int, window: int) -> Tile:
-    """The tile in which a TPU computes windows of an image together, masked to themselves.
+    """Return the tile in which a TPU computes windows together, masked to themselves.
 
-    Windows of 16 tokens by themselves would fill an eighth of what its units take at once. A tile
-    has at most 128 tokens, unless a window has more, and is as wide as the image where it can be:
-    then tokens stay in the order in which they lie in memory.
+    Windows of 16 tokens by themselves would fill an eighth of a TPU's lanes. A tile has at most 128
+    tokens, unless a window has more, and is as wide as the image where it can be: then tokens stay
+    in the order in which memory has them.
     """
 
     def largest(length: int, others: int) -> int:
@@ -81,8 +81,10 @@ def dense_tile(height: int, width: int, window: int) -> Tile:
 
 
 def partition(x_BHWC: jax.Array, tile: Tile) -> jax.Array:
-    """Cuts (B, height, width, C) into non-overlapping tiles: (B, N, L, C), tiles and tokens both
-    row-major."""
+    """Cut images into non-overlapping tiles, (B, height, width, C) → (B, N, L, C).
+
+    Tiles and tokens are both row-major.
+    """
     batch, height, width, channels = x_BHWC.shape
     rows, columns = tile
     x = x_BHWC.reshape(batch, height // rows, rows, width // columns, columns, channels)
@@ -90,7 +92,7 @@ def partition(x_BHWC: jax.Array, tile: Tile) -> jax.Array:
 
 
 def merge(x_BNLC: jax.Array, height: int, width: int, tile: Tile) -> jax.Array:
-    """Puts the tiles of `partition` back together: (B, N, L, C) → (B, height, width, C)."""
+    """Invert `partition`: (B, N, L, C) → (B, height, width, C)."""
     batch, _, _, channels = x_BNLC.shape
     rows, columns = tile
     x = x_BNLC.reshape(batch, height // rows, width // columns, rows, columns, channels)
@@ -98,8 +100,12 @@ def merge(x_BNLC: jax.Array, height: int, width: int, tile: Tile) -> jax.Array:
 
 
 def tile_index(tile: Tile, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `relative_position_index`, of a tile: ((L, L) int32, 0 between windows; (L, L) bool,
-    whether two tokens share a window)."""
+    """Return `relative_position_index` of a tile, and which tokens share a window.
+
+    Returns:
+      (L, L) int32 rows of the bias table, 0 between windows; (L, L) bool, whether two tokens are in
+      the same window.
+    """
     row, column = np.divmod(np.arange(tile[0] * tile[1]), tile[1])
     of_window = (row // window) * tile[1] + column // window
     shared = of_window[:, None] == of_window[None, :]
@@ -109,8 +115,10 @@ def tile_index(tile: Tile, window: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _xavier_to_heads(scale: float = 1.0):
-    """Xavier-uniform for kernels (C, shares, heads, head width), with `scale` times its
-    variance."""
+    """Return a Xavier-uniform initialiser for kernels (C, projections, heads, head width).
+
+    `scale` multiplies its variance.
+    """
     return nn.initializers.variance_scaling(
         scale, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2, 3)
     )
@@ -124,7 +132,7 @@ BACKENDS = ("auto", "xla", "pallas", "cudnn")
 def choose_backend(
     wanted: str, platform: str, window: int, head_width: int, dtype: jnp.dtype
 ) -> tuple[str, str]:
-    """How attention is computed for a platform.
+    """Choose how attention is computed on a platform.
 
     Args:
       wanted: a name in `BACKENDS`.
@@ -167,7 +175,7 @@ def _softmax_attention(
     window: int,
     backend: str,
 ) -> jax.Array:
-    """softmax(q kᵀ + bias) v by the TPU's kernel or cuDNN's. The table's heads come last."""
+    """Compute softmax(q kᵀ + bias) v by the TPU kernel or cuDNN. The table's heads come last."""
     if backend == "pallas":
         strips = attention_kernel.bias_strips(table, window)
         return attention_kernel.attention(
@@ -208,7 +216,7 @@ class TMSA(nn.Module):
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
-        """Maps tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C)."""
+        """Map tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C), in `dtype`."""
         channels = x_BNLC.shape[-1]
         if channels % self.num_heads:
             raise UserError(
@@ -222,9 +230,9 @@ class TMSA(nn.Module):
         time_kernel = time.kernel.ready(self.dtype)
         query, value = 0, time_kernel.shape[1] - 1  # a slim time projection has no key between
 
-        def from_time(share: int) -> jax.Array:
-            projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, share])
-            return projected + (time.bias[share] + spatial.bias[share]).astype(self.dtype)
+        def from_time(index: int) -> jax.Array:
+            projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, index])
+            return projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
 
         # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
         # bias: both would cancel in the softmax (top of this file).
@@ -245,16 +253,16 @@ class TMSA(nn.Module):
     def _input_projections(
         self, channels: int, time_width: int
     ) -> tuple["_Projection", "_Projection", jax.Array]:
-        """Parameters, released or slim: (spatial projection, time projection, position bias)."""
+        """Make parameters, released or slim: spatial projection, time projection, position bias."""
         heads, head_width = self.num_heads, channels // self.num_heads
-        letters, shares = ("qv", 2) if self.slim else ("qkv", 3)
+        letters, num_projections = ("qv", 2) if self.slim else ("qkv", 3)
         # Without the key's share, the bounds of a fresh time projection stay those of the released
         # shape.
-        slim_scale = (time_width + shares * channels) / (time_width + 3 * channels)
+        slim_scale = (time_width + num_projections * channels) / (time_width + 3 * channels)
         over = (FSDP, None, TENSOR, None)  # (C, shares, heads, head width)
 
         def projection(prefix: str, width: int, count: int, kernel: str, init: Any) -> _Projection:
-            biases = (shares, heads, head_width)
+            biases = (num_projections, heads, head_width)
             return _Projection(
                 param(self, f"{prefix}{kernel}_kernel", init, (width, count, *biases[1:]), over),
                 param(
@@ -268,7 +276,9 @@ class TMSA(nn.Module):
             )
 
         spatial = projection("", channels, 3, "qkv", _xavier_to_heads())
-        time = projection("time_", time_width, shares, letters, _xavier_to_heads(slim_scale))
+        time = projection(
+            "time_", time_width, num_projections, letters, _xavier_to_heads(slim_scale)
+        )
         bias_table = param(
             self,
             "relative_position_bias",
@@ -282,7 +292,7 @@ class TMSA(nn.Module):
     def _attend(
         self, q_BNHLD: jax.Array, k_BNHLD: jax.Array, v_BNHLD: jax.Array, bias_table: jax.Array
     ) -> jax.Array:
-        """softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch."""
+        """Compute softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch."""
         head_width = q_BNHLD.shape[-1]
         backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
         if backend == "xla" or self.is_mutable_collection("intermediates"):
@@ -307,7 +317,7 @@ class TMSA(nn.Module):
         return checkpoint_name(out_BNHLD, "attention")
 
     def _project_out(self, out_BNHLD: jax.Array, channels: int) -> jax.Array:
-        """The heads together: (B, N, L, C)."""
+        """Join the heads, (B, N, H, L, D), by the output projection: (B, N, L, C)."""
         heads, head_width = out_BNHLD.shape[2], out_BNHLD.shape[-1]
         kernel = param(
             self,

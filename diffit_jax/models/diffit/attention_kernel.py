@@ -3,13 +3,12 @@
 The bias of a window of w² tokens depends on the offset between query and key alone: a table of (2w
 - 1)² numbers for each head stands for a matrix of w⁴. At 512 pixels (w = 32) writing that matrix,
 its gradient and the logits to memory takes longer than all matrix products. Here none of them
-leaves the chip's fast memory: the kernel takes the bias as *strips*, 1/8 of the matrix (see
-`bias_strips`), and its backward pass returns the gradient of the strips, which XLA turns into that
-of the table.
+leaves the chip's fast memory: the kernel takes the bias as *strips*, 128 (2 L - 128) of the L²
+entries of the matrix (see `bias_strips`), and its backward pass returns the gradient of the strips,
+which XLA turns into that of the table.
 
-Softmax needs whole rows, and they fit: a block of 128 queries sees all L keys at once, so there is
-nothing online about it. The backward pass computes logits and softmax again instead of reading
-them.
+Softmax needs whole rows, and they fit: a block of 128 queries sees all L keys at once. The backward
+pass computes logits and softmax again instead of reading them.
 
 Shape suffixes: B batch (times windows), H heads, L tokens, D head width, w side of the window.
 """
@@ -31,7 +30,7 @@ BLOCK = 128
 
 
 def supports(window: int) -> str:
-    """Why the kernel cannot serve windows of this side; "" if it can."""
+    """Return why the kernel cannot serve windows of this side; "" if it can."""
     if BLOCK % window or window * window % BLOCK:
         return f"{window} x {window} tokens are not made of blocks of {BLOCK} in whole rows"
     if window > 32:
@@ -44,16 +43,18 @@ _tried: dict[str, str] = {}
 
 
 def refusal() -> str:
-    """Why the TPU's compiler does not take the kernel, as far as `try_to_compile` has found out; ""
-    if nothing speaks against it."""
+    """Return why the TPU compiler refuses the kernel, "" if it does not.
+
+    Known only after `try_to_compile`.
+    """
     return next((reason for reason in _tried.values() if reason), "")
 
 
 def try_to_compile(device: jax.Device) -> None:
-    """Compiles a small kernel for a TPU, forward and backward, once in a process: jax and the TPU's
-    library may not fit together.
+    """Compile a small kernel for a TPU, forward and backward, once per process.
 
-    Without this, "auto" would choose a kernel that ends the run.
+    jax and libtpu may not fit together; without this check, "auto" would choose a kernel that ends
+    the run.
     """
     if device.device_kind in _tried:
         return
@@ -75,8 +76,7 @@ def try_to_compile(device: jax.Device) -> None:
 
 
 def bias_strips(table: jax.Array, window: int) -> jax.Array:
-    """The position bias of every block of 128 queries, as one array of which each block takes a
-    slice.
+    """Lay the position bias out as one array of which each block of 128 queries takes a slice.
 
     A block is 128/w rows of the window; the next block's bias is the same matrix moved by 128 keys,
     since only offsets matter.
@@ -106,7 +106,7 @@ def bias_strips(table: jax.Array, window: int) -> jax.Array:
 
 @functools.cache
 def _one_hot(window: int) -> np.ndarray:
-    """(2w - 1, w, w): 1 where x = c_q - c_k + w - 1."""
+    """Return a (2w - 1, w, w) table of ones where x = c_q - c_k + w - 1."""
     column = np.arange(window)
     offset = column[:, None] - column[None, :] + window - 1
     return (np.arange(2 * window - 1)[:, None, None] == offset).astype(np.float32)
@@ -120,11 +120,12 @@ def attention(
     strips: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q kᵀ + bias) v, logits and softmax in float32.
+    """Compute softmax(q kᵀ + bias) v, logits and softmax in float32.
 
     Args:
-      q_BHLD: queries, scaled already, float32 or bfloat16.
-      k_BHLD, v_BHLD: keys and values, like the queries.
+      q_BHLD: queries, already scaled, float32 or bfloat16.
+      k_BHLD: keys, of the same shape and dtype.
+      v_BHLD: values, of the same shape and dtype.
       strips: the bias, from `bias_strips`; the kernel reads it in the queries' dtype.
       interpret: emulate the kernel, on any device.
 
@@ -174,7 +175,7 @@ attention.defvjp(_forward, lambda *args: tuple(_backward(*args)))
 
 
 def _blocks(q_BHLD: jax.Array, strips: jax.Array) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    """What a step of the grid works on: one head of a few examples, and the strips of the head."""
+    """Return the blocks of a grid step: one head of a few examples, and that head's strips."""
     _, _, tokens, width = q_BHLD.shape
     head = pl.BlockSpec(
         (examples_per_step(len(q_BHLD), tokens), 1, tokens, width), lambda h, b: (b, h, 0, 0)
@@ -183,8 +184,10 @@ def _blocks(q_BHLD: jax.Array, strips: jax.Array) -> tuple[pl.BlockSpec, pl.Bloc
 
 
 def examples_per_step(batch: int, tokens: int) -> int:
-    """Examples per step of the grid. With 1,024 queries at hand, one block's matrix products fill
-    the gaps of another's softmax."""
+    """Return how many examples a grid step takes.
+
+    With 1,024 queries at hand, one block's matrix products fill the gaps of another's softmax.
+    """
     most = max(1024 // tokens, 1)
     return max(count for count in range(1, most + 1) if batch % count == 0)
 
@@ -215,7 +218,7 @@ def _options(
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, strips_ref, out_ref):
-    """One head of a few examples."""
+    """Compute one head of a few examples."""
     examples, _, tokens, _ = q_ref.shape
     for example in range(examples):
         k, v = k_ref[example, 0], v_ref[example, 0]
@@ -228,7 +231,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, strips_ref, out_ref):
 
 
 def _backward_kernel(*references):
-    """One head of a few examples; the gradient of the strips is added up over the batch."""
+    """Compute gradients of one head of a few examples.
+
+    The gradient of the strips is summed over the batch.
+    """
     # Inputs, results, and sums in fast memory.
     (
         q_ref,
@@ -270,23 +276,23 @@ def _backward_kernel(*references):
 
 
 def _logits(q: jax.Array, k: jax.Array, strips_ref, start: int) -> jax.Array:
-    """(128, L) float32 logits of the queries from `start` on, their bias included."""
+    """Compute the logits of the queries from `start` on, their bias included, (128, L) float32."""
     return _dot(q, k, 1, 1) + strips_ref[0, :, _keys(len(k), start)].astype(jnp.float32)
 
 
 def _keys(tokens: int, start: int) -> pl.Slice | slice:
-    """The columns of the strips that belong to the block of queries from `start` on."""
+    """Return the columns of the strips for the block of queries that begins at `start`."""
     return pl.ds(tokens - BLOCK - start, tokens)
 
 
 def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights that are yet to be divided by their total, and the total of each row."""
+    """Return weights before the division by their total, and the total of each row."""
     weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
     return weights, jnp.sum(weights, axis=1, keepdims=True)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Product over one axis of each, added up in float32."""
+    """Multiply over one axis of each, accumulated in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,

@@ -42,14 +42,16 @@ XAVIER = nn.initializers.xavier_uniform()
 
 
 def _computed_once(*arrays: jax.Array):
-    """The arrays, computed once. XLA's CPU compiler would otherwise fuse their computation into
-    each of their consumers, and repeat it."""
+    """Keep XLA's CPU compiler from fusing a computation into each of its consumers.
+
+    It would repeat the computation there.
+    """
     return platforms.where("repeats_fusions", lambda *xs: jax.lax.optimization_barrier(xs), *arrays)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, keeps_input: bool = True) -> jax.Array:
-    """GELU in its tanh form, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), of any shape.
+    """Apply GELU in its tanh form, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise.
 
     Each pass computes the tanh once: a training step of a small network on a CPU takes two thirds
     of what it takes where XLA repeats it in every consumer, see `_computed_once`. On other devices
@@ -79,13 +81,17 @@ def _gelu_jvp(
 
 
 def dropped(x: jax.Array, key_B: jax.Array, rate: float) -> jax.Array:
-    """Dropout: each value is 0 with probability `rate`, to a 65,536th, and the others are divided
-    by what is left.
+    """Apply dropout: zero each value with probability `rate`, rescale the others.
+
+    The probability is rounded to a multiple of 1/65,536.
 
     Args:
       x: (B, …, C), C a multiple of 4.
       key_B: (B,) threefry keys: an example's mask does not depend on the others.
       rate: in [0, 1).
+
+    Returns:
+      An array like x.
     """
     threshold = round(rate * 2**16)
     # Random bits cost more than all else here: 16 will do, and `jax.random.bits` would leave half
@@ -130,7 +136,10 @@ class DiffiTBlock(nn.Module):
     def __call__(
         self, x_BNLC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
     ) -> jax.Array:
-        """Maps (B, N, L, C) and the time token (B, T) to (B, N, L, C); drops only with keys."""
+        """Map tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C), Eq. 7-8.
+
+        Dropout acts only if `dropout_key_B`, (B,) keys, are given.
+        """
         channels = x_BNLC.shape[-1]
         normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
         attention = TMSA(
@@ -173,8 +182,11 @@ class DiffiTResBlock(nn.Module):
     def __call__(
         self, x_BHWC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
     ) -> jax.Array:
-        """Maps (B, H, W, C), H and W multiples of `window`, and the time token (B, T) to (B, H, W,
-        C)."""
+        """Map (B, H, W, C) and the time token (B, T) to (B, H, W, C), Eq. 9-10.
+
+        H and W are multiples of `window`. Dropout acts only if `dropout_key_B`, (B,) keys, are
+        given.
+        """
         _, height, width, channels = x_BHWC.shape
         tile = (self.window, self.window)
         width_of_head = channels // self.num_heads
@@ -202,29 +214,31 @@ class DiffiTResBlock(nn.Module):
 
 
 def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> LayerNorm:
-    """Layer normalisation over the channels, statistics in float32; `affine` gives it a learned
-    scale and shift."""
+    """Return a layer normalisation over the channels, with statistics in float32.
+
+    `affine` gives it a learned scale and shift.
+    """
     return LayerNorm(epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name)
 
 
 def group_norm(channels: int, dtype: jnp.dtype, name: str) -> GroupNorm:
-    """Group normalisation with groups of at least four channels, at most 32 groups (as EDM's
-    networks have)."""
+    """Return a group normalisation: groups of at least four channels, at most 32 groups (EDM's)."""
     return GroupNorm(num_groups=min(32, channels // 4), epsilon=1e-6, dtype=dtype, name=name)
 
 
 def conv3x3(
     channels: int, dtype: jnp.dtype, name: str, stride: int = 1, kernel_init=XAVIER
 ) -> Conv:
-    """3×3 convolution to `channels`, padded by one pixel on each side."""
+    """Return a 3×3 convolution to `channels`, padded by one pixel on each side."""
     return Conv(
         channels, (3, 3), stride, padding=1, kernel_init=kernel_init, dtype=dtype, name=name
     )
 
 
 class Upsample(nn.Module):
-    """Transposed 2×2 convolution of stride 2, as one matrix product: each pixel becomes a 2×2
-    square.
+    """Transposed 2×2 convolution of stride 2, computed as one matrix product.
+
+    Each pixel becomes a 2×2 square.
 
     Attributes:
       channels: of the output.
@@ -236,7 +250,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Maps (B, H, W, C) to (B, 2H, 2W, channels)."""
+        """Map (B, H, W, C) to (B, 2H, 2W, channels)."""
         batch, height, width, _ = x_BHWC.shape
         squares = Dense(4 * self.channels, self.dtype, name="project")(x_BHWC)
         squares = squares.reshape(batch, height, width, 2, 2, self.channels).transpose(
@@ -267,7 +281,7 @@ def repeat_block(
     dropout_key_B: jax.Array | None = None,
     capture: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Runs `num_blocks` copies of a block one after the other, as one scanned layer.
+    """Apply `num_blocks` copies of a block one after the other, as one scanned layer.
 
     Args:
       block: module that maps (x, time_BT, dropout_key_B) to an array like x. Its parameters get a
@@ -278,8 +292,8 @@ def repeat_block(
       unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks`
         shows the compiler all of them at once, which is faster for a small network on a CPU.
       remat: a name in `REMAT_POLICIES`.
-      dropout_key_B: (B,) keys, from which each copy gets its own; None: nothing is dropped.
-      capture: number of a copy whose output is wanted too.
+      dropout_key_B: (B,) keys, from which each copy gets its own; None: no dropout.
+      capture: number of a copy whose output is returned too.
 
     Returns:
       The output of the last copy, shaped like x, and that of copy `capture`, or None.
@@ -337,7 +351,7 @@ _ALL = slice(None)
 
 
 def check_capture(capture: int | None, num_blocks: int) -> None:
-    """Raises `UserError` for a number that no block has."""
+    """Raise `UserError` unless a block has this number."""
     if capture is not None and not 0 <= capture < num_blocks:
         raise UserError(
             f"there is no block {capture} to capture: the blocks are 0 to {num_blocks - 1}"
@@ -347,12 +361,10 @@ def check_capture(capture: int | None, num_blocks: int) -> None:
 def sinusoidal_embedding(
     noise_level_B: jax.Array, width: int, max_period: float = 10_000.0
 ) -> jax.Array:
-    """Sinusoidal ("positional") embedding of a scalar, the better of the two in the paper's Table
-    8.
+    """Embed a scalar by sines and cosines ("positional", the better choice in the paper's Table 8).
 
     Args:
-      noise_level_B: (B,) any real dtype; a timestep or EDM's `c_noise`. It is used as it is,
-        without scaling.
+      noise_level_B: (B,) any real dtype; a timestep or EDM's `c_noise`, used without scaling.
       width: even number of output channels.
       max_period: the slowest frequency is about 1 / max_period.
 
@@ -368,8 +380,7 @@ def sinusoidal_embedding(
 
 
 def position_embedding(grid: int, width: int) -> np.ndarray:
-    """Fixed two-dimensional sine-cosine embedding of the tokens of a square grid, as the released
-    latent model has it.
+    """Return the fixed two-dimensional sine-cosine embedding of the released latent model.
 
     Args:
       grid: side of the grid; its L = grid² tokens are in row-major order.
@@ -414,8 +425,13 @@ class TimeToken(nn.Module):
         label_B: jax.Array | None = None,
         augment_BA: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps (B,) noise levels, (B,) int labels in [0, num_classes] (None: no label) and (B, A)
-        augmentation labels (None: nothing was done) to the (B, T) token."""
+        """Map noise levels, labels and augmentation labels to the time token, (B, T).
+
+        Args:
+          noise_level_B: (B,) noise levels.
+          label_B: (B,) int labels in [0, num_classes]; None: no label.
+          augment_BA: (B, A) augmentation labels; None: not augmented.
+        """
         init = nn.initializers.normal(0.02)
         token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
         token_BT = Dense(self.width, self.dtype, init, name="in")(token_BT)

@@ -79,11 +79,12 @@ class ImageDiffiT(Model):
         )
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
+        """Choose the backend for the largest window, see `Model.attention_backend`."""
         window = min(self.window, self.image_size)
         return choose_backend(self.attention, platform, window, self.head_width, self.dtype)
 
     def check_sizes(self) -> None:
-        """Raises `UserError` if the sizes do not fit together."""
+        """Raise `UserError` if the sizes do not fit together."""
         stages = len(self.channels)
         if len(self.num_blocks) != stages:
             raise UserError(
@@ -118,7 +119,7 @@ class ImageDiffiT(Model):
         conditioning: Mapping[str, jax.Array],
         capture: int | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """One evaluation of the network.
+        """Evaluate the network.
 
         Args:
           x_BHWC: (B, image_size, image_size, image_channels) noisy images, scaled by the diffusion
@@ -135,6 +136,7 @@ class ImageDiffiT(Model):
         self.check_sizes()
         check_capture(capture, sum(self.num_blocks))
         label_B = conditioning.get("label") if self.num_classes else None
+        # The time token, once for all blocks.
         time_BT = nn.silu(
             TimeToken(
                 self.time_width,
@@ -179,6 +181,7 @@ class ImageDiffiT(Model):
 
         firsts = [0, *itertools.accumulate(self.num_blocks)]  # of each stage's blocks
 
+        # Down the U, each stage's result kept for its way up (paper, Fig. 3).
         x = conv3x3(self.channels[0], self.dtype, name="tokenizer")(x_BHWC.astype(self.dtype))
         skips = []
         for stage in range(len(self.channels)):
@@ -186,11 +189,13 @@ class ImageDiffiT(Model):
                 skips.append(x)
                 x = conv3x3(self.channels[stage], self.dtype, name=f"down_{stage}", stride=2)(x)
             x = run_stage("encoder", x, stage)
+        # And up again, merged with what was kept.
         for stage in reversed(range(len(skips))):
             x = Upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
             x = jnp.concatenate([x, skips[stage]], axis=-1)
             x = Dense(self.channels[stage], self.dtype, name=f"merge_{stage}")(x)
             x = run_stage("decoder", x, stage)
+        # The last convolution in float32: its output is the prediction.
         exact = at_least_float32(self.dtype)
         x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(exact)
         y_BHWC = conv3x3(

@@ -1,5 +1,4 @@
-"""LatentDiffiT: the isotropic transformer for the latents of an autoencoder (DiffiT §3.3, appendix
-H.2), as released.
+"""LatentDiffiT: the isotropic transformer for latents, as released (DiffiT §3.3, appendix H.2).
 
 Shape suffixes: B batch, L tokens, C channels; H, W height and width of the latent; p is the side of
 a patch.
@@ -36,7 +35,7 @@ SIZES = {
 
 
 def named_size(name: str) -> dict[str, int]:
-    """Attributes of `LatentDiffiT` that a name like `XL/2` stands for (a copy).
+    """Return attributes of `LatentDiffiT` for a name like `XL/2` (a copy).
 
     Raises:
       UserError: the name is not in `SIZES`.
@@ -47,8 +46,9 @@ def named_size(name: str) -> dict[str, int]:
 
 
 class LatentDiffiT(Model):
-    """The latent DiffiT, unconditional or class-conditional. `LatentDiffiT(32,
-    **named_size("XL/2"))` is the one of ImageNet-256.
+    """The latent DiffiT, unconditional or class-conditional.
+
+    `LatentDiffiT(32, **named_size("XL/2"))` is the network of ImageNet-256.
 
     Attributes:
       input_size: side of the square latent: 32 for images of 256 pixels, 64 for 512.
@@ -101,12 +101,13 @@ class LatentDiffiT(Model):
         return self.num_heads, self.hidden_size // self.num_heads
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
+        """Choose the backend for a window of all tokens, see `Model.attention_backend`."""
         return choose_backend(
             self.attention, platform, self.grid, self.hidden_size // self.num_heads, self.dtype
         )
 
     def check_sizes(self) -> None:
-        """Raises `UserError` if the sizes do not fit together."""
+        """Raise `UserError` if the sizes do not fit together."""
         if self.input_size % self.patch_size:
             raise UserError(
                 f"input_size {self.input_size} is not divisible by patch_size {self.patch_size}: "
@@ -126,7 +127,7 @@ class LatentDiffiT(Model):
         conditioning: Mapping[str, jax.Array],
         capture: int | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """One evaluation of the network.
+        """Evaluate the network.
 
         Args:
           x_BHWC: (B, input_size, input_size, input_channels) noisy latents.

@@ -1,0 +1,1 @@
+"""Networks of others: an autoencoder and the FID network."""

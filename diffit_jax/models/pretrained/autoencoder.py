@@ -1,12 +1,12 @@
-"""The KL-regularised autoencoder between images and the latents of the latent network: Stable
-Diffusion's "KL-f8" (Rombach et al. 2022, appendix G), as diffusers' `AutoencoderKL` has it.
+"""The autoencoder of the latent network: Stable Diffusion's "KL-f8" (Rombach et al. 2022).
 
     image → conv → stage 0 → down → … → stage S-1 → middle → norm, swish, conv → mean, log variance
     latent → conv → middle → stage S-1 → up → … → stage 0 → norm, swish, conv → image
 
-Inside, arrays are (H, W, B, C): batch and channels fill the tiles of a TPU's memory, 8 × 128,
-whatever the size of the picture, and what lies between two convolutions becomes part of them
-(launch/PERFORMANCE.md has figures).
+It computes what diffusers' `AutoencoderKL` computes (Rombach et al., appendix G). Inside, arrays
+are (H, W, B, C): batch and channels fill the tiles of a TPU's memory, 8 × 128, whatever the size of
+the image, and pointwise operations fuse into the convolutions around them (launch/PERFORMANCE.md
+has figures).
 
 Shape suffixes: B batch, H, W, C height, width and channels; h, w, c of a latent; L, K pixels as
 tokens; G groups of channels.
@@ -47,7 +47,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (H, W, B, C) to (H', W', B, channels)."""
+        """Map (H, W, B, C) to (H', W', B, channels)."""
         shape = (3, 3, x_HWBC.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
@@ -77,14 +77,14 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (H, W, B, C) to the same shape."""
+        """Normalise (H, W, B, C) over groups of channels and all pixels."""
         height, width, batch, channels = x_HWBC.shape
         scale_C = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias_C = self.param("bias", nn.initializers.zeros_init(), (channels,))
         x = x_HWBC.astype(jnp.float32)
 
         def of_groups(sums_BC: jax.Array) -> jax.Array:
-            """Sums over pixels → means over groups, for each channel (B, C)."""
+            """Turn sums over pixels into means over groups, for each channel (B, C)."""
             members = channels // self.num_groups
             means_BG = sums_BC.reshape(batch, self.num_groups, members).sum(-1)
             return jnp.repeat(means_BG / (height * width * members), members, axis=1)
@@ -96,8 +96,9 @@ class GroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """`x + conv(swish(norm(conv(swish(norm(x))))))`, the first x through a 1×1 convolution where
-    the number of channels changes.
+    """Residual block `x + conv(swish(norm(conv(swish(norm(x))))))`.
+
+    The first x goes through a 1×1 convolution where the number of channels changes.
 
     Attributes:
       channels: of the output.
@@ -111,7 +112,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (H, W, B, C) to (H, W, B, channels)."""
+        """Map (H, W, B, C) to (H, W, B, channels)."""
         hidden = x_HWBC
         for number in (1, 2):
             norm = GroupNorm(self.num_groups, self.dtype, name=f"norm_{number}")
@@ -134,7 +135,7 @@ class PixelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (H, W, B, C) to the same shape."""
+        """Attend from every pixel to all: (H, W, B, C) to the same shape."""
         height, width, batch, channels = x_HWBC.shape
         normed = GroupNorm(self.num_groups, self.dtype, name="norm")(x_HWBC)
         tokens_LBC = normed.reshape(height * width, batch, channels)
@@ -146,8 +147,7 @@ class PixelAttention(nn.Module):
 
 
 class _Down(nn.Module):
-    """Halves both sides by a 3×3 convolution of stride 2, padded by a pixel at the right and at the
-    bottom only."""
+    """3×3 convolution of stride 2, padded by a pixel at the right and at the bottom only."""
 
     channels: int
     dtype: jnp.dtype
@@ -171,7 +171,7 @@ class _Up(nn.Module):
         return Conv(self.channels, self.dtype, name="conv")(x_HWBC)
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution.
 
     Attributes:
@@ -185,7 +185,7 @@ class Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (H, W, B, C) to the same shape."""
+        """Map (H, W, B, C) to the same shape."""
         channels = x_HWBC.shape[-1]
         x = ResBlock(channels, self.num_groups, self.dtype, name="block_0")(x_HWBC)
         if self.attention:
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (H, W, B, C) to (h, w, B, outputs), float32."""
+        """Map (H, W, B, C) to (h, w, B, outputs), float32."""
         x = Conv(self.channels[0], self.dtype, name="conv_in")(x_HWBC)
         for stage, channels in enumerate(self.channels):
             if stage:
@@ -220,7 +220,7 @@ class Encoder(nn.Module):
             for number in range(self.num_blocks):
                 name = f"stage_{stage}_block_{number}"
                 x = ResBlock(channels, self.num_groups, self.dtype, name=name)(x)
-        x = Middle(self.attention, self.num_groups, self.dtype, name="middle")(x)
+        x = MidBlock(self.attention, self.num_groups, self.dtype, name="middle")(x)
         x = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm_out")(x))
         x = Conv(self.outputs, self.dtype, name="conv_out")(x).astype(jnp.float32)
         return Dense(self.outputs, name="quant")(x) if self.pointwise else x
@@ -245,12 +245,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_HWBC: jax.Array) -> jax.Array:
-        """Maps (h, w, B, C) to (H, W, B, outputs), float32."""
+        """Map (h, w, B, C) to (H, W, B, outputs), float32."""
         x = x_HWBC
         if self.pointwise:
             x = Dense(x.shape[-1], name="quant")(x)
         x = Conv(self.channels[-1], self.dtype, name="conv_in")(x)
-        x = Middle(self.attention, self.num_groups, self.dtype, name="middle")(x)
+        x = MidBlock(self.attention, self.num_groups, self.dtype, name="middle")(x)
         for stage, channels in reversed(list(enumerate(self.channels))):
             for number in range(self.num_blocks + 1):
                 name = f"stage_{stage}_block_{number}"
@@ -295,7 +295,7 @@ class Autoencoder(nn.Module):
         return 2 ** (len(self.channels) - 1)
 
     def check(self) -> None:
-        """Raises `UserError` if the sizes do not fit together."""
+        """Raise `UserError` if the sizes do not fit together."""
         limits.check(self, "autoencoder")
         for channels in self.channels:
             if channels % self.num_groups:
@@ -305,13 +305,14 @@ class Autoencoder(nn.Module):
                 )
 
     def setup(self) -> None:
+        """Make the two pyramids and the 1×1 convolutions between them."""
         sizes = (self.channels, self.num_blocks, self.num_groups, self.attention, self.dtype)
         moments = 2 * self.latent_channels
         self.encoder = Encoder(*sizes, moments, pointwise=self.quant_conv)
         self.decoder = Decoder(*sizes, self.image_channels, pointwise=self.post_quant_conv)
 
     def encode(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The Gaussian of an image's latent.
+        """Compute the Gaussian of an image's latent.
 
         Args:
           image_BHWC: (B, H, W, image_channels) float32 in [-1, 1], H and W multiples of `factor`.
@@ -324,27 +325,32 @@ class Autoencoder(nn.Module):
         return mean, jnp.clip(log_variance, *LOG_VARIANCES)
 
     def decode(self, z_Bhwc: jax.Array) -> jax.Array:
-        """Unscaled latents (B, h, w, latent_channels) → images (B, H, W, image_channels) float32,
-        about [-1, 1]."""
+        """Decode unscaled latents (B, h, w, latent_channels) to images.
+
+        Returns:
+          (B, H, W, image_channels) float32, about [-1, 1].
+        """
         return _batch_first(self.decoder(_batch_third(z_Bhwc)))
 
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-        """Encodes to the mean and decodes it; for initialising."""
+        """Encode images (B, H, W, image_channels) to the mean and decode it; for initialisation."""
         return self.decode(self.encode(image_BHWC)[0])
 
     def scaled(self, z_Bhwc: jax.Array) -> jax.Array:
-        """Latents of the encoder → as the latent network sees them."""
+        """Scale latents (B, h, w, latent_channels) of the encoder for the latent network."""
         return (z_Bhwc - jnp.asarray(self.latent_mean)) * jnp.asarray(self.latent_scale)
 
     def unscaled(self, x_Bhwc: jax.Array) -> jax.Array:
-        """The inverse of `scaled`."""
+        """Invert `scaled`, for latents (B, h, w, latent_channels)."""
         return x_Bhwc / jnp.asarray(self.latent_scale) + jnp.asarray(self.latent_mean)
 
 
 def _batch_in_tiles(x_HWBC: jax.Array) -> jax.Array:
-    """The array, of which a TPU holds the two last axes in its tiles. Left alone, the compiler puts
-    rows of pixels there for the sake of the first and the last convolution, of three channels, and
-    copies everything on the way."""
+    """Keep batch and channels as the last two axes, which a TPU stores in tiles.
+
+    Left alone, the compiler puts rows of pixels there for the sake of the first and the last
+    convolution, of three channels, and copies everything on the way.
+    """
     layout = Layout(major_to_minor=(0, 1, 2, 3))
     return platforms.where(
         "tiles_last_axes", lambda x: (with_layout_constraint(x, layout),), x_HWBC

@@ -1,9 +1,8 @@
-"""The Inception network that FID is measured with: the graph of 2015-12-05 (Szegedy et al. 2016,
-with the peculiarities of the graph that TensorFlow's authors published), as ADM's evaluator runs
-it.
+"""The Inception network of FID: TensorFlow's graph of 2015-12-05, as ADM's evaluator runs it.
 
-Against the well-known Inception v3: the average pools of branches leave the padding out, the last
-block's pool is a maximum, there are 1008 classes, and pictures come as (x - 128) / 128.
+Against the well-known Inception v3 (Szegedy et al. 2016): the average pools of branches leave the
+padding out, the last block's pool is a maximum, there are 1008 classes, and images come as
+(x - 128) / 128.
 
 Shape suffixes: B batch, H, W, C height, width and channels.
 """
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SIDE = 299  # of the pictures that the network sees
+SIDE = 299  # of the images that the network sees
 # Of `mixed_6/conv`, what sFID is made of (Nash et al. 2021).
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 CLASSES = 1008
@@ -24,7 +23,7 @@ _EPSILON = 1e-3  # of the batch normalisations
 _UNSET = nn.initializers.zeros_init()  # the weights are read; to draw them takes long to trace
 
 
-class Taps(NamedTuple):
+class InceptionOutputs(NamedTuple):
     """What is read out of the network, float32.
 
     Attributes:
@@ -38,7 +37,7 @@ class Taps(NamedTuple):
     logits: jax.Array
 
 
-class Unit(nn.Module):
+class ConvBN(nn.Module):
     """Convolution without a bias, batch normalisation with running statistics, ReLU.
 
     Attributes:
@@ -55,7 +54,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Maps (B, H, W, C) to (B, H', W', channels)."""
+        """Map (B, H, W, C) to (B, H', W', channels)."""
         x = nn.Conv(
             self.channels,
             self.kernel,
@@ -76,8 +75,11 @@ class Unit(nn.Module):
 
 
 class Branch(NamedTuple):
-    """One branch of a block: what it pools first ("", "avg" or "max"), its units by name as
-    (channels, kernel, stride), and a last pair of units beside each other."""
+    """One branch of a block.
+
+    Its pool first ("", "avg" or "max"), its units by name as (channels, kernel, stride), and a last
+    pair of units side by side.
+    """
 
     pool: str
     units: Mapping[str, tuple]
@@ -89,7 +91,7 @@ def _pointwise(channels: int) -> tuple:
 
 
 def _block_a(pooled: int) -> dict[str, Branch]:
-    """35×35: `mixed` to `mixed_2`."""
+    """Describe a block at 35×35: `mixed` to `mixed_2`."""
     return {
         "1x1": Branch("", {"1": _pointwise(64)}),
         "5x5": Branch("", {"1": _pointwise(48), "2": (64, (5, 5))}),
@@ -99,7 +101,7 @@ def _block_a(pooled: int) -> dict[str, Branch]:
 
 
 def _block_c(width: int) -> dict[str, Branch]:
-    """17×17: `mixed_4` to `mixed_7`."""
+    """Describe a block at 17×17: `mixed_4` to `mixed_7`."""
     row, column = (1, 7), (7, 1)
     return {
         "1x1": Branch("", {"1": _pointwise(192)}),
@@ -119,7 +121,7 @@ def _block_c(width: int) -> dict[str, Branch]:
 
 
 def _block_e(pool: str) -> dict[str, Branch]:
-    """8×8: `mixed_9` and `mixed_10`."""
+    """Describe a block at 8×8: `mixed_9` and `mixed_10`."""
     pair = {"row": (384, (1, 3)), "column": (384, (3, 1))}
     return {
         "1x1": Branch("", {"1": _pointwise(320)}),
@@ -179,11 +181,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps (B, H, W, C) to (B, H', W', C'), and to what the first branch makes."""
+        """Map (B, H, W, C) to (B, H', W', C'), and to the output of the first branch."""
 
-        def unit(name: str, channels: int, kernel: tuple[int, int], stride: int = 1) -> Unit:
+        def unit(name: str, channels: int, kernel: tuple[int, int], stride: int = 1) -> ConvBN:
             padding = "SAME" if stride == 1 else "VALID"
-            return Unit(_scaled(channels, self.width), kernel, stride, padding, name=name)
+            return ConvBN(_scaled(channels, self.width), kernel, stride, padding, name=name)
 
         outputs = []
         for name, (pool, units, pair) in self.branches.items():
@@ -195,7 +197,7 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """The network from pictures of 299×299 to its taps.
+    """The network from images of 299×299 to its taps.
 
     Attributes:
       width: of all layers, as a share of the published network's; below 1 for tests, whose figures
@@ -205,15 +207,15 @@ class Inception(nn.Module):
     width: float = 1.0
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array) -> Taps:
-        """Maps (B, 299, 299, 3) float32, about [-1, 1], to what is read out."""
+    def __call__(self, x_BHWC: jax.Array) -> InceptionOutputs:
+        """Map images (B, 299, 299, 3) float32, about [-1, 1], to features and logits."""
         x = x_BHWC
         for name, sizes in STEM.items():
             if not sizes:
                 x = _pool(x, "max", 2)
                 continue
             channels, *others = sizes
-            x = Unit(_scaled(channels, self.width), *others, name=name)(x)
+            x = ConvBN(_scaled(channels, self.width), *others, name=name)(x)
         spatial = None
         for name, branches in BLOCKS.items():
             x, first = Block(branches, self.width, name=name)(x)
@@ -225,7 +227,7 @@ class Inception(nn.Module):
         kernel = self.param("logits_kernel", _UNSET, (pool.shape[-1], CLASSES))
         self.param("logits_bias", nn.initializers.zeros_init(), (CLASSES,))
         logits = jnp.dot(pool, kernel, precision=jax.lax.Precision.HIGHEST)
-        return Taps(pool, spatial, logits)
+        return InceptionOutputs(pool, spatial, logits)
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -233,7 +235,7 @@ def _scaled(channels: int, width: float) -> int:
 
 
 def _pool(x_BHWC: jax.Array, kind: str, stride: int) -> jax.Array:
-    """3×3: of stride 1 padded, the mean over what lies inside of the picture; of stride 2 not."""
+    """Pool 3×3: padded mean over pixels inside of the image at stride 1; unpadded at stride 2."""
     padding = "SAME" if stride == 1 else "VALID"
     strides = (stride, stride)
     if kind == "max":
@@ -242,9 +244,9 @@ def _pool(x_BHWC: jax.Array, kind: str, stride: int) -> jax.Array:
 
 
 def resize_matrix(size: int, rule: str) -> np.ndarray:
-    """Bilinear resizing of one side to 299 pixels as a matrix (299, size) float32.
+    """Return bilinear resizing of one side to 299 pixels as a matrix (299, size) float32.
 
-    Never antialiased: both rules take two neighbours, however large the picture.
+    Never antialiased: both rules take two neighbours, however large the image.
 
     Args:
       size: of the side.
@@ -258,16 +260,16 @@ def resize_matrix(size: int, rule: str) -> np.ndarray:
     else:
         places = np.maximum((places + np.float32(0.5)) * scale - np.float32(0.5), 0)
     low = np.minimum(places.astype(np.int64), size - 1)
-    high, share = np.minimum(low + 1, size - 1), places - low
+    high, fraction = np.minimum(low + 1, size - 1), places - low
     matrix = np.zeros((SIDE, size), np.float32)
     rows = np.arange(SIDE)
-    np.add.at(matrix, (rows, low), 1 - share)
-    np.add.at(matrix, (rows, high), share)
+    np.add.at(matrix, (rows, low), 1 - fraction)
+    np.add.at(matrix, (rows, high), fraction)
     return matrix
 
 
 def resized(images_BHWC: jax.Array, rule: str) -> jax.Array:
-    """Pictures (B, H, W, 3), 0 to 255 → (B, 299, 299, 3) float32, 0 to 255; see `resize_matrix`."""
+    """Resize (B, H, W, 3), 0 to 255, to (B, 299, 299, 3) float32, 0 to 255; see `resize_matrix`."""
     _, height, width, _ = images_BHWC.shape
     rows, columns = resize_matrix(height, rule), resize_matrix(width, rule)
     return jnp.einsum(
@@ -279,11 +281,11 @@ def resized(images_BHWC: jax.Array, rule: str) -> jax.Array:
     )
 
 
-def normalised(pictures_BHWC: jax.Array, rule: str) -> jax.Array:
-    """0 to 255 → what the network sees: (x - 128) / 128, or 2x / 255 - 1 as pytorch-fid has it."""
+def normalised(images_BHWC: jax.Array, rule: str) -> jax.Array:
+    """Scale images (B, H, W, 3) in 0 to 255: (x - 128) / 128, or 2x / 255 - 1 (pytorch-fid)."""
     if rule == "tf1":
-        return (pictures_BHWC - 128) / 128
-    return pictures_BHWC * (2 / 255) - 1
+        return (images_BHWC - 128) / 128
+    return images_BHWC * (2 / 255) - 1
 
 
 RULES = ("tf1", "pytorch_fid")

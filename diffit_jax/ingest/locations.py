@@ -1,4 +1,4 @@
-"""Where the pictures of a source lie: an index of places, and how one is read.
+"""Where the images of a source lie: an index of places, and how one is read.
 
 Imported by the processes that decode beside the chips: no jax here.
 """
@@ -20,14 +20,14 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError, one_line
-from diffit_jax.ingest.decoding import Broken
+from diffit_jax.ingest.decoding import DecodeError
 
 _OPEN_FILES = 16  # of a process at once
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's entry, APPNOTE.TXT 4.3.7
 
 
-class Place(NamedTuple):
-    """Where one picture lies.
+class Location(NamedTuple):
+    """Where one image lies.
 
     Attributes:
       kind: "file": all of a file; "range": a part of one (of a tar); "zip": an entry; "table": a
@@ -47,17 +47,17 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The pictures of a source in their order.
+    """The images of a source in their order.
 
     Attributes:
       kind: of all places.
       files: that they lie in.
-      places: (n, 3) int64: number of the file, and the two numbers of a `Place`.
-      names: of pictures, for people; each once.
+      locations: (n, 3) int64: number of the file, and the two numbers of a `Location`.
+      names: of images, for people; each once.
       labels: (n,) int32, None if there are none.
       classes: their names.
-      said: what is to be told of the source.
-      pixels: (n, H, W, C) uint8 of a source whose pictures are no files.
+      messages: about the source, for the log.
+      pixels: (n, H, W, C) uint8 of a source whose images are no files.
       shape: (H, W, C) of records.
       crop: how they were brought to it, JSON values by name.
       about: what it is an index of, for whoever keeps it.
@@ -65,51 +65,50 @@ class Index:
 
     kind: str
     files: tuple[str, ...]
-    places: np.ndarray
+    locations: np.ndarray
     names: list[str]
     labels: np.ndarray | None
     classes: tuple[str, ...] = ()
-    said: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     pixels: np.ndarray | None = None
     shape: tuple[int, ...] = ()
     crop: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     about: str = ""
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
-    def place(self, index: int) -> Place:
-        """Of one picture."""
-        file, first, second = self.places[index].tolist()
-        return Place(self.kind, self.files[file] if self.files else "", first, second)
+    def location(self, index: int) -> Location:
+        """Return the location of an image."""
+        file, first, second = self.locations[index].tolist()
+        return Location(self.kind, self.files[file] if self.files else "", first, second)
 
     def digest(self) -> str:
-        """Of names, labels, and sizes as far as they are known: equal for the same pictures,
-        wherever they lie."""
+        """Digest names, labels, and sizes as far as they are known: equal for the same images."""
         digest = hashlib.sha256("\0".join(self.names).encode(errors="surrogateescape"))
         digest.update(b"" if self.labels is None else self.labels.astype("<i4").tobytes())
         digest.update(repr(self.classes).encode(errors="surrogateescape"))
         if self.kind in ("range", "zip"):
-            digest.update(self.places[:, 2].astype("<i8").tobytes())
+            digest.update(self.locations[:, 2].astype("<i8").tobytes())
         if self.pixels is not None:
             digest.update(np.ascontiguousarray(self.pixels).tobytes())
         return digest.hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
-        """As a file, for other processes."""
+        """Return the index as the content of a file, for other processes."""
         content = io.BytesIO()
-        facts = {
+        metadata = {
             "kind": self.kind,
             "files": self.files,
             "classes": self.classes,
-            "said": self.said,
+            "said": self.messages,
             "shape": self.shape,
             "crop": dict(self.crop),
             "about": self.about,
         }
         arrays: dict[str, Any] = {
-            "facts": np.array(json.dumps(facts)),
-            "places": self.places,
+            "facts": np.array(json.dumps(metadata)),
+            "places": self.locations,
             "names": np.frombuffer("\0".join(self.names).encode(errors="surrogateescape"), "u1"),
         }
         for name in ("labels", "pixels"):
@@ -120,83 +119,94 @@ class Index:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Index":
-        """The inverse of `to_bytes`."""
+        """Invert `to_bytes`."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            facts = json.loads(str(arrays["facts"]))
+            metadata = json.loads(str(arrays["facts"]))
             names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
             labels, pixels = (
                 arrays[name] if name in arrays.files else None for name in ("labels", "pixels")
             )
-            files, classes, said, shape = (
-                tuple(facts[name]) for name in ("files", "classes", "said", "shape")
+            files, classes, messages, shape = (
+                tuple(metadata[name]) for name in ("files", "classes", "said", "shape")
             )
-            places, rest = arrays["places"], (facts["crop"], facts["about"])
-        return cls(facts["kind"], files, places, names, labels, classes, said, pixels, shape, *rest)
+            locations, rest = arrays["places"], (metadata["crop"], metadata["about"])
+        return cls(
+            metadata["kind"],
+            files,
+            locations,
+            names,
+            labels,
+            classes,
+            messages,
+            pixels,
+            shape,
+            *rest,
+        )
 
 
-def read(place: Place) -> bytes | np.ndarray:
-    """The bytes of a picture file; of a data set of tensorflow-datasets perhaps (H, W, C) uint8.
+def read(location: Location) -> bytes | np.ndarray:
+    """Read the bytes of an image file; of tensorflow-datasets perhaps (H, W, C) uint8.
 
     Raises:
       OSError: the file cannot be read.
-      Broken: what is there cannot be unpacked.
+      DecodeError: its content cannot be unpacked.
     """
-    if place.kind == "file":
-        return epath.Path(place.path).read_bytes()
-    if place.kind == "table":
-        return _row(place)
-    if place.kind == "tfds":
-        image = tfds_source(place.path)[place.first]["image"]
+    if location.kind == "file":
+        return epath.Path(location.path).read_bytes()
+    if location.kind == "table":
+        return _row(location)
+    if location.kind == "tfds":
+        image = tfds_source(location.path)[location.first]["image"]
         return image if isinstance(image, bytes) else np.asarray(image)
-    if place.kind == "range":
-        return _range(place.path, place.first, place.second)
-    return _zip_entry(place)
+    if location.kind == "range":
+        return _range(location.path, location.first, location.second)
+    return _zip_entry(location)
 
 
-def _zip_entry(place: Place) -> bytes:
+def _zip_entry(location: Location) -> bytes:
     # The header is of unknown length: with a name and an extra field, which are short.
-    content = _range(place.path, place.first, place.second + _LOCAL_HEADER.size + 2**10)
+    content = _range(location.path, location.first, location.second + _LOCAL_HEADER.size + 2**10)
     if len(content) < _LOCAL_HEADER.size or content[:4] != b"PK\3\4":
-        raise Broken("its entry in the zip is damaged")
+        raise DecodeError("its entry in the zip is damaged")
     _, _, flags, method, *_, name, extra = _LOCAL_HEADER.unpack(content[: _LOCAL_HEADER.size])
     if flags & 1:
-        raise Broken("it is encrypted")
+        raise DecodeError("it is encrypted")
     start = _LOCAL_HEADER.size + name + extra
-    packed = content[start : start + place.second]
-    if len(packed) < place.second:
-        packed = _range(place.path, place.first + start, place.second)
+    packed = content[start : start + location.second]
+    if len(packed) < location.second:
+        packed = _range(location.path, location.first + start, location.second)
     if method == 0:
         return packed
     if method != 8:
-        raise Broken(f"it is packed by method {method} of zip, only 0 and 8 are known")
+        raise DecodeError(f"it is packed by method {method} of zip, only 0 and 8 are known")
     try:
         return zlib.decompress(packed, -15)
     except zlib.error as error:
-        raise Broken(f"its entry in the zip is damaged ({error})") from error
+        raise DecodeError(f"its entry in the zip is damaged ({error})") from error
 
 
 def _range(path: str, start: int, size: int) -> bytes:
-    """A part of a file."""
+    """Read a part of a file."""
     if "://" in path:  # a file object there would read megabytes ahead
         import fsspec
 
         system, name = fsspec.core.url_to_fs(path)
         return system.cat_file(name, start=start, end=start + size)
-    with _opened(path) as file:
+    with _open_file(path) as file:
         file.seek(start)
         return file.read(size)
 
 
-def _row(place: Place) -> bytes:
-    content = _row_group(place.path, place.first)[place.second]
+def _row(location: Location) -> bytes:
+    content = _row_group(location.path, location.first)[location.second]
     if not content:
-        raise Broken("empty file")
+        raise DecodeError("empty file")
     return content
 
 
 @functools.lru_cache(maxsize=2)
 def _row_group(path: str, group: int) -> list[bytes | None]:
-    """The pictures of a row group: they are read in turn."""
+    """Read the images of a row group: they are asked for in turn."""
     import pyarrow.parquet
 
     with epath.Path(path).open("rb") as file:
@@ -208,7 +218,7 @@ def _row_group(path: str, group: int) -> list[bytes | None]:
 
 @functools.lru_cache(maxsize=2)
 def tfds_source(path: str) -> Any:
-    """The examples of `FOLDER::SPLIT`, with pictures as they are in their files."""
+    """Open the examples of `FOLDER::SPLIT`, with images as they are in their files."""
     import tensorflow_datasets as tfds
 
     folder, _, split = path.rpartition("::")
@@ -217,8 +227,7 @@ def tfds_source(path: str) -> Any:
 
 
 def tfds_builder(folder: str) -> Any:
-    """The builder of a folder with a `dataset_info.json`. Raises `UserError` if it cannot be
-    opened."""
+    """Open the builder of a folder with a `dataset_info.json`. Raises `UserError` if it cannot."""
     try:
         import tensorflow_datasets as tfds
 
@@ -227,12 +236,12 @@ def tfds_builder(folder: str) -> Any:
         reason = one_line(error, 120)
         raise UserError(
             f"{folder} cannot be opened by tensorflow-datasets ({reason}): prepare it again, or "
-            "name the original pictures"
+            "name the original images"
         ) from error
 
 
 def image_column(schema: Any) -> str | None:
-    """The column of a Hugging Face table whose cells are {bytes, path}."""
+    """Return the column of a Hugging Face table whose cells are {bytes, path}."""
     import pyarrow
 
     for field in schema:
@@ -246,9 +255,11 @@ _files_lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    """A file, for the length of the block, which stays open for the next one; the oldest is closed
-    when there are too many."""
+def _open_file(path: str) -> Iterator[IO[bytes]]:
+    """Open a file for the length of the block, and keep it open for the next one.
+
+    The oldest is closed when there are too many.
+    """
     with _files_lock:
         if path not in _files:
             _files[path] = epath.Path(path).open("rb")

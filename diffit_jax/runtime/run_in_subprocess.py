@@ -1,5 +1,7 @@
-"""A function in a process of its own: what it holds of devices and memory goes when it ends, and
-what kills it does not kill the caller."""
+"""Functions in a process of their own.
+
+Devices and memory that one holds are free when it ends, and its death does not kill the caller.
+"""
 
 import importlib
 import multiprocessing
@@ -13,9 +15,8 @@ from absl import logging as absl_logging
 from diffit_jax.errors import UserError
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns, called in a fresh process; arguments and result are
-    pickled.
+def run_in_subprocess(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a fresh process; arguments and result are pickled.
 
     Raises:
       UserError: it raised one, or was killed, as the system does where memory is short.

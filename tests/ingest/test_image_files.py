@@ -1,4 +1,4 @@
-"""From the bytes of picture files to arrays of one size."""
+"""From the bytes of image files to arrays of one size."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.golden import GOLDEN
-from support.pictures import encoded, odd_pictures, picture
+from support.images import encoded, image, odd_images
 
 from diffit_jax.errors import UserError
-from diffit_jax.ingest.decoding import Broken, Framing, decode, frame
+from diffit_jax.ingest.decoding import DecodeError, Preprocessing, decode, frame
 
-ODD = odd_pictures()
+ODD = odd_images()
 
 
 def test_adms_centre_crop_is_the_originals_bit_for_bit():
@@ -28,7 +28,7 @@ def test_adms_centre_crop_is_the_originals_bit_for_bit():
     assert len(names) == 7
     for name in names:
         photo, _, size = name.rpartition("_")
-        ours, _ = frame(photos[photo], Framing("adm", int(size)))
+        ours, _ = frame(photos[photo], Preprocessing("adm", int(size)))
         np.testing.assert_array_equal(ours, golden[name])
 
 
@@ -36,20 +36,20 @@ def test_adms_crop_is_not_a_plain_resize():
     """The test above would see it: without boxes first, thousands of pixels differ."""
     china = load_sample_images().images[0]
     golden = np.load(Path(GOLDEN) / "adm_center_crop.npz")["china_64"]
-    assert (frame(china, Framing("center", 64))[0] != golden).sum() > 1000
+    assert (frame(china, Preprocessing("center", 64))[0] != golden).sum() > 1000
 
 
 @pytest.mark.parametrize("name", ODD, ids=lambda name: name.encode("ascii", "replace").decode())
-def test_odd_pictures_become_what_the_page_says(name):
+def test_odd_images_become_what_the_page_says(name):
     content, expected = ODD[name]
-    framing = Framing("resize", 32) if name == "one.png" else Framing()
+    preprocessing = Preprocessing("resize", 32) if name == "one.png" else Preprocessing()
     if isinstance(expected, str):
-        with pytest.raises(Broken, match=f"(?i){expected}"):
-            decode(content, framing, name)
+        with pytest.raises(DecodeError, match=f"(?i){expected}"):
+            decode(content, preprocessing, name)
         return
-    remarks, some = expected
-    pixels, found = decode(content, framing, name)
-    assert found == remarks and pixels.dtype == np.uint8 and pixels.shape[-1] == 3
+    notes, some = expected
+    pixels, found = decode(content, preprocessing, name)
+    assert found == notes and pixels.dtype == np.uint8 and pixels.shape[-1] == 3
     for place, colour in some.items():
         # A JPEG's colours are off by a level or two.
         np.testing.assert_allclose(pixels[place].astype(int), np.array(colour), atol=3)
@@ -58,39 +58,39 @@ def test_odd_pictures_become_what_the_page_says(name):
 def test_exif_is_left_alone_where_that_is_asked_for():
     """As ADM and DiT do."""
     content, _ = ODD["turned.jpg"]
-    stored, remarks = decode(content, Framing(upright=False), "turned.jpg")
-    assert stored.shape == (32, 40, 3) and remarks == []
-    assert decode(content, Framing(), "turned.jpg")[0].shape == (40, 32, 3)
+    stored, notes = decode(content, Preprocessing(upright=False), "turned.jpg")
+    assert stored.shape == (32, 40, 3) and notes == []
+    assert decode(content, Preprocessing(), "turned.jpg")[0].shape == (40, 32, 3)
 
 
 def test_grey_data_sets_have_one_channel():
-    pixels, remarks = decode(encoded(picture(0)), Framing(channels=1))
-    assert pixels.shape == (32, 40, 1) and remarks == []
-    expected = np.asarray(Image.fromarray(picture(0)).convert("L"))
+    pixels, notes = decode(encoded(image(0)), Preprocessing(channels=1))
+    assert pixels.shape == (32, 40, 1) and notes == []
+    expected = np.asarray(Image.fromarray(image(0)).convert("L"))
     np.testing.assert_array_equal(pixels[..., 0], expected)
 
 
 @pytest.mark.parametrize("crop", ["center", "adm", "resize"])
 @pytest.mark.parametrize(("width", "height"), [(40, 32), (32, 40), (7, 90), (16, 16), (1, 1)])
 def test_every_crop_gives_its_size(crop, width, height):
-    pixels, remarks = frame(picture(1, width, height), Framing(crop, 16))
+    pixels, notes = frame(image(1, width, height), Preprocessing(crop, 16))
     assert pixels.shape == (16, 16, 3)
-    assert ("enlarged" in remarks) == (min(width, height) < 16)
+    assert ("enlarged" in notes) == (min(width, height) < 16)
 
 
 def test_edms_resize_leaves_what_has_the_size():
-    pixels = picture(1, 16, 16)
+    pixels = image(1, 16, 16)
     for crop in ("center", "resize"):
-        np.testing.assert_array_equal(frame(pixels, Framing(crop, 16))[0], pixels)
+        np.testing.assert_array_equal(frame(pixels, Preprocessing(crop, 16))[0], pixels)
 
 
 def test_edms_crops_differ_by_what_is_cut_off():
-    """Of a picture whose sides are a band each: the square in the middle has none of it, the resize
+    """Of an image whose sides are a band each: the square in the middle has none of it, the resize
     all."""
     pixels = np.zeros((16, 48, 3), np.uint8)
     pixels[:, :12] = pixels[:, 36:] = 255
-    assert frame(pixels, Framing("center", 16))[0].max() == 0
-    assert abs(int(frame(pixels, Framing("resize", 16))[0].mean()) - 127) < 3
+    assert frame(pixels, Preprocessing("center", 16))[0].max() == 0
+    assert abs(int(frame(pixels, Preprocessing("resize", 16))[0].mean()) - 127) < 3
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_edms_crops_differ_by_what_is_cut_off():
 )
 def test_impossible_framings_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        Framing(*arguments)
+        Preprocessing(*arguments)

@@ -1,5 +1,7 @@
-"""Pictures to be measured, one batch after the other: from an npz file, which is read as a stream,
-from a folder or archive of picture files, or from a data set."""
+"""Streams of images to be measured: from a file, a folder or archive, a data set, or a network.
+
+An npz file is read as a stream.
+"""
 
 import contextlib
 import zipfile
@@ -12,44 +14,52 @@ from etils import epath
 from diffit_jax.data.labels import spread
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError, one_line
-from diffit_jax.ingest.decoding import Framing
+from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.images import Loader, open_images
 from diffit_jax.runtime import npz
+from diffit_jax.runtime.console import in_short
 from diffit_jax.runtime.npz import NpzArray
-from diffit_jax.runtime.ranges import in_short
-from diffit_jax.sampling.request import Asked, Networks
-from diffit_jax.sampling.sample import Request, named_seeds, read_record
+from diffit_jax.sampling.request import Networks, SampleRequest
+from diffit_jax.sampling.sample import RequestKey, named_seeds, read_record
 
 
-class Pictures(Protocol):
-    """A set of pictures.
+class Images(Protocol):
+    """A set of images.
 
     Attributes:
       count: how many.
       shape: (H, W, C) of each.
-      facts: JSON values by name: where they are from.
+      metadata: JSON values by name: where they are from.
     """
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """Number of images."""
+        ...
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image."""
+        ...
 
     @property
-    def facts(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Any]:
+        """JSON values by name: where the images come from."""
+        ...
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
-        """(n, H, W, C) uint8 in their order from picture `start` on, n = `size` but for the last.
-        Every process gets all."""
+        """Yield batches (n, H, W, C) uint8 in order from image `start` on.
+
+        n = `size` but for the last. Every process gets all.
+        """
         ...
 
 
-class NpzPictures:
+class NpzImages:
     """`arr_0` of an npz file, as ADM's evaluator reads it; never whole in memory."""
 
     def __init__(self, path: epath.Path, flag: str = "samples", labelled: bool = False):
-        """Reads the header.
+        """Read the header.
 
         Args:
           path: of the file.
@@ -57,10 +67,10 @@ class NpzPictures:
           labelled: whether `arr_1` has to hold a label of each, see `labels`.
 
         Raises:
-          UserError: no such file, or something else than uint8 pictures.
+          UserError: no such file, or something else than uint8 images.
         """
         self._path, self._flag, self._labelled = path, flag, labelled
-        self.facts: dict[str, Any] = {"samples": str(path)}
+        self.metadata: dict[str, Any] = {"samples": str(path)}
         with self._reading("arr_0") as stream:
             shape, dtype = stream.shape, stream.dtype
             if dtype != np.uint8:
@@ -71,10 +81,10 @@ class NpzPictures:
             first = ", which has the channels first" if shape[1] in (1, 3) else ""
             self._refuse(f"has arr_0 of shape {shape}{first}")
         self.count, self.shape = shape[0], tuple(shape[1:])
-        self.facts |= {"labels": self._label_rule()} | self._request()
+        self.metadata |= {"labels": self._label_rule()} | self._request()
 
     def labels(self) -> np.ndarray:
-        """(N,) int64 labels ≥ 0 of the pictures.
+        """Read the labels of the images, (N,) int64; raise `UserError` if one is negative.
 
         Raises:
           UserError: `arr_1` is something else.
@@ -95,6 +105,7 @@ class NpzPictures:
         return labels.astype(np.int64)
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Yield (n, H, W, C) uint8 from image `start` on."""
         with self._reading("arr_0") as stream:
             yield from stream.parts(size, start)
 
@@ -104,7 +115,7 @@ class NpzPictures:
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[NpzArray]:
-        """An array, at its beginning; whatever is wrong with the file is said."""
+        """Open an array at its beginning; raise `UserError` for whatever is wrong with the file."""
         try:
             with npz.reading(self._path, name) as stream:
                 yield stream
@@ -118,7 +129,7 @@ class NpzPictures:
             self._refuse(self._damage(error))
 
     def _without(self, name: str) -> str:
-        """What is found in place of an array."""
+        """Describe a file without an array of this name."""
         if not self._labelled:
             return f"has no {name}"
         with self._path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -126,7 +137,7 @@ class NpzPictures:
         return f"has the arrays {names or 'none'}, which are not arr_0 and arr_1"
 
     def _damage(self, error: BaseException) -> str:
-        """What a file is that is no whole npz file."""
+        """Describe a file that is no whole npz file."""
         reason = one_line(error, 100)
         if not self._labelled:
             return f"is not a whole npz file ({reason})"
@@ -138,7 +149,7 @@ class NpzPictures:
         return f"is not an npz file ({reason})"
 
     def _label_rule(self) -> str:
-        """How the labels beside the pictures are spread, as far as that can be seen."""
+        """Describe how the labels of the images are spread, as far as that can be seen."""
         try:
             labels = npz.read(self._path, "arr_1")
         except (KeyError, OSError, *npz.DAMAGED):
@@ -148,7 +159,7 @@ class NpzPictures:
         return spread(labels)
 
     def _request(self) -> dict[str, Any]:
-        """What `sample` recorded beside the file of what was asked for."""
+        """Return the request that `sample` recorded with the file."""
         record = read_record(self._path)
         if record is None or record.get("samples") != self._path.name:
             return {}
@@ -160,7 +171,10 @@ class NpzPictures:
         }
 
     def _refuse_numbers(self, stream: NpzArray) -> NoReturn:
-        """What other numbers are probably: broken samples, latents, or pictures in [-1, 1]."""
+        """Raise `UserError` with what other numbers probably are.
+
+        Broken samples, latents, or images in [-1, 1].
+        """
         shape, bad, done = stream.shape, [], 0
         low, high = np.inf, -np.inf
         numbers = stream.dtype.kind in "fiub" and 0 not in shape and bool(shape)
@@ -188,17 +202,19 @@ class NpzPictures:
             "as launch/sample.py writes it, arr_0 (N, H, W, C) uint8 images and arr_1 (N,) labels"
             if self._labelled
             else "with arr_0 (N, H, W, 3) uint8, as launch/sample.py writes it, or a folder of "
-            "pictures"
+            "images"
         )
         raise UserError(f"--{self._flag} {self._path} {found}: wanted is an npz file {wanted}")
 
 
-class FilePictures:
-    """The picture files of a folder, zip or tar, read as `prepare` reads them but not turned, in
-    its order; colours as RGB."""
+class FileImages:
+    """The image files of a folder, zip or tar, as `prepare` reads them but not turned.
+
+    In its order; colours as RGB.
+    """
 
     def __init__(self, path: epath.Path):
-        """Lists them and opens the first one.
+        """Index them and open the first one.
 
         Raises:
           UserError: there are none.
@@ -207,88 +223,93 @@ class FilePictures:
             self._index = open_images(path, unlabelled=True, fewest=1)
         except UserError as error:
             raise UserError(f"--samples {error}") from error
-        self._loader, self._path = Loader(self._index, Framing(upright=False), workers=0), path
+        self._loader, self._path = (
+            Loader(self._index, Preprocessing(upright=False), workers=0),
+            path,
+        )
         self.count, self.shape = len(self._index), self._pixels(0).shape
-        self.facts: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
+        self.metadata: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Yield (n, H, W, C) uint8 from image `start` on."""
         for begin in range(start, self.count, size):
-            pictures = []
+            images = []
             for number in range(begin, min(begin + size, self.count)):
-                pictures.append(self._pixels(number))
-                if pictures[-1].shape != self.shape:
+                images.append(self._pixels(number))
+                if images[-1].shape != self.shape:
                     raise UserError(
                         f"--samples: {self._path / self._index.names[number]} is "
-                        f"{pictures[-1].shape[:2]}, others are {self.shape[:2]}: all pictures must "
+                        f"{images[-1].shape[:2]}, others are {self.shape[:2]}: all images must "
                         "have one size"
                     )
-            yield np.stack(pictures)
+            yield np.stack(images)
 
     def _pixels(self, number: int) -> np.ndarray:
         (loaded,) = self._loader.load([number])
         if loaded.pixels is None:
             raise UserError(
-                f"--samples: {self._path / self._index.names[number]} is not a picture that can be "
+                f"--samples: {self._path / self._index.names[number]} is not an image that can be "
                 f"read ({loaded.reason}): mend it or move it away"
             )
         return loaded.pixels
 
 
-class DatasetPictures:
+class DatasetImages:
     """The images of a data set, in its order."""
 
     def __init__(self, source: Source, name: str):
-        """`name`: of the data set and its split, for people."""
+        """Take a source; `name`: of the data set and its split, for people."""
         self._source = source
         self.count, self.shape = len(source), source.image_shape
-        self.facts: dict[str, Any] = {"samples": name, "labels": "of the data set"}
+        self.metadata: dict[str, Any] = {"samples": name, "labels": "of the data set"}
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Yield (n, H, W, C) uint8 from image `start` on."""
         for begin in range(start, self.count, size):
             stop = min(begin + size, self.count)
             yield self._source.read(np.arange(begin, stop))["image"]
 
 
-def open_pictures(path: epath.Path) -> NpzPictures | FilePictures:
-    """The pictures at a path, of an npz file, or of whatever else `prepare` reads."""
+def open_samples(path: epath.Path) -> NpzImages | FileImages:
+    """Open the images at a path: an npz file, or whatever else `prepare` reads."""
     archive = path.name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".parquet"))
-    return FilePictures(path) if archive or path.is_dir() else NpzPictures(path)
+    return FileImages(path) if archive or path.is_dir() else NpzImages(path)
 
 
-class DrawnPictures:
-    """The samples of a request, as `Pictures`."""
+class DrawnImages:
+    """The samples of a request, as `Images`."""
 
-    def __init__(self, asked: Asked, networks: Networks):
-        """Takes a checked request and its networks.
+    def __init__(self, request: SampleRequest, networks: Networks):
+        """Take a checked request and its networks.
 
         Raises:
-          UserError: the samples are no pictures.
+          UserError: the samples are no images.
         """
-        shape = asked.shape
-        if shape[-1] not in (1, 3) or asked.experiment.space.samples != "samples":
+        shape = request.shape
+        if shape[-1] not in (1, 3) or request.experiment.space.samples != "samples":
             raise UserError(
-                f"{asked.source.name} makes latents, which have no FID: name the autoencoder that "
-                "decodes them by --vae"
+                f"{request.source.name} makes latents, which have no FID: name the autoencoder "
+                "that decodes them by --vae"
             )
-        self._asked, self._networks = asked, networks
-        self.count, self.shape = len(asked.seeds), shape
-        self.facts: dict[str, Any] = {
-            "samples": asked.source.name,
-            "labels": f"{asked.words or 'seed modulo classes'}: {spread(asked.labels)}",
-            "uint8_rule": asked.experiment.sampling.pixel_rounding,
-            "seeds": in_short(asked.seeds.tolist()),
-            "request": Request(asked.identity(networks), networks.origin).as_json(),
+        self._request, self._networks = request, networks
+        self.count, self.shape = len(request.seeds), shape
+        self.metadata: dict[str, Any] = {
+            "samples": request.source.name,
+            "labels": f"{request.words or 'seed modulo classes'}: {spread(request.labels)}",
+            "uint8_rule": request.experiment.sampling.pixel_rounding,
+            "seeds": in_short(request.seeds.tolist()),
+            "request": RequestKey(request.identity(networks), networks.origin).as_json(),
         }
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
-        """See `Pictures`. Raises `UserError` at a sample that is not finite: seeds are named."""
+        """Yield (n, H, W, C) uint8; raise `UserError` with seeds of samples that are not finite."""
         waiting = np.zeros((0, *self.shape), np.uint8)
-        per_call = self._asked.sampler.batch_size
+        per_call = self._request.sampler.batch_size
         for begin in range(start, self.count, per_call):
             batch = np.arange(begin, min(begin + per_call, self.count))
-            drawn, finite = self._asked.draw(self._networks, batch)
+            drawn, finite = self._request.draw(self._networks, batch)
             if not finite.all():
-                bad = self._asked.seeds[batch[~finite]].tolist()
+                bad = self._request.seeds[batch[~finite]].tolist()
                 raise UserError(
                     f"{len(bad)} of the first {batch[-1] + 1} samples are not finite (seeds "
                     f"{named_seeds(bad)}): use other weights"

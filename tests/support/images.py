@@ -1,4 +1,4 @@
-"""Pictures as people have them, small."""
+"""Images as people have them, small."""
 
 import gzip
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(number, width=40, height=32):
+def image(number, width=40, height=32):
     """(height, width, 3) uint8: smooth, so that a JPEG keeps it, and another for each number."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 9 + number + 2 * c) + np.cos(y / 7 - number * c) for c in range(3)]
@@ -20,7 +20,7 @@ def picture(number, width=40, height=32):
 
 
 def encoded(pixels, kind="png", **more):
-    """The bytes of a picture file."""
+    """The bytes of an image file."""
     content = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(content, kind, **more)
@@ -28,10 +28,10 @@ def encoded(pixels, kind="png", **more):
 
 
 def pets(count=12, kind="png", **sizes):
-    """{name: bytes} of `count` pictures in two classes, cats and dogs in turn."""
+    """{name: bytes} of `count` images in two classes, cats and dogs in turn."""
     return {
         f"{('cat', 'dog')[number % 2]}/{number:02d}.{kind}": encoded(
-            picture(number, **sizes), {"jpg": "jpeg"}.get(kind, kind)
+            image(number, **sizes), {"jpg": "jpeg"}.get(kind, kind)
         )
         for number in range(count)
     }
@@ -95,10 +95,10 @@ def others_latents(path, means, count=24, labels=True):
     return arrays
 
 
-def odd_pictures():
-    """{name: (bytes, what it is to become)} of twenty pictures that are not as usual. What it
+def odd_images():
+    """{name: (bytes, what it is to become)} of twenty images that are not as usual. What it
     becomes: text in the reason of a broken one, or (remarks, some of its pixels by (y, x))."""
-    plain, big = picture(3), Image.fromarray(picture(3))
+    plain, big = image(3), Image.fromarray(image(3))
     grey16 = np.linspace(0, 65535, 32 * 40).reshape(32, 40).astype(np.uint16)
     palette = Image.new("P", (40, 32), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255] + [0] * 759)
@@ -165,7 +165,7 @@ def discs(count, side=32):
 
 
 def cifar10_archive(path, per_batch):
-    """An archive like CIFAR-10's, with `per_batch` pictures in each of its five batches and in the
+    """An archive like CIFAR-10's, with `per_batch` images in each of its five batches and in the
     test batch."""
     pixels = discs(6 * per_batch).transpose(0, 3, 1, 2).reshape(6, per_batch, -1)
     names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]

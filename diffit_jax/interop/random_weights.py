@@ -1,10 +1,11 @@
-"""Weights to try commands with where there is no network: small, random, and in the layout of the
-released ones. What they draw is noise.
+"""Random weights in the layout of the released ones, to try commands without a network connection.
 
-    python -m diffit_jax.interop.stand_in FOLDER
+Samples drawn with them are noise.
+
+    python -m diffit_jax.interop.random_weights FOLDER
 
 writes FOLDER/diffit_256.safetensors and FOLDER/sd-vae-ft-ema, an autoencoder of an eighth of the
-side, as the published one. Samples are pictures of 64×64 pixels.
+side, as the published one. Samples are images of 64×64 pixels.
 """
 
 import sys
@@ -21,7 +22,7 @@ from diffit_jax.models.pretrained.autoencoder import Autoencoder
 
 
 def write(folder: str | Path) -> None:
-    """Writes both into a folder, which is made if need be; raises `UserError` if it cannot be."""
+    """Write both into a folder, which is made if need be. Raises `UserError` if it cannot be."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,14 +35,14 @@ def write(folder: str | Path) -> None:
     last["kernel"] = 0.2 * jax.random.normal(jax.random.key(1), last["kernel"].shape)
     official.save(folder / "diffit_256.safetensors", model, variables)
     autoencoder = Autoencoder(channels=(8, 8, 8, 8), num_blocks=1, num_groups=4)
-    pictures = jnp.zeros((1, 64, 64, 3))
-    init = jax.jit(lambda key: autoencoder.init(key, pictures))
+    images = jnp.zeros((1, 64, 64, 3))
+    init = jax.jit(lambda key: autoencoder.init(key, images))
     diffusers.save(folder / "sd-vae-ft-ema", autoencoder, init(jax.random.key(2)))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m diffit_jax.interop.stand_in FOLDER")
+        sys.exit("usage: python -m diffit_jax.interop.random_weights FOLDER")
     try:
         write(sys.argv[1])
     except UserError as error:

@@ -66,11 +66,11 @@ class Process(Protocol):
         ...
 
     def output_channels(self, channels: int) -> int:
-        """How many channels a network must return for data with `channels`."""
+        """Return how many channels a network must return for data with `channels`."""
         ...
 
     def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
-        """Adds noise to clean data, at levels of the process's choice.
+        """Add noise to clean data, at levels of the process's choice.
 
         Args:
           x_BHWC: (B, H, W, C) float32 data.
@@ -80,21 +80,31 @@ class Process(Protocol):
         ...
 
     def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The training loss of what a network returned for `noised.x_BHWC` and `noised.level_B`:
-        (B,) float32, and its `loss_terms`, (B,) each."""
+        """Compute the training loss of a network's output for `noised.x_BHWC` and `noised.level_B`.
+
+        Returns:
+          (B,) float32, and its `loss_terms`, (B,) each.
+        """
         ...
 
     def loss(
         self, network: Network, x_BHWC: jax.Array, conditioning: Conditioning, key_B: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """`loss_of` what a network makes of `noise`, with the same conditioning for all."""
+        """Compute `loss_of` a network's output for `noise`, (B,) float32, and its terms.
+
+        Args:
+          network: called once.
+          x_BHWC: (B, H, W, C) float32 data.
+          conditioning: passed on to the network.
+          key_B: (B,) keys.
+        """
         noised = self.noise(x_BHWC, key_B)
         return self.loss_of(noised, network(noised.x_BHWC, noised.level_B, conditioning))
 
     def denoise(
         self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
     ) -> jax.Array:
-        """D(x; sigma): the network as a `Denoiser`, (B, H, W, C) float32.
+        """Evaluate the network as a `Denoiser` D(x; sigma), (B, H, W, C) float32.
 
         Args:
           network: called once.
@@ -110,13 +120,13 @@ class Process(Protocol):
         ...
 
     def round_sigma(self, sigma: np.ndarray) -> np.ndarray:
-        """(n,) float64 noise levels → the nearest ones that the network knows."""
+        """Round noise levels to the nearest that the network knows, (n,) float64."""
         ...
 
     def sigmas(self, num_steps: int) -> np.ndarray:
-        """(N + 1,) float64 descending noise levels for N steps of a sampler, the last one 0."""
+        """Return noise levels for N steps of a sampler, (N + 1,) float64 descending, then 0."""
         ...
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """Share t / T, in [0, 1), of a discrete schedule that has the noise level sigma, (n,)."""
+        """Return the time t / T, in [0, 1), of a discrete schedule with noise level sigma, (n,)."""
         ...
