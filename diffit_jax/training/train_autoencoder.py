@@ -22,7 +22,7 @@ from diffit_jax.interop import diffusers
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import backend, distributed, files, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.decoder import Decoder
+from diffit_jax.sampling.decoder import LatentDecoder
 from diffit_jax.training.autoencoder import (
     AutoencoderState,
     AutoencoderTraining,
@@ -222,7 +222,7 @@ def _finish(
     distributed.on_primary(lambda: diffusers.save(workdir, module, variables))
     images, encoded = moments(test, MEASURED)
     mean = np.split(encoded[:, 0], 2, axis=-1)[0]
-    decoder = Decoder(module, variables, mesh, batch_per_device=32, rounding="edm")
+    decoder = LatentDecoder(module, variables, mesh, batch_per_device=32, rounding="edm")
     back = decoder(np.asarray(module.scaled(jnp.asarray(mean))))
     difference = images.astype(np.float64) - back
     psnr = 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9))
