@@ -12,7 +12,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import diffusers
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import parallel
-from diffit_jax.sampling.decoder import Decoder
+from diffit_jax.sampling.decoder import LatentDecoder
 
 BOUND = 5e-5
 
@@ -103,7 +103,7 @@ def test_the_size_of_slices_changes_no_image(vae, data, devices):
     mesh = parallel.make_mesh(jax.devices()[:devices])
     on_mesh = jax.device_put(variables, parallel.replicated(mesh))
     images = [
-        Decoder(module, on_mesh, mesh, batch_per_device=4 // devices, chunk_size=size)(latents)
+        LatentDecoder(module, on_mesh, mesh, batch_per_device=4 // devices, chunk_size=size)(latents)
         for size in (1, 2, 4 // devices)
     ]
     assert images[0].dtype == np.uint8 and images[0].shape == (4, 64, 64, 3)
@@ -117,7 +117,7 @@ def test_the_size_of_slices_changes_no_image(vae, data, devices):
 def test_any_number_of_latents_is_decoded(vae, data):
     module, variables = vae
     mesh = parallel.make_mesh(jax.devices()[:1])
-    decoder = Decoder(
+    decoder = LatentDecoder(
         module, jax.device_put(variables, parallel.replicated(mesh)), mesh, batch_per_device=2
     )
     three = np.concatenate([data["z"], data["mean"][:1]])
