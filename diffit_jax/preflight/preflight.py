@@ -51,7 +51,7 @@ from diffit_jax.preflight.figures import (
 from diffit_jax.run.state import Setup, TrainState, setup_experiment
 from diffit_jax.runtime import backend, console, parallel
 from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
-from diffit_jax.sampling.decoder import CHUNK_SIZE, per_slice
+from diffit_jax.sampling.decoder import CHUNK_SIZE, LatentDecoder, per_slice
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.training.step import batch_shapes, lower_train_step
 

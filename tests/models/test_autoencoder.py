@@ -103,7 +103,9 @@ def test_the_size_of_slices_changes_no_image(vae, data, devices):
     mesh = parallel.make_mesh(jax.devices()[:devices])
     on_mesh = jax.device_put(variables, parallel.replicated(mesh))
     images = [
-        LatentDecoder(module, on_mesh, mesh, batch_per_device=4 // devices, chunk_size=size)(latents)
+        LatentDecoder(module, on_mesh, mesh, batch_per_device=4 // devices, chunk_size=size)(
+            latents
+        )
         for size in (1, 2, 4 // devices)
     ]
     assert images[0].dtype == np.uint8 and images[0].shape == (4, 64, 64, 3)
