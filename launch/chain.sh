@@ -9,13 +9,13 @@ python="${PYTHON:-.venv/bin/python}"
 data=(--data_dir "$workdir/data")
 images=() autoencoder=() train=() sample=() adm=() count=1000
 if [ "${2:-}" = short ]; then
-  images=(360)
+  images=(200)
   autoencoder=(--steps 4 --channels "8,8,8,8")
   train=(--config.training.total_steps=8 --config.training.grid_images=10
     --config.evaluation.count=20 --config.evaluation.raw=False --config.model.depth=1)
   sample=(--sampler.num_steps 2)
   adm=(--count 40 --metrics "fid,sfid,inception_score")
-  count=360
+  count=200
 fi
 
 # Images as people have them: PNG files in class folders.

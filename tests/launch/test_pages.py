@@ -48,7 +48,7 @@ LISTS = {
     "python launch/train.py --config configs/own_images.py": "run",
     # tests/evaluation/test_in_training.py has smaller ones.
     "python launch/train.py --config configs/digits.py --workdir runs/watched": "parsed",
-    # tests/training/test_pixel_recipe.py trains it, in small.
+    # tests/studies/pixel_recipe.py trains it, in small.
     "python launch/train.py --config configs/cifar10.py": "parsed",
     "python launch/prepare.py": "run",
     "python launch/encode.py": "run",
