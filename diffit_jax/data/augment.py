@@ -192,26 +192,26 @@ def labels(settings: Augmentation, draws: Draws, size: tuple[int, int]) -> jax.A
       draws: as of `draw`.
       size: (H, W) of the images.
     """
-    told: list[jax.Array] = []
+    parts: list[jax.Array] = []
     for name in LABELS:
         if not settings.applies(name):
             continue
         value = draws[name]
         if name in ("rotation", "hue"):  # an angle as a point of the circle
-            told += [jnp.cos(value) - 1, jnp.sin(value)]
+            parts += [jnp.cos(value) - 1, jnp.sin(value)]
         elif name == "stretch":
             angle = draws["stretch_angle"]
-            told += [value * jnp.cos(angle), value * jnp.sin(angle)]
+            parts += [value * jnp.cos(angle), value * jnp.sin(angle)]
         elif name == "quarter_turn":
-            told += [(value == 1) | (value == 2), (value == 2) | (value == 3)]
+            parts += [(value == 1) | (value == 2), (value == 2) | (value == 3)]
         elif name == "whole_shift":
             pixels = _whole_pixels(value, size)
-            told += [pixels[:, axis] / (WHOLE_SHIFT_MOST * size[1 - axis]) for axis in (0, 1)]
+            parts += [pixels[:, axis] / (WHOLE_SHIFT_MOST * size[1 - axis]) for axis in (0, 1)]
         elif name == "shift":
-            told += [value[:, 0], value[:, 1]]
+            parts += [value[:, 0], value[:, 1]]
         else:
-            told.append(value)
-    return jnp.stack([one.astype(jnp.float32) for one in told], axis=-1)
+            parts.append(value)
+    return jnp.stack([one.astype(jnp.float32) for one in parts], axis=-1)
 
 
 def apply(settings: Augmentation, images_BHWC: jax.Array, draws: Draws) -> jax.Array:

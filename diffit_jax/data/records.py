@@ -1,4 +1,4 @@
-"""Prepared data sets: ArrayRecord shards of named arrays, and a manifest beside them.
+"""Prepared data sets: ArrayRecord shards of named arrays, and a manifest next to them.
 
     DATA_DIR/NAME/train.manifest.json
     DATA_DIR/NAME/train-00000-of-00157.array_record …
@@ -9,7 +9,7 @@ dtypes stand in the manifest, in that order. The first one is `label`, int32. Be
 and log variance of an autoencoder's posterior, unscaled, of the image and of its mirror image; or
 both, and any others (features, captions' tokens), which come to the training step as they are.
 
-Imported by the processes that decode beside the chips: no jax here.
+Imported by the worker processes that decode: no jax here.
 """
 
 import concurrent.futures

@@ -57,7 +57,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """A data set that lies in memory.
+    """A data set in memory.
 
     Attributes:
       images: (n, H, W, C) uint8.
@@ -158,7 +158,7 @@ def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if not data_dir and default.startswith("~") and not files.home():
         raise _no_home()
-    if hub.is_address(data_dir):  # of all that lies there, what is named
+    if hub.is_address(data_dir):  # of the files there, the named ones
         return hub.local(f"{os.fspath(data_dir).rstrip('/')}/{name}", "data.data_dir")
     return files.resolve(data_dir or default, "data.data_dir") / name
 

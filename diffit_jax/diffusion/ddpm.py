@@ -42,13 +42,14 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DDPM(Process, limits.Section, name="process"):
-    """The process between a network and the data it denoises.
+    """Discrete-time diffusion of ADM and DiT.
 
     Attributes:
       num_timesteps: T of the original schedule.
       schedule: "linear" or "cosine".
       variance: "learned_range": ln variance = f ln beta + (1 - f) ln beta~ with f = (v + 1) / 2; or
-        fixed at beta ("fixed_large") or at the posterior's beta~ ("fixed_small").
+        fixed at beta ("fixed_large"; at beta~ in the first step) or at the posterior's beta~
+        ("fixed_small").
       loss_type: "mse" of epsilon; "hybrid": mse + vb, where the variational bound vb of a step
         trains the variance alone (ADM, DiT); "hybrid_rescaled": mse + K / 1000 vb with K steps
         (improved DDPM); "kl": K vb.
@@ -82,7 +83,7 @@ class DDPM(Process, limits.Section, name="process"):
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """Names of what `loss` reports beside the loss."""
+        """Names of the terms that `loss` reports with the loss."""
         return ("mse",) if self.loss_type == "mse" else ("mse", "vb")
 
     @property

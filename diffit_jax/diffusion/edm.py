@@ -99,7 +99,7 @@ class Preconditioned(Process):
         Returns:
           (B,) float32 loss, the weighted squared error *averaged* over H, W and C. EDM's code sums
           over them and averages over the batch, which is H·W·C times as much: Adam does not see the
-          constant, beside its epsilon. And a dict of further (B,) values to report, empty here.
+          constant, apart from its epsilon. And a dict of further (B,) values to report, empty here.
         """
         c_skip, c_out, _, _ = self.preconditioning(noised.draws["sigma"])
         denoised = _combined(c_skip, noised.draws["noisy"], c_out, y_BHWC)
@@ -108,7 +108,7 @@ class Preconditioned(Process):
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """Names of what `loss` reports beside the loss."""
+        """Names of the terms that `loss` reports with the loss."""
         return ()
 
     @property
@@ -152,7 +152,7 @@ def _combined(
 
 @dataclasses.dataclass(frozen=True)
 class EDM(Preconditioned, limits.Section, name="process"):
-    """The process between a network and the images it denoises.
+    """EDM: preconditioning, loss and noise levels of Karras et al. 2022.
 
     Attributes:
       sigma_data: standard deviation of the data, in the units of the image (here [-1, 1]).

@@ -49,7 +49,7 @@ _Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Path(NamedTuple):
-    """Noise level and scaling as functions of time: each maps (n,) float64 times to such values.
+    """Noise level and scaling as functions of time, (n,) float64 each; `time` inverts `sigma`.
 
     Attributes:
       sigma, sigma_slope: σ(t) and its derivative.
@@ -66,7 +66,7 @@ class Path(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class General(StochasticMixin, DenoiserSampler):
-    """EDM's general sampler; by default it is `Heun`.
+    """EDM's general sampler; for EDM with its default levels it is `Heun`.
 
     Attributes:
       num_steps: N.
@@ -196,7 +196,7 @@ class General(StochasticMixin, DenoiserSampler):
         h = t[1:] - t_hat
         of_second = 1 / (2 * self.alpha)
 
-        # A row for each evaluation: where it is made, how x gets there, and where it goes on to.
+        # A row for each evaluation: its level, how x gets there, and the step after it.
         #   x_start = stretch x + fresh noise          (of a correction: that of its prediction)
         #   slope = of_x x - of_denoised D(shrink x; level)
         #   x = x_start + by_first first_slope + by_slope slope

@@ -53,7 +53,7 @@ class Constant(limits.Section, name="sampling.guidance"):
     """`scale` at every noise level.
 
     Attributes:
-      scale: 1 is no guidance, larger follows the label more closely. At least 0.
+      scale: 1 is no guidance, larger is farther from the other evaluation. At least 0.
       channels: so many first channels are guided, the others are the plain evaluation's; 0: all
         channels of the sample. Channels beyond those of the sample (a learned variance) are never
         guided. The released DiffiT guides 3 of its latents' 4.
@@ -182,7 +182,7 @@ class Segment:
     """Evaluations start…stop-1 of a sampler, all guided or none.
 
     Attributes:
-      network: evaluation number → what is to be evaluated there.
+      network: evaluation number → the function to evaluate there.
     """
 
     start: int
@@ -192,7 +192,9 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Guided:
-    """What a sampler evaluates, and where along its grid it is guided. Made by `apply_guidance`.
+    """What a sampler evaluates, and where along its grid it is guided.
+
+    Made by `apply_guidance`, or by `unguided`.
 
     Attributes:
       plain: the evaluation without guidance.

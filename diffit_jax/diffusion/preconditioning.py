@@ -121,7 +121,7 @@ class VP(_UniformTime):
 
 @dataclasses.dataclass(frozen=True)
 class VE(_UniformTime):
-    """Variance exploding: ln sigma is uniform in training; the network is told ln(sigma / 2).
+    """Variance exploding: ln sigma is uniform in training, the noise level ln(sigma / 2).
 
     Attributes:
       sigma_min, sigma_max: the noise levels that the network knows.

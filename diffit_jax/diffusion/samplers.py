@@ -198,7 +198,7 @@ def sampling_loop(
 
 
 class DenoiserSampler(limits.Section, name="sampling.sampler"):
-    """What samplers have in common that evaluate the process's denoiser, N steps long."""
+    """Base class of samplers that evaluate the process's denoiser, in N steps."""
 
     num_steps: int
 
@@ -229,7 +229,7 @@ class StochasticMixin:
 
 
 class _GridSampler(DenoiserSampler):
-    """What samplers have in common that walk down the process's own grid."""
+    """Base class of samplers down the process's own grid, which define `solve`."""
 
     def check(self, process: Process) -> None:
         process.sigmas(self.num_steps)
@@ -264,7 +264,7 @@ class _GridSampler(DenoiserSampler):
           conditioning: of the B samples.
           sigmas: (N + 1,) descending noise levels that end in 0.
           frames: as of `draw`.
-          round_sigma: to noise levels that the network knows, for those beside the grid.
+          round_sigma: rounds levels off the grid (churned ones) to those that the network knows.
 
         Returns:
           x (B, H, W, C) float32 at sigma = 0, or a pytree like `noise(0)`, and the frames.
@@ -457,7 +457,7 @@ class Ancestral(limits.Section, name="sampling.sampler"):
     """
 
     name: ClassVar[str] = "ddpm"
-    # Given on the command line, the one takes the place of the config's other.
+    # Given on the command line, one of the two replaces the other of the config.
     alternatives: ClassVar[tuple[str, str]] = ("num_steps", "respacing")
 
     num_steps: Steps

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-# What a network is told beside its input, by name: `label` (B,) int. An absent key means none.
+# Further inputs of a network, by name: `label` (B,) int. An absent key means none.
 Conditioning = Mapping[str, jax.Array]
 
 # (x_BHWC, level_B, conditioning) → y_BHWC', float32; or pytrees of arrays in place of x and y, of
@@ -34,9 +34,9 @@ class Noised(NamedTuple):
 
     Attributes:
       x_BHWC: what the network sees, float32.
-      level_B: what it is told of the noise.
+      level_B: (B,) the network's noise level.
       target_BHWC: what the loss compares with: the clean data, or their noise.
-      weight_B: of each example's loss.
+      weight_B: (B,) of each example's loss; `DDPM` has none.
       draws: what was drawn to make them, by name: `noise` (B, H, W, C), and `sigma` (B,) with
         `noisy`, data plus noise, or `step` (B,) with `clean`.
     """
@@ -57,7 +57,7 @@ class Process(Protocol):
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """Names of what `loss` reports beside the loss."""
+        """Names of the terms that `loss` reports with the loss."""
         ...
 
     @property

@@ -58,7 +58,7 @@ class EvaluationResult(NamedTuple):
 
     Attributes:
       step: after which it was.
-      seconds: that it took since it was begun, or gone on with.
+      seconds: that it took since it began, or was resumed.
       weights: of each kind by name what `Evaluator.run` found.
       images: of each kind by name, (n, H, W, C) uint8.
     """
@@ -150,7 +150,7 @@ class InTraining:
         return bool(self._settings.steps) and (step % self._settings.steps == 0 or last)
 
     def done(self, step: int) -> bool:
-        """Whether that of a step lies in the work directory."""
+        """Whether that of a step is in the work directory."""
         return distributed.broadcast_flag(self._file(step).exists())
 
     def run(self, step: int, state: TrainState) -> EvaluationResult:

@@ -32,12 +32,12 @@ def score(
         writes it.
       dataset: name of the data set that the samples imitate.
       data_dir: where prepared data sets live, see `open_dataset`.
-      output: path of the JSON; None: `<name of the samples>.metrics.json` beside them.
+      output: path of the JSON; None: `<name of the samples>.metrics.json` next to them.
       overwrite: whether the scores of other samples may be replaced.
 
     Returns:
       The scores, see `score_images`, with `samples`: which file they are of, `samples_sha256`: of
-      its images, and, if `sample` has left a record beside it, `request`: what was asked for, and
+      its images, and, if `sample` has left a record next to it, `request`: what was asked for, and
       `matmul_precision`: with which they were drawn.
 
     Raises:

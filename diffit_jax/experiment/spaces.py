@@ -42,7 +42,7 @@ class Decode(Protocol):
 
 
 class Space(Protocol):
-    """What lies between a data set and the network.
+    """The conversions between a data set and the network.
 
     Attributes:
       example: name of the examples in a batch.
@@ -76,7 +76,7 @@ class Space(Protocol):
           frozen: variables by name that training does not change (an autoencoder's).
 
         Returns:
-          (B, H, W, C) float32, and what the network is told of it, `augment` for instance.
+          (B, H, W, C) float32, and the conditioning that follows, `augment` for instance.
         """
         ...
 

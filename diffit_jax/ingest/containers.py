@@ -154,8 +154,8 @@ def index_members(
     elif given is not None:
         labels, classes = _given_labels(source, names, given)
     else:
-        labels, classes, told = _folder_labels(source, names, whole)
-        messages += told
+        labels, classes, notes = _folder_labels(source, names, whole)
+        messages += notes
     return Index(kind, files, locations, names, labels, classes, tuple(messages))
 
 
@@ -194,12 +194,12 @@ def _folder_labels(
     """Return labels by the folders at the top, below those that all images share."""
     shared = 0 if whole else len(_common_folder(names))
     inside = [name[shared:] for name in names]
-    beside = [name for name in inside if "/" not in name]
-    if len(beside) == len(inside):
+    loose = [name for name in inside if "/" not in name]
+    if len(loose) == len(inside):
         return None, (), ["no labels: its images lie in one folder"]
-    if beside:
+    if loose:
         raise UserError(
-            f"{source} has {len(beside)} images beside its folders ({first_few(beside)}), whose "
+            f"{source} has {len(loose)} images beside its folders ({first_few(loose)}), whose "
             "class is not known: move them into a folder, or say --unlabelled"
         )
     folders = [name.partition("/")[0] for name in inside]

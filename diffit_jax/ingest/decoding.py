@@ -1,6 +1,6 @@
 """From the bytes of an image file to an array of one size.
 
-Imported by the processes that decode beside the chips: no jax here.
+Imported by the worker processes that decode: no jax here.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Where the images of a source lie: an index of places, and how one is read.
+"""The index of a source: the locations of its images, and how one is read.
 
-Imported by the processes that decode beside the chips: no jax here.
+Imported by the worker processes that decode: no jax here.
 """
 
 import collections
@@ -27,7 +27,7 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's entry, APPNOTE.TXT 4.3.
 
 
 class Location(NamedTuple):
-    """Where one image lies.
+    """The location of one image.
 
     Attributes:
       kind: "file": all of a file; "range": a part of one (of a tar); "zip": an entry; "table": a
@@ -51,7 +51,7 @@ class Index:
 
     Attributes:
       kind: of all places.
-      files: that they lie in.
+      files: that hold them.
       locations: (n, 3) int64: number of the file, and the two numbers of a `Location`.
       names: of images, for people; each once.
       labels: (n,) int32, None if there are none.

@@ -1,9 +1,9 @@
-"""Writing a prepared data set, shard by shard.
+"""A prepared data set that is being written, shard by shard.
 
-A shard holds a fixed range of the source's examples. It is written beside or to scratch, checked,
-put in its place, and counts once its line stands in `SPLIT.lines/`: shards are what an interrupted
-command goes on with, in any order and from any number of hosts. The manifest sums up the lines when
-all are there.
+A shard holds a fixed range of the source's examples. It is written under a temporary name, checked,
+put in its place, and counts once its statistics are in `SPLIT.lines/`: an interrupted command
+resumes with the shards that count, in any order and from any number of hosts. The manifest sums up
+their statistics when all are there.
 """
 
 import concurrent.futures

@@ -110,7 +110,7 @@ def _label_column(schema: Any) -> tuple[str | None, tuple[str, ...]]:
 
 # --- tensorflow-datasets
 
-# What is to be done with data sets in another format.
+# The remedy for data sets in another format.
 AS_ARRAY_RECORD = (
     "prepare it again with tensorflow_datasets.load(…, "
     "builder_kwargs=dict(file_format='array_record')), or name the original images"

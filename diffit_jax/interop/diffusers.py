@@ -185,7 +185,7 @@ def read_config(path: epath.Path) -> Autoencoder:
             )
     if config["in_channels"] != config["out_channels"]:
         raise UserError(f"{path} has in_channels and out_channels that differ: that is not known")
-    # What is left are sizes.
+    # The remaining keys are sizes.
     mean, scale = _scaling(path, config)
     return Autoencoder(
         channels=tuple(config["block_out_channels"]),
@@ -223,8 +223,8 @@ def _scaling(
 def _places(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     """Find the files of config and weights."""
     if not path.is_dir():
-        beside = [path.with_name(f"{path.stem}.config.json"), path.with_name(CONFIG)]
-        config = next((place for place in beside if place.exists()), None)
+        candidates = [path.with_name(f"{path.stem}.config.json"), path.with_name(CONFIG)]
+        config = next((place for place in candidates if place.exists()), None)
         if not path.exists() or config is None:
             what = "is not there" if not path.exists() else f"has no {CONFIG} beside it"
             raise UserError(f"autoencoder {path} {what}: name a folder as diffusers saves it")

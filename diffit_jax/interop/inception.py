@@ -2,7 +2,7 @@
 
 `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
 `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), or safetensors with the same names.
-Tensors are read, no pickle is run.
+Of a pickle only tensors are read, see `torch_files`.
 """
 
 import logging

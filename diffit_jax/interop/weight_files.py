@@ -18,7 +18,7 @@ from diffit_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
-# Numbers that trainers keep beside the weights.
+# Numbers that trainers save with the weights.
 _BOOKKEEPING = {
     "step",
     "steps",
@@ -71,7 +71,7 @@ class WeightFiles:
         slices = {name: file.get_slice(full) for name, (file, full) in self._places.items()}
         self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
         self.dtypes = {name: each.get_dtype() for name, each in slices.items()}
-        # Trainers count updates beside the weights.
+        # Trainers save their count of updates too.
         for name in [
             name
             for name in self.shapes

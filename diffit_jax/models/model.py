@@ -65,7 +65,7 @@ class Model(nn.Module, kw_only=True):
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """Names of the parameters whose leading axis counts layers."""
+        """Names of the subtrees of parameters whose leading axis counts layers."""
         return ()
 
     @property

@@ -26,7 +26,7 @@ class Placement:
     """What networks that are traced inside `use_placement(…)` do.
 
     Attributes:
-      activation: an activation whose leading axis is the batch → the same, where it should lie.
+      activation: an activation whose leading axis is the batch → the same, constrained.
       weight: (axes of a parameter, its value) → the same, whole, as far as the product that follows
         needs it. A stacked parameter comes as one of its layers.
       per_shard: a function of arrays (B, H, …), (B, H, …), (B, H, …), (…, H) → the same function,

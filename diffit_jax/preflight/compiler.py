@@ -41,7 +41,7 @@ CACHE = (files.home() or Path(tempfile.gettempdir())) / ".cache/diffit_jax/prefl
 TOP_OPS = 10
 
 
-# What an answer follows from, beside the program: not how it is named and shown.
+# Sources that an answer depends on, besides the program.
 def topology_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
     """Return descriptions of the devices of a topology.
 
@@ -84,7 +84,7 @@ def compile_for(lowered: jax.stages.Lowered, topology: str, num_slices: int) -> 
     """
     estimator = (backend.__file__, __file__, cost.__file__, schedule.__file__)
     ours = "".join(map(_code_of, (*estimator, attention_kernel.__file__)))
-    # A kernel's code names the folder where its source lies; the source itself is counted.
+    # A kernel's code names the folder of its source; the source itself is counted.
     text = re.sub(
         r'(@tpu_custom_call\(.*?backend_config = ")(?:[^"\\]|\\.)*', r"\1", lowered.as_text()
     )

@@ -277,7 +277,7 @@ class Cost:
     Attributes:
       operations: everything that was priced.
       collectives: kind → [how often, bytes that leave or enter the chip].
-      async_copies: [how often, bytes] of copies between HBM and on-chip memory that run beside
+      async_copies: [how often, bytes] of copies between HBM and on-chip memory that overlap with
         other operations.
       unpriced: name of a custom kernel or call without a known price → how often it runs.
       even_conditionals: conditionals, of which nobody says how often each branch is taken; all
@@ -475,7 +475,7 @@ class _Walk:
         chains.add(channel[1] if channel else instruction.name)
         kind = instruction.opcode.removesuffix("-start")
         sizes = [type_bytes(part) for part in parts(instruction.result)] or [0]
-        # An asynchronous one shows its operand beside its result. The larger side counts: the whole
+        # An asynchronous one shows its operand and its result. The larger side counts: the whole
         # that is gathered, or was scattered.
         result = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
         size = max(

@@ -20,7 +20,7 @@ class CollectiveStats:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Copies between memories of a chip that run beside the computation."""
+    """Copies between memories of a chip that overlap with the computation."""
 
     count: float
     bytes: float
@@ -217,13 +217,13 @@ class PipelineCost:
 
 @dataclasses.dataclass(frozen=True)
 class EvalCost:
-    """Evaluations of a run while it trains: all networks beside its state.
+    """Evaluations of a run while it trains, with its state in memory.
 
     Attributes:
       kinds: of weights that are evaluated.
       seconds_per_image: to draw, decode and measure one sample, on all chips.
       memory: bytes on each device: the state, the other networks, and the largest of what their
-        programs need beside.
+        programs need on top.
       limit: memory of each device.
       run_hours: of all evaluations of the run.
     """

@@ -487,7 +487,7 @@ def price_evaluation(
     fitting = [step for step in steps if isinstance(step, Step)]
     if len(fitting) < len(steps):
         return None
-    beside = max(map(_extra_bytes, fitting))
+    extra = max(map(_extra_bytes, fitting))
     seconds = sum(1 / (step.images_per_s_per_chip * chips) for step in fitting)
     weights = len(list(kinds(experiment, setup.state, settings.raw)))
     total = experiment.training.total_steps
@@ -497,7 +497,7 @@ def price_evaluation(
     return EvalCost(
         kinds=weights,
         seconds_per_image=seconds,
-        memory=state_bytes + sum(chain.held.values()) + beside,
+        memory=state_bytes + sum(chain.held.values()) + extra,
         limit=chip.memory / chip.devices,
         run_hours=weights * images * seconds / 3600,
     )

@@ -74,7 +74,7 @@ def _schedule(topology: str, dtype: str, examples: int, tokens: int, width: int)
     return _known[key]
 
 
-# How the compiler runs where there is no TPU, and beside another process that uses it.
+# How the compiler runs where there is no TPU, or another process uses it.
 COMPILER_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",

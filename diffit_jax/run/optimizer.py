@@ -17,9 +17,9 @@ from diffit_jax.runtime import parallel
 def learning_rate(settings: Optimizer, update: jax.Array | int) -> jax.Array:
     """Return the learning rate of an update, by its number from 0.
 
-    learning_rate · min(update / warmup_steps, 1), so 0 in the first, as in EDM; with the schedule
-    "cosine" times (1 + cos(π share)) / 2, where share is how much of the way from `warmup_steps` to
-    `decay_steps` is done.
+    learning_rate · min(update / warmup_steps, 1), so 0 in the first if there is a warm-up, as in
+    EDM; with the schedule "cosine" times (1 + cos(π share)) / 2, where share is how much of the way
+    from `warmup_steps` to `decay_steps` is done.
     """
     rate = settings.learning_rate * jnp.minimum(
         update / settings.warmup_steps if settings.warmup_steps else 1.0, 1.0

@@ -21,7 +21,7 @@ from diffit_jax.run.optimizer import make_optimizer
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 
-_FIELDS = {"skipped_in_row": "consecutive_skipped"}  # of names in checkpoints
+_FIELDS = {"skipped_in_row": "consecutive_skipped"}  # name in checkpoints → field
 
 
 @struct.dataclass
@@ -176,7 +176,7 @@ def items_of(state: TrainState) -> dict[str, Any]:
         for field in dataclasses.fields(state)
     }
     kept |= {"ema": None, "power_emas": (), "constants": None}
-    del kept["objective"]  # as checkpoints have it since there is such
+    del kept["objective"]  # an item of its own, see below
     items: dict[str, Any] = {"state": kept, "ema": state.ema}
     if state.constants:
         items["constants"] = state.constants

@@ -7,7 +7,7 @@
     events/  grids/  profile/  for people; wandb.json which run at Weights & Biases it is
 
 A key of a config may differ from that of the run which it continues if it has the mark `RESUMABLE`
-beside its field: the numbers do not depend on it.
+at its field: the numbers do not depend on it.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false

@@ -348,7 +348,7 @@ def _quiet_cleanup() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-# --- What arrays hold, computed where they lie.
+# --- Digests of arrays, computed on their devices.
 
 _SMALL = 2**20  # bytes
 

@@ -217,7 +217,7 @@ def _mistake(path: Path, error: Exception) -> UserError:
         where, number = error.filename, error.lineno or 0
         said = f"{type(error).__name__}: {error.msg}"
     else:
-        # The innermost line in the file itself, or in another one beside it.
+        # The innermost line in the file itself, or in another one next to it.
         folder = path.resolve().parent
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]

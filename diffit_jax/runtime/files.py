@@ -79,7 +79,7 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
         ) from error
 
 
-# What paths of a scheme are read and written with, beside this package.
+# Packages that read and write paths of a scheme.
 _SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
@@ -140,7 +140,7 @@ def write_json(path: epath.PathLike, content: Any) -> None:
 
 
 class Found(NamedTuple):
-    """What lies where a command writes.
+    """The file at a path where a command writes, compared with its request.
 
     Attributes:
       state: "missing"; "partial", begun for the same request; "done", of the same request; "other",
@@ -366,7 +366,7 @@ def _flock(path: Path, what: str, wait: bool) -> Any:
         import fcntl
     except ImportError:  # Windows
         return None
-    told = False
+    waiting = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -376,9 +376,9 @@ def _flock(path: Path, what: str, wait: bool) -> Any:
             os.close(descriptor)
             if not wait:
                 raise _in_use(what, owner) from None
-            if not told:
+            if not waiting:
                 log.info("%s is in use by %s: waiting for it", what, _name(owner))
-                told = True
+                waiting = True
             time.sleep(POLL_S)
             continue
         except OSError as error:

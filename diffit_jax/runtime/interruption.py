@@ -24,9 +24,8 @@ EXIT_INTERRUPTED = 130
 ENDING = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
-_PATIENCE_S = (
-    1.0  # after a Ctrl-C that Python could not act upon, because it is inside a compilation, say
-)
+# After a Ctrl-C that Python could not act upon, inside a compilation for example.
+_PATIENCE_S = 1.0
 
 _lock = threading.RLock()  # a handler may interrupt the main thread where it has it
 _end_lock = threading.Lock()
@@ -141,9 +140,8 @@ def finished(status: int = 0) -> None:
     if threading.current_thread() is threading.main_thread():
         # Not a traceback out of the interpreter's own end.
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))
-        for number in (
-            _wanted()
-        ):  # the interpreter's end gives up handlers before the process is gone, but not this
+        # Ignored signals stay ignored while the interpreter ends, handlers do not.
+        for number in _wanted():
             signal.signal(number, signal.SIG_IGN)
 
 

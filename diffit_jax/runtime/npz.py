@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-# What reading a file that is no whole npz file raises beside `OSError`.
+# Exceptions of reading a damaged npz file, besides `OSError`.
 DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError)
 
 

@@ -1,4 +1,4 @@
-"""The device mesh and how arrays lie on it: the only place that makes meshes and shardings.
+"""The device mesh and how arrays are divided over it: meshes and shardings are made here.
 
 * `data`: every device group has all parameters and its share of the batch.
 * `fsdp`: shares of the batch too, and each device keeps only its part of parameters, optimizer
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 DATA = "data"
 AXES = (DATA, FSDP, TENSOR)
 
-# With so many parts of XL/2's state, 9 GB, what each device keeps is small beside its activations;
-# more parts only mean longer messages.
+# With so many parts of XL/2's state, 9 GB, the part of each device is small compared with its
+# activations; more parts only mean longer messages.
 _FSDP_FILL = 16
 
 

@@ -320,7 +320,7 @@ class SamplingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """What is asked for, checked.
+    """A request for samples, checked.
 
     Attributes:
       source: of the network.

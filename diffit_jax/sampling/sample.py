@@ -413,7 +413,7 @@ def _make(
         log.info("%s", request.experiment.space.note)
     with distributed.primary_context(lambda: sample_files):
         _draw(request, sample_files, networks)
-        with interruption.held():  # what is complete need not be begun again
+        with interruption.held():  # a finished batch is written first
             return distributed.on_primary(lambda: _assemble(request, sample_files))
 
 

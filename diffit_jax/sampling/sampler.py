@@ -25,14 +25,13 @@ Variables = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """What a sampler traces, and all that it follows from: equal ones are traced and compiled once.
+    """The functions that a sampler traces, with all that they depend on: equal ones compile once.
 
     Attributes:
       model, process: of the experiment.
       method, guidance: how it samples.
       mesh, guide_model, copy: as in `Sampler`.
-      attention: how the networks compute it here, which what was found out before decides
-        (`parallel.try_kernel`).
+      attention: how the networks compute it here, as `parallel.try_kernel` has found out.
     """
 
     model: Model

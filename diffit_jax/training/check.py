@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Checked(NamedTuple):
-    """A run beside a reference curve.
+    """A run compared with a reference curve.
 
     Attributes:
       updates: (n,) of the reports.
@@ -53,9 +53,9 @@ def check(
 
     Args:
       curve: of `configs/curves`.
-      config: of the experiment, where the data lie elsewhere; None: the curve's own.
+      config: of the experiment, where the data are elsewhere; None: the curve's own.
       steps: how many updates.
-      workdir: of the run, which goes on if it is there; None: one that is deleted.
+      workdir: of the run, which is resumed if it is there; None: one that is deleted.
       devices: which to train a config on; None of them: all.
 
     Returns:

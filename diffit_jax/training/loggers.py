@@ -89,7 +89,7 @@ class WeightsAndBiases:
     """A run at wandb.ai (or offline, with WANDB_MODE=offline).
 
     Its id is kept in the work directory, so that a run which is resumed continues there too. A run
-    does not end because nobody can be told of it: when wandb fails, that is a warning, and no more
+    does not end for lack of a log: when wandb fails, that is a warning, and no more
     is sent.
     """
 
@@ -124,7 +124,7 @@ class WeightsAndBiases:
 
         quiet = wandb.Settings(console="off", silent=True)
         self._run = wandb.init(**settings, settings=quiet)
-        # Not wandb's own counter: a run that goes on from a checkpoint repeats some steps.
+        # Not wandb's own counter: a run that is resumed repeats some steps.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         log.info("wandb: run %s, %s", self._run.id, self._run.dir if _offline() else self._run.url)

@@ -31,7 +31,7 @@ class Hooks:
     """What is trained, and what happens around its updates; `run_loop` calls these by turns.
 
     Attributes:
-      checkpoints: of it.
+      checkpoints: of what is trained.
     """
 
     checkpoints: Checkpoints
@@ -40,7 +40,7 @@ class Hooks:
         """Prepare an update; do nothing by default."""
 
     def update(self, batch: Any) -> None:
-        """Begin the update by a batch; the devices may be at it when this returns."""
+        """Begin the update by a batch; the devices may still compute when this returns."""
         raise NotImplementedError
 
     def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
@@ -278,7 +278,7 @@ class Tracer:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Call before each step."""
+        """Start the trace before its first step. Call before each step."""
         if self._steps and self._first is None and self._steps[0] <= step <= self._steps[1]:
             try:
                 jax.profiler.start_trace(str(self._directory))

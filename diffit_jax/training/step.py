@@ -132,7 +132,7 @@ def make_train_step(
             constants=state.constants,
         )
 
-        # --- What the log shows: averages are over updates that were made; the counts go on.
+        # --- What the log shows: averages are over updates that were made; counts are of the last.
         counts = {"skipped": state.skipped, "skipped_in_row": state.consecutive_skipped}
         measured = step_metrics(experiment.process, objective).single_from_model_output(
             loss=loss,

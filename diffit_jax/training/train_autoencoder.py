@@ -228,7 +228,7 @@ def _finish(
     psnr = 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9))
     result = Reconstruction(float(np.abs(difference).mean()), float(psnr), len(images))
     if distributed.is_primary():
-        # At equal distances: prepared images lie class by class.
+        # At equal distances: prepared images are in the order of classes.
         places = np.linspace(0, len(images) - 1, min(_SHOWN, len(images))).astype(int)
         shown = np.concatenate([images[places], back[places]])
         grid = pixels.image_grid(shown, columns=len(places), min_side=64)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 
-# The TPU's compiler runs beside jax's CPU backend, and looks for no TPU.
+# The TPU compiler works together with jax's CPU backend, and looks for no TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 # Else it complains, in lines of its own, that it does not know which machine this is.

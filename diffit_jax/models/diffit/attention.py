@@ -57,7 +57,7 @@ def relative_position_index(window: int) -> np.ndarray:
     return (row_offset * (2 * window - 1) + column_offset).astype(np.int32)
 
 
-# Tokens that attend together: (rows, columns) of pixels, whole windows each way, row by row.
+# Tokens that are computed together: (rows, columns) of pixels, whole windows each way, row by row.
 Tile = tuple[int, int]
 
 _LANES = 128  # of a TPU's vector unit; arrays are padded to multiples of it
@@ -204,7 +204,7 @@ class TMSA(nn.Module):
         the place of `time_qkv_kernel`, `time_qkv_bias` and `qkv_bias`.
       backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
         ("intermediates") with XLA only, which is therefore used when they are asked for.
-      tile: tokens that come together, where they are those of several windows (`dense_tile`).
+      tile: tokens that are computed together, if they are of several windows (`dense_tile`).
     """
 
     num_heads: int

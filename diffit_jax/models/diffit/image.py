@@ -71,7 +71,7 @@ class ImageDiffiT(Model):
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """Names of the parameters whose leading axis counts layers."""
+        """Names of the subtrees of parameters whose leading axis counts layers."""
         return tuple(
             f"{path}_{stage}"
             for path in ("encoder", "decoder")

@@ -87,7 +87,7 @@ class LatentDiffiT(Model):
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """Names of the parameters whose leading axis counts layers."""
+        """Names of the subtrees of parameters whose leading axis counts layers."""
         return ("blocks",)
 
     @property

@@ -169,7 +169,7 @@ STEM: Mapping[str, tuple] = {
 
 
 class Block(nn.Module):
-    """Branches beside each other, their outputs one behind the other.
+    """Parallel branches, whose outputs are concatenated.
 
     Attributes:
       branches: by name.
