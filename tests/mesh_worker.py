@@ -87,7 +87,7 @@ def run(
     mine = parallel.local_batch_indices(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, mine)
     batch = parallel.put_batch(mesh, next(data), 16)
-    step, empty, _ = compile_train_step(Setup(experiment, mesh, state), state, batch)
+    step, empty, _ = compile_train_step(Setup(experiment, mesh), state, batch)
     results = {"first": first}
     sampler = None if resume else Sampler(experiment, mesh)
 
