@@ -140,8 +140,8 @@ def field_docs(cls: type) -> dict[str, str]:
     for owner in reversed(cls.__mro__):
         _, _, attributes = (inspect.cleandoc(owner.__doc__ or "") + "\n").partition("Attributes:\n")
         for names, text in re.findall(r"(?m)^  ([\w, ]+): (.*\n(?:    .*\n)*)", attributes):
-            said = " ".join(text.split())
-            texts |= {name: said for name in names.split(", ") if not said.startswith("as in `")}
+            entry = " ".join(text.split())
+            texts |= {name: entry for name in names.split(", ") if not entry.startswith("as in `")}
     return texts
 
 

@@ -22,7 +22,7 @@ PUBLISHED: Mapping[int, Mapping[str, Sequence[float]]] = {
     },
     512: {"mean": (1.560, -0.695, 0.483, 0.729), "std": (5.27, 5.91, 4.21, 4.31)},
 }
-# What ours may differ by at 256 px: of the mean in standard deviations, of these in shares.
+# What ours may differ by at 256 px: of the mean in standard deviations, of these as a fraction.
 MEAN_BOUND, STD_BOUND = 0.02, 0.02
 IMAGENET_TRAIN = 1_281_167
 _MAY_LACK = 100

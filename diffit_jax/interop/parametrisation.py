@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Name in the released parametrisation → in the slim one. The shares (query, key, value) are on the
+# Name in the released parametrisation → in the slim one. Query, key and value are on the
 # third axis from the right in all of them, stacked over layers or not.
 _RENAMED = {
     "time_qkv_kernel": "time_qv_kernel",

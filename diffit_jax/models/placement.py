@@ -76,7 +76,7 @@ def placed(x: jax.Array) -> jax.Array:
 
 
 class ParamMetadata(NamedTuple):
-    """What is said of a parameter where it is made.
+    """What is declared of a parameter where it is made.
 
     Attributes:
       axes: that divide it.

@@ -370,7 +370,7 @@ def gather(array: jax.Array) -> np.ndarray:
     """Gather a global array to every process's host."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    barrier()  # they compiled apart what made it
+    barrier()  # each compiled the program by itself
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 

@@ -31,5 +31,5 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(module: str, name: str, arguments: Sequence[Any]) -> Any:
-    absl_logging.set_verbosity(absl_logging.ERROR)  # before Grain is imported, which has remarks
+    absl_logging.set_verbosity(absl_logging.ERROR)  # before Grain is imported, which logs
     return getattr(importlib.import_module(module), name)(*arguments)

@@ -259,7 +259,7 @@ class TMSA(nn.Module):
         # Without the key's share, the bounds of a fresh time projection stay those of the released
         # shape.
         slim_scale = (time_width + num_projections * channels) / (time_width + 3 * channels)
-        over = (FSDP, None, TENSOR, None)  # (C, shares, heads, head width)
+        over = (FSDP, None, TENSOR, None)  # (C, projections, heads, head width)
 
         def projection(prefix: str, width: int, count: int, kernel: str, init: Any) -> _Projection:
             biases = (num_projections, heads, head_width)
@@ -332,11 +332,11 @@ class TMSA(nn.Module):
 
 
 class _Projection(NamedTuple):
-    """A projection to the shares (q, k, v or q, v) of every head.
+    """A projection to q, k, v (or q, v) of every head.
 
     Attributes:
-      kernel: (C or T, shares, H, D).
-      bias: (shares, H, D).
+      kernel: (C or T, projections, H, D).
+      bias: (projections, H, D).
     """
 
     kernel: Param

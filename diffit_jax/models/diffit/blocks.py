@@ -193,8 +193,8 @@ class DiffiTResBlock(nn.Module):
         chosen = choose_backend(self.attention, platform(), self.window, width_of_head, self.dtype)[
             0
         ]
-        watched = self.is_mutable_collection("intermediates")
-        if platforms.of(platform()).dense_tiles and chosen == "xla" and not watched:
+        captured = self.is_mutable_collection("intermediates")
+        if platforms.of(platform()).dense_tiles and chosen == "xla" and not captured:
             tile = dense_tile(height, width, self.window)
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
         hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
