@@ -317,8 +317,7 @@ def test_lines_that_are_run(scratch):
             taken.add(target[1])
 
 
-@pytest.mark.parametrize("devices", [1, 3])
-def test_quickstart_on_any_number_of_devices(devices, tmp_path):
+def test_quickstart_on_three_devices(tmp_path):
     """The script as it is, on small networks: trains on the largest number that divides the batch,
     says so, samples and scores."""
     (tmp_path / "configs").mkdir()
@@ -332,19 +331,11 @@ def test_quickstart_on_any_number_of_devices(devices, tmp_path):
     config.model.input_channels = 1
     config.training.grid_images = 10
     write_config(tmp_path / "configs" / "digits.py", config)
-    result = run("bash launch/quickstart.sh", tmp_path, devices)
+    result = run("bash launch/quickstart.sh", tmp_path, devices=3)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert ("using 2 of 3 devices, which training.batch_size 8 divides over" in result.stderr) == (
-        devices == 3
-    )
+    assert "using 2 of 3 devices, which training.batch_size 8 divides over" in result.stderr
     assert (tmp_path / "runs" / "digits" / "samples_1000x8x8x1.metrics.json").exists()
-    if devices == 3:
-        refused = run(
-            "python launch/train.py --config configs/digits.py --workdir runs/other",
-            tmp_path,
-            devices,
-        )
-        assert (
-            refused.returncode == 1
-            and "training.batch_size 8 does not divide over 3 devices" in refused.stderr
-        )
+    command = "python launch/train.py --config configs/digits.py --workdir runs/other"
+    refused = run(command, tmp_path, devices=3)
+    assert refused.returncode == 1
+    assert "training.batch_size 8 does not divide over 3 devices" in refused.stderr

@@ -43,7 +43,7 @@ def random_like(tree, seed):
 
 @pytest.fixture(params=NETWORKS, scope="module")
 def network(request):
-    """(function of (variables, x, level), a point, a direction), all float64."""
+    """(function of (variables, x, level), its derivative, a point, a direction), all float64."""
     model = NETWORKS[request.param]
     shapes = jax.eval_shape(lambda: models.init_variables(model, jax.random.key(0)))
     with enable_x64(True):
@@ -56,7 +56,8 @@ def network(request):
         def evaluate(variables, x, level):
             return models.as_network(model, variables, forward_mode=True)(x, level, conditioning)
 
-        yield jax.jit(evaluate), point, direction
+        forward = jax.jit(lambda *a: jax.jvp(evaluate, a[:3], a[3:]))
+        yield jax.jit(evaluate), forward, point, direction
 
 
 def moved(point, direction, step):
@@ -78,9 +79,9 @@ def central_difference(function, point, direction, step=2e-4):
 
 
 def test_jvp_is_the_central_difference(network):
-    function, point, direction = network
+    function, forward, point, direction = network
     with enable_x64(True):
-        value, tangent = jax.jit(lambda *a: jax.jvp(function, a[:3], a[3:]))(*point, *direction)
+        value, tangent = forward(*point, *direction)
         assert value.dtype == tangent.dtype == jnp.float64
         np.testing.assert_array_equal(value, function(*point))
         difference = central_difference(function, point, direction)
@@ -90,7 +91,7 @@ def test_jvp_is_the_central_difference(network):
 
 
 def test_vmap_of_jvp_is_every_directions(network):
-    function, point, direction = network
+    function, _, point, direction = network
     with enable_x64(True):
         many = jax.tree.map(lambda leaf: jnp.stack([leaf, -2 * leaf, leaf**2]), direction)
 
@@ -108,16 +109,11 @@ def test_vmap_of_jvp_is_every_directions(network):
 
 def test_backward_and_forward_derivatives_agree(network):
     """⟨J v, w⟩ = ⟨v, Jᵀ w⟩, to float64's rounding of some thousand summands."""
-    function, point, direction = network
+    function, forward, point, direction = network
     with enable_x64(True):
-        weights = random_like(jax.eval_shape(function, *point), 5)
-
-        @jax.jit
-        def both(point, direction):
-            _, tangent = jax.jvp(function, point, direction)
-            return tangent, jax.grad(lambda p: jnp.sum(function(*p) * weights))(point)
-
-        tangent, gradient = both(point, direction)
+        _, tangent = forward(*point, *direction)
+        weights = random_like(tangent, 5)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(function(*p) * weights)))(point)
         ours = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), gradient, direction)))
         np.testing.assert_allclose(ours, jnp.sum(tangent * weights), rtol=1e-10)
 

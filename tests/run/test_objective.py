@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.configs import small_config
+from support.configs import small_config, small_latent_config
 from support.processes import at_question, checkpoints_of
 from support.trees import assert_equal_trees
 
@@ -37,6 +37,7 @@ class Projection(Objective):
         x_BHWC, _ = experiment.space.to_model(examples, key_B, frozen)
         head = variables["objective"]["head"]
         y = models.as_network(experiment.model, variables)(x_BHWC, jnp.zeros(len(x_BHWC)), {})
+        y = y[..., : x_BHWC.shape[-1]]  # without the variance
         guess_B = (y.reshape(len(y), -1) @ head["kernel"] + head["bias"])[:, 0]
         error_B = (guess_B - frozen["offset"] - x_BHWC.mean((1, 2, 3))) ** 2
         return loss_B + error_B, {**terms, "projection": error_B}
@@ -51,12 +52,11 @@ def projection():
 def test_a_projection_head_is_trained_saved_and_resumed(tmp_path, monkeypatch):
     """It has an item of its own in checkpoints, an interrupted run ends as one that was not, bit
     for bit, and who only samples sees nothing of it."""
-    config = small_config(training__total_steps=4)
+    config = small_latent_config(training__total_steps=4)
     whole = train(config, workdir=tmp_path / "whole", objective=projection())
     assert set(whole.objective) == {"params", "opt_state"}
     fresh = projection().init(
-        experiment=type("E", (), {"model": type("M", (), {"sample_shape": (8, 8, 1)})}),
-        key=jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), 1),
+        build(config), jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), 1)
     )
     moved = whole.objective["params"]["head"]["kernel"] - fresh["head"]["kernel"]
     assert np.abs(moved).max() > 1e-4
@@ -76,10 +76,10 @@ def test_a_projection_head_is_trained_saved_and_resumed(tmp_path, monkeypatch):
         assert sample(Run(tmp_path / "whole", raw=raw), seeds=[0]).exists()
 
 
-def test_without_parameters_the_checkpoint_is_what_it_was(run):
-    workdir, state = run
+def test_without_parameters_the_checkpoint_is_what_it_was(latent_run):
+    workdir, state = latent_run
     items = {path.name for path in (workdir / "checkpoints/6").iterdir() if path.is_dir()}
-    assert items == {"state", "ema", "facts"} and state.objective == {}
+    assert items == {"state", "ema", "constants", "facts"} and state.objective == {}
 
 
 class OfAverage(Objective):
@@ -94,12 +94,16 @@ class OfAverage(Objective):
             models.as_network(experiment.model, each)(x_BHWC, level_B, {})
             for each in (variables, frozen[AVERAGE])
         )
-        return ((ours - teachers) ** 2).mean((1, 2, 3)) + 0.0 * more["update"], {}
+        error_B = ((ours - teachers) ** 2).mean((1, 2, 3))
+        return error_B + 0.0 * more["update"], dict.fromkeys(
+            self.terms(experiment.process), error_B
+        )
 
 
 def test_a_teacher_that_is_the_average(tmp_path):
     """It is the network itself before the first update: nothing moves, but the loss is finite."""
-    state = train(small_config(training__total_steps=3), workdir=tmp_path, objective=OfAverage())
+    config = small_latent_config(training__total_steps=3)
+    state = train(config, workdir=tmp_path, objective=OfAverage())
     assert int(state.skipped) == 0
     assert_equal_trees(state.params, state.ema)
 
