@@ -112,7 +112,7 @@ def train_autoencoder(
 
 def _claim(workdir: epath.Path, metadata: dict[str, Any]) -> None:
     """Make sure that a directory holds this training or none."""
-    found = files.Artifact(workdir / SETTINGS, files.plain(metadata)).evaluate()
+    found = files.Artifact(workdir / SETTINGS, files.plain(metadata)).inspect()
     for key, (was, now) in found.differences.items():
         raise UserError(
             f"workdir {workdir} holds an autoencoder with {key} {was}, not {now}: choose another "

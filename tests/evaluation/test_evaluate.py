@@ -141,7 +141,7 @@ def test_what_trains_can_be_measured(place, tmp_path):
         list(open_samples(epath.Path(tmp_path / "kinds")).batches(4))
     Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(tmp_path / "kinds/03.ppm")
     with pytest.raises(
-        UserError, match=r"kinds/03.ppm is \(3, 4\), others are \(20, 20\): all pic"
+        UserError, match=r"kinds/03.ppm is \(3, 4\), others are \(20, 20\): all images"
     ):
         list(open_samples(epath.Path(tmp_path / "kinds")).batches(4))
 

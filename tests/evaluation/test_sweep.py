@@ -86,7 +86,7 @@ def test_it_finds_the_planted_scale(place, tmp_path):
         return apply_guidance(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guidance, "guide", traced)
+        patch.setattr(guidance, "apply_guidance", traced)
         found = swept(place, tmp_path / "sweep.json", "guidance.scale=100,200,300,400,500")
     assert len(compiled) == 1
     fids = [point["metrics"]["fid"] for point in found.points]

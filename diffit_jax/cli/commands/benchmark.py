@@ -25,14 +25,14 @@ CLUSTER = cli.define_cluster()
 
 def main() -> None:
     """Run the command."""
-    from diffit_jax.runtime import distributed, files, ranges
+    from diffit_jax.runtime import console, distributed, files
     from diffit_jax.training import benchmark
 
     if SWEEP.value:
         figures = benchmark.matrix(
             CONFIG.value,
             steps=STEPS.value,
-            sweep=ranges.parse_sweep(SWEEP.value, benchmark.KNOWN),
+            sweep=console.parse_sweep(SWEEP.value, benchmark.KNOWN),
             fewer_devices=flags.FLAGS.fewer_devices,
         )
     else:
