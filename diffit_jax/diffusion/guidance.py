@@ -288,7 +288,6 @@ def apply_guidance(
     """
     if not guidance.active:
         return unguided(evaluate)
-    # What the plain evaluation is compared with.
     if guidance.by_label:
         if null_label is None:
             raise UserError(

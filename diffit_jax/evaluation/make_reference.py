@@ -33,8 +33,7 @@ def make_reference(
 ) -> epath.Path:
     """Measure a data set and write an npz file like ADM's.
 
-    `mu`, `sigma`, `mu_s` and `sigma_s` of all images, float64; `arr_0`, some of them at equal
-    distances, uint8; `protocol`, a JSON text.
+    `mu`, `sigma`, `mu_s`, `sigma_s`, float64; `arr_0`, some images, uint8; `protocol`, JSON.
 
     Args:
       images: of the data set, all of them.
@@ -46,8 +45,7 @@ def make_reference(
       batch_per_device: images of which a device extracts the features at once.
 
     Raises:
-      UserError: one image only, a reference in place of images, weights that cannot be read, or
-        an output that cannot be written.
+      UserError: fewer than two images, unreadable weights, or an output that cannot be written.
     """
     output = files.resolve(output, "output")
     if output.suffix != ".npz" or output.is_dir():
@@ -77,12 +75,11 @@ def make_reference(
 
         measured = measure(images, extractor, "reference", seen=put_aside)
         metadata = protocol_of(images, extractor, measured.count)
-        metadata |= {"samples_digest": measured.digest.hex()}
-        arrays = {"protocol": np.array(json.dumps(metadata))}
+        digest = {"samples_digest": measured.digest.hex()}
+        arrays = {"protocol": np.array(json.dumps(metadata | digest))}
         for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
             arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
-        shape = (len(chosen), *images.shape)
-        distributed.on_primary(lambda: _write(output, arrays, aside, shape))
+        distributed.on_primary(lambda: _write(output, arrays, aside, (len(chosen), *images.shape)))
     return output
 
 

@@ -166,11 +166,9 @@ def measure(
     """
     measured, size = Measured(pooled), extractor.batch_size
     count, first = count or images.count, distributed.is_primary()
-    # Continue an interrupted measurement.
     if partial:
         partial.restore(measured)
-    there, started = measured.count, time.monotonic()
-    saved_at = started
+    there, started, saved_at = measured.count, time.monotonic(), time.monotonic()
     progress = Progress(what, count, done=measured.count, unit="image", shown=first)
     notices = distributed.PreemptionNotice(ctrl_c=True)
     with progress, notices as notice, distributed.lost_processes():
@@ -181,8 +179,7 @@ def measure(
             progress.advance(len(part))
             if measured.count == count:
                 break
-            # Ask after every batch; all processes get the same answer.
-            if notice.reached():
+            if notice.reached():  # on all processes or none
                 if partial:
                     distributed.on_primary(functools.partial(partial.save, measured))
                 kept = f"{measured.count} of {count} images are measured and kept"

@@ -50,7 +50,6 @@ def score(
         if output is None
         else files.resolve(output, "output")
     )
-    # Refuse before the minutes that scoring takes.
     samples_file = NpzImages(samples, labelled=True)
     images, labels = np.concatenate(list(samples_file.batches(1_000))), samples_file.labels()
     digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()

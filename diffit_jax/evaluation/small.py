@@ -73,7 +73,6 @@ def score_images(
         "nearest_train_median": float(np.median(nearest_distances(generated, real_train))),
         "nearest_train_median_real": float(np.median(nearest_distances(real_test, real_train))),
     }
-    # Ratios to what real images score.
     for of, ratio in _RATIOS.items():
         if not scores[f"{of}_real"]:
             raise UserError(

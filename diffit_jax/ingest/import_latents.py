@@ -80,7 +80,6 @@ def import_latents(
         log.info("channel means %s: pixels were in %s", _short(means), pixels)
         if pixels in PALE:
             log.warning("%s", _PALE)
-        # From here on as `encode`.
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         arrays = records.layout(moments=ArraySpec(shape, "float32"))

@@ -97,15 +97,13 @@ def preflight(
     with compiler.for_another_machine():  # it may try the attention kernel
         setup = setup_experiment(config, devices)
     experiment, state = setup.experiment, setup.state
-    chips = len(devices) // chip.devices
-    held = _held(state)
+    chips, held = len(devices) // chip.devices, _held(state)
 
     compiled = functools.partial(compiler.compile_for, topology=topology, num_slices=num_slices)
     train = sample = chain = None
     if "train" in programs:
         log.info("compiling the train step for %d chips", chips)
-        # Every device's share of the gradient crosses from slice to slice, in bfloat16, there and
-        # back.
+        # Each device's part of the gradient crosses slices in bfloat16, there and back.
         crossing_s = held.parameters / (SLICE_BANDWIDTH / chip.devices) * (num_slices > 1)
         train = _price_training(setup, chip, chips, compiled, crossing_s)
     if "sample" in programs:

@@ -53,7 +53,6 @@ def measure(
         {"config": config.to_json, "code version": distributed.code_version}
     )
     parallel.verify_batch_sharding(mesh, size)
-    # The data, the state and the compiled update, as in training.
     waits: list[float] = []
     waiting = functools.partial(_timed, waits)
     stream = batches_on(mesh, source, size, experiment.seed, waiting=waiting)
