@@ -129,21 +129,20 @@ class ConfigFlag:
     def take_from(self, arguments: Sequence[str]) -> list[str]:
         """Load the config that a command line names; return the other arguments."""
         arguments = flags.FLAGS.read_flags_from_files(list(arguments), False)
-        if not any(re.match(r"--?(no)?config\b", argument) for argument in arguments):
-            if self._required:
-                raise UserError("--config is missing: name a file with get_config()")
-            return list(arguments)
-        from diffit_jax.experiment import config as experiment
-        from diffit_jax.runtime import config_files
+        others = list(arguments)
+        if any(re.match(r"--?(no)?config\b", argument) for argument in arguments):
+            from diffit_jax.experiment import config as experiment
+            from diffit_jax.runtime import config_files
 
-        given = config_files.ConfigArgs.find(arguments)
-        if given.file is not None:
-            self.value = experiment.given_config(given)
-        elif given.overrides:
-            raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
-        elif self._required:  # it stands after "--" only
+            given = config_files.ConfigArgs.find(arguments)
+            others = list(given.others)
+            if given.file is not None:
+                self.value = experiment.given_config(given)
+            elif given.overrides:
+                raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
+        if self._required and self.value is None:
             raise UserError("--config is missing: name a file with get_config()")
-        return list(given.others)
+        return others
 
 
 _config: ConfigFlag | None = None

@@ -45,7 +45,7 @@ def make_reference(
       batch_per_device: images of which a device extracts the features at once.
 
     Raises:
-      UserError: fewer than two images, unreadable weights, or an output that cannot be written.
+      UserError: one image, a reference for images, unreadable weights, an unwritable output.
     """
     output = files.resolve(output, "output")
     if output.suffix != ".npz" or output.is_dir():

@@ -21,8 +21,6 @@ from diffit_jax.run.optimizer import make_optimizer
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 
-_FIELDS = {"skipped_in_row": "consecutive_skipped"}  # name in checkpoints → field
-
 
 @struct.dataclass
 class TrainState:
@@ -162,19 +160,15 @@ def restore_state(
         "constants": items.get("constants", abstract.constants),
         "objective": items.get("objective", {}),
     }
-    fields: dict[Any, Any] = {
-        _FIELDS.get(name, name): leaf for name, leaf in items["state"].items()
-    }
+    fields = dict(items["state"])
+    fields["consecutive_skipped"] = fields.pop("skipped_in_row")
     return TrainState(**fields | separate)
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
     """Divide a state, or its shapes, into the named items of a checkpoint."""
-    names = {field: name for name, field in _FIELDS.items()}
-    kept = {
-        names.get(field.name, field.name): getattr(state, field.name)
-        for field in dataclasses.fields(state)
-    }
+    kept = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    kept["skipped_in_row"] = kept.pop("consecutive_skipped")  # its name in checkpoints
     kept |= {"ema": None, "power_emas": (), "constants": None}
     del kept["objective"]  # an item of its own, see below
     items: dict[str, Any] = {"state": kept, "ema": state.ema}
