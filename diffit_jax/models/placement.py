@@ -33,12 +33,14 @@ class Placement:
         computed by every device for its own examples and heads. For what the compiler cannot divide
         by itself.
       platform: "tpu", "cpu" …; None: that of jax's default device.
+      cores: of a chip that share a program.
     """
 
     activation: Callable[[jax.Array], jax.Array] = lambda x: x
     weight: Callable[[Axes, jax.Array], jax.Array] = lambda _, x: x
     per_shard: Callable[[Callable], Callable] = lambda function: function
     platform: str | None = None
+    cores: int = 1
 
 
 _NOWHERE = Placement()
@@ -58,7 +60,8 @@ def use_placement(placement: Placement) -> Iterator[None]:
 @contextlib.contextmanager
 def no_placement() -> Iterator[None]:
     """Trace networks without sharding in this block, for the platform that is set."""
-    with use_placement(Placement(platform=_current.get().platform)):
+    current = _current.get()
+    with use_placement(Placement(platform=current.platform, cores=current.cores)):
         yield
 
 
@@ -211,3 +214,8 @@ def per_shard(function: Callable) -> Callable:
 def platform() -> str:
     """Return the platform that the network is traced for, see `platforms.of`."""
     return _current.get().platform or jax.default_backend()
+
+
+def cores() -> int:
+    """Return how many cores of a chip share the program that is traced."""
+    return _current.get().cores

@@ -434,6 +434,10 @@ class _Walk:
             for name in instruction.called("calls")
             for i in self._program.computations.get(name, ())
         ]
+        kernel = next((i for i in inner if f'custom_call_target="{_KERNEL}"' in i.attributes), None)
+        if kernel is not None:  # into which what reads its operands was fused
+            self._custom_call(kernel, times, {i.name: i for i in inner})
+            return
         for collective in (i for i in inner if i.opcode.removesuffix("-start") in COLLECTIVES):
             self._collective(collective, times, by_name, chains)
         cycles = instruction.estimated_cycles

@@ -127,10 +127,10 @@ SAMPLING_OOM_HINT = (
 
 # --- What is known about TPU chips: the one table for utilisation and preflight.
 #
-# Peak, bandwidth and links are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
-# (Cloud TPU documentation, system architecture); links are all of a chip's together, in one
-# direction. `memory` is what the compiler says a program may use. Clocks are those at which the
-# compiler's cycles and the peak agree: peak = clock × 2 × 128² × matrix units × cores.
+# Peak, bandwidth and links are those of Google's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e"
+# and "TPU7x (Ironwood)" (Cloud TPU documentation, system architecture); links are all of a chip's
+# together, in one direction. `memory` is what the compiler says a program may use. Clocks are those
+# at which the compiler's cycles and the peak agree: peak = clock × 2 × 128² × matrix units × cores.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +177,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 1.5e9, 197e12, 15.75 * _GIB, 819e9, 200e9, 1, 1, "v5e:2x2", True),
     "v5p": Chip("TPU v5", 1.75e9, 459e12, 95.74 * _GIB, 2765e9, 600e9, 2, 1, "v5p:2x2x1", True),
     "v6e": Chip("TPU v6 lite", 1.75e9, 918e12, 31.25 * _GIB, 1640e9, 448e9, 1, 1, "v6e:2x2", False),
+    "tpu7x": Chip("TPU7x", 2.2e9, 2307e12, 189.5 * _GIB, 7380e9, 600e9, 2, 2, "tpu7x:2x2x1", False),
 }
 CHIPS_PER_HOST = 4  # of slices with several hosts
 # Between slices, bytes per second for a chip: 100 Gbit/s for a host of four.
@@ -189,7 +190,7 @@ def chip_of(topology: str) -> Chip:
     Raises:
       UserError: it is not in the table.
     """
-    name = topology.partition(":")[0]
+    name = topology.partition(":")[0].lower()
     if name not in CHIPS:
         raise UserError(f"--topology {topology} is unknown: use {KNOWN_TOPOLOGIES}")
     return CHIPS[name]
@@ -197,7 +198,7 @@ def chip_of(topology: str) -> Chip:
 
 KNOWN_TOPOLOGIES = (
     "v4:2x2x1 … v4:8x8x16, v5e:2x2, 2x4, 4x4, 4x8, 8x8, 8x16 or 16x16, v5p:2x2x1 … "
-    "v5p:8x8x16, v6e like v5e"
+    "v5p:8x8x16, v6e like v5e, tpu7x:2x2x1 …"
 )
 
 
@@ -208,6 +209,7 @@ PEAK_FLOPS = {
         chip.device_kind: chip.peak_flops
         for chip in sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))
     },
+    CHIPS["tpu7x"].device_kind: CHIPS["tpu7x"].device().peak_flops,  # a chip is two devices
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

@@ -274,6 +274,8 @@ def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
         weight=kept_whole if whole_weights else functools.partial(_gathered, mesh),
         per_shard=per_shard,
         platform=mesh.devices.flat[0].platform,
+        # TPU devices alone say so.
+        cores=getattr(mesh.devices.flat[0], "num_cores", None) or 1,
     )
     with use_placement(value):
         yield

@@ -30,8 +30,9 @@ from diffit_jax.runtime.parallel import MeshShape
 from diffit_jax.training.step import lower_train_step
 
 
-def inputs(window, width, batch, heads, dtype=np.float32):
-    draw = np.random.default_rng(window + width)
+def inputs(window, width, batch, heads, dtype=np.float32, seed=0):
+    """Queries as the kernel wants them, multiplied by log2 e, but all (B, H, L, D)."""
+    draw = np.random.default_rng([window, width, seed])
     q, k, v, gradient = (
         draw.standard_normal((batch, heads, window**2, width)).astype(np.float32) * width**-0.25
         for _ in range(4)
@@ -44,76 +45,97 @@ def inputs(window, width, batch, heads, dtype=np.float32):
     )
 
 
-def reference(q, k, v, table, window):
-    """softmax(q kᵀ + bias) v as it is written."""
-    bias = table[relative_position_index(window)].transpose(2, 0, 1)
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest") + bias
-    return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits), v, precision="highest")
+def exact(q, k, v, table, gradient, window):
+    """softmax(ln 2 · q kᵀ + bias) v as it is written, and all gradients, in float64."""
+    q, k, v, table, gradient = (np.asarray(x, np.float64) for x in (q, k, v, table, gradient))
+    index = relative_position_index(window)
+    logits = np.log(2) * q @ k.swapaxes(2, 3) + table[index].transpose(2, 0, 1)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    of_weights = gradient @ v.swapaxes(2, 3)
+    of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
+    of_table = np.zeros_like(table)
+    for head in range(table.shape[1]):
+        np.add.at(of_table[:, head], index, of_logits[:, head].sum(0))
+    of_q, of_k = np.log(2) * of_logits @ k, np.log(2) * of_logits.swapaxes(2, 3) @ q
+    return weights @ v, of_q, of_k, weights.swapaxes(2, 3) @ gradient, of_table
 
 
-def kernel(q, k, v, table, window):
-    return attention_kernel.attention(q, k, v, attention_kernel.bias_strips(table, window), True)
+def kernel(q, k, v, table, window, cores=1):
+    """The kernel on (B, H, L, D), in whatever layout it wants these."""
+
+    def laid_out(x):
+        return x.swapaxes(2, 3) if attention_kernel.channels_first(q.shape[-1]) else x
+
+    strip = attention_kernel.bias_strip(table, window)
+    target = attention_kernel.Target(cores, interpret=True)
+    return laid_out(attention_kernel.attention(*map(laid_out, (q, k, v)), strip, target))
 
 
-def assert_close(ours, theirs, tolerance):
-    """Relative to the largest value."""
-    for one, other in zip(ours, theirs, strict=True):
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        assert (
-            np.isfinite(one).all() and np.abs(one - other).max() <= tolerance * np.abs(other).max()
-        )
+def errors(window, cores, q, k, v, table, gradient):
+    """Of the output and the gradients of queries, keys, values and table: the norm of the error
+    over that of the array."""
+    run = jax.jit(functools.partial(kernel, window=window, cores=cores))
+    out, pullback = jax.vjp(run, q, k, v, table)
+    assert out.dtype == q.dtype
+    ours = out, *pullback(gradient)
+    assert [x.dtype for x in ours[1:]] == [q.dtype] * 3 + [jnp.float32]
+    ours = [np.asarray(x, np.float64) for x in ours]
+    theirs = exact(q, k, v, table, gradient, window)
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, theirs, strict=True)]
 
 
-def both(function, window, q, k, v, table, gradient):
-    """Output and the gradients with respect to queries, keys, values and table."""
-    out, pullback = jax.vjp(functools.partial(function, window=window), q, k, v, table)
-    return out, *pullback(gradient.astype(out.dtype))
+SHAPES = [  # window, head width, batch, heads, cores of a chip
+    (16, 72, 3, 2, 1),  # the released width; a group of three examples
+    (16, 128, 1, 2, 2),  # channels last; a batch that two cores cannot divide
+    (32, 72, 2, 1, 2),
+    (32, 64, 1, 1, 1),
+    (32, 128, 1, 1, 1),
+]
+# Widths that leave other numbers of rows free, channels last among them, from one to six examples.
+for number in range(4):
+    draw = np.random.default_rng(number)
+    width = int(draw.choice([8, 12, 24, 56, 120, 136, 256]))
+    SHAPES.append((16, width, int(draw.integers(1, 7)), int(draw.integers(1, 3)), 1 + number % 2))
 
 
-@pytest.mark.parametrize(
-    ("window", "width", "batch", "heads"), [(16, 72, 6, 2), (16, 128, 1, 3), (32, 16, 2, 1)]
-)
-def test_forward_and_all_gradients(window, width, batch, heads):
-    """float32: 1e-5 of the largest value (measured 7e-7): sums in another order. Six examples make
-    groups of three."""
-    q, k, v, table, gradient = inputs(window, width, batch, heads)
-    assert_close(
-        both(kernel, window, q, k, v, table, gradient),
-        both(reference, window, q, k, v, table, gradient),
-        1e-5,
-    )
+@pytest.mark.parametrize(("window", "width", "batch", "heads", "cores"), SHAPES)
+def test_forward_and_all_gradients(window, width, batch, heads, cores):
+    """float32 within 1e-6 (measured 3e-7 to 9e-7, XLA's own attention 4e-7 to 7e-7)."""
+    arrays = inputs(window, width, batch, heads)
+    assert max(errors(window, cores, *arrays)) <= 1e-6
 
 
-def test_bfloat16():
-    """Against float32 with the same rounded inputs: within 2e-2, bfloat16 having 8 bits. Measured
-    6e-3."""
-    q, k, v, table, gradient = inputs(16, 72, 4, 2, jnp.bfloat16)
-    exact = both(reference, 16, *(x.astype(jnp.float32) for x in (q, k, v)), table, gradient)
-    ours = both(kernel, 16, q, k, v, table, gradient)
-    assert ours[0].dtype == jnp.bfloat16 and ours[4].dtype == jnp.float32
-    assert_close(ours, exact, 2e-2)
+@pytest.mark.parametrize(("window", "width"), [(16, 72), (32, 72), (16, 64), (32, 128)])
+def test_bfloat16(window, width):
+    """Rounded once each, weights and results are off by 2.4e-3, and no more is added: the bias is
+    float32, and the gradient of the table (measured 1.4e-4 to 5e-4) sums float32."""
+    *arrays, table = errors(window, 2, *inputs(window, width, 2, 1, jnp.bfloat16))
+    assert max(arrays) <= 2.6e-3 and table <= 1e-3
 
 
 @pytest.mark.parametrize("window", [16, 32])
-def test_strips_are_the_bias_of_every_block(window):
-    """Each block's slice equals the rows of the whole matrix, bit for bit."""
+def test_strip_is_the_bias_of_every_row_of_the_window(window):
+    """Each row's slice equals the rows of the whole matrix, bit for bit."""
     table = jnp.asarray(
         np.random.default_rng(0).standard_normal(((2 * window - 1) ** 2, 2)), jnp.float32
     )
     whole = np.asarray(table)[relative_position_index(window)].transpose(2, 0, 1)
-    strips, tokens = np.asarray(attention_kernel.bias_strips(table, window)), window**2
-    for start in range(0, tokens, attention_kernel.BLOCK):
-        offset = tokens - attention_kernel.BLOCK - start
-        np.testing.assert_array_equal(
-            strips[:, :, offset : offset + tokens], whole[:, start : start + attention_kernel.BLOCK]
-        )
+    strip, tokens = np.asarray(attention_kernel.bias_strip(table, window)), window**2
+    assert strip.shape == (2, window, 2 * tokens) and not strip[:, :, -window:].any()
+    for row in range(window):
+        start, queries = (window - 1 - row) * window, slice(row * window, (row + 1) * window)
+        np.testing.assert_array_equal(strip[:, :, start : start + tokens], whole[:, queries])
 
 
 def test_large_logits_do_not_overflow():
     q, k, v, table, gradient = inputs(16, 8, 1, 1)
-    results = both(kernel, 16, 300 * q, 300 * k, v, table, gradient)
-    assert_close(results[:1], [reference(300 * q, 300 * k, v, table, 16)], 1e-4)
-    assert all(np.isfinite(np.asarray(result)).all() for result in results)
+    run = functools.partial(kernel, window=16)
+    out, pullback = jax.vjp(run, 300 * q, 300 * k, v, table)
+    theirs, *_ = exact(300 * q, 300 * k, v, table, gradient, 16)
+    # Logits of 1e5 have a last bit of 0.01.
+    assert np.linalg.norm(np.asarray(out) - theirs) <= 1e-2 * np.linalg.norm(theirs)
+    assert all(np.isfinite(np.asarray(x)).all() for x in (out, *pullback(gradient)))
 
 
 @pytest.mark.parametrize(

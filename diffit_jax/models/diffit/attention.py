@@ -35,6 +35,7 @@ from diffit_jax.models.placement import (
     TENSOR,
     Param,
     at_least_float32,
+    cores,
     param,
     per_shard,
     platform,
@@ -167,22 +168,16 @@ def choose_backend(
 
 
 def _softmax_attention(
-    q_BHLD: jax.Array,
-    k_BHLD: jax.Array,
-    v_BHLD: jax.Array,
-    table: jax.Array,
-    *,
-    window: int,
-    backend: str,
+    q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, *, window: int, backend: str
 ) -> jax.Array:
     """Compute softmax(q kᵀ + bias) v by the TPU kernel or cuDNN. The table's heads come last."""
     if backend == "pallas":
-        strips = attention_kernel.bias_strips(table, window)
-        return attention_kernel.attention(
-            q_BHLD, k_BHLD, v_BHLD, strips, interpret=not platforms.of(platform()).compiles_kernel
-        )
-    bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q_BHLD.dtype)
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLD, k_BHLD, v_BHLD))
+        strip = attention_kernel.bias_strip(table, window)
+        interpret = not platforms.of(platform()).compiles_kernel
+        target = attention_kernel.Target(cores(), interpret)
+        return attention_kernel.attention(q, k, v, strip, target)
+    bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     return jax.nn.dot_product_attention(
         q, k, v, bias_HLL[None], scale=1.0, implementation="cudnn"
     ).transpose(0, 2, 1, 3)
@@ -229,26 +224,31 @@ class TMSA(nn.Module):
         spatial_kernel = spatial.kernel.ready(self.dtype)
         time_kernel = time.kernel.ready(self.dtype)
         query, value = 0, time_kernel.shape[1] - 1  # a slim time projection has no key between
+        backend = self._backend(head_width)
+        # The kernel may want the tokens last, and computes its softmax in powers of two.
+        tokens_last = backend == "pallas" and attention_kernel.channels_first(head_width)
+        head = "dl" if tokens_last else "ld"
+        scale = head_width**-0.5 * (attention_kernel.LOG2_E if backend == "pallas" else 1)
 
         def from_time(index: int) -> jax.Array:
             projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, index])
-            return projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
+            of_head = projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
+            return jnp.expand_dims(of_head, (1, 4 if tokens_last else 3))
 
         # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
         # bias: both would cancel in the softmax (top of this file).
-        q_BNHLD, k_BNHLD, v_BNHLD = (
-            jnp.einsum("bnlc,chd->bnhld", x_BNLC, spatial_kernel[:, index]) for index in range(3)
+        q, k, v = (
+            jnp.einsum(f"bnlc,chd->bnh{head}", x_BNLC, spatial_kernel[:, index])
+            for index in range(3)
         )
         # Eq. 3 and 5, the part of the time token, with both biases.
-        q_time_BHD, v_time_BHD = from_time(query), from_time(value)
-        q_BNHLD = (q_BNHLD + q_time_BHD[:, None, :, None]) * head_width**-0.5
-        q_BNHLD, k_BNHLD, v_BNHLD = (checkpoint_name(x, "qkv") for x in (q_BNHLD, k_BNHLD, v_BNHLD))
+        q_time, v_time = from_time(query), from_time(value)
+        q, k, v = (checkpoint_name(x, "qkv") for x in ((q + q_time) * scale, k, v))
 
         # Eq. 6. The weights of a row sum to one, so that the time's share of the values, the same
         # for every token, is added behind them.
-        out_BNHLD = self._attend(q_BNHLD, k_BNHLD, v_BNHLD, bias_table)
-        out_BNHLD = out_BNHLD + v_time_BHD[:, None, :, None]
-        return self._project_out(out_BNHLD, channels)
+        out = self._attend(q, k, v, bias_table, backend) + v_time
+        return self._project_out(out, head, channels)
 
     def _input_projections(
         self, channels: int, time_width: int
@@ -289,36 +289,42 @@ class TMSA(nn.Module):
         )
         return spatial, time, bias_table.value
 
+    def _backend(self, head_width: int) -> str:
+        """Return how attention is computed: by XLA where its weights are to be kept."""
+        if self.is_mutable_collection("intermediates"):
+            return "xla"
+        return choose_backend(self.backend, platform(), self.window, head_width, self.dtype)[0]
+
     def _attend(
-        self, q_BNHLD: jax.Array, k_BNHLD: jax.Array, v_BNHLD: jax.Array, bias_table: jax.Array
+        self, q: jax.Array, k: jax.Array, v: jax.Array, bias_table: jax.Array, backend: str
     ) -> jax.Array:
-        """Compute softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch."""
-        head_width = q_BNHLD.shape[-1]
-        backend, _ = choose_backend(self.backend, platform(), self.window, head_width, self.dtype)
-        if backend == "xla" or self.is_mutable_collection("intermediates"):
+        """Compute softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch.
+
+        Queries, keys and values are (B, N, H, L, D), with a kernel that wants it (B, N, H, D, L).
+        """
+        if backend == "xla":
             tile = self.tile or (self.window, self.window)
             index_LL, shared_LL = tile_index(tile, self.window)
             bias_LLH = bias_table[index_LL]
             if not shared_LL.all():
                 bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
             logits = jnp.einsum(
-                "bnhqd,bnhkd->bnhqk",
-                q_BNHLD,
-                k_BNHLD,
-                preferred_element_type=at_least_float32(self.dtype),
+                "bnhqd,bnhkd->bnhqk", q, k, preferred_element_type=at_least_float32(self.dtype)
             )
             weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
             # Kept only when the caller asks for "intermediates".
             self.sow("intermediates", "attention", weights)
-            return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v_BNHLD)
+            return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v)
         attend = functools.partial(_softmax_attention, window=self.window, backend=backend)
-        windows = [x.reshape(-1, *x.shape[2:]) for x in (q_BNHLD, k_BNHLD, v_BNHLD)]
-        out_BNHLD = per_shard(attend)(*windows, bias_table).reshape(q_BNHLD.shape)
-        return checkpoint_name(out_BNHLD, "attention")
+        windows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+        return per_shard(attend)(*windows, bias_table).reshape(q.shape)
 
-    def _project_out(self, out_BNHLD: jax.Array, channels: int) -> jax.Array:
-        """Join the heads, (B, N, H, L, D), by the output projection: (B, N, L, C)."""
-        heads, head_width = out_BNHLD.shape[2], out_BNHLD.shape[-1]
+    def _project_out(self, out: jax.Array, head: str, channels: int) -> jax.Array:
+        """Join the heads, (B, N, H, …), by the output projection: (B, N, L, C).
+
+        `head` names the last two axes, "ld" or "dl".
+        """
+        heads, head_width = self.num_heads, channels // self.num_heads
         kernel = param(
             self,
             "out_kernel",
@@ -328,7 +334,7 @@ class TMSA(nn.Module):
         ).ready(self.dtype)
         zeros = nn.initializers.zeros_init()
         bias = param(self, "out_bias", zeros, (channels,), decays=False).value
-        return jnp.einsum("bnhld,hdc->bnlc", out_BNHLD, kernel) + bias.astype(self.dtype)
+        return jnp.einsum(f"bnh{head},hdc->bnlc", out, kernel) + bias.astype(self.dtype)
 
 
 class _Projection(NamedTuple):
