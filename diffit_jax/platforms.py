@@ -14,6 +14,7 @@ class Platform:
     Attributes:
       auto_attention: what `attention: auto` means, in `attention.BACKENDS`.
       auto_reason: why, for people.
+      own_attention: whether "auto" takes XLA's attention with a backward pass of our own.
       attentions: ways to compute attention that a matrix of benchmarks tries.
       compiles_kernel: whether the Pallas kernel is compiled; elsewhere it is emulated, and slow.
       has_cudnn: whether cuDNN's attention is there.
@@ -24,8 +25,10 @@ class Platform:
       resampling: precision of the products of an augmentation. On TPUs "high" is three products of
         bfloat16 in place of six: 1.5e-5 off the golden images of EDM's code, by emulation.
         (Elsewhere that name would mean less.)
-      donates: whether a step takes over the memory of its state. On CPUs memory is not scarce, and
-        XLA's in-place updates make a small network's step 1.3 times as long.
+      donates_from: parameters from which a step takes over the memory of its state. On CPUs memory
+        is not scarce, and XLA's in-place updates make a small network's step 1.3 times as long.
+      skips_by_branch: whether a step that does leaves an update out by a branch: a choice between
+        the old and the new state reads and writes all of it once more.
       decodes_one: whether an autoencoder works through examples one by one: on a CPU more would not
         be faster, and sums would come in another order; convolutions in a loop are over fifteen
         times as slow there.
@@ -33,6 +36,7 @@ class Platform:
 
     auto_attention: str = "xla"
     auto_reason: str = "auto, not on a TPU"
+    own_attention: bool = False
     attentions: tuple[str, ...] = ("xla",)
     compiles_kernel: bool = False
     has_cudnn: bool = False
@@ -40,12 +44,19 @@ class Platform:
     repeats_fusions: bool = False
     tiles_last_axes: bool = False
     resampling: str = "highest"
-    donates: bool = True
+    donates_from: float = 0
+    skips_by_branch: bool = False
     decodes_one: bool = False
 
 
 PLATFORMS = {
-    "cpu": Platform(repeats_fusions=True, donates=False, decodes_one=True),
+    "cpu": Platform(
+        own_attention=True,
+        repeats_fusions=True,
+        donates_from=2e7,
+        skips_by_branch=True,
+        decodes_one=True,
+    ),
     "gpu": Platform(
         auto_reason="auto; in bfloat16 model.attention=cudnn may be faster",
         attentions=("xla", "cudnn"),

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.configs import small_latent_config
 from support.processes import ROOT
@@ -12,10 +13,10 @@ from support.processes import ROOT
 from diffit_jax import models, platforms
 from diffit_jax.experiment.config import build
 from diffit_jax.platforms import PLATFORMS
-from diffit_jax.run.state import setup_experiment
+from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.decoder import slice_size
-from diffit_jax.training.step import batch_shapes, lower_train_step
+from diffit_jax.training.step import batch_shapes, compile_train_step, lower_train_step
 
 
 @pytest.fixture
@@ -37,13 +38,49 @@ def test_names_of_devices_lead_to_an_entry():
 def test_the_step_takes_over_memory_where_the_entry_says_so(as_cpu):
     setup = setup_experiment(small_latent_config())
 
-    def donated():
+    def program():
         batch = batch_shapes(setup.experiment, setup.mesh)
-        return "tf.aliasing_output" in lower_train_step(setup, setup.state, batch).as_text()
+        text = lower_train_step(setup, setup.state, batch).as_text()
+        return "tf.aliasing_output" in text, text.count("stablehlo.case")
 
-    assert not donated()
-    as_cpu(donates=True)
-    assert donated()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.state.params))
+    donated, branches = program()
+    assert not donated
+    as_cpu(donates_from=parameters + 1)
+    assert program() == (False, branches)
+    as_cpu(donates_from=parameters)
+    assert program() == (True, branches + 1)
+    as_cpu(donates_from=0, skips_by_branch=False)
+    assert program() == (True, branches)
+
+
+def test_an_update_left_out_by_a_branch_is_one_left_out_by_a_choice(as_cpu):
+    """Made with the same numbers, to a rounding, and left out whole where the gradient is not
+    finite."""
+    results = []
+    for large in (False, True):
+        as_cpu(donates_from=0 if large else 1e9)
+        setup = setup_experiment(small_latent_config())
+        state, shapes = (
+            create_state(setup.experiment, setup.mesh),
+            batch_shapes(setup.experiment, setup.mesh),
+        )
+        draw = np.random.default_rng(0)
+        latent = draw.normal(size=shapes["latent"].shape).astype(np.float32)
+        rest = {k: np.zeros(x.shape, x.dtype) for k, x in shapes.items()}
+        size = len(latent)
+        batch = parallel.put_batch(setup.mesh, rest | {"latent": latent}, size)
+        broken = parallel.put_batch(setup.mesh, rest | {"latent": latent * np.nan}, size)
+        step, collected, _ = compile_train_step(setup, state, batch)
+        state, collected = step(state, collected, batch, {})
+        once = jax.device_get(state)
+        state, _ = step(state, collected, broken, {})
+        for before, after in zip(*map(jax.tree.leaves, (once.params, state.params)), strict=True):
+            np.testing.assert_array_equal(before, after)
+        assert (int(state.step), int(state.skipped), int(state.consecutive_skipped)) == (2, 1, 1)
+        results.append(once)
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_slices_and_attention_follow_the_entry(as_cpu):

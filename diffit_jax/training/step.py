@@ -87,9 +87,15 @@ def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
 
 
 def make_train_step(
-    experiment: Experiment, objective: Objective = DENOISING
+    experiment: Experiment, objective: Objective = DENOISING, *, in_place: bool = False
 ) -> Callable[[TrainState, metrics.Collection, Batch, Any], tuple[TrainState, metrics.Collection]]:
     """Return the update as a pure function, ready for `jit` (donate the state and the metrics).
+
+    Args:
+      experiment: what to train.
+      objective: the loss.
+      in_place: whether an update without a finite gradient is left out by a branch, not by a
+        choice between the old and the new number of everything.
 
     Returns:
       `step(state, metrics, batch, frozen) -> (state, metrics)`. The batch is that of a `Source`,
@@ -125,7 +131,11 @@ def make_train_step(
         def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        state = if_finite(updated(experiment, state, gradient, batch_size), state).replace(
+        def update(state: TrainState) -> TrainState:
+            return updated(experiment, state, gradient, batch_size)
+
+        new = jax.lax.cond(finite, update, lambda old: old, state) if in_place else update(state)
+        state = (new if in_place else if_finite(new, state)).replace(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             consecutive_skipped=jnp.where(finite, 0, state.consecutive_skipped + 1),
@@ -266,10 +276,12 @@ def lower_train_step(setup: Setup, state: TrainState, batch: Batch) -> jax.stage
     experiment, mesh, objective = setup.experiment, setup.mesh, setup.objective
     empty = step_metrics(experiment.process, objective).empty
     collected = parallel.abstract(mesh, jax.eval_shape(empty))
-    donated = (0, 1) if platforms.of_mesh(mesh).donates else ()
+    platform, parameters = platforms.of_mesh(mesh), jax.tree.leaves(setup.state.params)
+    large = sum(leaf.size for leaf in parameters) >= platform.donates_from
+    donated = (0, 1) if large else ()
     laid = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     shardings = laid, parallel.replicated(mesh)
-    step = make_train_step(experiment, objective)
+    step = make_train_step(experiment, objective, in_place=large and platform.skips_by_branch)
     jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
     with parallel.placement(mesh):
         return jitted.lower(state, collected, batch, objective.frozen)

@@ -183,6 +183,54 @@ def _softmax_attention(
     ).transpose(0, 2, 1, 3)
 
 
+@jax.custom_vjp
+def _reverse_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias_HLL: jax.Array) -> jax.Array:
+    """Compute softmax(q kᵀ + bias) v of (B, N, H, L, D), with a backward pass written for CPUs.
+
+    XLA:CPU is slow where it sums over leading axes, and in the derivative of a softmax. Rows are
+    divided behind the products, over D channels and not L keys; the mean of a row's gradient is
+    taken from the output; and the gradient of the bias is summed over examples by a product.
+    """
+    return _reverse_forward(q, k, v, bias_HLL)[0]
+
+
+def _reverse_forward(q, k, v, bias_HLL):
+    logits = _logits(q, k) + bias_HLL
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    totals = weights.sum(-1, keepdims=True)
+    weights = weights.astype(q.dtype)
+    out = (jnp.einsum("bnhqk,bnhkd->bnhqd", weights, v) / totals).astype(q.dtype)
+    return out, (q, k, v, weights, totals, out)
+
+
+def _reverse_backward(saved, gradient):
+    q, k, v, weights, totals, out = saved
+    exact = totals.dtype
+    divided = gradient.astype(exact) / totals
+    means = jnp.sum(divided * out.astype(exact), axis=-1, keepdims=True)
+    divided = divided.astype(q.dtype)
+    of_weights = _logits(divided, v)
+    of_logits = weights.astype(exact) * (of_weights - means)
+    # (B N, H L L) summed over its rows.
+    flat = of_logits.reshape(-1, of_logits[0, 0].size)
+    of_bias = jnp.ones((1, len(flat)), exact) @ flat
+    of_logits = of_logits.astype(q.dtype)
+    return (
+        jnp.einsum("bnhqk,bnhkd->bnhqd", of_logits, k),
+        jnp.einsum("bnhqk,bnhqd->bnhkd", of_logits, q),
+        jnp.einsum("bnhqk,bnhqd->bnhkd", weights, divided),
+        of_bias.reshape(of_logits.shape[2:]),
+    )
+
+
+_reverse_attention.defvjp(_reverse_forward, _reverse_backward)
+
+
+def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Multiply queries and keys, (B, N, H, L, D) each, to (B, N, H, L, L) in float32 at least."""
+    return jnp.einsum("bnhqd,bnhkd->bnhqk", q, k, preferred_element_type=at_least_float32(q.dtype))
+
+
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
@@ -308,10 +356,11 @@ class TMSA(nn.Module):
             bias_LLH = bias_table[index_LL]
             if not shared_LL.all():
                 bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
-            logits = jnp.einsum(
-                "bnhqd,bnhkd->bnhqk", q, k, preferred_element_type=at_least_float32(self.dtype)
-            )
-            weights = nn.softmax(logits + bias_LLH.transpose(2, 0, 1))
+            bias_HLL = bias_LLH.transpose(2, 0, 1)
+            kept = self.is_mutable_collection("intermediates")
+            if self.backend == "auto" and platforms.of(platform()).own_attention and not kept:
+                return _reverse_attention(q, k, v, bias_HLL)
+            weights = nn.softmax(_logits(q, k) + bias_HLL)
             # Kept only when the caller asks for "intermediates".
             self.sow("intermediates", "attention", weights)
             return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v)
