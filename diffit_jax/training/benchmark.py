@@ -1,15 +1,20 @@
-"""The verb `benchmark`: times updates of a config, or of all combinations of a few settings."""
+"""The verb `benchmark`: times updates of a config, of many settings, or beside PyTorch."""
 
 import contextlib
 import functools
+import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffit_jax import models, platforms
@@ -23,7 +28,7 @@ from diffit_jax.runtime.backend import peak_flops
 from diffit_jax.runtime.console import Progress
 from diffit_jax.runtime.run_in_subprocess import run_in_subprocess
 from diffit_jax.training.loop import batches_on
-from diffit_jax.training.step import compile_train_step
+from diffit_jax.training.step import batch_shapes, compile_train_step
 
 
 @backend.reproducible_numerics()
@@ -105,6 +110,156 @@ def _peak_memory(device: jax.Device) -> int:
         return counted["peak_bytes_in_use"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+@backend.reproducible_numerics()
+@backend.explain_oom(backend.TRAINING_OOM_HINT)
+def beside_torch(
+    config: ConfigDict, *, steps: int, python: str, devices: Sequence[jax.Device] | None = None
+) -> dict[str, Any]:
+    """Time updates and evaluations of a latent network, and of the same one in PyTorch, in turns.
+
+    Both get random latents that lie on the device; the other waits meanwhile.
+
+    Args:
+      config: as for training, of a latent network; nothing is written.
+      steps: rounds to time, after three that are not.
+      python: an interpreter that can import PyTorch.
+      devices: to use; None: all.
+
+    Returns:
+      `device`, `jax`, `torch`: what ran; `compile_s`; for `train` and `forward` the median
+      milliseconds of both and `…_ratio`: PyTorch's over ours, over 1 where ours is faster.
+
+    Raises:
+      UserError: PyTorch, or the network's file, is not there.
+    """
+    setup = setup_experiment(config, devices)
+    experiment, mesh, model = setup.experiment, setup.mesh, setup.experiment.model
+    size = experiment.training.batch_size
+    sizes = {name: getattr(model, name, None) for name in _TORCH_SIZES}
+    if None in sizes.values():
+        raise UserError("--beside_torch compares latent networks (latent_diffit): name such a one")
+    sizes |= {"batch_size": size, "dtype": jnp.dtype(model.dtype).name}
+    other = _Torch(python, sizes)
+
+    draw = np.random.default_rng(0)
+    arrays = {
+        name: draw.normal(size=leaf.shape).astype(leaf.dtype)
+        for name, leaf in batch_shapes(experiment, mesh).items()
+    }
+    arrays["label"] = np.arange(size, dtype=np.int32) % max(model.num_classes, 1)
+    batch, state = parallel.put_batch(mesh, arrays, size), create_state(experiment, mesh)
+    train_step, collected, compile_s = compile_train_step(setup, state, batch)
+    x = jax.device_put(
+        draw.normal(size=(size, *model.sample_shape)).astype(np.float32),
+        parallel.batch_sharding(mesh),
+    )
+    with parallel.placement(mesh):
+        forward = jax.jit(
+            lambda variables, x, label: models.as_network(model, variables)(
+                x, jnp.linspace(0, 999, size), {"label": label}
+            )
+        )
+        variables = {"params": state.params, "constants": state.constants}
+        forward = forward.lower(variables, x, batch["label"]).compile()
+
+    rounds: dict[str, list[tuple[float, float]]] = {"train": [], "forward": []}
+    with Progress("benchmark", steps + 3) as progress, other:
+        for _ in range(steps + 3):
+            for verb, both in rounds.items():
+                taken: list[float] = []
+                with _timed(taken):
+                    if verb == "train":
+                        state, collected = train_step(
+                            state, collected, batch, setup.objective.frozen
+                        )
+                        jax.block_until_ready(state)
+                    else:
+                        variables = {"params": state.params, "constants": state.constants}
+                        jax.block_until_ready(forward(variables, x, batch["label"]))
+                both.append((taken[0], other.seconds(verb)))
+            progress.advance()
+    found: dict[str, Any] = {
+        "device": parallel.local_device(mesh).device_kind,
+        "jax": jax.__version__,
+        "torch": other.version,
+        "attention": models.describe_attention(model, parallel.local_device(mesh).platform),
+        "compile_s": compile_s,
+    }
+    for verb, both in rounds.items():
+        ours, theirs = (statistics.median(column[3:]) for column in zip(*both, strict=True))
+        found |= {
+            f"{verb}_ms": ours * 1e3,
+            f"{verb}_torch_ms": theirs * 1e3,
+            f"{verb}_ratio": theirs / ours,
+        }
+    return found
+
+
+_TORCH_SIZES = (
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "patch_size",
+    "input_size",
+    "input_channels",
+    "mlp_ratio",
+    "num_classes",
+    "learn_sigma",
+)
+
+
+class _Torch:
+    """The network in PyTorch, in a process of its own that does what it is told, and waits."""
+
+    def __init__(self, python: str, sizes: Mapping[str, Any]):
+        script = Path(__file__).parents[2] / "tests" / "support" / "torch_network.py"
+        if not script.is_file():
+            raise UserError(
+                "--beside_torch needs tests/support/torch_network.py: run it from a checkout of "
+                "the project"
+            )
+        command = [python, str(script), json.dumps(sizes)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        except OSError as error:
+            raise UserError(
+                f"--beside_torch={python} cannot be started ({error.strerror}): name a Python that "
+                "has PyTorch"
+            ) from error
+        self.version = self._answer()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def seconds(self, verb: str) -> float:
+        """Do it once and return how long it took there."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{verb}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout and self._process.stderr
+        line = self._process.stdout.readline().strip()
+        if not line:
+            lines = self._process.stderr.read().strip().splitlines() or ["it ended"]
+            raise UserError(
+                f"the network in PyTorch ended ({lines[-1][:200]}): name by --beside_torch a "
+                "Python that has PyTorch, and a batch that fits"
+            )
+        return line
 
 
 # What `--sweep` varies; batch is of all devices.

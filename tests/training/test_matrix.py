@@ -1,4 +1,5 @@
-"""`benchmark --sweep` measures every combination, each in a process of its own."""
+"""`benchmark`: `--sweep` measures every combination, each in a process of its own;
+`--beside_torch` takes turns with PyTorch."""
 
 import json
 
@@ -106,3 +107,37 @@ def test_what_cannot_be_measured(asked, message, tmp_path):
     result = launch("benchmark", *flags, config=small_latent_config(), tmp_path=tmp_path)
     assert_one_line_error(result, message)
     assert not (tmp_path / "m.json").exists()
+
+
+def test_ours_and_pytorchs_in_turns(tmp_path):
+    """PyTorch, which the tests do not install, is played by a program that takes 7 seconds, it
+    says, for whatever it is told."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\necho PyTorch of $2 >> asked\necho PyTorch 2\n"
+        "while read verb; do echo $verb >> asked; echo 7.0; done\n"
+    )
+    python.chmod(0o755)
+    asked = ["--beside_torch", str(python)]
+    result = launch("benchmark", *FLAGS, *asked, config=small_latent_config(), tmp_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "m.json").read_text())
+    first, *verbs = (tmp_path / "asked").read_text().splitlines()
+    assert "batch_size: 8" in first.replace('"', "") and verbs == ["train", "forward"] * 4
+    for verb in ("train", "forward"):
+        assert found[f"{verb}_torch_ms"] == 7000 and 0 < found[f"{verb}_ms"] < 7000
+        assert found[f"{verb}_ratio"] == pytest.approx(7000 / found[f"{verb}_ms"])
+
+
+@pytest.mark.parametrize(
+    ("config", "python", "words"),
+    [
+        (small_config, "python", "compares latent networks"),
+        (small_latent_config, "no-such-python", "cannot be started (No such file or directory)"),
+        (small_latent_config, "false", "the network in PyTorch ended (it ended)"),
+    ],
+)
+def test_no_comparison_without_pytorch(config, python, words):
+    with pytest.raises(UserError) as caught:
+        benchmark.beside_torch(config(), steps=1, python=python)
+    assert words in str(caught.value)
