@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from scipy import ndimage
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
@@ -401,6 +400,8 @@ def resize_bias_table(table: np.ndarray, old: int, new: int) -> np.ndarray:
 
 def _resample(table: np.ndarray, side: int, places: np.ndarray) -> np.ndarray:
     """Interpolate a (side², C) table at all pairs of `places`, in float64."""
+    from scipy import ndimage  # a tenth of what a command imports, and hardly ever needed
+
     channels = np.asarray(table, np.float64).reshape(side, side, -1).transpose(2, 0, 1)
     coordinates = np.stack(np.meshgrid(places, places, indexing="ij"))
     values = np.stack(

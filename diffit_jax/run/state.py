@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffit_jax import models
+from diffit_jax import models, platforms
 from diffit_jax.data.sources import DataSpec, Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment, build, class_name
@@ -87,7 +87,8 @@ def create_state(
     """Initialise a state by one jitted function straight into its shardings."""
     abstract = abstract_state(experiment, mesh, objective)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: _init(experiment, objective), out_shardings=shardings)()
+    init = jax.jit(lambda: _init(experiment, objective), out_shardings=shardings)
+    return init.lower().compile(platforms.of_mesh(mesh).once)()
 
 
 @jax.jit

@@ -18,23 +18,15 @@ SETTINGS = [
     ("imagenet512_latent", "v5p:2x2x4", 8),
     ("imagenet256_latent", "v5p:2x2x4", 32),
 ]
-EDITS = {
-    "diffit_jax/models/diffit/attention_kernel.py": [
-        (
-            "_dot(q, k, 1, 1) + strips_ref[0, :, _keys(len(k), start)].astype(jnp.float32)",
-            "_dot(q, k, 1, 1)",
-        ),
-        ("            strips_out_ref[0, :, _keys(tokens, start)] += logits_gradient\n", ""),
-        (
-            "    heads, tokens, rows = table.shape[1]",
-            "    return jnp.zeros((table.shape[1], BLOCK, BLOCK))\n    heads, tokens, rows = "
-            "table.shape[1]",
-        ),
-    ],
-    "diffit_jax/preflight/schedule.py": [
-        ("2 * tokens - attention_kernel.BLOCK)", "attention_kernel.BLOCK)")
-    ],
-}
+KERNEL = "diffit_jax/models/diffit/attention_kernel.py"
+EDITS = [
+    ("products + bias_ref[:, _keys(sizes, start)]", "products"),
+    ("        bias_sum_ref[:, _keys(sizes, start)] += logits_gradient\n", ""),
+    (
+        "    heads, side = table.shape[1], 2 * window - 1\n",
+        "    return jnp.zeros((table.shape[1], window, 2 * window**2))\n",
+    ),
+]
 
 
 def step_s(root: Path, config: str, topology: str, batch: int) -> float:
@@ -65,13 +57,12 @@ def step_s(root: Path, config: str, topology: str, batch: int) -> float:
 with tempfile.TemporaryDirectory() as folder:
     for name in ("diffit_jax", "configs", "launch"):
         shutil.copytree(ROOT / name, Path(folder) / name)
-    for name, edits in EDITS.items():
-        path = Path(folder) / name
-        text = path.read_text()
-        for before, after in edits:
-            assert text.count(before) == 1, (name, before)
-            text = text.replace(before, after)
-        path.write_text(text)
+    path = Path(folder) / KERNEL
+    text = path.read_text()
+    for before, after in EDITS:
+        assert before in text, before
+        text = text.replace(before, after)
+    path.write_text(text)
     for setting in SETTINGS:
         ours, without = step_s(ROOT, *setting), step_s(Path(folder), *setting)
         print(
