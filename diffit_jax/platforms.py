@@ -1,7 +1,7 @@
 """What differs between CPUs, GPUs and TPUs, in one table, whose entries tests may replace."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class Platform:
     resampling: str = "highest"
     donates_from: float = 0
     skips_by_branch: bool = False
-    once: Mapping[str, Any] | None = None
+    once: dict[str, Any] | None = None
     decodes_one: bool = False
 
 
