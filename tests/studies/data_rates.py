@@ -1,9 +1,10 @@
 """How fast data are made and read on this machine; launch/PERFORMANCE.md has the figures.
 
-    python tests/studies/data_rates.py [prepare] [load] [decode] [far]
+    python tests/studies/data_rates.py [prepare] [load] [latents] [decode] [far]
 
 prepare: 50,000 images of 32×32 in a zip → ArrayRecord, by two processes.
 load: images a second that one core reads of what was prepared, in batches of 512.
+latents: the same of ImageNet's latents, both flips, in batches of 64.
 decode: full-size JPEGs (500×375 at quality 95, as ImageNet's are on average) → ADM's crop, a second
   and core.
 far: a source that answers after 100 ms: 64 rows of 64 KiB each half second.
@@ -56,6 +57,29 @@ def measure_load(folder: Path) -> None:
     print(f"load: {100 * 512 / (time.process_time() - started):,.0f} images/s and core")
 
 
+def measure_latents(folder: Path) -> None:
+    for pixels, side in ((256, 32), (512, 64)):
+        _write_latents(folder / f"{pixels}", 2_000, (2, side, side, 8))
+        stream = batches(open_records(folder / f"{pixels}", "train"), 64, seed=0)
+        next(stream)
+        started = time.process_time()
+        for _ in range(100):
+            next(stream)
+        rate = 100 * 64 / (time.process_time() - started)
+        print(f"latents of {pixels} px: {rate:,.0f}/s and core")
+
+
+def _write_latents(folder: Path, count: int, shape: tuple[int, ...]) -> None:
+    arrays = records.layout(moments=records.ArraySpec(shape, "float16"))
+    plan = shards.Shards(folder, "train", count=count, arrays=arrays, identity={}, per_shard=100)
+    plan.begin()
+    for shard in range(plan.total):
+        with plan.writing(shard) as writer:
+            for _ in plan.numbers(shard):
+                writer.add(0, moments=np.zeros(shape, np.float16))
+    plan.finish(("x",), lambda _: {"source": {}, "crop": {}})
+
+
 def measure_decode(_: Path) -> None:
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -72,17 +96,7 @@ def measure_decode(_: Path) -> None:
 
 
 def measure_far(folder: Path) -> None:
-    count, shape = 2_000, (2, 32, 32, 16)  # 64 KiB
-    arrays = records.layout(moments=records.ArraySpec(shape, "float16"))
-    plan = shards.Shards(
-        folder / "far", "train", count=count, arrays=arrays, identity={}, per_shard=100
-    )
-    plan.begin()
-    for shard in range(plan.total):
-        with plan.writing(shard) as writer:
-            for _ in plan.numbers(shard):
-                writer.add(0, moments=np.zeros(shape, np.float16))
-    plan.finish(("x",), lambda _: {"source": {}, "crop": {}})
+    _write_latents(folder / "far", 2_000, (2, 32, 32, 16))  # 64 KiB
     fetch = RecordSource._fetch
 
     def far(source: RecordSource, path: str, rows: list[int]) -> list[bytes]:
@@ -108,6 +122,7 @@ def main() -> None:
     measures = {
         "prepare": measure_prepare,
         "load": measure_load,
+        "latents": measure_latents,
         "decode": measure_decode,
         "far": measure_far,
     }
