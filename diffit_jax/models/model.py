@@ -182,7 +182,7 @@ def as_network(
 def describe_attention(model: Model, platform: str) -> str:
     """Say how a network computes attention on a platform, and why, for the log.
 
-    For example "xla (the kernel does not serve it: …)".
+    For example "xla (the kernel serves windows of …)".
     """
     backend, reason = model.attention_backend(platform)
     if not reason and model.attention == "auto":

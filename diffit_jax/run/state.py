@@ -244,6 +244,10 @@ def setup_experiment(
                 f"config key process.name is {name}: its networks are only sampled; train with "
                 "ddpm, edm, vp or ve"
             )
+        if experiment.model.attention == "pallas":
+            backend, reason = experiment.model.attention_backend("tpu")
+            if backend != "pallas":
+                raise UserError(f"config key model.attention is pallas, but {reason}: use auto")
         mesh = parallel.make_mesh(devices, experiment.mesh)
         parallel.check_batch_size(
             mesh, training.batch_size, "training.batch_size", parts=training.accumulation

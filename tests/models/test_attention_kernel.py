@@ -13,6 +13,7 @@ from support.configs import config_of, small_config, small_latent_config
 from support.counts import multiply_adds
 
 from diffit_jax import models
+from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit import attention_kernel
 from diffit_jax.models.diffit.attention import (
@@ -160,6 +161,19 @@ def test_what_cannot_be_served_falls_back_and_says_why(
 ):
     backend, why = choose_backend(wanted, platform, window, width, dtype)
     assert backend == chosen and reason in why and bool(why) == bool(reason) and wanted in BACKENDS
+
+
+def test_a_kernel_asked_for_by_name_where_it_does_not_serve_ends_the_run():
+    """Before anything is written; "auto" falls back."""
+    wrong = small_latent_config(model__attention="pallas")  # 4 x 4 tokens
+    with pytest.raises(UserError) as caught:
+        setup_experiment(wrong)
+    assert str(caught.value) == (
+        "config key model.attention is pallas, but the kernel serves windows of 16 x 16 and 32 x "
+        "32 tokens, and not this: 4 x 4 tokens are not made of blocks of 128 in whole rows: use auto"
+    )
+    setup_experiment(small_latent_config(model__attention="auto"))
+    setup_experiment(small_latent_config(**LARGE, model__attention="pallas"))
 
 
 @pytest.mark.parametrize(

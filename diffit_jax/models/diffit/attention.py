@@ -152,7 +152,9 @@ def choose_backend(
             return here.auto_attention, ""
         reason = attention_kernel.supports(window)
         if reason:
-            return "xla", f"the kernel does not serve it: {reason}"
+            sides = [side for side in range(1, 65) if not attention_kernel.supports(side)]
+            served = " and ".join(f"{side} x {side}" for side in sides)
+            return "xla", f"the kernel serves windows of {served} tokens, and not this: {reason}"
         refusal = attention_kernel.refusal() if wanted == "auto" else ""
         return (
             ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
