@@ -169,8 +169,9 @@ def test_a_kernel_asked_for_by_name_where_it_does_not_serve_ends_the_run():
     with pytest.raises(UserError) as caught:
         setup_experiment(wrong)
     assert str(caught.value) == (
-        "config key model.attention is pallas, but the kernel serves windows of 16 x 16 and 32 x "
-        "32 tokens, and not this: 4 x 4 tokens are not made of blocks of 128 in whole rows: use auto"
+        "config key model.attention is pallas, but the kernel serves windows of 16 x 16 and "
+        "32 x 32 tokens, and not this: 4 x 4 tokens are not made of blocks of 128 in whole "
+        "rows: use auto"
     )
     setup_experiment(small_latent_config(model__attention="auto"))
     setup_experiment(small_latent_config(**LARGE, model__attention="pallas"))
