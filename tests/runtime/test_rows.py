@@ -28,7 +28,6 @@ BLOCKS = {
     "v6e:4x4": 2.0,
     "v5e:8x8": 1.0,
     "v5e:2x2": 1.0,
-    "tpu7x:2x2x1": 1.0,
 }
 TOPOLOGIES = [
     *[
