@@ -7,6 +7,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -221,14 +222,14 @@ class _Torch:
                 "the project"
             )
         command = [python, str(script), json.dumps(sizes)]
+        # A file, not a pipe: that would be full one day, and the process wait for a reader.
+        self._folder = tempfile.TemporaryDirectory(prefix="diffit_jax_torch_")
+        self._errors = Path(self._folder.name) / "errors"
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            with self._errors.open("w") as errors:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
         except OSError as error:
             raise UserError(
                 f"--beside_torch={python} cannot be started ({error.strerror}): name a Python that "
@@ -240,6 +241,10 @@ class _Torch:
         pass
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.wait()
 
@@ -251,10 +256,11 @@ class _Torch:
         return float(self._answer())
 
     def _answer(self) -> str:
-        assert self._process.stdout and self._process.stderr
+        assert self._process.stdout
         line = self._process.stdout.readline().strip()
         if not line:
-            lines = self._process.stderr.read().strip().splitlines() or ["it ended"]
+            self._end()
+            lines = self._errors.read_text().strip().splitlines() or ["it ended"]
             raise UserError(
                 f"the network in PyTorch ended ({lines[-1][:200]}): name by --beside_torch a "
                 "Python that has PyTorch, and a batch that fits"

@@ -131,11 +131,14 @@ def make_train_step(
         def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        def update(state: TrainState) -> TrainState:
-            return updated(experiment, state, gradient, batch_size)
+        def update(old: TrainState) -> TrainState:
+            return updated(experiment, old, gradient, batch_size)
 
-        new = jax.lax.cond(finite, update, lambda old: old, state) if in_place else update(state)
-        state = (new if in_place else if_finite(new, state)).replace(
+        if in_place:
+            new = jax.lax.cond(finite, update, lambda old: old, state)
+        else:
+            new = if_finite(update(state), state)
+        state = new.replace(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             consecutive_skipped=jnp.where(finite, 0, state.consecutive_skipped + 1),
