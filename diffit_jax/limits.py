@@ -109,6 +109,9 @@ FINITE = Limits()
 # Beside a field whose setting may differ between a config and the run that it continues, because
 # the numbers do not depend on it.
 RESUMABLE = "free"
+# Beside a field that came after others: what was made before it is known by the others alone, so
+# that a digest or record of settings leaves it out where it has its default.
+LATER = "later"
 Path = Annotated[str, "path"]  # as a person writes it, see `files.resolve`
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
@@ -122,6 +125,11 @@ Dtype = Annotated[np.dtype, one_of("float32", "bfloat16")]
 def is_resumable(declared: Any) -> bool:
     """Whether a field with this declaration has the mark `RESUMABLE`."""
     return RESUMABLE in getattr(declared, "__metadata__", ())
+
+
+def is_later(declared: Any) -> bool:
+    """Whether a field with this declaration has the mark `LATER`."""
+    return LATER in getattr(declared, "__metadata__", ())
 
 
 def is_path(declared: Any) -> bool:

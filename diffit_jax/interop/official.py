@@ -67,8 +67,8 @@ _TENSORS = {
     "final_layer.linear.bias": ("params/final/bias", _SAME),
 }
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
-# What a file says: the sizes, and that it is in the released parametrisation. All other attributes
-# are the config's.
+# What a file says: the sizes, that it is in the released parametrisation, and where time enters.
+# All other attributes are the config's.
 SIZES = (
     "input_size",
     "input_channels",
@@ -80,6 +80,8 @@ SIZES = (
     "num_classes",
     "learn_sigma",
     "slim_tmsa",
+    "time_in",
+    "time_embedding",
 )
 TUNING = tuple(
     name for name in LatentDiffiT.__dataclass_fields__ if name not in (*SIZES, "parent", "name")
@@ -191,13 +193,19 @@ def save(
         released code derives itself but asks for when it loads strictly.
 
     Raises:
-      UserError: an unconditional module, which the released code does not have, or a file that
-        cannot be written.
+      UserError: an unconditional module, or one with another switch, which the released code does
+        not have, or a file that cannot be written.
     """
     if not module.num_classes:
         raise UserError(
             "the released code has no unconditional model: weights of a model without classes "
             "cannot be written for it"
+        )
+    if (module.time_in, module.time_embedding) != ("tmsa", "positional"):
+        raise UserError(
+            f"the released code has time_in 'tmsa' and time_embedding 'positional' alone, not "
+            f"{module.time_in!r} and {module.time_embedding!r}: such weights cannot be written for "
+            "it"
         )
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))

@@ -156,6 +156,18 @@ def number_settings(section: str, value: Any) -> dict[str, Any]:
     return settings if name is None else {"name": name} | settings
 
 
+def identifying_settings(section: str, value: Any) -> dict[str, Any]:
+    """Return `number_settings` by which results are known: fields marked `LATER` if not default."""
+    later = {field.name: field.default for field in dataclasses.fields(value)
+             if limits.is_later(field.type)}  # fmt: skip
+    settings = number_settings(section, value)
+    return {
+        name: setting
+        for name, setting in settings.items()
+        if name not in later or setting != later[name]
+    }
+
+
 def _settings(
     config: Mapping[str, Any], config_file: epath.PathLike | None = None
 ) -> dict[str, Any]:

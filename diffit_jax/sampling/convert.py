@@ -133,6 +133,11 @@ def workdir_to_workdir(
     if state is None:
         raise UserError(f"workdir {workdir} holds no checkpoint: train first")
     if slim is not None and slim != setup.experiment.model.slim_tmsa:
+        if setup.experiment.model.time_in != "tmsa":
+            raise UserError(
+                f"workdir {workdir} has model.time_in {setup.experiment.model.time_in!r}: only "
+                "'tmsa' has two parametrisations; leave out --parametrisation"
+            )
         state = (to_slim if slim else to_released)(state)
         other: Any = setup.experiment.model
         metadata = models.parameter_metadata(other.clone(slim_tmsa=slim))

@@ -527,8 +527,8 @@ def _network(experiment: Experiment, variables: Variables) -> dict[str, Any]:
     """Return what a network's samples depend on: its arrays, model and process."""
     return {
         "contents": checkpoint.fingerprint(variables),
-        "model": workdirs.number_settings("model", experiment.model),
-        "process": workdirs.number_settings("process", experiment.process),
+        "model": workdirs.identifying_settings("model", experiment.model),
+        "process": workdirs.identifying_settings("process", experiment.process),
     }
 
 

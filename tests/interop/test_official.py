@@ -283,6 +283,8 @@ def test_what_cannot_be_saved(tmp_path):
     module, variables = official.load(WEIGHTS["b"])
     with pytest.raises(UserError, match="has no unconditional model"):
         official.save(tmp_path / "w", module.clone(num_classes=0), variables)
+    with pytest.raises(UserError, match="'adaln' and 'positional'"):
+        official.save(tmp_path / "w", module.clone(time_in="adaln"), variables)
     with pytest.raises(UserError, match="cannot be written"):
         official.save("/dev/null/w", module, variables)
     with pytest.raises(UserError, match="must lie on a local or mounted disk"):

@@ -11,7 +11,7 @@ from diffit_jax import models
 from diffit_jax.diffusion.guidance import Constant, PowerCosine, Unguided, apply_guidance
 from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
-from diffit_jax.models.diffit.blocks import position_embedding
+from diffit_jax.models.diffit.conditioning import position_embedding
 from diffit_jax.models.diffit.latent import LatentDiffiT
 
 SMALL = dict(

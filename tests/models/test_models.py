@@ -10,14 +10,8 @@ import pytest
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.models.diffit.attention import TMSA
-from diffit_jax.models.diffit.blocks import (
-    DiffiTBlock,
-    DiffiTResBlock,
-    TimeToken,
-    Upsample,
-    gelu,
-    sinusoidal_embedding,
-)
+from diffit_jax.models.diffit.blocks import DiffiTBlock, DiffiTResBlock, Upsample, gelu
+from diffit_jax.models.diffit.conditioning import TimeToken, sinusoidal_embedding
 from diffit_jax.models.diffit.image import ImageDiffiT
 
 SMALL = dict(

@@ -130,6 +130,8 @@ def test_checkpoints_without_a_config_are_nobodys(mine):
             "optimizer.name = adam, this config has lamb",
         ),
         ({"model__slim_tmsa": True}, "model.slim_tmsa = False"),
+        ({"model__time_in": "adaln"}, "model.time_in = tmsa, this config has adaln"),
+        ({"model__time_embedding": "fourier"}, "model.time_embedding = positional"),
         ({"seed": 1}, "seed = 0"),
         ({"data__name": "digits"}, "data.name|has images of"),
         ({"training__label_dropout": 0.2}, "training.label_dropout = 0.1"),

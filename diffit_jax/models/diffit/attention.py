@@ -16,6 +16,9 @@ equations above):
     its gradient is exactly zero.
   * The weights of a row sum to one, so whatever is the same for every value passes straight
     through: TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
+
+The same module is attention without time in it, or with time in its position bias alone: the
+paper's Table 6 compares them.
 """
 
 import functools
@@ -131,7 +134,13 @@ BACKENDS = ("auto", "xla", "pallas", "cudnn")
 
 
 def choose_backend(
-    wanted: str, platform: str, window: int, head_width: int, dtype: jnp.dtype
+    wanted: str,
+    platform: str,
+    window: int,
+    head_width: int,
+    dtype: jnp.dtype,
+    *,
+    obstacle: str = "",
 ) -> tuple[str, str]:
     """Choose how attention is computed on a platform.
 
@@ -141,6 +150,7 @@ def choose_backend(
       window: side of the window.
       head_width: channels of a head.
       dtype: of the matrix products.
+      obstacle: why no kernel can do what a network asks of it, "" if one can: `xla_only`.
 
     Returns:
       ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on
@@ -150,6 +160,8 @@ def choose_backend(
     if wanted in ("auto", "pallas"):
         if wanted == "auto" and here.auto_attention != "pallas":
             return here.auto_attention, ""
+        if obstacle:
+            return "xla", obstacle
         reason = attention_kernel.supports(window)
         if reason:
             sides = [side for side in range(1, 65) if not attention_kernel.supports(side)]
@@ -159,6 +171,8 @@ def choose_backend(
         return (
             ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
         )
+    if wanted == "cudnn" and obstacle:
+        return "xla", obstacle
     if wanted == "cudnn" and (
         not here.has_cudnn or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128
     ):
@@ -167,6 +181,14 @@ def choose_backend(
             "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8",
         )
     return wanted, ""
+
+
+def xla_only(time_in: str) -> str:
+    """Say why no kernel computes attention with time in this place, "" if one can."""
+    return {
+        "bias": "a position bias for each example is added by XLA alone",
+        "token": "tokens outside the grid are attended to by XLA alone",
+    }.get(time_in, "")
 
 
 def _softmax_attention(
@@ -236,6 +258,9 @@ def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
+    Tokens outside the grid may follow those of each window: they attend and are attended to, and
+    their rows and columns of the position bias are zero.
+
     The parameters are those of the released model, (q, k, v) × heads × head width with a bias for
     the spatial and the time projection, although the key's share of `time_qkv` and both key biases
     have no effect (see the top of this file). The slim parametrisation leaves these out, and
@@ -250,6 +275,12 @@ class TMSA(nn.Module):
       backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
         ("intermediates") with XLA only, which is therefore used when they are asked for.
       tile: tokens that are computed together, if they are of several windows (`dense_tile`).
+      time_in: "tmsa": Eq. 3-6. "bias": x_t adds `time_bias_kernel` x_t to the bias table, a number
+        for each offset and head, zero at first, and enters q, k and v not at all (Table 6, F).
+        Others: attention without time; the parameters of `slim` do not exist then.
+      extra_tokens: number E of tokens outside the grid, behind the L of each window.
+      position_bias: whether there is a bias table.
+      gains: factors on the initial values of the projection in and of that out.
     """
 
     num_heads: int
@@ -258,10 +289,14 @@ class TMSA(nn.Module):
     slim: bool = False
     backend: str = "xla"
     tile: Tile | None = None
+    time_in: str = "tmsa"
+    extra_tokens: int = 0
+    position_bias: bool = True
+    gains: tuple[float, float] = (1.0, 1.0)
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
-        """Map tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C), in `dtype`."""
+        """Map tokens (B, N, L + E, C) and the time token (B, T) to (B, N, L + E, C), in `dtype`."""
         channels = x_BNLC.shape[-1]
         if channels % self.num_heads:
             raise UserError(
@@ -269,20 +304,25 @@ class TMSA(nn.Module):
                 "or the head width"
             )
         head_width = channels // self.num_heads
-        spatial, time, bias_table = self._input_projections(channels, time_BT.shape[-1])
+        spatial, time = self._input_projections(channels, time_BT.shape[-1])
+        bias_table = self._bias_table(time_BT)
         x_BNLC = x_BNLC.astype(self.dtype)
         spatial_kernel = spatial.kernel.ready(self.dtype)
-        time_kernel = time.kernel.ready(self.dtype)
-        query, value = 0, time_kernel.shape[1] - 1  # a slim time projection has no key between
+        time_kernel = time.kernel.ready(self.dtype) if time else None
+        query, value = 0, len(spatial.bias) - 1  # a slim time projection has no key between
         backend = self._backend(head_width)
         # The kernel may want the tokens last, and computes its softmax in powers of two.
         tokens_last = backend == "pallas" and attention_kernel.channels_first(head_width)
         head = "dl" if tokens_last else "ld"
         scale = head_width**-0.5 * (attention_kernel.LOG2_E if backend == "pallas" else 1)
 
-        def from_time(index: int) -> jax.Array:
-            projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), time_kernel[:, index])
-            of_head = projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
+        def same_for_all_tokens(index: int) -> jax.Array:
+            if time is None or time_kernel is None:
+                of_head = spatial.bias[index].astype(self.dtype)[None]
+            else:
+                time_part = time_BT.astype(self.dtype)
+                projected = jnp.einsum("bt,thd->bhd", time_part, time_kernel[:, index])
+                of_head = projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
             return jnp.expand_dims(of_head, (1, 4 if tokens_last else 3))
 
         # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
@@ -292,7 +332,7 @@ class TMSA(nn.Module):
             for index in range(3)
         )
         # Eq. 3 and 5, the part of the time token, with both biases.
-        q_time, v_time = from_time(query), from_time(value)
+        q_time, v_time = same_for_all_tokens(query), same_for_all_tokens(value)
         q, k, v = (checkpoint_name(x, "qkv") for x in ((q + q_time) * scale, k, v))
 
         # Eq. 6. The weights of a row sum to one, so that the time's share of the values, the same
@@ -302,8 +342,8 @@ class TMSA(nn.Module):
 
     def _input_projections(
         self, channels: int, time_width: int
-    ) -> tuple["_Projection", "_Projection", jax.Array]:
-        """Make parameters, released or slim: spatial projection, time projection, position bias."""
+    ) -> tuple["_Projection", "_Projection | None"]:
+        """Make parameters, released or slim: spatial projection, and time's if there is one."""
         heads, head_width = self.num_heads, channels // self.num_heads
         letters, num_projections = ("qv", 2) if self.slim else ("qkv", 3)
         # Without the key's share, the bounds of a fresh time projection stay those of the released
@@ -325,25 +365,41 @@ class TMSA(nn.Module):
                 ).value,
             )
 
-        spatial = projection("", channels, 3, "qkv", _xavier_to_heads())
-        time = projection(
+        spatial = projection("", channels, 3, "qkv", _xavier_to_heads(self.gains[0] ** 2))
+        if self.time_in != "tmsa":
+            return spatial, None
+        return spatial, projection(
             "time_", time_width, num_projections, letters, _xavier_to_heads(slim_scale)
         )
-        bias_table = param(
+
+    def _bias_table(self, time_BT: jax.Array) -> jax.Array:
+        """Make the position bias: (offsets, H) float32, with time in it (B, offsets, H)."""
+        shape = ((2 * self.window - 1) ** 2, self.num_heads)
+        if not self.position_bias:
+            return jnp.zeros(shape, at_least_float32(self.dtype))
+        init = nn.initializers.truncated_normal(0.02)
+        name = "relative_position_bias"
+        table = param(self, name, init, shape, (None, TENSOR), decays=False).value
+        if self.time_in != "bias":
+            return table
+        kernel = param(
             self,
-            "relative_position_bias",
-            nn.initializers.truncated_normal(0.02),
-            ((2 * self.window - 1) ** 2, heads),
-            (None, TENSOR),
-            decays=False,
-        )
-        return spatial, time, bias_table.value
+            "time_bias_kernel",
+            nn.initializers.zeros_init(),
+            (time_BT.shape[-1], *shape),
+            (FSDP, None, TENSOR),
+        ).ready(self.dtype)
+        # A bias of this projection would be the table once more.
+        of_time = jnp.einsum("bt,toh->boh", time_BT.astype(self.dtype), kernel)
+        return table + of_time.astype(table.dtype)
 
     def _backend(self, head_width: int) -> str:
         """Return how attention is computed: by XLA where its weights are to be kept."""
         if self.is_mutable_collection("intermediates"):
             return "xla"
-        return choose_backend(self.backend, platform(), self.window, head_width, self.dtype)[0]
+        asked = self.backend, platform(), self.window, head_width, self.dtype
+        reason = xla_only("token") if self.extra_tokens else xla_only(self.time_in)
+        return choose_backend(*asked, obstacle=reason)[0]
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias_table: jax.Array, backend: str
@@ -353,22 +409,29 @@ class TMSA(nn.Module):
         Queries, keys and values are (B, N, H, L, D), with a kernel that wants it (B, N, H, D, L).
         """
         if backend == "xla":
-            tile = self.tile or (self.window, self.window)
-            index_LL, shared_LL = tile_index(tile, self.window)
-            bias_LLH = bias_table[index_LL]
-            if not shared_LL.all():
-                bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
-            bias_HLL = bias_LLH.transpose(2, 0, 1)
-            kept = self.is_mutable_collection("intermediates")
+            of_examples = bias_table.ndim == 3
+            bias = jax.vmap(self._bias)(bias_table) if of_examples else self._bias(bias_table)
+            kept = self.is_mutable_collection("intermediates") or of_examples
             if self.backend == "auto" and platforms.of(platform()).own_attention and not kept:
-                return _reverse_attention(q, k, v, bias_HLL)
-            weights = nn.softmax(_logits(q, k) + bias_HLL)
+                return _reverse_attention(q, k, v, bias)
+            weights = nn.softmax(_logits(q, k) + (bias[:, None] if of_examples else bias))
             # Kept only when the caller asks for "intermediates".
             self.sow("intermediates", "attention", weights)
             return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v)
         attend = functools.partial(_softmax_attention, window=self.window, backend=backend)
         windows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
         return per_shard(attend)(*windows, bias_table).reshape(q.shape)
+
+    def _bias(self, table: jax.Array) -> jax.Array:
+        """Look the bias of each pair of tokens up: (offsets, H) → (H, L + E, L + E)."""
+        index_LL, shared_LL = tile_index(self.tile or (self.window, self.window), self.window)
+        bias_LLH = table[index_LL]
+        if not shared_LL.all():
+            bias_LLH = jnp.where(shared_LL[..., None], bias_LLH, -jnp.inf)
+        if self.extra_tokens:
+            outside = (0, self.extra_tokens)
+            bias_LLH = jnp.pad(bias_LLH, (outside, outside, (0, 0)))
+        return bias_LLH.transpose(2, 0, 1)
 
     def _project_out(self, out: jax.Array, head: str, channels: int) -> jax.Array:
         """Join the heads, (B, N, H, …), by the output projection: (B, N, L, C).
@@ -379,7 +442,9 @@ class TMSA(nn.Module):
         kernel = param(
             self,
             "out_kernel",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2),
+            nn.initializers.variance_scaling(
+                self.gains[1] ** 2, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2
+            ),
             (heads, head_width, channels),
             (TENSOR, None, FSDP),
         ).ready(self.dtype)

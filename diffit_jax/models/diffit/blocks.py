@@ -5,12 +5,12 @@ W height and width of an image.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 
@@ -23,17 +23,15 @@ from diffit_jax.models.diffit.attention import (
     dense_tile,
     merge,
     partition,
+    xla_only,
 )
 from diffit_jax.models.placement import (
     FSDP,
     TENSOR,
     Conv,
     Dense,
-    Embed,
     GroupNorm,
     LayerNorm,
-    at_least_float32,
-    param,
     placed,
     platform,
 )
@@ -110,15 +108,30 @@ def dropped(x: jax.Array, key_B: jax.Array, rate: float) -> jax.Array:
 class DiffiTBlock(nn.Module):
     """Eq. 7-8: `x̂ = TMSA(LN(x), x_t) + x`, then `MLP(LN(x̂)) + x̂`, on tokens in windows.
 
+    Where the time token x_t enters is a choice; W are linear maps with a bias. SA is self-attention
+    with a position bias, without time:
+
+        tmsa    as above                                                      Table 6, H; Table 7
+        bias    SA whose position bias has x_t in it, see `TMSA`              Table 6, F
+        mlp     x̂ = SA(LN(x)) + x, then MLP(LN(x̂) + W x_t) + x̂               Table 6, G
+        token   SA among the window's tokens and one that x_t makes           Table 7, "separate"
+        adaln   x̂ = g ⊙ SA(s ⊙ LN(x) + b) + x, likewise the MLP, where        Fig. 7b: DiT's block
+                s - 1, b and g are W x_t, W = 0 at first
+        add     x + W x_t in the place of x                                   Table 4, A-C
+
     Attributes:
       num_heads, window, dtype: as in `TMSA`.
       mlp_ratio: width of the MLP's hidden layer, in multiples of C.
       slim_tmsa, attention, tile: `slim`, `backend` and `tile` of `TMSA`.
-      affine_norm: whether the layer normalisations have a learned scale and shift.
+      affine_norm: whether the layer normalisations have a learned scale and shift; "adaln" makes
+        them of x_t.
       dropout: share of what the MLP adds that training drops. (EDM's blocks have it before their
         last convolution, which is as wide; before the MLP's last product there would be four times
         as many values to draw for, an estimated sixth of a training step on a TPU.)
       remat: under which policy it is repeated, see `repeat_block`.
+      time_in: where the time token enters, a name in `conditioning.TIME_IN`.
+      extra_tokens: number E of tokens outside the grid behind each window's, see
+        `with_extra_tokens`; with "token" the network makes them.
     """
 
     num_heads: int
@@ -131,17 +144,33 @@ class DiffiTBlock(nn.Module):
     dropout: float = 0.0
     tile: Tile | None = None
     remat: str = "none"
+    time_in: str = "tmsa"
+    extra_tokens: int = 0
 
     @nn.compact
     def __call__(
         self, x_BNLC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
     ) -> jax.Array:
-        """Map tokens (B, N, L, C) and the time token (B, T) to (B, N, L, C), Eq. 7-8.
+        """Map tokens (B, N, L + E, C) and the time token (B, T) to (B, N, L + E, C), Eq. 7-8.
 
         Dropout acts only if `dropout_key_B`, (B,) keys, are given.
         """
         channels = x_BNLC.shape[-1]
-        normed = layer_norm(self.dtype, self.affine_norm, name="norm_attention")(x_BNLC)
+
+        def from_time(width: int, name: str, init: Callable = XAVIER) -> jax.Array:
+            return Dense(width, self.dtype, init, name=name)(time_BT)[:, None, None]
+
+        affine = self.affine_norm and self.time_in != "adaln"
+        into_attention = out_of_attention = into_mlp = out_of_mlp = _unchanged
+        if self.time_in == "adaln":
+            numbers = from_time(6 * channels, "time_modulation", nn.initializers.zeros_init())
+            (into_attention, out_of_attention), (into_mlp, out_of_mlp) = (
+                _modulations(of_branch) for of_branch in jnp.split(numbers, 2, axis=-1)
+            )
+        elif self.time_in == "add":
+            x_BNLC = x_BNLC + from_time(channels, "time_add").astype(x_BNLC.dtype)
+
+        normed = layer_norm(self.dtype, affine, name="norm_attention")(x_BNLC)
         attention = TMSA(
             num_heads=self.num_heads,
             window=self.window,
@@ -149,25 +178,49 @@ class DiffiTBlock(nn.Module):
             slim=self.slim_tmsa,
             backend=self.attention,
             tile=self.tile,
+            time_in=self.time_in,
+            extra_tokens=self.extra_tokens,
             name="attention",
         )
-        x_BNLC = x_BNLC + checkpoint_name(attention(normed, time_BT), "attention_out")
-        normed = layer_norm(self.dtype, self.affine_norm, name="norm_mlp")(x_BNLC)
+        attended = checkpoint_name(attention(into_attention(normed), time_BT), "attention_out")
+        x_BNLC = x_BNLC + out_of_attention(attended)
+        normed = layer_norm(self.dtype, affine, name="norm_mlp")(x_BNLC)
+        if self.time_in == "mlp":
+            normed = normed + from_time(channels, "time_mlp")
         hidden = Dense(self.mlp_ratio * channels, self.dtype, axes=(FSDP, TENSOR), name="mlp_in")(
-            normed
+            into_mlp(normed)
         )
         hidden = gelu(checkpoint_name(hidden, "mlp_in"), self.remat == "none")
         hidden = Dense(channels, self.dtype, axes=(TENSOR, FSDP), name="mlp_out")(hidden)
         if dropout_key_B is not None and self.dropout:
             hidden = dropped(hidden, dropout_key_B, self.dropout)
-        return x_BNLC + hidden
+        return x_BNLC + out_of_mlp(hidden)
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _modulations(numbers: jax.Array) -> tuple[Callable, Callable]:
+    """Return what a branch of a DiT block does to its input and output; numbers: (B, …, 3C)."""
+    shift, scale, gate = jnp.split(numbers, 3, axis=-1)
+    return lambda x: x * (1 + scale) + shift, lambda x: x * gate
+
+
+def with_extra_tokens(x_BNLC: jax.Array, extra_tokens_BEC: jax.Array) -> jax.Array:
+    """Put E tokens outside the grid behind those of every window: (B, N, L + E, C)."""
+    batch, windows, _, channels = x_BNLC.shape
+    shape = (batch, windows, extra_tokens_BEC.shape[1], channels)
+    copies = jnp.broadcast_to(extra_tokens_BEC[:, None], shape).astype(x_BNLC.dtype)
+    return jnp.concatenate([x_BNLC, copies], axis=2)
 
 
 class DiffiTResBlock(nn.Module):
     """Eq. 9-10: `x̂ = Conv3×3(Swish(GN(x)))`, then `DiffiTBlock(x̂, x_t) + x`, on an image.
 
     Attributes:
-      num_heads, window, mlp_ratio, dtype, dropout, attention, remat: as in `DiffiTBlock`.
+      num_heads, window, mlp_ratio, dtype, dropout, attention, remat, time_in: as in `DiffiTBlock`.
+      conv: whether Eq. 9 has its convolution; else x̂ = Swish(GN(x)).
     """
 
     num_heads: int
@@ -177,27 +230,35 @@ class DiffiTResBlock(nn.Module):
     dropout: float = 0.0
     attention: str = "xla"
     remat: str = "none"
+    time_in: str = "tmsa"
+    conv: bool = True
 
     @nn.compact
     def __call__(
-        self, x_BHWC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
-    ) -> jax.Array:
-        """Map (B, H, W, C) and the time token (B, T) to (B, H, W, C), Eq. 9-10.
+        self,
+        x: jax.Array | tuple[jax.Array, jax.Array],
+        time_BT: jax.Array,
+        dropout_key_B: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Map an image (B, H, W, C) and the time token (B, T) to (B, H, W, C), Eq. 9-10.
 
-        H and W are multiples of `window`. Dropout acts only if `dropout_key_B`, (B,) keys, are
+        H and W are multiples of `window`. A pair of an image and tokens outside the grid, (B, N, E,
+        C) for N windows, becomes such a pair. Dropout acts only if `dropout_key_B`, (B,) keys, are
         given.
         """
+        x_BHWC, extra_BNEC = x if isinstance(x, tuple) else (x, None)
         _, height, width, channels = x_BHWC.shape
         tile = (self.window, self.window)
         width_of_head = channels // self.num_heads
-        chosen = choose_backend(self.attention, platform(), self.window, width_of_head, self.dtype)[
-            0
-        ]
+        asked = self.attention, platform(), self.window, width_of_head, self.dtype
+        chosen = choose_backend(*asked, obstacle=xla_only(self.time_in))[0]
         captured = self.is_mutable_collection("intermediates")
-        if platforms.of(platform()).dense_tiles and chosen == "xla" and not captured:
+        dense = platforms.of(platform()).dense_tiles and chosen == "xla" and not captured
+        if dense and extra_BNEC is None:  # such a token belongs to one window
             tile = dense_tile(height, width, self.window)
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
-        hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
+        if self.conv:
+            hidden = conv3x3(channels, self.dtype, name="conv")(hidden)
         block = DiffiTBlock(
             self.num_heads,
             self.window,
@@ -207,10 +268,18 @@ class DiffiTResBlock(nn.Module):
             dropout=self.dropout,
             tile=tile,
             remat=self.remat,
+            time_in=self.time_in,
+            extra_tokens=0 if extra_BNEC is None else extra_BNEC.shape[2],
             name="transformer",
         )
-        hidden = block(partition(hidden, tile), time_BT, dropout_key_B)
-        return x_BHWC + merge(hidden, height, width, tile)
+        tokens = partition(hidden, tile)
+        if extra_BNEC is None:
+            tokens = block(tokens, time_BT, dropout_key_B)
+            return x_BHWC + merge(tokens, height, width, tile)
+        both = jnp.concatenate([tokens, extra_BNEC.astype(self.dtype)], axis=2)
+        both = block(both, time_BT, dropout_key_B)
+        tokens, extra = jnp.split(both, [tokens.shape[2]], axis=2)
+        return x_BHWC + merge(tokens, height, width, tile), extra.astype(extra_BNEC.dtype)
 
 
 def layer_norm(dtype: jnp.dtype, affine: bool, name: str) -> LayerNorm:
@@ -272,7 +341,7 @@ REMAT_POLICIES = {
 
 def repeat_block(
     block: nn.Module,
-    x: jax.Array,
+    x: Any,
     time_BT: jax.Array,
     num_blocks: int,
     *,
@@ -280,13 +349,13 @@ def repeat_block(
     remat: str = "none",
     dropout_key_B: jax.Array | None = None,
     capture: int | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Any, Any]:
     """Apply `num_blocks` copies of a block one after the other, as one scanned layer.
 
     Args:
-      block: module that maps (x, time_BT, dropout_key_B) to an array like x. Its parameters get a
+      block: module that maps (x, time_BT, dropout_key_B) to what is like x. Its parameters get a
         leading axis of `num_blocks`.
-      x: input of the first copy.
+      x: input of the first copy, (B, …) or a pair of such.
       time_BT: (B, T) time token, the same for every copy, or (num_blocks, B, T), one for each.
       num_blocks: how many copies.
       unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks`
@@ -299,10 +368,8 @@ def repeat_block(
       The output of the last copy, shaped like x, and that of copy `capture`, or None.
     """
 
-    def run(
-        block: nn.Module, x: jax.Array, time_BT: jax.Array, key_B: jax.Array | None
-    ) -> jax.Array:
-        return placed(block(placed(x), time_BT, key_B))
+    def run(block: nn.Module, x: Any, time_BT: jax.Array, key_B: jax.Array | None) -> Any:
+        return jax.tree.map(placed, block(jax.tree.map(placed, x), time_BT, key_B))
 
     if remat != "none":
         # In a loop of its own a block's forward and backward pass cannot be merged by XLA; unrolled
@@ -316,7 +383,7 @@ def repeat_block(
             lambda number: jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout_key_B)
         )(jnp.arange(num_blocks))
 
-    def scanned(x: jax.Array, copies: slice) -> jax.Array:
+    def scanned(x: Any, copies: slice) -> Any:
         scan: Any = nn.scan(
             lambda block, x, time_BT, key_B: (run(block, x, time_BT, key_B), None),
             variable_axes={"params": 0, "intermediates": 0},
@@ -356,101 +423,3 @@ def check_capture(capture: int | None, num_blocks: int) -> None:
         raise UserError(
             f"there is no block {capture} to capture: the blocks are 0 to {num_blocks - 1}"
         )
-
-
-def sinusoidal_embedding(
-    noise_level_B: jax.Array, width: int, max_period: float = 10_000.0
-) -> jax.Array:
-    """Embed a scalar by sines and cosines ("positional", the better choice in the paper's Table 8).
-
-    Args:
-      noise_level_B: (B,) any real dtype; a timestep or EDM's `c_noise`, used without scaling.
-      width: even number of output channels.
-      max_period: the slowest frequency is about 1 / max_period.
-
-    Returns:
-      (B, width) float32 (float64 of such levels), `[cos(t w_k), sin(t w_k)]` with
-      `w_k = max_period^(-k / (width / 2))` for `k < width / 2`.
-    """
-    half = width // 2
-    dtype = at_least_float32(noise_level_B.dtype)
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=dtype) / half)
-    angles = noise_level_B.astype(dtype)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def position_embedding(grid: int, width: int) -> np.ndarray:
-    """Return the fixed two-dimensional sine-cosine embedding of the released latent model.
-
-    Args:
-      grid: side of the grid; its L = grid² tokens are in row-major order.
-      width: number of channels C, a multiple of 4.
-
-    Returns:
-      (L, C) float32, computed in float64. The first half of the channels encodes the column p, the
-      second half the row, each as `[sin(p w_k), cos(p w_k)]` with `w_k = 10000^(-k / (C / 4))` for
-      `k < C / 4`.
-    """
-    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
-    angles = np.arange(grid)[:, None] * frequencies
-    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    row, column = np.divmod(np.arange(grid * grid), grid)
-    return np.concatenate([line[column], line[row]], axis=1).astype(np.float32)
-
-
-class TimeToken(nn.Module):
-    """Noise level (and label) → the token `x_t` that every TMSA layer receives.
-
-    A sinusoidal embedding goes through a two-layer MLP with swish; class-conditional models add a
-    row of a learned label table whose last row, index `num_classes`, stands for "no label".
-
-    Attributes:
-      width: width T of the token.
-      num_classes: number of labels; 0 makes the model unconditional.
-      frequency_width: width of the sinusoidal embedding.
-      augment_labels: how many numbers tell what was done to an image, see `data.augment`.
-      dtype: dtype of the matrix products; parameters are float32.
-    """
-
-    width: int
-    num_classes: int = 0
-    frequency_width: int = 256
-    augment_labels: int = 0
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        noise_level_B: jax.Array,
-        label_B: jax.Array | None = None,
-        augment_BA: jax.Array | None = None,
-    ) -> jax.Array:
-        """Map noise levels, labels and augmentation labels to the time token, (B, T).
-
-        Args:
-          noise_level_B: (B,) noise levels.
-          label_B: (B,) int labels in [0, num_classes]; None: no label.
-          augment_BA: (B, A) augmentation labels; None: not augmented.
-        """
-        init = nn.initializers.normal(0.02)
-        token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
-        token_BT = Dense(self.width, self.dtype, init, name="in")(token_BT)
-        token_BT = Dense(self.width, self.dtype, init, name="out")(nn.silu(token_BT))
-        if self.num_classes:
-            if label_B is None:
-                label_B = jnp.full(noise_level_B.shape, self.num_classes, jnp.int32)
-            table = Embed(
-                self.num_classes + 1,
-                self.width,
-                embedding_init=init,
-                dtype=self.dtype,
-                name="label",
-            )
-            token_BT = token_BT + table(label_B)
-        if self.augment_labels:
-            # Without a bias, as EDM has it: nothing done adds nothing.
-            shape = (self.augment_labels, self.width)
-            kernel = param(self, "augment_kernel", init, shape, (None, FSDP))
-            if augment_BA is not None:
-                token_BT = token_BT + augment_BA.astype(self.dtype) @ kernel.ready(self.dtype)
-        return token_BT

@@ -6,33 +6,39 @@
 with a skip connection at every resolution.
 
 Each stage is a stack of DiffiTResBlocks at one resolution with one number of channels.
+
+Switches make the networks that the paper compares it with (Table 4): an encoder of one resolution,
+and SETR's multi-level decoder (MLA), which adds up the stages' results.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrZero, Side, Width, at_least
-from diffit_jax.models.diffit.attention import choose_backend
+from diffit_jax.limits import LATER, Count, CountOrZero, Side, Width, at_least, one_of
+from diffit_jax.models.diffit.attention import choose_backend, xla_only
 from diffit_jax.models.diffit.blocks import (
+    XAVIER,
     DiffiTResBlock,
-    TimeToken,
     Upsample,
     check_capture,
     conv3x3,
     group_norm,
+    layer_norm,
     repeat_block,
 )
-from diffit_jax.models.model import Model
-from diffit_jax.models.placement import Dense, at_least_float32
+from diffit_jax.models.diffit.conditioning import TimeConditioned, TimeToken
+from diffit_jax.models.placement import Conv, Dense, at_least_float32
+
+PATCH = 4  # side of the patches of an encoder of one resolution
 
 
-class ImageDiffiT(Model):
+class ImageDiffiT(TimeConditioned):
     """The image-space DiffiT, unconditional or class-conditional.
 
     Attributes:
@@ -46,6 +52,14 @@ class ImageDiffiT(Model):
       mlp_ratio: width of the blocks' MLP in multiples of their channels.
       augment_labels: how many numbers tell the network what was done to an image in training: those
         of the section `augmentation`.
+      stage_windows: side of the window of each stage, in the place of `window`.
+      tmsa_half: "both", or the half of the U that has TMSA, "encoder" or "decoder" (Table 4, D),
+        the lowest stage being the encoder's; the other half has `time_in` "add".
+      resblock_conv: whether Eq. 9 has its convolution.
+      encoder: "multi" resolution, the U's; or "single": all stages on patches of 4×4 pixels, as in
+        a ViT (Table 4, A).
+      decoder: "unet", the U's; or "mla" (`_decode_by_mla`; Table 4, A and B).
+      mla_width: channels of "mla".
     """
 
     image_size: Side
@@ -57,9 +71,19 @@ class ImageDiffiT(Model):
     head_width: Count = 64
     mlp_ratio: Count = 4
     augment_labels: CountOrZero = 0
+    stage_windows: Annotated[Sequence[Count], LATER] = ()
+    tmsa_half: Annotated[str, one_of("both", "encoder", "decoder"), LATER] = "both"
+    resblock_conv: Annotated[bool, LATER] = True
+    encoder: Annotated[str, one_of("multi", "single"), LATER] = "multi"
+    decoder: Annotated[str, one_of("unet", "mla"), LATER] = "unet"
+    mla_width: Annotated[Width, LATER] = 256
 
     def __post_init__(self) -> None:
-        for name in ("channels", "num_blocks"):  # jit remembers a network by its attributes
+        for name in (
+            "channels",
+            "num_blocks",
+            "stage_windows",
+        ):  # jit remembers a network by its attributes
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, tuple(value))
         super().__post_init__()
@@ -78,38 +102,71 @@ class ImageDiffiT(Model):
             for stage in range(len(self.channels))
         )
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Pixels along a side of each stage."""
+        stages = range(len(self.channels))
+        if self.encoder == "single":
+            return tuple(self.image_size // PATCH for _ in stages)
+        return tuple(self.image_size >> stage for stage in stages)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Side of the window of each stage."""
+        wanted = self.stage_windows or [self.window] * len(self.channels)
+        return tuple(min(pair) for pair in zip(wanted, self.sides, strict=True))
+
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for the largest window, see `Model.attention_backend`."""
-        window = min(self.window, self.image_size)
-        return choose_backend(self.attention, platform, window, self.head_width, self.dtype)
+        asked = self.attention, platform, max(self.windows), self.head_width, self.dtype
+        return choose_backend(*asked, obstacle=xla_only(self.time_in))
 
     def check_sizes(self) -> None:
-        """Raise `UserError` if the sizes do not fit together."""
+        """Raise `UserError` if the sizes, or the switches, do not fit together."""
+        super().check_sizes()
         stages = len(self.channels)
-        if len(self.num_blocks) != stages:
-            raise UserError(
-                f"channels {tuple(self.channels)} describe {stages} stages but num_blocks "
-                f"{tuple(self.num_blocks)} describe "
-                f"{len(self.num_blocks)}: give one entry for each stage in both"
-            )
-        factor = 2 ** (stages - 1)
+        for name in ("num_blocks", "stage_windows"):
+            given = tuple(getattr(self, name))
+            if len(given) != stages and (given or name == "num_blocks"):
+                raise UserError(
+                    f"channels {tuple(self.channels)} describe {stages} stages but {name} "
+                    f"{given} describe {len(given)}: give one entry for each stage in both"
+                )
+        self._check_switches()
+        factor, what = 2 ** (stages - 1), f"{stages} stages"
+        if self.encoder == "single":
+            factor, what = PATCH, f"patches of {PATCH}×{PATCH} pixels"
         if self.image_size % factor:
             raise UserError(
-                f"image_size {self.image_size} is not divisible by {factor}, which {stages} stages "
+                f"image_size {self.image_size} is not divisible by {factor}, which {what} "
                 "need: change image_size or the number of stages"
             )
         for stage, channels in enumerate(self.channels):
-            size = self.image_size >> stage
-            if size % min(self.window, size):
+            size, window = self.sides[stage], self.windows[stage]
+            if size % window:
+                name = "stage_windows" if self.stage_windows else "window"
                 raise UserError(
-                    f"stage {stage} is {size} pixels wide, which window {self.window} does not "
-                    f"divide: change window or image_size {self.image_size}"
+                    f"stage {stage} is {size} pixels wide, which window {window} does not "
+                    f"divide: change {name} or image_size {self.image_size}"
                 )
             if channels % self.head_width or channels % 4:
                 raise UserError(
                     f"stage {stage} has {channels} channels, which is not a multiple of head_width "
                     f"{self.head_width} and of 4: change channels or head_width"
                 )
+
+    def _check_switches(self) -> None:
+        if self.encoder == "single" and (self.decoder != "mla" or len(set(self.channels)) > 1):
+            raise UserError(
+                "model.encoder 'single' has one resolution: set model.decoder to mla, and give "
+                f"every stage the same channels ({tuple(self.channels)})"
+            )
+        if self.tmsa_half != "both" and (self.time_in != "tmsa" or self.decoder != "unet"):
+            raise UserError(
+                f"model.tmsa_half {self.tmsa_half!r} is about TMSA in the two halves of the U, and "
+                f"model.time_in is {self.time_in!r}, model.decoder {self.decoder!r}: set tmsa_half "
+                "to both, or these to tmsa and unet"
+            )
 
     @nn.compact
     def __call__(
@@ -143,6 +200,7 @@ class ImageDiffiT(Model):
                 self.num_classes,
                 augment_labels=self.augment_labels,
                 dtype=self.dtype,
+                embedding=self.time_embedding,
                 name="time",
             )(noise_level_B, label_B, conditioning.get("augment"))
         )
@@ -150,25 +208,30 @@ class ImageDiffiT(Model):
         run_number, captured = itertools.count(), []
 
         def run_stage(name: str, x: jax.Array, stage: int) -> jax.Array:
-            heads = self.channels[stage] // self.head_width
-            window = min(self.window, self.image_size >> stage)
+            has_tmsa = self.tmsa_half in ("both", name)
+            time_in = self.time_in if has_tmsa else "add"
             block = DiffiTResBlock(
-                heads,
-                window,
+                self.channels[stage] // self.head_width,
+                self.windows[stage],
                 self.mlp_ratio,
                 self.dtype,
                 self.dropout,
                 attention=self.attention,
                 remat=self.remat,
+                time_in=time_in,
+                conv=self.resblock_conv,
                 name=f"{name}_{stage}",
             )
+            carried: Any = x
+            if time_in == "token":  # one for each window, which keeps it through the stage
+                carried = x, self._time_tokens(time_BT, stage, f"{name}_{stage}_token")
             key_B, number = dropout_key_B, next(run_number)
             if key_B is not None:  # each stage its own
                 key_B = jax.vmap(lambda key: jax.random.fold_in(key, number))(key_B)
             inside = name == "encoder" and capture in range(firsts[stage], firsts[stage + 1])
-            x, kept = repeat_block(
+            carried, kept = repeat_block(
                 block,
-                x,
+                carried,
                 time_BT,
                 self.num_blocks[stage],
                 unroll=self.scan_unroll,
@@ -176,30 +239,82 @@ class ImageDiffiT(Model):
                 dropout_key_B=key_B,
                 capture=capture - firsts[stage] if capture is not None and inside else None,
             )
+            if time_in == "token":
+                carried, kept = carried[0], kept if kept is None else kept[0]
             captured.append(kept)
-            return x
+            return carried
 
         firsts = [0, *itertools.accumulate(self.num_blocks)]  # of each stage's blocks
 
         # Down the U, each stage's result kept for its way up (paper, Fig. 3).
-        x = conv3x3(self.channels[0], self.dtype, name="tokenizer")(x_BHWC.astype(self.dtype))
-        skips = []
+        if self.encoder == "single":
+            patches = (PATCH, PATCH)
+            tokenizer = Conv(
+                self.channels[0], patches, PATCH, kernel_init=XAVIER, dtype=self.dtype,
+                name="tokenizer",
+            )  # fmt: skip
+        else:
+            tokenizer = conv3x3(self.channels[0], self.dtype, name="tokenizer")
+        x = tokenizer(x_BHWC.astype(self.dtype))
+        results = []
         for stage in range(len(self.channels)):
-            if stage:
-                skips.append(x)
+            if stage and self.encoder == "multi":
                 x = conv3x3(self.channels[stage], self.dtype, name=f"down_{stage}", stride=2)(x)
             x = run_stage("encoder", x, stage)
-        # And up again, merged with what was kept.
-        for stage in reversed(range(len(skips))):
-            x = Upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
-            x = jnp.concatenate([x, skips[stage]], axis=-1)
-            x = Dense(self.channels[stage], self.dtype, name=f"merge_{stage}")(x)
-            x = run_stage("decoder", x, stage)
+            results.append(x)
+        if self.decoder == "mla":
+            x = self._decode_by_mla(results)
+        else:  # and up again, merged with what was kept
+            for stage in reversed(range(len(results) - 1)):
+                x = Upsample(self.channels[stage], self.dtype, name=f"up_{stage}")(x)
+                x = jnp.concatenate([x, results[stage]], axis=-1)
+                x = Dense(self.channels[stage], self.dtype, name=f"merge_{stage}")(x)
+                x = run_stage("decoder", x, stage)
         # The last convolution in float32: its output is the prediction.
         exact = at_least_float32(self.dtype)
-        x = nn.swish(group_norm(self.channels[0], self.dtype, name="head_norm")(x)).astype(exact)
+        x = nn.swish(group_norm(x.shape[-1], self.dtype, name="head_norm")(x)).astype(exact)
         y_BHWC = conv3x3(
             self.image_channels, exact, name="head", kernel_init=nn.initializers.zeros_init()
         )(x)
         kept = next((one for one in captured if one is not None), None)
         return y_BHWC if kept is None else (y_BHWC, kept)
+
+    def _time_tokens(self, time_BT: jax.Array, stage: int, name: str) -> jax.Array:
+        """Make the token that x_t is for a stage: (B, N, 1, C), the same in each of N windows."""
+        token_BC = Dense(self.channels[stage], self.dtype, name=name)(time_BT)
+        windows = (self.sides[stage] // self.windows[stage]) ** 2
+        shape = (len(token_BC), windows, 1, self.channels[stage])
+        return jnp.broadcast_to(token_BC[:, None, None], shape)
+
+    def _decode_by_mla(self, results: Sequence[jax.Array]) -> jax.Array:
+        """Decode by SETR's multi-level aggregation (Zheng et al. 2021, "MLA").
+
+        From the deepest stage up: layer norm and 1×1 convolution of each result are added to what
+        came before; each sum goes through three convolutions of 3×3; all are enlarged bilinearly
+        and joined. Group normalisation is in the place of SETR's batch normalisation.
+
+        Args:
+          results: of each stage, (B, side, side, C).
+
+        Returns:
+          (B, image_size, image_size, stages * mla_width / 2).
+        """
+
+        def norm_relu(x: jax.Array, name: str) -> jax.Array:
+            return nn.relu(group_norm(x.shape[-1], self.dtype, name=f"{name}_norm")(x))
+
+        def resized(x: jax.Array, side: int) -> jax.Array:
+            return jax.image.resize(x, (len(x), side, side, x.shape[-1]), "linear")
+
+        total, branches = None, []
+        for stage in reversed(range(len(results))):
+            name = f"mla_{stage}"
+            x = layer_norm(self.dtype, affine=True, name=f"{name}_norm")(results[stage])
+            x = norm_relu(Dense(self.mla_width, self.dtype, name=name)(x), f"{name}_relu")
+            total = x if total is None else resized(total, x.shape[1]) + x
+            x = total
+            for number, width in enumerate((self.mla_width, *[self.mla_width // 2] * 2)):
+                name = f"mla_{stage}_conv_{number}"
+                x = norm_relu(conv3x3(width, self.dtype, name=name)(x), name)
+            branches.append(resized(x, self.image_size))
+        return jnp.concatenate(branches, axis=-1)

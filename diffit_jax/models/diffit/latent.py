@@ -13,16 +13,15 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, CountOrZero, Side, Width
-from diffit_jax.models.diffit.attention import choose_backend
+from diffit_jax.models.diffit.attention import choose_backend, xla_only
 from diffit_jax.models.diffit.blocks import (
     DiffiTBlock,
-    TimeToken,
     check_capture,
     layer_norm,
-    position_embedding,
     repeat_block,
+    with_extra_tokens,
 )
-from diffit_jax.models.model import Model
+from diffit_jax.models.diffit.conditioning import TimeConditioned, TimeToken, position_embedding
 from diffit_jax.models.placement import Dense, at_least_float32
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
@@ -45,7 +44,7 @@ def named_size(name: str) -> dict[str, int]:
     return dict(SIZES[name])
 
 
-class LatentDiffiT(Model):
+class LatentDiffiT(TimeConditioned):
     """The latent DiffiT, unconditional or class-conditional.
 
     `LatentDiffiT(32, **named_size("XL/2"))` is the network of ImageNet-256.
@@ -102,12 +101,12 @@ class LatentDiffiT(Model):
 
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for a window of all tokens, see `Model.attention_backend`."""
-        return choose_backend(
-            self.attention, platform, self.grid, self.hidden_size // self.num_heads, self.dtype
-        )
+        asked = self.attention, platform, self.grid, self.heads[1], self.dtype
+        return choose_backend(*asked, obstacle=xla_only(self.time_in))
 
     def check_sizes(self) -> None:
-        """Raise `UserError` if the sizes do not fit together."""
+        """Raise `UserError` if the sizes, or the switches, do not fit together."""
+        super().check_sizes()
         if self.input_size % self.patch_size:
             raise UserError(
                 f"input_size {self.input_size} is not divisible by patch_size {self.patch_size}: "
@@ -117,6 +116,19 @@ class LatentDiffiT(Model):
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} "
                 "and of 4: change hidden_size or num_heads"
+            )
+        if self.time_in == "bias":
+            offsets = (2 * self.grid - 1) ** 2
+            added = self.depth * self.num_heads * offsets * self.hidden_size
+            raise UserError(
+                f"model.time_in 'bias' would add {added / 1e6:,.0f} M parameters, a number for "
+                f"each of {offsets:,} offsets, every head and block: image_diffit has it, with its "
+                "small windows"
+            )
+        if self.slim_tmsa and self.time_in != "tmsa":
+            raise UserError(
+                f"model.slim_tmsa leaves out parameters of time_in 'tmsa', and model.time_in is "
+                f"{self.time_in!r}: set slim_tmsa to False"
             )
 
     @nn.compact
@@ -145,9 +157,15 @@ class LatentDiffiT(Model):
         check_capture(capture, self.depth)
         batch, grid, patch = len(x_BHWC), self.grid, self.patch_size
         label_B = conditioning.get("label") if self.num_classes else None
-        time_BT = TimeToken(self.hidden_size, self.num_classes, dtype=self.dtype, name="time")(
-            noise_level_B, label_B
-        )
+        time_BT = TimeToken(
+            self.hidden_size,
+            self.num_classes,
+            dtype=self.dtype,
+            embedding=self.time_embedding,
+            name="time",
+        )(noise_level_B, label_B)
+        if self.time_in == "adaln":
+            time_BT = nn.silu(time_BT)  # DiT's; all else takes the token as it is
 
         # Tokens are in row-major order, and so are the pixels of a patch, channels last.
         x = (
@@ -163,6 +181,11 @@ class LatentDiffiT(Model):
         )
         x_BLC = x_BLC + position_LC.value.astype(self.dtype)
 
+        # The whole grid is one window, behind which there may be tokens outside the grid.
+        x_BNLC = x_BLC[:, None]
+        if self.time_in == "token":
+            token_BC = Dense(self.hidden_size, self.dtype, name="time_token")(time_BT)
+            x_BNLC = with_extra_tokens(x_BNLC, token_BC[:, None])
         block = DiffiTBlock(
             self.num_heads,
             grid,
@@ -173,12 +196,13 @@ class LatentDiffiT(Model):
             attention=self.attention,
             dropout=self.dropout,
             remat=self.remat,
+            time_in=self.time_in,
+            extra_tokens=x_BNLC.shape[2] - grid * grid,
             name="blocks",
         )
-        # The whole grid is one window.
         x_BNLC, captured = repeat_block(
             block,
-            x_BLC[:, None],
+            x_BNLC,
             time_BT,
             self.depth,
             unroll=self.scan_unroll,
@@ -186,7 +210,7 @@ class LatentDiffiT(Model):
             dropout_key_B=conditioning.get("dropout_key") if self.dropout else None,
             capture=capture,
         )
-        x_BLC = x_BNLC[:, 0]
+        x_BLC = x_BNLC[:, 0, : grid * grid]
 
         exact = at_least_float32(self.dtype)
         x_BLC = nn.silu(layer_norm(exact, affine=False, name="final_norm")(x_BLC))
@@ -198,4 +222,4 @@ class LatentDiffiT(Model):
         )
         x = last(x_BLC).reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
         y_BHWC = x.reshape(batch, self.input_size, self.input_size, self.output_channels)
-        return y_BHWC if captured is None else (y_BHWC, captured[:, 0])
+        return y_BHWC if captured is None else (y_BHWC, captured[:, 0, : grid * grid])
