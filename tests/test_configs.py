@@ -18,6 +18,7 @@ from diffit_jax.diffusion.samplers import Ancestral, Heun
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.run.state import open_training_data
+from diffit_jax.runtime import config_files
 from diffit_jax.training.train import train
 
 # Made of a data set's manifest: tests/ingest/test_own_data.py and tests/launch/test_notebooks.py.
@@ -32,6 +33,15 @@ def test_config_can_be(name):
     config = config_of(name)
     build(config)
     assert config.is_locked
+
+
+def test_the_papers_table_5_can_be():
+    for variant in ("vp", "ve", "edm", "vp_tmsa", "ve_tmsa", "edm_tmsa"):
+        model = build(config_files.load(str(CONFIGS / f"cifar10_songunet.py:{variant}"))).model
+        assert model.family == ("ncsnpp" if variant.startswith("ve") else "ddpmpp")
+        assert model.tmsa == ("all" if variant.endswith("tmsa") else "none")
+    with pytest.raises(UserError, match=r"cifar10_songunet\.py:vq is unknown"):
+        config_files.load(str(CONFIGS / "cifar10_songunet.py:vq"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -56,6 +56,7 @@ class Leaf:
       stacked: whether the leading axis of ours counts layers.
       theirs: shape of each tensor.
       axes: of theirs, in the order of ours.
+      parts: shape of theirs before `axes` are taken, if one of its axes is several of ours.
     """
 
     path: str
@@ -64,15 +65,18 @@ class Leaf:
     stacked: bool
     theirs: tuple[int, ...]
     axes: tuple[int, ...]
+    parts: tuple[int, ...] | None = None
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Convert one tensor of the file to one layer of ours."""
-        return tensor.transpose(self.axes).reshape(self.shape[1:] if self.stacked else self.shape)
+        tensor = tensor.reshape(self.parts or self.theirs).transpose(self.axes)
+        return tensor.reshape(self.shape[1:] if self.stacked else self.shape)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Invert `to_ours`; contiguous."""
-        transposed = [self.theirs[axis] for axis in self.axes]
-        return np.ascontiguousarray(array.reshape(transposed).transpose(np.argsort(self.axes)))
+        transposed = [(self.parts or self.theirs)[axis] for axis in self.axes]
+        back = array.reshape(transposed).transpose(np.argsort(self.axes))
+        return np.ascontiguousarray(back.reshape(self.theirs))
 
 
 def leaves_of(

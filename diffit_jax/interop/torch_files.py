@@ -37,6 +37,22 @@ _STORAGES = {
 }
 
 
+# What a damaged file raises, whatever its opcodes run into.
+DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    KeyError,
+    EOFError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class _StorageType:
     name: str
@@ -61,14 +77,21 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     """Make a tensor as `torch._utils._rebuild_tensor_v2` would; refuse one beyond its storage."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    return _Tensor(storage, *_within(storage.count, offset, shape, strides))
+
+
+def _within(
+    count: int, offset: Any, shape: Any, strides: Any
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return a tensor's place in a storage of `count` numbers; refuse one that is none."""
     shape, strides = tuple(shape), tuple(strides)
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor of an impossible shape")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if math.prod(shape) and last >= storage.count:
+    if math.prod(shape) and last >= count:
         raise pickle.UnpicklingError("a tensor that reaches beyond its storage")
-    return _Tensor(storage, offset, shape, strides)
+    return offset, shape, strides
 
 
 class _Unpickler(pickle.Unpickler):
@@ -112,24 +135,11 @@ class TorchFile:
                 f"weights {path} cannot be read ({error.strerror or error}): name a .pth or a "
                 "safetensors file"
             ) from error
-        # A damaged pickle raises whatever its opcodes run into.
         self._archive: zipfile.ZipFile | None = None
         self._places: dict[str, int] = {}
         try:
             self._tensors = _tensors_in(self._read())
-        except (
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            KeyError,
-            EOFError,
-            ValueError,
-            IndexError,
-            AttributeError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-            OSError,
-        ) as error:
+        except (*DAMAGED, OSError) as error:
             self.__exit__()
             self._refuse(error)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
@@ -198,6 +208,34 @@ class TorchFile:
         flat = np.frombuffer(content, dtype.newbyteorder("<") if dtype.kind != "V" else dtype)
         strides = [stride * dtype.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides)
+
+
+def view(flat: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+    """Return the tensor at a place in the numbers of a storage; strides count numbers."""
+    offset, shape, strides = _within(len(flat), offset, shape, strides)
+    steps = [stride * flat.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps)
+
+
+def read_storage(file: BinaryIO) -> np.ndarray:
+    """Read the stream of one storage, as PyTorch wrote it before 1.6, as a flat array."""
+    if _Unpickler(file).load() != _MAGIC or _Unpickler(file).load() != _PROTOCOL:
+        raise ValueError("a storage that does not begin like one")
+    _Unpickler(file).load()  # the system on which it was written
+    storage, keys = _Unpickler(file).load(), _Unpickler(file).load()
+    if not isinstance(storage, _Storage) or list(keys) != [storage.key]:
+        raise ValueError("a stream that is no storage")
+    dtype = _STORAGES[storage.type][0]
+    count = int.from_bytes(file.read(8), "little")
+    content = file.read(count * dtype.itemsize)
+    if count != storage.count or len(content) != count * dtype.itemsize:
+        raise ValueError(f"a storage has {len(content)} of {count * dtype.itemsize} bytes")
+    return np.frombuffer(content, dtype)
+
+
+def name_of(dtype: np.dtype) -> str:
+    """Return the name that safetensors has for a dtype."""
+    return next(name for known, name in _STORAGES.values() if known == dtype)
 
 
 def _tensors_in(content: Any) -> dict[str, _Tensor]:

@@ -10,5 +10,6 @@ from diffit_jax.models.model import (
     parameter_metadata,
     variable_shapes,
 )
+from diffit_jax.models.unet.songunet import SongUNet
 
-MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT}
+MODELS = {"image_diffit": ImageDiffiT, "latent_diffit": LatentDiffiT, "songunet": SongUNet}

@@ -25,7 +25,7 @@ from diffit_jax.run.state import (
 )
 from diffit_jax.runtime import backend, files, hub, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.request import restore_variables
+from diffit_jax.sampling.request import layout_of, restore_variables
 
 
 @backend.reproducible_numerics()
@@ -44,7 +44,8 @@ def weights_to_workdir(
     To sample from or to train on.
 
     Args:
-      weights: as in `official.load`.
+      weights: as in `official.load`, or `songunet.load`, with which `input_size`, `slim` and
+        `num_classes` do not go.
       workdir: directory to write, local or `gs://`.
       config: config of the run; its model takes the sizes of the file.
       input_size: side of the latents, if not that of the file.
@@ -59,6 +60,19 @@ def weights_to_workdir(
         impossible config; a directory that holds a run or cannot be written.
     """
     weights, workdir = hub.local(weights, "--weights"), files.resolve(workdir, "--to_workdir")
+    if (layout := layout_of(weights)) is not official:
+        if slim or input_size is not None or num_classes is not None:
+            raise UserError(
+                f"weights {weights} are not of a latent DiffiT: leave out --parametrisation, "
+                "--input_size and --num_classes"
+            )
+        config = layout.fit_config(config, weights)
+        experiment = setup_experiment(config, to_train=False).experiment
+        _refuse_run(workdir)
+        _, variables = layout.load(weights, allow_nonfinite=allow_nonfinite)
+        state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
+        _write(workdir, config, experiment, state)
+        return
     change: dict[str, Any] = {"slim_tmsa": slim}
     change |= {} if input_size is None else {"input_size": input_size}
     change |= {} if num_classes is None else {"num_classes": num_classes}

@@ -15,7 +15,7 @@ from diffit_jax.data.labels import give_out, parse_labels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import CHOICES, Sampling
-from diffit_jax.interop import official
+from diffit_jax.interop import official, songunet
 from diffit_jax.run import power_ema
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import Setup, items_of, setup_experiment
@@ -128,15 +128,21 @@ class Weights:
         self._path, self._allow_nonfinite = hub.local(path, "weights"), allow_nonfinite
         self.name = f"weights {self._path}"
         self.directory = hub.output_directory(path, self._path)
-        self.config = official.fit_config(config, self._path)
+        self._layout = layout_of(self._path)
+        self.config = self._layout.fit_config(config, self._path)
 
     def load(self, setup: Setup) -> tuple[Variables, dict[str, Any]]:
         """Load (variables, their origin)."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.variables)
-        _, variables = official.load(
+        _, variables = self._layout.load(
             self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite
         )
         return variables, {"weights": str(self._path)}
+
+
+def layout_of(weights: epath.PathLike) -> Any:
+    """Return the module of `interop` that reads a file of weights: `official` or `songunet`."""
+    return songunet if songunet.is_song_unet(weights) else official
 
 
 def restore_variables(
@@ -283,6 +289,9 @@ def config_for_weights(
     """
     if config is not None:
         return config.to_dict()
+    if layout_of(weights) is songunet:
+        file = config_files.own("cifar10_songunet.py", "--config")
+        return config_files.load(f"{file}:{songunet.process_of(weights)}").to_dict()
     size = official.read_input_size(weights) if input_size is None else input_size
     name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
     return config_files.load(str(config_files.own(f"{name}.py", "--config"))).to_dict()

@@ -199,3 +199,110 @@ def latent_network(model, variables, x, level, label):
     x = linear(p["final"], silu(layer_norm(None, x[: grid * grid])))
     x = x.reshape(grid, grid, patch, patch, -1).transpose(0, 2, 1, 3, 4)
     return x.reshape(grid * patch, grid * patch, -1)
+
+
+def filter_weights(taps):
+    taps = np.array(taps, float)
+    return np.outer(taps, taps) / taps.sum() ** 2
+
+
+def halved(x, taps, border):
+    """y[i, j] = Σ F[a, b] x[2i + a - p, 2j + b - p], zeros outside, of an image (H, W, C)."""
+    n, weights = len(taps), filter_weights(taps)
+    x = np.pad(x, ((border, border), (border, border), (0, 0)))
+    side = (len(x) - n) // 2 + 1
+    out = np.zeros((side, side, x.shape[-1]))
+    for i in range(side):
+        for j in range(side):
+            for a in range(n):
+                for b in range(n):
+                    out[i, j] += weights[a, b] * x[2 * i + a, 2 * j + b]
+    return out
+
+
+def doubled(x, taps):
+    """y[i, j] = Σ 4 F[i + p - 2u, j + p - 2v] x[u, v]."""
+    n, weights, side = len(taps), 4 * filter_weights(taps), len(x)
+    p = (n - 1) // 2
+    out = np.zeros((2 * side, 2 * side, x.shape[-1]))
+    for u in range(side):
+        for v in range(side):
+            for a in range(n):
+                for b in range(n):
+                    i, j = 2 * u + a - p, 2 * v + b - p
+                    if 0 <= i < 2 * side and 0 <= j < 2 * side:
+                        out[i, j] += weights[a, b] * x[u, v]
+    return out
+
+
+def song_block(p, x, e, taps, resample="", attends="", tmsa=False):
+    p_taps = (len(taps) - 1) // 2
+
+    def sampled(x):
+        if resample == "down":
+            return halved(x, taps, p_taps)
+        return doubled(x, taps) if resample == "up" else x
+
+    hidden = conv(p["conv0"], sampled(silu(group_norm(p["norm0"], x))))
+    hidden = silu(group_norm(p["norm1"], hidden + linear(p["affine"], e)))
+    hidden = conv(p["conv1"], hidden)
+    skip = linear(p["skip"], sampled(x)) if "skip" in p else x
+    x = np.sqrt(0.5) * (hidden + skip)
+    if not attends:
+        return x
+    side, tokens = len(x), group_norm(p["norm2"], x).reshape(-1, x.shape[-1])
+    own = dict(p["attention"])
+    if not tmsa:
+        own["relative_position_bias"] = np.zeros(((2 * side - 1) ** 2, 1))
+    attended = attention(own, tokens, e, side, 1, "tmsa" if tmsa else "")
+    return np.sqrt(0.5) * (x + attended.reshape(x.shape))
+
+
+def song_unet(model, variables, image, level, label):
+    """`SongUNet` on one image (H, W, C), without augmentation."""
+    p, ncsn = variables["params"], model.family == "ncsnpp"
+    taps, mult = ((1, 3, 3, 1), 2) if ncsn else ((1, 1), 1)
+    half = model.channels * mult // 2
+    if ncsn:
+        angles = 2 * np.pi * level * variables["constants"]["frequencies"]
+    else:
+        angles = level * 10_000.0 ** (-np.arange(half) / (half - 1))
+    v = np.concatenate([np.sin(angles), np.cos(angles)])
+    y = np.eye(model.num_classes + 1)[label, : model.num_classes]
+    v = v + linear(p["map_label"], np.sqrt(model.num_classes) * y)
+    e = silu(linear(p["map_layer1"], silu(linear(p["map_layer0"], v))))
+
+    def tmsa(side):
+        return model.tmsa == "all" or (model.tmsa == "listed" and side in model.attention_sizes)
+
+    def run(name, x, side, resample="", attends=False):
+        return song_block(p[name], x, e, taps, resample, attends, tmsa(side))
+
+    top = image.shape[0]
+    sides = [top >> number for number in range(len(model.channel_mults))]
+    skips, aux = [conv(p[f"enc_{top}x{top}_conv"], image)], image
+    for side in sides:
+        at = f"enc_{side}x{side}"
+        if side != top:
+            x = run(f"{at}_down", skips[-1], side, "down")
+            if ncsn:
+                full = conv(p[f"{at}_aux_residual"], aux, padding=2)
+                x = aux = np.sqrt(0.5) * (x + halved(full, taps, 0))
+            skips.append(x)
+        for index in range(model.num_blocks):
+            attends = side in model.attention_sizes
+            skips.append(run(f"{at}_block{index}", skips[-1], side, attends=attends))
+    x = skips[-1]
+    for side in reversed(sides):
+        at = f"dec_{side}x{side}"
+        if side == sides[-1]:
+            x = run(f"{at}_in1", run(f"{at}_in0", x, side, attends=True), side)
+        else:
+            x = run(f"{at}_up", x, side, "up")
+        for index in range(model.num_blocks + 1):
+            attends = index == model.num_blocks and side in model.attention_sizes
+            joined = np.concatenate([x, skips.pop()], -1)
+            x = run(f"{at}_block{index}", joined, side, attends=attends)
+    assert not skips
+    at = f"dec_{top}x{top}_aux"
+    return conv(p[f"{at}_conv"], silu(group_norm(p[f"{at}_norm"], x)))

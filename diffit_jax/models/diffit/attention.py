@@ -376,7 +376,7 @@ class TMSA(nn.Module):
         """Make the position bias: (offsets, H) float32, with time in it (B, offsets, H)."""
         shape = ((2 * self.window - 1) ** 2, self.num_heads)
         if not self.position_bias:
-            return jnp.zeros(shape, at_least_float32(self.dtype))
+            return jnp.zeros(shape)
         init = nn.initializers.truncated_normal(0.02)
         name = "relative_position_bias"
         table = param(self, name, init, shape, (None, TENSOR), decays=False).value

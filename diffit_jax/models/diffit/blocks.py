@@ -331,9 +331,10 @@ class Upsample(nn.Module):
 # What a block keeps for the backward pass; everything else is computed again.
 REMAT_POLICIES = {
     "none": None,  # everything is kept
-    # Results of matrix products with weights are kept, and of attention where a kernel computes it.
+    # Results of matrix products with weights are kept (in a `SongUNet`, of convolutions), and of
+    # attention where a kernel computes it.
     "dots": jax.checkpoint_policies.save_only_these_names(
-        "qkv", "attention", "attention_out", "mlp_in"
+        "qkv", "attention", "attention_out", "mlp_in", "conv"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's input is kept
 }

@@ -1,0 +1,1 @@
+"""Convolutional U-nets that the paper compares with, and puts TMSA into."""
