@@ -46,7 +46,7 @@ def downsample(x: jax.Array, taps: Sequence[int], axes: Sequence[int]) -> jax.Ar
     """Filter and keep every second pixel along axes, without padding: n → (n - len(taps)) / 2 + 1.
 
     Args:
-      x: of any shape.
+      x: (…), of any shape, even along `axes`.
       taps: 2 or 4 weights, of which the shares are taken.
       axes: of x.
     """
