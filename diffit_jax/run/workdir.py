@@ -79,7 +79,7 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
         )
     if held is not None and trained:
         given = cast(dict[str, Any], config.to_dict())
-        ours, theirs = _settings(given), _settings(held, path)
+        ours, theirs = all_settings(given), all_settings(held, path)
         for key, (was, now) in sorted(files.differences(ours, theirs).items()):
             raise UserError(
                 f"workdir {workdir} holds a run with {key} = {was}, this config has {now}: choose "
@@ -168,7 +168,7 @@ def identifying_settings(section: str, value: Any) -> dict[str, Any]:
     }
 
 
-def _settings(
+def all_settings(
     config: Mapping[str, Any], config_file: epath.PathLike | None = None
 ) -> dict[str, Any]:
     """Return every setting of a config that changes numbers, by dotted key, defaults included."""

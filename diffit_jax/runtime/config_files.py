@@ -96,40 +96,60 @@ def own(name: str, flag: str) -> Path:
     return path
 
 
-def load(file: str) -> ConfigDict:
-    """Return the result of a config file's `get_config()`.
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of Python files that are named on a command line.
+
+    Attributes:
+      flag: that names one.
+      function: of the file, whose result is wanted.
+      example: a file of this kind.
+    """
+
+    flag: str
+    function: str
+    example: str
+
+
+CONFIG = Kind("--config", "get_config()", "configs/digits.py")
+
+
+def load(file: str, kind: Kind = CONFIG) -> ConfigDict:
+    """Return the result of a config file's `get_config()`, or of another kind's function.
 
     Args:
       file: path of a Python file; after `:`, an argument of `get_config`.
+      kind: of the file.
 
     Raises:
       UserError: it is not such a file, or there is a mistake in it, whose line is shown.
     """
     path, argument = _divided(file)
-    _check_kind(path)
+    _check_kind(path, kind)
+    flag, function = kind.flag, kind.function
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {path} cannot be loaded: name a Python file with get_config()")
+        raise UserError(f"{flag} {path} cannot be loaded: name a Python file with {function}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise _mistake(path, error) from error
-    if not callable(getattr(module, "get_config", None)):
+        raise _mistake(path, error, flag) from error
+    make = getattr(module, function.removesuffix("()"), None)
+    if not callable(make):
         raise UserError(
-            f"--config {path} has no function get_config(): name a config, such as "
-            "configs/digits.py"
+            f"{flag} {path} has no function {function}: name a config, such as {kind.example}"
         )
     try:
-        config = module.get_config() if argument is None else module.get_config(argument)
+        config = make() if argument is None else make(argument)
     except Exception as error:
-        raise _mistake(path, error) from error
+        raise _mistake(path, error, flag) from error
     if isinstance(config, ConfigDict):
         return config
     if isinstance(config, Mapping):
-        return ConfigDict(dict(config))
+        return ConfigDict(dict(config), convert_dict=kind is CONFIG)
     raise UserError(
-        f"--config {path}: get_config() returned {config!r:.60}, not a ConfigDict: return one"
+        f"{flag} {path}: {function} returned {config!r:.60}, not a ConfigDict: return one"
     )
 
 
@@ -185,33 +205,33 @@ def _divided(file: str) -> tuple[Path, str | None]:
     return Path(os.path.expanduser(path)), argument
 
 
-def _check_kind(path: Path) -> None:
+def _check_kind(path: Path, kind: Kind) -> None:
     """Raise `UserError` if a path cannot be a config file, naming its kind."""
+    flag, function = kind.flag, kind.function
     if str(path) in ("", "."):
-        raise UserError("--config is empty: name a file with get_config()")
+        raise UserError(f"{flag} is empty: name a file with {function}")
     if path.is_dir():
         what = " of a run" if (path / "config.json").exists() else ""
         raise UserError(
-            f"--config {path} cannot be loaded (it is a directory{what}): name a file with "
-            "get_config()"
+            f"{flag} {path} cannot be loaded (it is a directory{what}): name a file with {function}"
         )
     if not path.exists():
         raise UserError(
-            f"--config cannot be loaded (there is no file {path}): name a file with get_config()"
+            f"{flag} cannot be loaded (there is no file {path}): name a file with {function}"
         )
     if path.suffix != ".py":
         what = "the config of a run" if path.name == "config.json" else f"a {path.suffix} file"
         what = "a file" if not path.suffix else what
         raise UserError(
-            f"--config {path} cannot be loaded (it is {what}, not Python): name a file with "
-            "get_config()"
+            f"{flag} {path} cannot be loaded (it is {what}, not Python): name a file with "
+            f"{function}"
         )
 
 
-def _mistake(path: Path, error: Exception) -> UserError:
+def _mistake(path: Path, error: Exception, flag: str) -> UserError:
     """Describe an error in a config file: Python's words, and the file's own line."""
     if isinstance(error, UserError):
-        return UserError(f"--config cannot be loaded ({error})")
+        return UserError(f"{flag} cannot be loaded ({error})")
     said = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, SyntaxError) and error.filename:
         where, number = error.filename, error.lineno or 0
@@ -222,11 +242,11 @@ def _mistake(path: Path, error: Exception) -> UserError:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
         if not own:
-            return UserError(f"--config {path} cannot be loaded ({said}): correct it")
+            return UserError(f"{flag} {path} cannot be loaded ({said}): correct it")
         where, number = own[-1].filename, own[-1].lineno or 0
     line = linecache.getline(where, number).strip()
     name = path if Path(where).resolve() == path.resolve() else Path(where)
     return UserError(
-        f"--config {path} cannot be loaded ({name}, line {number}: {line or '…'}: {said}): "
+        f"{flag} {path} cannot be loaded ({name}, line {number}: {line or '…'}: {said}): "
         "correct that line"
     )

@@ -43,10 +43,10 @@ def _variance(gain: float) -> Any:
 
 
 def downsample(x: jax.Array, taps: Sequence[int], axes: Sequence[int]) -> jax.Array:
-    """Filter and keep every second pixel along axes, without padding: n → (n - len(taps)) / 2 + 1.
+    """Filter and keep every second pixel along axes, n → (n - len(taps)) / 2 + 1: no padding.
 
     Args:
-      x: (…), of any shape, even along `axes`.
+      x: (…, n, …), even along `axes`.
       taps: 2 or 4 weights, of which the shares are taken.
       axes: of x.
     """
@@ -62,9 +62,10 @@ def downsample(x: jax.Array, taps: Sequence[int], axes: Sequence[int]) -> jax.Ar
 
 
 def upsample(x: jax.Array, taps: Sequence[int], axes: Sequence[int]) -> jax.Array:
-    """Double the pixels along axes, zeros outside: each is spread by the filter, which sums to 2.
+    """Double the pixels along axes, (…, n, …) to (…, 2n, …), by a filter that sums to 2.
 
-    With (1, 1) that repeats a pixel, with (1, 3, 3, 1) it is ¾ of the nearest and ¼ of the next.
+    With (1, 1) that repeats a pixel; with (1, 3, 3, 1) it is ¾ of the nearest and ¼ of the next,
+    zeros outside.
     """
     for axis in axes:
         before, after = _shifted(x, axis)
