@@ -7,6 +7,7 @@ from diffit_jax.models.model import (
     as_network,
     describe_attention,
     init_variables,
+    measured_network,
     parameter_metadata,
     variable_shapes,
 )

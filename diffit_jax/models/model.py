@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from diffit_jax import limits, platforms
 from diffit_jax.limits import RESUMABLE, Count, CountOrZero, Dtype, fraction, one_of
 from diffit_jax.models import placement
-from diffit_jax.models.diffit.attention import BACKENDS
+from diffit_jax.models.diffit.attention import BACKENDS, Statistics, measured_by
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 
 
@@ -177,6 +177,44 @@ def as_network(
         return found[0] if isinstance(found, tuple) and not (inner or settings) else found
 
     return network
+
+
+def measured_network(
+    model: Model, variables: Mapping[str, Any], statistics: Statistics
+) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, dict[str, dict[str, jax.Array]]]]:
+    """Bind variables as `as_network` does, and measure every attention layer on the way.
+
+    Args:
+      model: the network.
+      variables: of the network.
+      statistics: of a layer, computed inside it: weights (B, N, H, L, L) stay there.
+
+    Returns:
+      A function `(x_BHWC, noise_level_B, conditioning) -> (y_BHWC, statistics by layer)`: names of
+      layers with their number in brackets, in the order of their use as far as names tell it.
+    """
+    model = model.clone(remat="none")
+
+    def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
+        with measured_by(statistics):
+            y_BHWC, found = model.apply(
+                variables, x_BHWC, noise_level_B, conditioning, mutable=["statistics"]
+            )
+        return y_BHWC, _by_layer(model, dict(found).get("statistics", {}))
+
+    return network
+
+
+def _by_layer(model: Model, tree: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
+    layers: dict[str, dict[str, jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *module, name = (key.key for key in path)
+        if module[0] in model.stacked:
+            for number in range(len(leaf)):
+                layers.setdefault(f"{module[0]}[{number}]", {})[name] = leaf[number]
+        else:
+            layers.setdefault(module[0], {})[name] = leaf
+    return layers
 
 
 def describe_attention(model: Model, platform: str) -> str:

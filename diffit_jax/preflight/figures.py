@@ -338,6 +338,7 @@ class Report:
       train: the training step.
       sample: drawing, as this chip would.
       chain: the networks between images, latents and scores.
+      analysis: following samples with statistics of attention.
       evaluating: the evaluations of its section `evaluation`, if all their programs are there.
       run: the whole run; None too if the step does not fit.
     """
@@ -349,6 +350,7 @@ class Report:
     train: Step | TooLarge | None
     sample: SamplingPlan | None
     chain: PipelineCost | None
+    analysis: Step | TooLarge | None
     evaluating: EvalCost | None
     run: RunCost | None
 

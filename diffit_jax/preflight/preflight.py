@@ -22,10 +22,11 @@ from ml_collections import ConfigDict
 from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.analysis import analyse
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.experiment.config import Experiment, build
-from diffit_jax.models.model import count_multiply_adds, training_flops
+from diffit_jax.models.model import count_multiply_adds, traced_multiply_adds, training_flops
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.models.pretrained.inception import SIDE, Inception
 from diffit_jax.preflight import compiler, report
@@ -79,8 +80,8 @@ def preflight(
       config: of the experiment; its data and weights need not be there.
       topology: chip and grid of a slice, such as `v5e:16x16`.
       num_slices: how many slices.
-      programs: which of "train" and "sample", and of `CHAIN`; None: these two, and those of its
-        evaluations if it has a section `evaluation`.
+      programs: which of "train", "sample" and "analyse", and of `CHAIN`; None: the first two, and
+        those of its evaluations if it has a section `evaluation`.
 
     Returns:
       What they need and take; `sample` is how this chip would draw.
@@ -100,7 +101,7 @@ def preflight(
     chips, held = len(devices) // chip.devices, _held(state)
 
     compiled = functools.partial(compiler.compile_for, topology=topology, num_slices=num_slices)
-    train = sample = chain = None
+    train = sample = chain = analysis = None
     if "train" in programs:
         log.info("compiling the train step for %d chips", chips)
         # Each device's part of the gradient crosses slices in bfloat16, there and back.
@@ -109,6 +110,9 @@ def preflight(
     if "sample" in programs:
         log.info("compiling the sample step for %d chips", chips)
         sample = price_sampling(setup, chip, chips, compiled)
+    if "analyse" in programs:
+        log.info("compiling an analysis for %d chips", chips)
+        analysis = price_analysis(setup, chip, chips, compiled)
     if chained := [program for program in CHAIN if program in programs]:
         log.info("compiling %s for %d chips", ", ".join(chained), chips)
         chain = price_pipeline(
@@ -118,7 +122,7 @@ def preflight(
         setup, chip=chip, chips=chips, state_bytes=held.total, sampling=sample, chain=chain
     )
     fitting = train if isinstance(train, Step) else None
-    parts = train, sample and sample.batch, chain, evaluating
+    parts = train, sample and sample.batch, chain, analysis, evaluating
     return Report(
         setting=_setting(setup, topology, num_slices, chip, chips),
         fits=all(one.fits for one in parts if one is not None),
@@ -127,6 +131,7 @@ def preflight(
         train=train,
         sample=sample,
         chain=chain,
+        analysis=analysis,
         evaluating=evaluating,
         run=fitting and _run(experiment, chips, fitting.step_s),
     )
@@ -158,7 +163,7 @@ def _price_training(
 
 def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]:
     """Return the programs that are asked for, or those of a config."""
-    known = ("train", "sample", *CHAIN)
+    known = ("train", "sample", "analyse", *CHAIN)
     if programs is None:
         experiment = build(config)
         of_evaluations = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
@@ -365,6 +370,29 @@ def price_sampling(setup: Setup, chip: Chip, chips: int, compiled: Ask) -> Sampl
 
     alternative = price(not wanted) if size else None
     return dataclasses.replace(price(wanted), alternative=alternative)
+
+
+def price_analysis(
+    setup: Setup, chip: Chip, chips: int, compiled: Ask, *, measured: bool = True
+) -> Step | TooLarge:
+    """Price what `analyse` does by default, with an image on each device at least.
+
+    `measured`: whether attention is measured on the way; arguments else as of `price_sampling`.
+    """
+    experiment, mesh = setup.experiment, setup.mesh
+    steps, count = analyse.STEPS, parallel.next_batch_size(mesh, max(analyse.IMAGES, mesh.size))
+    sigmas = experiment.process.sigmas(steps)
+    frozen = float(sigmas[steps // 2])
+    way = analyse.Way(count, tuple(sigmas.tolist()), frozen=frozen, measured=measured)
+    batch = analyse.batch_shapes(setup, count)
+    with parallel.placement(mesh):
+        lowered = analyse.program(setup, way).lower(setup.variables, batch)
+    answer = compiled(lowered)
+    if not isinstance(answer, Compiled):
+        return answer
+    evaluations = steps * (2 if measured else 1) + 1
+    flops = 2 * count * evaluations * traced_multiply_adds(experiment.model)
+    return Step.of(answer, chip, chips, images=count, flops=flops)
 
 
 def price_pipeline(

@@ -44,6 +44,8 @@ def render(report: Report) -> str:
         ]
     if report.chain:
         lines += _chain(report.chain)
+    if report.analysis:
+        lines += ["", *_program("analysis", "FLOPs, all evaluations", report.analysis)]
     if report.evaluating:
         lines += _evaluating(report.evaluating)
     # What follows for the whole run.
@@ -64,6 +66,7 @@ def shortage(report: Report) -> str:
     programs: dict[str, Any] = {"train": report.train, "sample": _batch(report.sample)}
     if report.chain:
         programs |= report.chain.programs
+    programs["analyse"] = report.analysis
     for name, program in programs.items():
         if not isinstance(program, TooLarge):
             continue

@@ -21,7 +21,10 @@ The same module is attention without time in it, or with time in its position bi
 paper's Table 6 compares them.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -255,6 +258,52 @@ def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.einsum("bnhqd,bnhkd->bnhqk", q, k, preferred_element_type=at_least_float32(q.dtype))
 
 
+class Attended(NamedTuple):
+    """What statistics of an attention layer are made of, float32.
+
+    Attributes:
+      q: (B, N, H, L + E, D) queries divided by √D, with time's part and all biases.
+      k, v: (B, N, H, L + E, D) keys and values of the tokens alone, without biases.
+      time_BT: time token.
+      q_of_time: time tokens (B, T) → their part of q, (B, 1, H, 1, D); zeros where there is none.
+      k_time, v_time: time's part of keys (which has no effect) and values, (B, 1, H, 1, D).
+      bias: (H, L + E, L + E), with time in it (B, 1, H, L + E, L + E).
+      window: side of the window, L = window².
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    time_BT: jax.Array
+    q_of_time: Callable[[jax.Array], jax.Array]
+    k_time: jax.Array
+    v_time: jax.Array
+    bias: jax.Array
+    window: int
+
+
+# Of a layer: arrays by name, which become the collection "statistics" of the network.
+Statistics = Callable[[Attended], Mapping[str, jax.Array]]
+_statistics: contextvars.ContextVar[Statistics | None] = contextvars.ContextVar(
+    "statistics", default=None
+)
+
+
+@contextlib.contextmanager
+def measured_by(statistics: Statistics) -> Iterator[None]:
+    """Let attention layers that are traced in this block sow these statistics of theirs."""
+    token = _statistics.set(statistics)
+    try:
+        yield
+    finally:
+        _statistics.reset(token)
+
+
+def keeps_weights(module: nn.Module) -> bool:
+    """Whether attention weights are to be kept or measured, for which XLA computes them."""
+    return any(module.is_mutable_collection(name) for name in ("intermediates", "statistics"))
+
+
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
@@ -334,6 +383,8 @@ class TMSA(nn.Module):
         # Eq. 3 and 5, the part of the time token, with both biases.
         q_time, v_time = same_for_all_tokens(query), same_for_all_tokens(value)
         q, k, v = (checkpoint_name(x, "qkv") for x in ((q + q_time) * scale, k, v))
+        if self.is_mutable_collection("statistics"):
+            self._measure((q, k, v), time_BT, time, bias_table)
 
         # Eq. 6. The weights of a row sum to one, so that the time's share of the values, the same
         # for every token, is added behind them.
@@ -372,6 +423,43 @@ class TMSA(nn.Module):
             "time_", time_width, num_projections, letters, _xavier_to_heads(slim_scale)
         )
 
+    def _measure(
+        self,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        time_BT: jax.Array,
+        time: "_Projection | None",
+        bias_table: jax.Array,
+    ) -> None:
+        """Sow what `measured_by` asks for."""
+        statistics = _statistics.get()
+        if statistics is None:
+            return
+        exact = at_least_float32(self.dtype)
+        q, k, v = (x.astype(exact) for x in qkv)
+
+        def of_time(time_BT: jax.Array, projection: int | None) -> jax.Array:
+            if time is None or projection is None:
+                return jnp.zeros((len(time_BT), 1, q.shape[2], 1, q.shape[-1]), exact)
+            kernel = time.kernel.value[:, projection].astype(exact)
+            of_head = jnp.einsum("bt,thd->bhd", time_BT.astype(exact), kernel)
+            return jnp.expand_dims(of_head + time.bias[projection], (1, 3))
+
+        has_key = time is not None and len(time.bias) == 3
+        bias = jax.vmap(self._bias)(bias_table)[:, None] if bias_table.ndim == 3 else None
+        attended = Attended(
+            q,
+            k,
+            v,
+            time_BT,
+            lambda other_BT: of_time(other_BT, 0) * q.shape[-1] ** -0.5,
+            of_time(time_BT, 1 if has_key else None),
+            of_time(time_BT, None if time is None else len(time.bias) - 1),
+            self._bias(bias_table) if bias is None else bias,
+            self.window,
+        )
+        for name, value in statistics(attended).items():
+            self.put_variable("statistics", name, value)
+
     def _bias_table(self, time_BT: jax.Array) -> jax.Array:
         """Make the position bias: (offsets, H) float32, with time in it (B, offsets, H)."""
         shape = ((2 * self.window - 1) ** 2, self.num_heads)
@@ -395,7 +483,7 @@ class TMSA(nn.Module):
 
     def _backend(self, head_width: int) -> str:
         """Return how attention is computed: by XLA where its weights are to be kept."""
-        if self.is_mutable_collection("intermediates"):
+        if keeps_weights(self):
             return "xla"
         asked = self.backend, platform(), self.window, head_width, self.dtype
         reason = xla_only("token") if self.extra_tokens else xla_only(self.time_in)
@@ -411,7 +499,7 @@ class TMSA(nn.Module):
         if backend == "xla":
             of_examples = bias_table.ndim == 3
             bias = jax.vmap(self._bias)(bias_table) if of_examples else self._bias(bias_table)
-            kept = self.is_mutable_collection("intermediates") or of_examples
+            kept = keeps_weights(self) or of_examples
             if self.backend == "auto" and platforms.of(platform()).own_attention and not kept:
                 return _reverse_attention(q, k, v, bias)
             weights = nn.softmax(_logits(q, k) + (bias[:, None] if of_examples else bias))

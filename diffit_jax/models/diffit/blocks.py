@@ -21,6 +21,7 @@ from diffit_jax.models.diffit.attention import (
     Tile,
     choose_backend,
     dense_tile,
+    keeps_weights,
     merge,
     partition,
     xla_only,
@@ -252,8 +253,8 @@ class DiffiTResBlock(nn.Module):
         width_of_head = channels // self.num_heads
         asked = self.attention, platform(), self.window, width_of_head, self.dtype
         chosen = choose_backend(*asked, obstacle=xla_only(self.time_in))[0]
-        captured = self.is_mutable_collection("intermediates")
-        dense = platforms.of(platform()).dense_tiles and chosen == "xla" and not captured
+        dense = platforms.of(platform()).dense_tiles and chosen == "xla"
+        dense = dense and not keeps_weights(self)
         if dense and extra_BNEC is None:  # such a token belongs to one window
             tile = dense_tile(height, width, self.window)
         hidden = nn.swish(group_norm(channels, self.dtype, name="norm")(x_BHWC))
@@ -387,7 +388,7 @@ def repeat_block(
     def scanned(x: Any, copies: slice) -> Any:
         scan: Any = nn.scan(
             lambda block, x, time_BT, key_B: (run(block, x, time_BT, key_B), None),
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, "statistics": 0},
             split_rngs={"params": True},
             in_axes=(time_axis, 0),  # pyright: ignore[reportArgumentType] (its stub forgets it)
             length=len(range(num_blocks)[copies]),

@@ -1,0 +1,1 @@
+"""What attention does over time, and which frequencies settle when."""
