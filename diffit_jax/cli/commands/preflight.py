@@ -31,9 +31,9 @@ BATCH = flags.DEFINE_integer(
 PROGRAMS = flags.DEFINE_list(
     "programs",
     None,
-    "Which programs to compile: train, sample, analyse; encode, decode (of the published autoencoder), "
-    "inception (the FID network); default: train and sample, and those of the config's section "
-    "evaluation.",
+    "Which programs to compile: train, sample, analyse; encode, decode (of the published "
+    "autoencoder), inception (the FID network); default: train and sample, and those of the "
+    "config's section evaluation.",
 )
 SWEEP = flags.DEFINE_string(
     "sweep",
