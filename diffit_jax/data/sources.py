@@ -276,12 +276,21 @@ class ShuffledBatches:
     it saw the examples.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, rows: np.ndarray | None = None):
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        rows: np.ndarray | None = None,
+        labels: "ClassSampling | None" = None,
+    ):
         """Read positions `rows` (n,) of each batch, in this order; None: all of it.
 
-        Other processes read the others.
+        Other processes read the others. `labels`: if not every example comes once in an epoch.
         """
         self._source, self._batch_size, self._seed = source, batch_size, seed
+        count = len(source)
+        self._order_of = functools.partial(_order, count) if labels is None else labels.order
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if self._rows.size and (self._rows.min() < 0 or self._rows.max() >= batch_size):
             raise ValueError(
@@ -296,7 +305,7 @@ class ShuffledBatches:
         indices = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
             with _SHUFFLING:
-                order = _order(len(self._source), self._seed, epoch)
+                order = self._order_of(self._seed, epoch)
             indices[epochs == epoch] = order[offsets[epochs == epoch]]
         return self._source.read(indices)
 
@@ -311,8 +320,86 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
+# How often a class comes, as a power of its number of examples.
+CLASS_SAMPLING = {"natural": 1.0, "square_root": 0.5, "balanced": 0.0}
+
+
+class ClassSampling:
+    """Epochs in which classes come by another rule than as often as they are.
+
+    An epoch has as many examples as the data set. Each class has its share of them, to one, and
+    within a class each example comes as often as another, to once. An epoch is a function of
+    (labels, seed, epoch) alone.
+    """
+
+    def __init__(self, labels: np.ndarray, num_classes: int, power: float):
+        """Prepare.
+
+        Args:
+          labels: (n,) of all examples.
+          num_classes: how many labels there are.
+          power: a class comes as often as its number of examples to this power.
+
+        Raises:
+          UserError: no labels, or a class without examples.
+        """
+        if not num_classes or (len(labels) and labels.min() < 0):
+            raise UserError(
+                "config key data.class_sampling is about classes, and the data have no labels: set "
+                "it to natural"
+            )
+        counts = np.bincount(labels, minlength=num_classes)
+        if not counts.all():
+            empty = np.flatnonzero(counts == 0)
+            raise UserError(
+                f"config key data.class_sampling: class {empty[0]} has no examples to draw "
+                f"({len(empty)} of {num_classes} classes have none): set it to natural, or give "
+                "every class some"
+            )
+        self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+        self._ends = np.cumsum(counts**power) * (len(labels) / np.sum(counts**power))
+        self._ends[-1] = len(labels)
+        self.order = functools.lru_cache(maxsize=4)(self._order)
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the examples' numbers in the order of an epoch, (n,) int."""
+        stream, count = np.random.Philox(key=[seed, epoch]), int(self._ends[-1])
+        shift = stream.random_raw() / 2**64  # where shares are rounded up
+        ends = np.floor(self._ends + shift).astype(np.int64)
+        ends[-1] = count
+        chosen = []
+        for members, wanted in zip(self._members, np.diff(ends, prepend=0), strict=True):
+            whole, rest = divmod(int(wanted), len(members))
+            ranks = np.argsort(stream.random_raw(len(members)), kind="stable")
+            chosen += [members] * whole + [members[ranks[:rest]]]
+        order = np.argsort(stream.random_raw(count), kind="stable")
+        return np.concatenate(chosen)[order]
+
+
+def class_sampling(source: Source, rule: str) -> ClassSampling | None:
+    """Return the epochs of a rule in `CLASS_SAMPLING`, for which every label is read.
+
+    Raises:
+      UserError: as of `ClassSampling`.
+    """
+    if rule == "natural":
+        return None
+    labels = np.zeros(0, np.int32)
+    if source.num_classes:
+        size = 65_536
+        parts = (np.arange(at, min(at + size, len(source))) for at in range(0, len(source), size))
+        labels = np.concatenate([source.read(part)["label"] for part in parts])
+    return ClassSampling(labels, source.num_classes, CLASS_SAMPLING[rule])
+
+
 def batches(
-    source: Source, batch_size: int, seed: int, first_step: int = 0, rows: np.ndarray | None = None
+    source: Source,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    rows: np.ndarray | None = None,
+    *,
+    labels: ClassSampling | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the batches of a training run from a given step on, read ahead in threads.
 
@@ -325,12 +412,13 @@ def batches(
       first_step: number of the first batch.
       rows: rows of each global batch that this process reads, `parallel.local_batch_indices`;
         None: all of them.
+      labels: how often classes come, if not as they are.
 
     Returns:
       Endless iterator of dicts: `image` (n, H, W, C) uint8, `label` (n,) int32, a row for each of
       `rows`.
     """
-    shuffled: Any = ShuffledBatches(source, batch_size, seed, rows)
+    shuffled: Any = ShuffledBatches(source, batch_size, seed, rows, labels)
     dataset = grain.MapDataset.source(shuffled)
     iterator = iter(
         dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))

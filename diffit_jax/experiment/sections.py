@@ -9,11 +9,21 @@ from typing import Annotated, Any
 
 from diffit_jax import limits
 from diffit_jax.data import pixels
+from diffit_jax.data.sources import CLASS_SAMPLING
 from diffit_jax.diffusion import GUIDANCE, SAMPLERS
 from diffit_jax.diffusion.guidance import Guidance, Unguided
 from diffit_jax.diffusion.samplers import SamplingMethod
 from diffit_jax.errors import UserError
-from diffit_jax.limits import RESUMABLE, Count, CountOrZero, above, at_least, fraction, one_of
+from diffit_jax.limits import (
+    LATER,
+    RESUMABLE,
+    Count,
+    CountOrZero,
+    above,
+    at_least,
+    fraction,
+    one_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,9 @@ class Data(limits.Section, name="data"):
         so are samples.
       latent_mean, latent_scale: of latents: the network sees `(z - latent_mean) * latent_scale`;
         one number, or one for each channel. Encoded data say theirs in their manifest.
+      class_sampling: how often classes come in training: "natural", as they are; "square_root" of
+        their number of examples; "balanced", all alike. For the others every label is read before
+        the first update.
     """
 
     name: str
@@ -36,6 +49,7 @@ class Data(limits.Section, name="data"):
     autoencoder: str = ""
     latent_mean: Sequence[float] = (0.0,)
     latent_scale: Sequence[Annotated[float, above(0)]] = (0.18215,)  # of Stable Diffusion's
+    class_sampling: Annotated[str, one_of(*CLASS_SAMPLING), LATER] = "natural"
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from diffit_jax.data.sources import Source, batches
+from diffit_jax.data.sources import ClassSampling, Source, batches
 from diffit_jax.errors import one_line
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.models.model import training_flops
@@ -98,12 +98,14 @@ def batches_on(
     *,
     first: int = 0,
     waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    labels: ClassSampling | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yield global batches, (B, …) arrays by name, on the devices, from number `first` on.
 
-    `waiting` is entered around every wait for the data.
+    `waiting` is entered around every wait for the data; `labels`: as of `batches`.
     """
-    stream = batches(source, size, seed, first, parallel.local_batch_indices(mesh, size))
+    rows = parallel.local_batch_indices(mesh, size)
+    stream = batches(source, size, seed, first, rows, labels=labels)
     while True:
         with waiting():
             batch = next(stream)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax import models
 from diffit_jax.data import pixels
-from diffit_jax.data.sources import Source
+from diffit_jax.data.sources import ClassSampling, Source, class_sampling
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
 from diffit_jax.experiment.config import Experiment
@@ -273,6 +273,7 @@ def train(
     setup = setup_experiment(config, devices, objective=objective)
     monitors = Monitors.open(setup, config, workdir)
     source = distributed.primary_first(lambda: open_training_data(setup.experiment))
+    labels = class_sampling(source, setup.experiment.data.class_sampling)
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
     )
@@ -280,13 +281,17 @@ def train(
     with distributed.primary_context(lambda: workdirs.claimed(workdir, config)):
         distributed.check_shared(workdir)
         run = RunFiles(setup, config, workdir, monitors)
-        return _train(setup, source, run, profile_steps)
+        return _train(setup, (source, labels), run, profile_steps)
 
 
 def _train(
-    setup: Setup, source: Source, run: RunFiles, profile_steps: tuple[int, int] | None
+    setup: Setup,
+    data: tuple[Source, ClassSampling | None],
+    run: RunFiles,
+    profile_steps: tuple[int, int] | None,
 ) -> TrainState:
     """Train in a directory that is this run's, see `train`."""
+    source, labels = data
     training, mesh = setup.experiment.training, setup.mesh
     state = _first_state(setup, run)
     first, total, size = int(state.step), training.total_steps, training.batch_size
@@ -297,8 +302,9 @@ def _train(
 
     # --- The update, compiled before the clock starts.
     watch = Watch(setup.experiment, mesh)
+    seed = setup.experiment.seed
     stream = batches_on(
-        mesh, source, size, setup.experiment.seed, first=first, waiting=watch.data_wait
+        mesh, source, size, seed, first=first, waiting=watch.data_wait, labels=labels
     )
     batch = next(stream)
     with cache_report("training step"):

@@ -16,6 +16,7 @@ from diffit_jax.data.sources import (
     ShuffledBatches,
     SyntheticSource,
     batches,
+    class_sampling,
     open_dataset,
 )
 from diffit_jax.errors import UserError
@@ -253,3 +254,63 @@ def test_digits_without_tensorflow_datasets_are_the_same_in_the_same_order(
         and source.labels.dtype == np.int32
         and source.num_classes == 10
     )
+
+
+def long_tail(counts):
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    labels = np.random.default_rng(0).permutation(labels)
+    return ArraySource(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels, 4)
+
+
+@pytest.mark.parametrize(("rule", "power"), [("square_root", 0.5), ("balanced", 0.0)])
+def test_classes_come_as_often_as_the_rule_says(rule, power):
+    """To one in an epoch, an example of a class to once; another epoch is another order."""
+    counts = np.array([100, 40, 16, 4])
+    source = long_tail(counts)
+    sampling = class_sampling(source, rule)
+    orders = [sampling.order(3, epoch) for epoch in range(6)]
+    share = counts**power / np.sum(counts**power) * len(source)
+    for order in orders:
+        assert len(order) == len(source)
+        found = np.bincount(source.labels[order], minlength=4)
+        assert np.abs(found - share).max() < 1 + 1e-9
+        times = np.bincount(order, minlength=len(source))
+        for label in range(4):
+            of_class = times[source.labels == label]
+            assert of_class.max() - of_class.min() <= 1
+    assert len({order.tobytes() for order in orders}) == 6
+    mean = np.mean([np.bincount(source.labels[o], minlength=4) for o in orders], axis=0)
+    assert np.abs(mean - share).max() < 0.9  # what is left over moves between epochs
+    again = class_sampling(source, rule)
+    np.testing.assert_array_equal(again.order(3, 4), orders[4])  # of no epoch before it
+    assert not np.array_equal(again.order(4, 4), orders[4])
+    assert class_sampling(source, "natural") is None
+
+
+def test_sampled_classes_are_the_same_on_any_hosts_and_when_resumed():
+    source = long_tail([50, 9, 5, 3])
+    sampling = class_sampling(source, "balanced")
+    whole = ShuffledBatches(source, 10, 7, labels=sampling)
+    halves = [
+        ShuffledBatches(source, 10, 7, rows, class_sampling(source, "balanced"))
+        for rows in (np.array([1, 0, 9, 4]), np.array([2, 3, 5, 6, 7, 8]))
+    ]
+    stream = batches(source, 10, 7, first_step=5, labels=sampling)
+    for step in range(5, 20):  # over the ends of epochs
+        batch = whole[step]["image"]
+        np.testing.assert_array_equal(next(stream)["image"], batch)
+        np.testing.assert_array_equal(halves[0][step]["image"], batch[[1, 0, 9, 4]])
+        np.testing.assert_array_equal(halves[1][step]["image"], batch[[2, 3, 5, 6, 7, 8]])
+
+
+def test_classes_that_cannot_be_sampled():
+    with pytest.raises(UserError, match="class 1 has no examples to draw"):
+        class_sampling(long_tail([5, 0, 3, 3]), "balanced")
+    unlabelled = ArraySource(np.zeros((3, 1, 1, 1), np.uint8), np.zeros(3, np.int32), 0)
+    with pytest.raises(UserError, match="the data have no labels"):
+        class_sampling(unlabelled, "square_root")
+
+
+def test_the_order_of_sampled_classes_is_pinned():
+    order = class_sampling(long_tail([50, 9, 5, 3]), "balanced").order(0, 0)
+    assert order[:6].tolist() == [49, 19, 62, 17, 6, 43]
