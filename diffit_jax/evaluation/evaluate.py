@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation import classes
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator, check_count
 from diffit_jax.evaluation.images import DrawnImages, Images, open_samples
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
@@ -160,6 +161,8 @@ def table(scores: Mapping[str, Any]) -> str:
         f"({scores['count']} samples against {reference}; resize {protocol['resize']}, labels "
         f"{protocol['labels']})"
     )
+    if "by_class" in scores:
+        lines += ["", classes.table(scores["by_class"])]
     return "\n".join(lines)
 
 

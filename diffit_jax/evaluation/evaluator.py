@@ -12,8 +12,9 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
+from diffit_jax.evaluation.classes import by_class
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.images import Images
+from diffit_jax.evaluation.images import Images, labels_of
 from diffit_jax.evaluation.measuring import Measured, PartialResult, measure, protocol_of
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.scores import frechet_distance, kernel_distance
@@ -33,6 +34,7 @@ class Comparison:
       metrics: names in `METRICS`; None: all but KID that the reference has what it takes for.
       resize: how images come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
       batch_per_device: images of which a device extracts the features at once.
+      by_class: whether samples are compared class by class too, see `classes.by_class`.
     """
 
     reference: epath.PathLike
@@ -40,6 +42,7 @@ class Comparison:
     metrics: Sequence[str] | None = None
     resize: str = "tf1"
     batch_per_device: int = BATCH_PER_DEVICE
+    by_class: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,13 @@ class Evaluator:
       extractor: from images to features.
       reference: what samples are compared with.
       metrics: names in `reference.METRICS`, see `Reference.chosen`.
+      by_class: whether samples are compared class by class too.
     """
 
     extractor: Extractor
     reference: Reference
     metrics: Sequence[str]
+    by_class: bool = False
 
     @classmethod
     def open(
@@ -71,14 +76,17 @@ class Evaluator:
 
         Raises:
           UserError: a file that cannot be read, or a reference of another resolution or rule, or
-            without the statistics that a metric needs.
+            without the statistics, or labels, that a metric needs.
         """
         extractor = Extractor.load(
             comparison.inception, mesh, comparison.resize, comparison.batch_per_device
         )
         reference = Reference.load(hub.local(comparison.reference, "reference"), extractor.sizes)
         reference.check(tuple(shape), comparison.resize)
-        return cls(extractor, reference, reference.chosen(comparison.metrics))
+        if comparison.by_class:
+            reference.labels()
+        chosen = reference.chosen(comparison.metrics)
+        return cls(extractor, reference, chosen, comparison.by_class)
 
     def run(
         self,
@@ -101,14 +109,16 @@ class Evaluator:
           keep: whether what is measured is kept in any case.
 
         Returns:
-          `metrics`: the scores by name; `count`: of images; `protocol`: what they depend on.
+          `metrics`: the scores by name; `count`: of images; `protocol`: what they depend on;
+          `by_class`, if that is asked for.
 
         Raises:
-          UserError: fewer than two images.
+          UserError: fewer than two images; by class, images without labels, or too few of a class.
           interruption.Preempted, interruption.Interrupted: what is measured is kept.
         """
         count = images.count if count is None else count
         check_count(count)
+        labels = labels_of(images)[:count] if self.by_class else None
         protocol = protocol_of(images, self.extractor, count)
         partial = PartialResult(place, json.dumps([protocol, self.pooled], sort_keys=True))
         measured = measure(
@@ -126,12 +136,17 @@ class Evaluator:
             "reference": self.reference.metadata(),
             "samples_digest": measured.digest.hex(),
         }
-        return {"metrics": self.scores(measured), "count": measured.count, "protocol": protocol}
+        found = {"metrics": self.scores(measured), "count": measured.count, "protocol": protocol}
+        if labels is not None:
+            reference = self._reference_features, self.reference.labels()
+            ours = measured.features, labels[: measured.count]
+            found["by_class"] = by_class(*reference, *ours)
+        return found
 
     @property
     def pooled(self) -> bool:
         """Whether `measure` is to keep the features of single samples."""
-        return bool(_OF_IMAGES & set(self.metrics))
+        return self.by_class or bool(_OF_IMAGES & set(self.metrics))
 
     def scores(self, samples: Measured) -> dict[str, float]:
         """Return the metrics by name, in the order of `metrics`, and `kid_std` behind `kid`."""
@@ -142,7 +157,7 @@ class Evaluator:
                 scores[name] = frechet_distance(ours.statistics(), theirs)
         if "inception_score" in self.metrics:
             scores["inception_score"] = samples.inception_score.score()
-        if self.pooled:
+        if _OF_IMAGES & set(self.metrics):
             scores |= self._of_images(self._reference_features, samples.features)
         names = [*self.metrics, *(["kid_std"] if "kid" in self.metrics else [])]
         return {name: scores[name] for name in names}

@@ -230,6 +230,19 @@ class FileImages:
         self.count, self.shape = len(self._index), self._pixels(0).shape
         self.metadata: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return self._source.num_classes > 0
+
+    def labels(self) -> np.ndarray:
+        """Read the labels of the images, (N,) int64; raise `UserError` if there are none."""
+        if not self.labelled:
+            raise UserError(f"{self.metadata['samples']} has no labels: leave out --by_class")
+        starts = range(0, self.count, 4_096)
+        parts = (np.arange(at, min(at + 4_096, self.count)) for at in starts)
+        return np.concatenate([self._source.read(part)["label"] for part in parts]).astype(np.int64)
+
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield (n, H, W, C) uint8 from image `start` on."""
         for begin in range(start, self.count, size):
@@ -263,11 +276,38 @@ class DatasetImages:
         self.count, self.shape = len(source), source.image_shape
         self.metadata: dict[str, Any] = {"samples": name, "labels": "of the data set"}
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return self._source.num_classes > 0
+
+    def labels(self) -> np.ndarray:
+        """Read the labels of the images, (N,) int64; raise `UserError` if there are none."""
+        if not self.labelled:
+            raise UserError(f"{self.metadata['samples']} has no labels: leave out --by_class")
+        starts = range(0, self.count, 4_096)
+        parts = (np.arange(at, min(at + 4_096, self.count)) for at in starts)
+        return np.concatenate([self._source.read(part)["label"] for part in parts]).astype(np.int64)
+
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield (n, H, W, C) uint8 from image `start` on."""
         for begin in range(start, self.count, size):
             stop = min(begin + size, self.count)
             yield self._source.read(np.arange(begin, stop))["image"]
+
+
+def labels_of(images: Images) -> np.ndarray:
+    """Return the labels of images, (N,) int64.
+
+    Raises:
+      UserError: they have none.
+    """
+    if not isinstance(images, NpzImages | DatasetImages | DrawnImages):
+        raise UserError(
+            f"{images.metadata['samples']} has no labels: by class, name an npz file of samples, "
+            "or a network"
+        )
+    return images.labels()
 
 
 def open_samples(path: epath.Path) -> NpzImages | FileImages:
@@ -300,6 +340,12 @@ class DrawnImages:
             "seeds": in_short(request.seeds.tolist()),
             "request": RequestKey(request.identity(networks), networks.origin).as_json(),
         }
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of the samples, (N,) int64; raise `UserError` if there are none."""
+        if not self._request.experiment.model.num_classes:
+            raise UserError(f"{self.metadata['samples']} is unconditional: leave out --by_class")
+        return self._request.labels
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield (n, H, W, C) uint8; raise `UserError` with seeds of samples that are not finite."""

@@ -11,7 +11,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.images import Images, NpzImages
+from diffit_jax.evaluation.images import DatasetImages, Images, NpzImages
 from diffit_jax.evaluation.measuring import measure, protocol_of
 from diffit_jax.evaluation.reference import COVARIANCES
 from diffit_jax.runtime import backend, distributed, files, npz, parallel
@@ -33,7 +33,8 @@ def make_reference(
 ) -> epath.Path:
     """Measure a data set and write an npz file like ADM's.
 
-    `mu`, `sigma`, `mu_s`, `sigma_s`, float64; `arr_0`, some images, uint8; `protocol`, JSON.
+    `mu`, `sigma`, `mu_s`, `sigma_s`, float64; `arr_0`, some images, uint8, and `arr_1`, their
+    labels, if they have any; `protocol`, JSON.
 
     Args:
       images: of the data set, all of them.
@@ -79,6 +80,8 @@ def make_reference(
         arrays = {"protocol": np.array(json.dumps(metadata | digest))}
         for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
             arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
+        if isinstance(images, DatasetImages) and images.labelled:
+            arrays["arr_1"] = images.labels()[chosen]
         distributed.on_primary(lambda: _write(output, arrays, aside, (len(chosen), *images.shape)))
     return output
 

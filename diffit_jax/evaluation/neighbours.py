@@ -181,11 +181,21 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray, block: int = 
     Returns:
       (n,) float64.
     """
+    parts = _squared_distances(queries, references, block)
+    return np.concatenate([np.sqrt(np.clip(part.min(axis=1), 0, None)) for part in parts])
+
+
+def nearest_of(queries: np.ndarray, references: np.ndarray, block: int = 256) -> np.ndarray:
+    """Return the number of each query's nearest reference, (n,) int; arguments as above."""
+    parts = _squared_distances(queries, references, block)
+    return np.concatenate([part.argmin(axis=1) for part in parts])
+
+
+def _squared_distances(
+    queries: np.ndarray, references: np.ndarray, block: int
+) -> Iterator[np.ndarray]:
     queries, references = np.asarray(queries, np.float64), np.asarray(references, np.float64)
     squares = np.sum(references**2, axis=1)
-    nearest = []
     for start in range(0, len(queries), block):
         part = queries[start : start + block]
-        distances = np.sum(part**2, axis=1)[:, None] + squares - 2 * part @ references.T
-        nearest.append(np.sqrt(np.clip(distances.min(axis=1), 0, None)))
-    return np.concatenate(nearest)
+        yield np.sum(part**2, axis=1)[:, None] + squares - 2 * part @ references.T

@@ -118,6 +118,19 @@ class Reference:
                 log.info("without %s: %s has %s", name, self.path.name, needed)
         return [name for name in METRICS if name != "kid" and self._serves(name)]
 
+    def labels(self) -> np.ndarray:
+        """Return the labels of its images, (m,) int64.
+
+        Raises:
+          UserError: it has no images, or none of their labels.
+        """
+        if self.images is None or not self.images.has("arr_1"):
+            raise UserError(
+                f"--reference {self.path} has no labels of its images (arr_1): by class, name one "
+                "that launch/make_reference.py has made of a data set with labels"
+            )
+        return self.images.labels()
+
     def metadata(self) -> dict[str, Any]:
         """Return its entry in a protocol, JSON values by name."""
         return {

@@ -16,12 +16,14 @@ from support.fid import save_inception, save_vae
 from support.images import tar_bytes, write_folder, write_parquet, write_zip
 from support.processes import ROOT, at_question, environment, free_port
 
+from diffit_jax.data.sources import ArraySource
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import measuring
+from diffit_jax.evaluation.classes import diversity
 from diffit_jax.evaluation.evaluate import evaluate, table
 from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor, Features
-from diffit_jax.evaluation.images import NpzImages, open_samples
+from diffit_jax.evaluation.images import DatasetImages, NpzImages, open_samples
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.self_test import Published, self_test
@@ -32,7 +34,7 @@ from diffit_jax.sampling.sample import sample
 
 ALL = ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
 BATCH = 8
-COMPARED = ("metrics", "resize", "batch_per_device")
+COMPARED = ("metrics", "resize", "batch_per_device", "by_class")
 DRAWN = ("labels", "overrides", "decoding")
 
 
@@ -105,6 +107,31 @@ def test_what_is_written(place):
     assert protocol["reference"]["from"]["count"] == 30
     with pytest.raises(UserError, match=r"holds the scores of .*samples\.npz.*--overwrite"):
         measured(place, "data.npz", output=place / "samples.metrics.json")
+
+
+def test_samples_are_compared_class_by_class(place, tmp_path):
+    """Against a reference of a data set with labels; its statistics are those without."""
+    labels = (np.arange(30) % 3).astype(np.int32)
+    source = ArraySource(images(30, 1), labels, 3)
+    reference(place, DatasetImages(source, "data"), "labelled.npz")
+    with np.load(place / "labelled.npz") as made:
+        np.testing.assert_array_equal(made["arr_1"], labels)
+    np.savez(tmp_path / "s.npz", arr_0=images(21, 0), arr_1=np.arange(21) % 3)
+    found = measured(place, tmp_path / "s.npz", "labelled.npz", metrics=["fid"], by_class=True)
+    assert list(found["metrics"]) == ["fid"] and list(found["by_class"]["classes"]) == list("012")
+    assert found == json.loads((tmp_path / "s.metrics.json").read_text())
+    assert "diversity" in table(found)
+    extractor = Extractor.load(place / "inception.safetensors", parallel.any_mesh(), "tf1", BATCH)
+    sets = open_samples(tmp_path / "s.npz"), DatasetImages(source, "data")
+    ours, theirs = (
+        measuring.measure(one, extractor, "again", pooled=True).features for one in sets
+    )
+    one = found["by_class"]["classes"]["1"]
+    assert one["diversity"] == pytest.approx(diversity(ours[1::3]), rel=1e-5)
+    assert one["diversity_reference"] == pytest.approx(diversity(theirs[1::3]), rel=1e-5)
+    with pytest.raises(UserError, match=r"has no labels of its images \(arr_1\)"):
+        measured(place, tmp_path / "s.npz", by_class=True, output=tmp_path / "b.json")
+    assert not (tmp_path / "b.json").exists()
 
 
 def test_images_in_a_folder_are_the_same(place, tmp_path):

@@ -10,6 +10,8 @@ looks for the best settings.
 Interrupted, the same command resumes.
 """
 
+import dataclasses
+
 from absl import flags
 
 from diffit_jax import cli
@@ -37,6 +39,12 @@ SEEDS = flags.DEFINE_string(
     "Seed numbers of a network's samples: 0-49999, or several ranges (0-49999,50000-99999), each "
     "of which is measured by itself; the lowest FID counts.",
 )
+BY_CLASS = flags.DEFINE_bool(
+    "by_class",
+    False,
+    "Compare class by class too: FID, precision, recall, coverage, diversity, balance. The "
+    "reference has to hold labels, as launch/make_reference.py writes them.",
+)
 DECODING = DecodingFlags()
 CLUSTER = cli.define_cluster()
 
@@ -63,9 +71,11 @@ def main() -> None:
             "--reference is missing: samples are measured against one; those of a small data set "
             "are scored without by launch/score.py"
         )
+    asked = SCORES.value(INCEPTION)
+    asked["comparison"] = dataclasses.replace(asked["comparison"], by_class=BY_CLASS.value)
     scores = evaluate.evaluate(
         SAMPLES.value or NETWORK.source(),
-        **SCORES.value(INCEPTION),
+        **asked,
         options=SamplingOptions(SCORES.labels.value, SAMPLING.value, DECODING.decoding()),
         count=COUNT.value,
         seeds=parse_ranges("--seeds", SEEDS.value) if SEEDS.value else None,
