@@ -14,7 +14,7 @@ from PIL import Image
 from support import warm
 from support.processes import ROOT
 
-NAMES = ("quickstart", "released_weights", "train_on_tpu")
+NAMES = ("attention_over_time", "quickstart", "released_weights", "train_on_tpu")
 
 
 def read(name):
@@ -52,6 +52,17 @@ def test_quickstart(alone):
     images, _ = executed("quickstart", total_steps=3, workdir=str(alone / "run"))
     assert len(images) == 2
     assert (alone / "run" / "checkpoints" / "3").exists()
+
+
+def test_attention_over_time_of_digits_and_of_random_weights(alone):
+    places = dict(workdir=str(alone / "run"), output=str(alone / "out"))
+    images, said = executed("attention_over_time", total_steps=3, images=2, steps=4, **places)
+    assert len(images) == 8 and "Random weights are used instead" in said
+    for folder in (alone / "out", alone / "out" / "released"):
+        assert "changes no weight by more than" in (folder / "report.md").read_text()
+        for name in ("maps", "heads", "time", "variance", "spectra"):
+            with Image.open(folder / f"{name}.png") as picture:
+                assert min(picture.size) > 200
 
 
 def test_released_weights_without_a_network(alone):
