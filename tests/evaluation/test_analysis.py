@@ -4,16 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.configs import small_config
+from support.configs import small_config, small_latent_config
 from support.golden import GOLDEN
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.analysis import heads, spectra
-from diffit_jax.evaluation.analysis.analyse import analyse, follow
+from diffit_jax.evaluation.analysis.analyse import Way, analyse, batch_shapes, follow, program
 from diffit_jax.models import ImageDiffiT, LatentDiffiT
 from diffit_jax.models.diffit.attention import Attended
+from diffit_jax.preflight.figures import TooLarge
+from diffit_jax.preflight.preflight import _chosen, price_analysis
 from diffit_jax.run.state import setup_experiment
+from diffit_jax.runtime.backend import chip_of
 from diffit_jax.sampling.request import Weights, config_for_weights
 
 SIDE, WIDTH = 4, 3  # of the window; of a head
@@ -203,3 +206,25 @@ def test_the_verb_writes_a_report_with_pictures(tmp_path):
         with pytest.raises(UserError, match=message):
             analyse(source, output=tmp_path / "b", **change)
     assert not (tmp_path / "b").exists()
+
+
+def test_no_array_of_queries_and_keys_leaves_a_layer():
+    config = small_latent_config(model__input_size=16)  # 64 tokens
+    setup = setup_experiment(config, to_train=False)
+    sigmas = setup.experiment.process.sigmas(5)
+    way = Way(4, tuple(sigmas.tolist()))
+    denoised, layers = jax.eval_shape(program(setup, way), setup.variables, batch_shapes(setup, 4))
+    assert denoised.shape == (5, 4, 16, 16, 4) and len(layers) == 2
+    for layer in layers.values():
+        assert layer["map"].shape == (5, 4, 2, 64)
+        for array in layer.values():
+            assert array.shape[-2:] != (64, 64)
+    assert _chosen(config, ["analyse"]) == ["analyse"]
+    priced = []
+    answer = price_analysis(
+        setup,
+        chip_of("v5e:2x2"),
+        4,
+        lambda lowered: priced.append(lowered) or TooLarge(reason="no"),
+    )
+    assert isinstance(answer, TooLarge) and len(priced) == 1

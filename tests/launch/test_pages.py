@@ -28,6 +28,7 @@ PAGES = (
     "README.md",
     "launch/README.md",
     "configs/README.md",
+    "configs/ABLATIONS.md",
     "configs/REPRODUCE.md",
     "launch/PERFORMANCE.md",
 )
@@ -81,6 +82,9 @@ LISTS = {
     # tests/training/test_matrix.py runs a sweep of a small network.
     "python launch/benchmark.py --config configs/imagenet256_latent.py": "parsed",
     "python launch/benchmark.py --sweep": "a flag that the text names",
+    "python launch/analyse.py": "run",
+    # tests/training/test_ablate.py trains a row of a small one.
+    "python launch/ablate.py": "parsed",
     # tests/training/test_check.py trains a small network beside a curve.
     "python launch/check.py": "parsed",
     "bash launch/local.sh": "dry",

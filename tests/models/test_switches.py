@@ -31,17 +31,16 @@ IMAGE = ImageDiffiT(
 LATENT = LatentDiffiT(
     6, 2, hidden_size=8, depth=2, num_heads=2, mlp_ratio=2, num_classes=3, dtype=jnp.float64
 )
-ADD = dict(time_in="add")
 CASES = {
     "image": IMAGE.clone(time_embedding="fourier", stage_windows=(4, 2), resblock_conv=False),
     "image bias": IMAGE.clone(time_in="bias", attention="auto"),
-    "image mlp": IMAGE.clone(time_in="mlp"),
     "image token": IMAGE.clone(time_in="token", attention="auto"),
-    "image adaln": IMAGE.clone(time_in="adaln"),
     "image encoder half": IMAGE.clone(tmsa_half="encoder"),
     "image decoder half": IMAGE.clone(tmsa_half="decoder"),
-    "image single": IMAGE.clone(encoder="single", decoder="mla", channels=(8, 8), **ADD),
-    "image mla": IMAGE.clone(decoder="mla", **ADD),
+    "image single, mlp": IMAGE.clone(
+        encoder="single", decoder="mla", channels=(8, 8), time_in="mlp"
+    ),
+    "image mla, adaln": IMAGE.clone(decoder="mla", time_in="adaln"),
     "latent": LATENT.clone(time_embedding="fourier"),
     **{f"latent {name}": LATENT.clone(time_in=name) for name in ("mlp", "token", "adaln", "add")},
 }
