@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax import models
+from diffit_jax.errors import UserError
 from diffit_jax.interop import tensors
 from diffit_jax.interop.edm_pickle import EdmPickle
 from diffit_jax.interop.tensors import Leaf
@@ -95,9 +96,14 @@ def load(
 def fit_config(config: Mapping[str, Any], path: epath.PathLike) -> dict[str, Any]:
     """Return `config` with the sizes of a file in its section `model`; only names are read.
 
+    A file without augmentation labels takes the section `augmentation` away: such a network cannot
+    be told.
+
     Raises:
-      UserError: as `load`.
+      UserError: as `load`, or a config without a section `model`.
     """
+    if not isinstance(config.get("model"), Mapping):
+        raise UserError("the config has no section model: use one like configs/cifar10_songunet.py")
     with _open(path) as file:
         module = _infer_module(path, file)
     kept = {
@@ -106,7 +112,10 @@ def fit_config(config: Mapping[str, Any], path: epath.PathLike) -> dict[str, Any
         if name in SongUNet.__dataclass_fields__ and name not in _SIZES and name != "name"
     }
     sizes = {name: getattr(module, name) for name in _SIZES}
-    return {**config, "model": {"name": "songunet", **sizes, **kept}}
+    fitted = {**config, "model": {"name": "songunet", **sizes, **kept}}
+    if not module.augment_labels:
+        fitted.pop("augmentation", None)
+    return fitted
 
 
 def _open(path: epath.PathLike) -> WeightFiles | EdmPickle:

@@ -10,6 +10,7 @@ from support.golden import GOLDEN, golden_tensors
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
+from diffit_jax.experiment.config import build
 from diffit_jax.interop import songunet
 from diffit_jax.models import SongUNet
 from diffit_jax.sampling import convert
@@ -60,6 +61,11 @@ def test_any_sizes_are_inferred(tmp_path):
         save_file(tensors, tmp_path / "w.safetensors")
         found, read = songunet.load(tmp_path / "w.safetensors")
         assert found == model
+        # Without augmentation labels the usual config's augmentation would be refused.
+        config = config_for_weights(None, str(tmp_path / "w.safetensors"))
+        fitted = build(songunet.fit_config(config, tmp_path / "w.safetensors"))
+        assert fitted.model == model.clone(dropout=0.13, attention="auto", dtype="bfloat16")
+        assert not fitted.augmentation.num_labels
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("f4")), read, variables)
 
 
@@ -88,6 +94,8 @@ def test_files_that_are_refused(tmp_path, capsys):
     assert "run" not in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be read"):
         songunet.load(tmp_path / "none.pkl")
+    with pytest.raises(UserError, match="no section model"):
+        songunet.fit_config({}, SNAPSHOT)
 
     tensors = golden_tensors("edm_ddpmpp.safetensors")
     for change, message in (
