@@ -297,6 +297,7 @@ def test_lines_that_are_run(scratch):
         "convert.py --weights",
         "convert",
         "score",
+        "analyse",
         "make_reference",
         "evaluate",
         "benchmark",
