@@ -81,7 +81,7 @@ def analyse(
       overwrite: whether an analysis that is there may be replaced.
 
     Returns:
-      The folder: `report.md`, `analysis.npz`, and PNGs.
+      The folder: `report.md`, `analysis.npz` and, where matplotlib is installed, PNGs.
 
     Raises:
       UserError: a network without attention, settings that cannot be, a folder that holds an
@@ -93,7 +93,7 @@ def analyse(
     folder = files.resolve(default if output is None else output, "output")
     if (folder / "report.md").exists() and not overwrite:
         raise UserError(f"{folder} holds an analysis: name another --output, or say --overwrite")
-    from diffit_jax.evaluation.analysis import report  # brings matplotlib
+    from diffit_jax.evaluation.analysis import report  # which knows this module
 
     variables, origin = source.load(setup)
     analysed = follow(setup, variables, images=images, steps=steps, query=query, frozen=frozen)
@@ -103,8 +103,11 @@ def analyse(
         with files.writing(made / "analysis.npz") as file:
             found: dict[str, Any] = dict(arrays(analysed))
             np.savez_compressed(file, **found)
-        for name, picture in report.pictures(analysed, setup.experiment.space).items():
-            files.write_bytes(made / f"{name}.png", picture)
+        try:
+            for name, picture in report.pictures(analysed, setup.experiment.space).items():
+                files.write_bytes(made / f"{name}.png", picture)
+        except ImportError:
+            log.info("no pictures of the analysis: pip install matplotlib")
         text = report.text(analysed, source.name, origin)
         files.write_bytes(made / "report.md", text.encode())  # last: with it, all is there
         log.info("wrote %s", made)

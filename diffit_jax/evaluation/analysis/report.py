@@ -6,15 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from diffit_jax.errors import UserError
 from diffit_jax.evaluation.analysis import spectra
 from diffit_jax.evaluation.analysis.analyse import TIME_SHARES, Analysed
 from diffit_jax.experiment.spaces import Space
-
-try:
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise UserError("an analysis is pictures: pip install matplotlib") from error
 
 COLUMNS, ROWS = 8, 4  # steps and layers of which maps are drawn
 _WORDS = {
@@ -26,7 +20,7 @@ _WORDS = {
 
 
 def pictures(analysed: Analysed, space: Space) -> dict[str, bytes]:
-    """Draw everything: PNG files by name."""
+    """Draw everything: PNG files by name. Raises ImportError without matplotlib."""
     draw: dict[str, Callable[[Analysed], Any]] = {
         "maps": lambda found: _maps(found, space),
         "heads": _heads,
@@ -42,6 +36,12 @@ def pictures(analysed: Analysed, space: Space) -> dict[str, bytes]:
     return found
 
 
+def _figure(**settings: Any) -> Any:
+    from matplotlib.figure import Figure  # half a second, and not everybody has it
+
+    return Figure(**settings)
+
+
 def _spread(count: int, most: int) -> list[int]:
     """Return at most so many numbers below `count`, evenly spread, ends included."""
     return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
@@ -52,7 +52,7 @@ def _maps(analysed: Analysed, space: Space) -> Any:
     steps = _spread(len(analysed.sigmas), COLUMNS)
     names = list(analysed.layers)
     layers = [names[index] for index in _spread(len(names), ROWS)]
-    figure = Figure(figsize=(1.25 * len(steps) + 1.2, 1.3 * (1 + 2 * len(layers))))
+    figure = _figure(figsize=(1.25 * len(steps) + 1.2, 1.3 * (1 + 2 * len(layers))))
     panels = figure.subplots(1 + 2 * len(layers), len(steps), squeeze=False)
     shown = space.preview(np.asarray(space.from_model(analysed.denoised[steps, 0])))
     for axes, image, step in zip(panels[0], shown, steps, strict=True):
@@ -92,7 +92,7 @@ def _ticks(analysed: Analysed) -> tuple[list[int], list[str]]:
 
 def _heads(analysed: Analysed) -> Any:
     count = sum(layer["change"].shape[-1] for layer in analysed.layers.values())
-    figure = Figure(figsize=(9, min(2 + 0.16 * count, 12)), layout="constrained")
+    figure = _figure(figsize=(9, min(2 + 0.16 * count, 12)), layout="constrained")
     for axes, name, title in zip(
         figure.subplots(1, 2, sharey=True),
         ("entropy", "reach"),
@@ -113,7 +113,7 @@ def _heads(analysed: Analysed) -> Any:
 
 
 def _time(analysed: Analysed) -> Any:
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = _figure(figsize=(10, 7), layout="constrained")
     names = list(analysed.layers)
     for axes, name in zip(figure.subplots(2, 2).flat, TIME_SHARES, strict=True):
         for number, layer in enumerate(names):
@@ -130,7 +130,7 @@ def _time(analysed: Analysed) -> Any:
 
 
 def _variance(analysed: Analysed) -> Any:
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = _figure(figsize=(10, 5), layout="constrained")
     for axes, name in zip(
         figure.subplots(2, 1, sharex=True), ("excess_reach", "entropy"), strict=True
     ):
@@ -148,7 +148,7 @@ def _variance(analysed: Analysed) -> Any:
 def _spectra(analysed: Analysed) -> Any:
     power = spectra.radial_power(analysed.denoised).mean(1)
     update = spectra.radial_power(np.diff(analysed.denoised, axis=0)).mean(1)
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = _figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for axes, values, title in (
         (left, power, "power of the estimate"),
@@ -221,7 +221,7 @@ def text(analysed: Analysed, name: str, origin: Mapping[str, Any]) -> str:
         f"**The keys' time projection** has {key_share:.2f} of the keys' mean square, and changes "
         f"no weight by more than {effect:.1e}: the softmax cancels it.",
         "",
-        "`analysis.npz` holds all of it by layer and head. Pictures: `maps.png`, `heads.png`, "
-        "`time.png`, `variance.png`, `spectra.png`.",
+        "`analysis.npz` holds all of it by layer and head; pictures are beside it, if matplotlib "
+        "is installed.",
     ]
     return "\n".join(lines) + "\n"
