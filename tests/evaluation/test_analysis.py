@@ -1,5 +1,8 @@
 """Statistics of attention that is known, spectra of images that are known, and the verb."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +16,11 @@ from diffit_jax.evaluation.analysis import heads, spectra
 from diffit_jax.evaluation.analysis.analyse import Way, analyse, batch_shapes, follow, program
 from diffit_jax.models import ImageDiffiT, LatentDiffiT
 from diffit_jax.models.diffit.attention import Attended
+from diffit_jax.models.model import Model
+from diffit_jax.models.placement import Dense
 from diffit_jax.preflight.figures import TooLarge
 from diffit_jax.preflight.preflight import _chosen, price_analysis
-from diffit_jax.run.state import setup_experiment
+from diffit_jax.run.state import Setup, setup_experiment
 from diffit_jax.runtime.backend import chip_of
 from diffit_jax.sampling.request import Weights, config_for_weights
 
@@ -228,3 +233,24 @@ def test_no_array_of_queries_and_keys_leaves_a_layer():
         lambda lowered: priced.append(lowered) or TooLarge(reason="no"),
     )
     assert isinstance(answer, TooLarge) and len(priced) == 1
+
+
+class Plain(Model):
+    """A network without attention."""
+
+    @property
+    def sample_shape(self):
+        return 8, 8, 1
+
+    @nn.compact
+    def __call__(self, x_BHWC, noise_level_B, conditioning, capture=None):
+        return Dense(1)(x_BHWC)
+
+
+def test_a_network_without_attention_is_refused():
+    setup = setup_experiment(small_config(), to_train=False)
+    experiment = dataclasses.replace(setup.experiment, model=Plain(num_classes=10))
+    setup = Setup(experiment, setup.mesh)
+    variables = models.init_variables(experiment.model, jax.random.key(0))
+    with pytest.raises(UserError, match="Plain has no attention: there is nothing to analyse"):
+        follow(setup, variables, images=2, steps=2)
