@@ -10,6 +10,9 @@ import numpy as np
 from diffit_jax.errors import UserError
 from diffit_jax.runtime.console import parse_numbers
 
+# How often a class comes in training, as a power of its number of examples.
+CLASS_SAMPLING = {"natural": 1.0, "square_root": 0.5, "balanced": 0.0}
+
 _NAMES_FILE = "imagenet_classes.txt"
 
 

@@ -311,13 +311,6 @@ class RecordSource:
         self._record_s = min(self._pool().map(timed, parts))
         return decode_records(self.manifest.arrays, records)
 
-    def read_labels(self) -> np.ndarray:
-        """Read the labels of all examples, (len,) int32."""
-        size = 4096
-        starts = range(0, len(self), size)
-        parts = [self.read(np.arange(a, min(a + size, len(self))))["label"] for a in starts]
-        return np.concatenate(parts)
-
     def _fetch(self, path: str, rows: Sequence[int]) -> Sequence[bytes]:
         """Read records of a shard; slow on remote storage."""
         try:
@@ -368,3 +361,11 @@ def open_records(folder: epath.PathLike, split: str) -> RecordSource:
     if missing:
         raise _damaged(f"{folder}/{missing[0]}", f"{len(missing)} shards are missing")
     return RecordSource(folder, manifest)
+
+
+def read_labels(source: Any) -> np.ndarray:
+    """Read the labels of all examples of a `Source`, (len,) int32."""
+    size = 4096
+    starts = range(0, len(source), size)
+    parts = [source.read(np.arange(a, min(a + size, len(source))))["label"] for a in starts]
+    return np.concatenate(parts)

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import records
+from diffit_jax.data.labels import CLASS_SAMPLING
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files, hub
 
@@ -320,10 +321,6 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
-# How often a class comes, as a power of its number of examples.
-CLASS_SAMPLING = {"natural": 1.0, "square_root": 0.5, "balanced": 0.0}
-
-
 class ClassSampling:
     """Epochs in which classes come by another rule than as often as they are.
 
@@ -384,11 +381,7 @@ def class_sampling(source: Source, rule: str) -> ClassSampling | None:
     """
     if rule == "natural":
         return None
-    labels = np.zeros(0, np.int32)
-    if source.num_classes:
-        size = 65_536
-        parts = (np.arange(at, min(at + size, len(source))) for at in range(0, len(source), size))
-        labels = np.concatenate([source.read(part)["label"] for part in parts])
+    labels = records.read_labels(source) if source.num_classes else np.zeros(0, np.int32)
     return ClassSampling(labels, source.num_classes, CLASS_SAMPLING[rule])
 
 

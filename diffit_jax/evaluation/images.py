@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from etils import epath
 
+from diffit_jax.data import records
 from diffit_jax.data.labels import spread
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError, one_line
@@ -230,19 +231,6 @@ class FileImages:
         self.count, self.shape = len(self._index), self._pixels(0).shape
         self.metadata: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
 
-    @property
-    def labelled(self) -> bool:
-        """Whether the images have labels."""
-        return self._source.num_classes > 0
-
-    def labels(self) -> np.ndarray:
-        """Read the labels of the images, (N,) int64; raise `UserError` if there are none."""
-        if not self.labelled:
-            raise UserError(f"{self.metadata['samples']} has no labels: leave out --by_class")
-        starts = range(0, self.count, 4_096)
-        parts = (np.arange(at, min(at + 4_096, self.count)) for at in starts)
-        return np.concatenate([self._source.read(part)["label"] for part in parts]).astype(np.int64)
-
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield (n, H, W, C) uint8 from image `start` on."""
         for begin in range(start, self.count, size):
@@ -285,9 +273,7 @@ class DatasetImages:
         """Read the labels of the images, (N,) int64; raise `UserError` if there are none."""
         if not self.labelled:
             raise UserError(f"{self.metadata['samples']} has no labels: leave out --by_class")
-        starts = range(0, self.count, 4_096)
-        parts = (np.arange(at, min(at + 4_096, self.count)) for at in starts)
-        return np.concatenate([self._source.read(part)["label"] for part in parts]).astype(np.int64)
+        return records.read_labels(self._source).astype(np.int64)
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield (n, H, W, C) uint8 from image `start` on."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from diffit_jax import limits
 from diffit_jax.data import pixels
-from diffit_jax.data.sources import CLASS_SAMPLING
+from diffit_jax.data.labels import CLASS_SAMPLING
 from diffit_jax.diffusion import GUIDANCE, SAMPLERS
 from diffit_jax.diffusion.guidance import Guidance, Unguided
 from diffit_jax.diffusion.samplers import SamplingMethod

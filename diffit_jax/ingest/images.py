@@ -156,7 +156,7 @@ def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     files = tuple(str(folder / shard.file) for shard in source.manifest.shards)
     rows = [(file, row, 0) for file, count in enumerate(counts) for row in range(count)]
     classes = () if unlabelled else source.manifest.classes
-    labels = source.read_labels() if classes else None
+    labels = records.read_labels(source) if classes else None
     names = [f"{split}:{number}" for number in range(len(rows))]
     shape = source.manifest.arrays[records.IMAGE].shape
     return Index(
