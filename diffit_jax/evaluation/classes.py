@@ -15,12 +15,12 @@ from diffit_jax.evaluation.neighbours import (
     nearest_distances,
     nearest_of,
     precision_and_recall,
+    squared_distances,
 )
 from diffit_jax.evaluation.scores import distance_between
 
 WORST = 10
 COVERAGE_NEIGHBOURS = 5  # of Naeem et al. 2020
-BLOCK = 1_000
 
 
 def by_class(
@@ -91,26 +91,21 @@ def coverage(
       samples: (n, d) features.
       neighbours: k.
     """
-    radii = []
-    for start in range(0, len(reference), BLOCK):
-        of_part = _distances(reference[start : start + BLOCK], reference)
-        radii.append(np.partition(of_part, neighbours, axis=1)[:, neighbours])  # 0 is itself
+    radii = [
+        np.partition(_root(part), neighbours, axis=1)[:, neighbours]  # 0 is itself
+        for part in squared_distances(reference, reference)
+    ]
     return float(np.mean(nearest_distances(reference, samples) <= np.concatenate(radii)))
 
 
 def diversity(features: np.ndarray) -> float:
     """Return the mean Euclidean distance between two of (n, d) features, n > 1, a scalar."""
     count = len(features)
-    sums = (
-        _distances(features[start : start + BLOCK], features).sum()
-        for start in range(0, count, BLOCK)
-    )
+    sums = (_root(part).sum() for part in squared_distances(features, features))
     return float(sum(sums) / (count * (count - 1)))
 
 
-def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    squares = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
+def _root(squares: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares, 0))
 
 

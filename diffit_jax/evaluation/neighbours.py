@@ -181,19 +181,23 @@ def nearest_distances(queries: np.ndarray, references: np.ndarray, block: int = 
     Returns:
       (n,) float64.
     """
-    parts = _squared_distances(queries, references, block)
+    parts = squared_distances(queries, references, block)
     return np.concatenate([np.sqrt(np.clip(part.min(axis=1), 0, None)) for part in parts])
 
 
 def nearest_of(queries: np.ndarray, references: np.ndarray, block: int = 256) -> np.ndarray:
     """Return the number of each query's nearest reference, (n,) int; arguments as above."""
-    parts = _squared_distances(queries, references, block)
+    parts = squared_distances(queries, references, block)
     return np.concatenate([part.argmin(axis=1) for part in parts])
 
 
-def _squared_distances(
-    queries: np.ndarray, references: np.ndarray, block: int
+def squared_distances(
+    queries: np.ndarray, references: np.ndarray, block: int = 256
 ) -> Iterator[np.ndarray]:
+    """Yield squared distances of blocks of queries to all references, (block, m) float64.
+
+    Rounding may leave them a little below 0; arguments as of `nearest_distances`.
+    """
     queries, references = np.asarray(queries, np.float64), np.asarray(references, np.float64)
     squares = np.sum(references**2, axis=1)
     for start in range(0, len(queries), block):

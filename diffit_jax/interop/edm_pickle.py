@@ -20,17 +20,16 @@ from diffit_jax.interop import torch_files
 
 
 class _Module:
-    """An object with its attributes, in the place of a network's module."""
+    """An object with its attributes, in the place of a network's module.
+
+    A `torch.nn.ModuleDict` is made empty, then gets its attributes.
+    """
 
     def __init__(self, state: Any = None, kind: Any = ""):
         self.state, self.kind = (state if isinstance(state, dict) else {}), kind
 
     def __setstate__(self, state: Any) -> None:
         self.__init__(state)
-
-
-class _ModuleList(_Module):
-    """In the place of `torch.nn.ModuleDict`, which is made empty, then gets its attributes."""
 
 
 def _persistent(meta: Any) -> _Module:
@@ -71,7 +70,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.
 
 _NAMES = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-    ("torch.nn.modules.container", "ModuleDict"): _ModuleList,
+    ("torch.nn.modules.container", "ModuleDict"): _Module,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,

@@ -139,8 +139,7 @@ def load(
         def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
             if module.grid != found.grid:
                 array = _resized(leaf.path, array, found.grid, module.grid)
-            is_tree = isinstance(sharding, Mapping)
-            return jax.device_put(array, tensors.at(sharding, leaf.path) if is_tree else sharding)
+            return tensors.put(array, leaf, sharding)
 
         return module, tensors.read(file, leaves, place, str(path), allow_nonfinite)
 

@@ -86,8 +86,7 @@ def load(
         tensors.check(path, _KIND, leaves, file)
 
         def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
-            is_tree = isinstance(sharding, Mapping)
-            return jax.device_put(array, tensors.at(sharding, leaf.path) if is_tree else sharding)
+            return tensors.put(array, leaf, sharding)
 
         variables = tensors.read(file, leaves, place, str(path), allow_nonfinite)
         return module, {"constants": {}, **variables}

@@ -144,6 +144,12 @@ def read(
     return nested(flat)
 
 
+def put(array: np.ndarray, leaf: Leaf, sharding: Any) -> jax.Array:
+    """Put an array of a leaf where it goes: a sharding for all, or a tree of them like ours."""
+    of_leaf = at(sharding, leaf.path) if isinstance(sharding, Mapping) else sharding
+    return jax.device_put(array, of_leaf)
+
+
 def check(
     path: epath.PathLike, kind: str, leaves: Iterable[Leaf], file: Tensors, remedy: str = RELEASED
 ) -> None:

@@ -53,6 +53,7 @@ from diffit_jax.run.state import Setup, TrainState, setup_experiment
 from diffit_jax.runtime import backend, console, parallel
 from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.sampling.decoder import CHUNK_SIZE, LatentDecoder, per_slice
+from diffit_jax.sampling.sampler import batch_shapes as seeds_and_labels
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.training.step import batch_shapes, lower_train_step
 
@@ -384,7 +385,7 @@ def price_analysis(
     sigmas = experiment.process.sigmas(steps)
     frozen = float(sigmas[steps // 2])
     way = analyse.Way(count, tuple(sigmas.tolist()), frozen=frozen, measured=measured)
-    batch = analyse.batch_shapes(setup, count)
+    batch = seeds_and_labels(mesh, count)
     with parallel.placement(mesh):
         lowered = analyse.program(setup, way).lower(setup.variables, batch)
     answer = compiled(lowered)

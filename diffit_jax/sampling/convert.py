@@ -60,26 +60,18 @@ def weights_to_workdir(
         impossible config; a directory that holds a run or cannot be written.
     """
     weights, workdir = hub.local(weights, "--weights"), files.resolve(workdir, "--to_workdir")
-    if (layout := layout_of(weights)) is not official:
-        if slim or input_size is not None or num_classes is not None:
-            raise UserError(
-                f"weights {weights} are not of a latent DiffiT: leave out --parametrisation, "
-                "--input_size and --num_classes"
-            )
-        config = layout.fit_config(config, weights)
-        experiment = setup_experiment(config, to_train=False).experiment
-        _refuse_run(workdir)
-        _, variables = layout.load(weights, allow_nonfinite=allow_nonfinite)
-        state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
-        _write(workdir, config, experiment, state)
-        return
-    change: dict[str, Any] = {"slim_tmsa": slim}
-    change |= {} if input_size is None else {"input_size": input_size}
+    layout, size = layout_of(weights), {} if input_size is None else {"input_size": input_size}
+    change: dict[str, Any] = {"slim_tmsa": slim, **size} if layout is official else {}
     change |= {} if num_classes is None else {"num_classes": num_classes}
-    config = official.fit_config(config, weights, **change)
+    if layout is not official and (slim or size or change):
+        raise UserError(
+            f"weights {weights} are not of a latent DiffiT: leave out --parametrisation, "
+            "--input_size and --num_classes"
+        )
+    config = layout.fit_config(config, weights, **change)
     experiment = setup_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
-    _, variables = official.load(weights, input_size, allow_nonfinite=allow_nonfinite)
+    _, variables = layout.load(weights, allow_nonfinite=allow_nonfinite, **size)
     if num_classes is not None:
         variables = _with_new_labels(variables, num_classes, weights)
     if slim:

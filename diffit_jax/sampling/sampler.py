@@ -192,11 +192,7 @@ class Sampler:
         return count_multiply_adds(traced.jaxpr)
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        sharding = parallel.batch_sharding(self._program.mesh)
-        return {
-            name: jax.ShapeDtypeStruct((self.batch_size,), dtype, sharding=sharding)
-            for name, dtype in (("seed", np.uint32), ("label", np.int32))
-        }
+        return batch_shapes(self._program.mesh, self.batch_size)
 
     @backend.reproducible_numerics()
     def draw_batch(
@@ -272,6 +268,15 @@ class Sampler:
     ) -> np.ndarray:
         """Draw all of `batches` as one (n, H, W, C) float32 array."""
         return np.concatenate(list(self.batches(variables, seeds, labels, guide)))
+
+
+def batch_shapes(mesh: jax.sharding.Mesh, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch of seeds and labels, (size,) each."""
+    sharding = parallel.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size,), dtype, sharding=sharding)
+        for name, dtype in (("seed", np.uint32), ("label", np.int32))
+    }
 
 
 def batch_size(experiment: Experiment, mesh: jax.sharding.Mesh, count: int | None = None) -> int:

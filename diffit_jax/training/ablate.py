@@ -338,11 +338,7 @@ def gather(
 
 def table(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> str:
     """Format results as a table in Markdown: means and their standard errors over seeds."""
-    figures = [
-        name
-        for name in _FIGURES[ablation.metric]
-        if any(name in result["figures"] for result in results)
-    ]
+    figures = _figures_in(ablation, results)
     paper = ["paper"] if ablation.paper else []
     heads = ["", *(_TITLES[name] for name in figures), "seeds", *paper]
     lines = [heads, ["---"] * len(heads)]
@@ -352,6 +348,12 @@ def table(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> str:
         theirs = [f"{ablation.paper[row]:g}" if row in ablation.paper else ""] if paper else []
         lines.append([row, *cells, str(len(of_row)), *theirs])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _figures_in(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the figures that a table shows and some result has."""
+    of_results = {name for result in results for name in result["figures"]}
+    return [name for name in _FIGURES[ablation.metric] if name in of_results]
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
@@ -395,9 +397,7 @@ def _picture(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw every result as a dot, and means with standard errors, a panel for each figure."""
     from matplotlib.figure import Figure
 
-    names = [
-        name for name in _FIGURES[ablation.metric] if any(name in one["figures"] for one in results)
-    ]
+    names = _figures_in(ablation, results)
     height = 1.2 + 0.35 * len(ablation.rows)
     figure = Figure(figsize=(3.6 * max(len(names), 1) + 1.5, height), layout="constrained")
     panels = figure.subplots(1, max(len(names), 1), sharey=True, squeeze=False)[0]

@@ -13,7 +13,7 @@ from support.golden import GOLDEN
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.analysis import heads, spectra
-from diffit_jax.evaluation.analysis.analyse import Way, analyse, batch_shapes, follow, program
+from diffit_jax.evaluation.analysis.analyse import Way, analyse, follow, program
 from diffit_jax.models import ImageDiffiT, LatentDiffiT
 from diffit_jax.models.diffit.attention import Attended
 from diffit_jax.models.model import Model
@@ -23,6 +23,7 @@ from diffit_jax.preflight.preflight import _chosen, price_analysis
 from diffit_jax.run.state import Setup, setup_experiment
 from diffit_jax.runtime.backend import chip_of
 from diffit_jax.sampling.request import Weights, config_for_weights
+from diffit_jax.sampling.sampler import batch_shapes
 
 SIDE, WIDTH = 4, 3  # of the window; of a head
 TOKENS = SIDE * SIDE
@@ -218,7 +219,9 @@ def test_no_array_of_queries_and_keys_leaves_a_layer():
     setup = setup_experiment(config, to_train=False)
     sigmas = setup.experiment.process.sigmas(5)
     way = Way(4, tuple(sigmas.tolist()))
-    denoised, layers = jax.eval_shape(program(setup, way), setup.variables, batch_shapes(setup, 4))
+    denoised, layers = jax.eval_shape(
+        program(setup, way), setup.variables, batch_shapes(setup.mesh, 4)
+    )
     assert denoised.shape == (5, 4, 16, 16, 4) and len(layers) == 2
     for layer in layers.values():
         assert layer["map"].shape == (5, 4, 2, 64)

@@ -198,15 +198,6 @@ def program(setup: Setup, way: Way) -> Any:
     return jax.jit(function, out_shardings=everywhere)
 
 
-def batch_shapes(setup: Setup, count: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of the batch of `program`: seeds and labels, (count,) each."""
-    sharding = parallel.batch_sharding(setup.mesh)
-    return {
-        name: jax.ShapeDtypeStruct((count,), dtype, sharding=sharding)
-        for name, dtype in (("seed", np.uint32), ("label", np.int32))
-    }
-
-
 def _follow(
     experiment: Experiment, way: Way, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:

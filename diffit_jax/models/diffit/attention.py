@@ -445,7 +445,6 @@ class TMSA(nn.Module):
             return jnp.expand_dims(of_head + time.bias[projection], (1, 3))
 
         has_key = time is not None and len(time.bias) == 3
-        bias = jax.vmap(self._bias)(bias_table)[:, None] if bias_table.ndim == 3 else None
         attended = Attended(
             q,
             k,
@@ -454,7 +453,7 @@ class TMSA(nn.Module):
             lambda other_BT: of_time(other_BT, 0) * q.shape[-1] ** -0.5,
             of_time(time_BT, 1 if has_key else None),
             of_time(time_BT, None if time is None else len(time.bias) - 1),
-            self._bias(bias_table) if bias is None else bias,
+            self._bias(bias_table),
             self.window,
         )
         for name, value in statistics(attended).items():
@@ -497,12 +496,11 @@ class TMSA(nn.Module):
         Queries, keys and values are (B, N, H, L, D), with a kernel that wants it (B, N, H, D, L).
         """
         if backend == "xla":
-            of_examples = bias_table.ndim == 3
-            bias = jax.vmap(self._bias)(bias_table) if of_examples else self._bias(bias_table)
-            kept = keeps_weights(self) or of_examples
+            bias = self._bias(bias_table)
+            kept = keeps_weights(self) or bias_table.ndim == 3
             if self.backend == "auto" and platforms.of(platform()).own_attention and not kept:
                 return _reverse_attention(q, k, v, bias)
-            weights = nn.softmax(_logits(q, k) + (bias[:, None] if of_examples else bias))
+            weights = nn.softmax(_logits(q, k) + bias)
             # Kept only when the caller asks for "intermediates".
             self.sow("intermediates", "attention", weights)
             return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v)
@@ -511,7 +509,12 @@ class TMSA(nn.Module):
         return per_shard(attend)(*windows, bias_table).reshape(q.shape)
 
     def _bias(self, table: jax.Array) -> jax.Array:
-        """Look the bias of each pair of tokens up: (offsets, H) → (H, L + E, L + E)."""
+        """Look the bias of each pair of tokens up: (offsets, H) → (H, L + E, L + E).
+
+        Of examples, (B, offsets, H) → (B, 1, H, L + E, L + E).
+        """
+        if table.ndim == 3:
+            return jax.vmap(self._bias)(table)[:, None]
         index_LL, shared_LL = tile_index(self.tile or (self.window, self.window), self.window)
         bias_LLH = table[index_LL]
         if not shared_LL.all():

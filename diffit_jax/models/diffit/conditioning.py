@@ -65,6 +65,15 @@ def sinusoidal_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def fixed_frequencies(module: nn.Module, count: int) -> jax.Array:
+    """Return a module's frequencies of Fourier features, (count,): drawn once, never trained."""
+    return module.variable(
+        "constants",
+        "frequencies",
+        lambda: 16 * jax.random.normal(module.make_rng("params"), (count,)),
+    ).value
+
+
 def fourier_embedding(noise_level_B: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Embed a scalar by Fourier features of random frequencies (the paper's Table 8, as in EDM).
 
@@ -139,7 +148,8 @@ class TimeToken(nn.Module):
         """
         init = nn.initializers.normal(0.02)
         if self.embedding == "fourier":
-            token_BT = fourier_embedding(noise_level_B, self._frequencies())
+            frequencies = fixed_frequencies(self, self.frequency_width // 2)
+            token_BT = fourier_embedding(noise_level_B, frequencies)
         else:
             token_BT = sinusoidal_embedding(noise_level_B, self.frequency_width)
         token_BT = Dense(self.width, self.dtype, init, name="in")(token_BT)
@@ -162,12 +172,3 @@ class TimeToken(nn.Module):
             if augment_BA is not None:
                 token_BT = token_BT + augment_BA.astype(self.dtype) @ kernel.ready(self.dtype)
         return token_BT
-
-    def _frequencies(self) -> jax.Array:
-        """Return the fixed frequencies of "fourier", (frequency_width / 2,)."""
-        shape = (self.frequency_width // 2,)
-        return self.variable(
-            "constants",
-            "frequencies",
-            lambda: 16 * jax.random.normal(self.make_rng("params"), shape),
-        ).value

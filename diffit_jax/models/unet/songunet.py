@@ -25,6 +25,7 @@ from diffit_jax.models.diffit.blocks import (
     dropped,
     group_norm,
 )
+from diffit_jax.models.diffit.conditioning import fixed_frequencies
 from diffit_jax.models.model import Model
 from diffit_jax.models.placement import FSDP, Dense, at_least_float32, param, placed
 
@@ -338,12 +339,7 @@ class SongUNet(Model):
         half = self.channels * mult // 2
         exact = at_least_float32(self.dtype)
         if embedding == "fourier":
-            frequencies = self.variable(
-                "constants",
-                "frequencies",
-                lambda: 16 * jax.random.normal(self.make_rng("params"), (half,)),
-            ).value
-            frequencies = 2 * np.pi * frequencies.astype(exact)
+            frequencies = 2 * np.pi * fixed_frequencies(self, half).astype(exact)
         else:
             frequencies = jnp.asarray(10_000.0 ** (-np.arange(half) / (half - 1)))
         angles = noise_level_B.astype(exact)[:, None] * frequencies
