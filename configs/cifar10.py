@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    # The 50,000 training images: `launch/prepare.py --source cifar-10-python.tar.gz --name
+    # The 50,000 training images: `diffit prepare --source cifar-10-python.tar.gz --name
     # cifar10` makes them.
     config.data = ConfigDict(dict(name="cifar10", data_dir=""))
 

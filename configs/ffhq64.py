@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     of_cifar10 = run_path(str(Path(__file__).with_name("cifar10.py")))
     config = of_cifar10["get_config"]()
 
-    # The 70,000 images: `launch/prepare.py --source FFHQ --name ffhq64 --crop resize --size 64`
+    # The 70,000 images: `diffit prepare --source FFHQ --name ffhq64 --crop resize --size 64`
     # makes them.
     config.data.name = "ffhq64"
 

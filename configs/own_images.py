@@ -1,8 +1,9 @@
-"""Your own images, in pixels or latents: what launch/prepare.py or launch/encode.py has written.
+"""Your own images, in pixels or latents: what `diffit prepare` or `diffit encode` has written.
 
-`--config configs/own_images.py:flowers` takes the data set of that name in ~/tensorflow_datasets,
-`--config configs/own_images.py:data/flowers` the one in another folder; `:flowers:B/2` a larger
-latent network than S/2. Shape and classes are those of the manifest.
+`--config own_images:flowers` takes the data set of that name in ~/tensorflow_datasets, `--config
+own_images:data/flowers` the one in another folder. A size after it chooses the network: of images
+`tiny` (for a CPU and some hundred images), `S` (the default) or `B` (the paper's widths); of
+latents S/2 (the default), B/2, L/2, XL/2 … Shape and classes are those of the manifest.
 """
 
 import os
@@ -10,20 +11,28 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from diffit_jax.data.records import MOMENTS, Manifest, read_manifest
+from diffit_jax.data.records import MOMENTS, Manifest, has_split, read_manifest
 from diffit_jax.data.sources import data_folder
 from diffit_jax.errors import UserError
 from diffit_jax.models.diffit.latent import named_size
+
+# Of networks of images: channels of each stage, blocks of a stage, width of a head.
+SIZES = {
+    "tiny": ((16, 16, 32, 64), 1, 16),
+    "S": ((64, 128, 128, 128), 2, 32),
+    "B": ((128, 256, 256, 256), 4, 32),
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Return the config for a prepared data set, named by `argument`."""
     name, _, size = argument.partition(":")
     if not name:
-        raise UserError("name your data: --config configs/own_images.py:NAME")
+        raise UserError("name your data: --config own_images:NAME")
     above, _, last = name.rpartition("/")
     data_dir = str(Path(os.path.expanduser(above)).absolute()) if above else ""
-    manifest = read_manifest(data_folder(last, data_dir), "train")
+    folder = data_folder(last, data_dir)
+    manifest = read_manifest(folder, "train")
     config = ConfigDict()
     config.seed = 0
     config.data = ConfigDict(dict(name=last, data_dir=data_dir))
@@ -40,20 +49,27 @@ def get_config(argument: str = "") -> ConfigDict:
             grid_images=36,
         )
     )
+    if has_split(folder, "test"):
+        config.evaluation = ConfigDict(dict(loss_steps=500))
     config.optimizer = ConfigDict(dict(learning_rate=2e-4, warmup_steps=1_000))
     config.ema = ConfigDict(dict(halflife_images=500_000, rampup_ratio=0.05))  # EDM's
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, num_slices=1))
     guidance = dict(kind="constant", scale=1.5) if num_classes else dict(kind="none")
     if MOMENTS not in manifest.arrays:
-        _pixels(config, manifest, num_classes, guidance)
+        _pixels(config, manifest, num_classes, guidance, size or "S")
     else:
         _latents(config, manifest, num_classes, guidance, size or "S/2")
     return config.lock()
 
 
-def _pixels(config: ConfigDict, manifest: Manifest, num_classes: int, guidance: dict) -> None:
-    """Fill in the network of images with EDM, narrower than the paper's."""
-    height, width, channels = manifest.example_shape
+def _pixels(
+    config: ConfigDict, manifest: Manifest, num_classes: int, guidance: dict, size: str
+) -> None:
+    """Fill in the network of images with EDM, and mirrored images."""
+    if size not in SIZES:
+        raise UserError(f"size {size!r} is unknown for images: use {', '.join(SIZES)}")
+    channels, blocks, head_width = SIZES[size]
+    height, width, image_channels = manifest.example_shape
     # Stages down to a side of 8 or less, as long as windows of 4×4 fit.
     sides = [height]
     while sides[-1] > 8 and sides[-1] % 8 == 0 and len(sides) < 4:
@@ -67,14 +83,32 @@ def _pixels(config: ConfigDict, manifest: Manifest, num_classes: int, guidance: 
         dict(
             name="image_diffit",
             image_size=height,
-            image_channels=channels,
-            channels=(64, 128, 128, 128)[: len(sides)],  # the paper's have twice that
-            num_blocks=(2,) * len(sides),
+            image_channels=image_channels,
+            channels=channels[: len(sides)],
+            num_blocks=(blocks,) * len(sides),
             window=4,
+            head_width=head_width,
             num_classes=num_classes,
+            augment_labels=1,
+            # Not in a loop: on a CPU, convolutions in one took four times as long.
+            scan_unroll=max(2, blocks),
             dtype="bfloat16",
         )
     )
+    # Every second image is mirrored, of which the network is told: samples are not.
+    config.augmentation = ConfigDict(
+        dict(probability=1.0, y_flip=0.0, scale=0.0, rotation=0.0, stretch=0.0, shift=0.0)
+    )
+    if size == "tiny":
+        config.model.dtype = "float32"  # bfloat16 pays on TPUs and GPUs, not on CPUs
+        config.training.batch_size = 16
+        config.training.total_steps = 800  # ten minutes on two cores, at 64×64
+        config.training.log_steps = 50
+        config.training.grid_steps = config.training.checkpoint_steps = 200
+        config.optimizer.learning_rate, config.optimizer.warmup_steps = 2e-3, 100
+        config.ema.halflife_images = 2_000
+        if "evaluation" in config:
+            config.evaluation.loss_steps = 200
     config.process = ConfigDict(dict(name="edm", sigma_data=0.5))
     sampler = dict(name="heun", num_steps=18)
     config.sampling = ConfigDict(dict(sampler=sampler, guidance=guidance, batch_per_device=36))

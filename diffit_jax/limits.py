@@ -11,9 +11,7 @@ it does not know is left alone.
 """
 
 import dataclasses
-import inspect
 import math
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
@@ -142,17 +140,6 @@ def type_of(declared: Any) -> Any:
     return _parts(declared)[0]
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the documentation of a class's fields by name, from its docstring and its bases'."""
-    texts: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):
-        _, _, attributes = (inspect.cleandoc(owner.__doc__ or "") + "\n").partition("Attributes:\n")
-        for names, text in re.findall(r"(?m)^  ([\w, ]+): (.*\n(?:    .*\n)*)", attributes):
-            entry = " ".join(text.split())
-            texts |= {name: entry for name in names.split(", ") if not entry.startswith("as in `")}
-    return texts
-
-
 def _parts(declared: Any) -> tuple[Any, Limits]:
     """Return (type, limits) of a declaration."""
     if get_origin(declared) is not Annotated:
@@ -174,14 +161,14 @@ def check(settings: Any, section: str | None = None) -> None:
         says what it must be.
     """
     for field in dataclasses.fields(settings):
-        problem = _problem(getattr(settings, field.name), field.type)
-        if problem:
+        wrong = problem(getattr(settings, field.name), field.type)
+        if wrong:
             owner = (
                 f"{type(settings).__name__}."
                 if section is None
                 else f"config key {section}{'.' if section else ''}"
             )
-            raise UserError(f"{owner}{field.name} {problem}")
+            raise UserError(f"{owner}{field.name} {wrong}")
 
 
 class Section:
@@ -200,7 +187,19 @@ class Section:
         check(self, self._section)
 
 
-def _problem(value: Any, declared: Any) -> str:
+def describe(declared: Any) -> str:
+    """Describe what a field with this declaration takes: "a whole number, at least 1"."""
+    declared, limits = _parts(declared)
+    if limits.choices:
+        return "one of " + ", ".join(limits.choices)
+    if get_origin(declared) is Sequence:
+        return f"a list, each {describe(get_args(declared)[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    ends = "" if limits in (FINITE, Limits(infinite=True)) else f", {limits.describe(0.5)}"
+    return words.get(declared, "a section") + ends
+
+
+def problem(value: Any, declared: Any) -> str:
     """Describe the mistake in a value, "" if there is none."""
     declared, limits = _parts(declared)
     if get_origin(declared) is Sequence:
@@ -209,9 +208,9 @@ def _problem(value: Any, declared: Any) -> str:
             return f"is {value!r}: it must be a list"
         if not limits.contains(len(value)):
             return f"is {value!r}: it must have {limits.describe(len(value))} entries"
-        problems = [(item, _problem(item, item_type)) for item in value]
-        item, problem = next(((item, problem) for item, problem in problems if problem), (None, ""))
-        return problem and f"has {item!r}: each {problem.partition(': it ')[2]}"
+        wrongs = [(item, problem(item, item_type)) for item in value]
+        item, wrong = next(((item, wrong) for item, wrong in wrongs if wrong), (None, ""))
+        return wrong and f"has {item!r}: each {wrong.partition(': it ')[2]}"
     if declared is np.dtype:
         return (
             ""

@@ -1,10 +1,29 @@
 """What differs between CPUs, GPUs and TPUs, in one table, whose entries tests may replace."""
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+
+_GOOGLE = "0x1ae0"  # the vendor of TPUs on a machine's PCI bus
+
+
+def _quiet_libtpu() -> None:
+    """Answer what libtpu asks, where there is no TPU: else it prints lines that read as errors.
+
+    That matters where it is installed for its compiler. It is asked when jax looks for devices.
+    """
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == _GOOGLE for vendor in vendors):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+_quiet_libtpu()
 
 
 @dataclasses.dataclass(frozen=True)

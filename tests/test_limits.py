@@ -101,7 +101,7 @@ def test_every_attribute_is_declared():
         for section, cls in section_classes(config).items():
             for name, field in keys_of(section, cls).items():
                 if f"{section}.{name}" not in CHOICES:
-                    assert limits._problem(object(), field.type), f"{section}.{name} takes anything"
+                    assert limits.problem(object(), field.type), f"{section}.{name} takes anything"
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_every_attribute_is_declared():
     ],
 )
 def test_what_is_said(declared, value, problem):
-    assert limits._problem(value, declared) == problem
+    assert limits.problem(value, declared) == problem

@@ -1,6 +1,6 @@
 """The paper's ablations in small: digits in pixels, 600 updates, three seeds.
 
-`python launch/ablate.py --ablation configs/ablations/digits.py --workdir runs/ablation`: 24 runs of
+`diffit ablate --ablation configs/ablations/digits.py --workdir runs/ablation`: 24 runs of
 about a minute on two CPU cores. Tables: configs/ABLATIONS.md.
 """
 

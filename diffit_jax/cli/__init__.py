@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from diffit_jax.errors import OutOfMemory, UserError, one_line
+from diffit_jax.cli import parsing
+from diffit_jax.cli.parsing import define_config as define_config
+from diffit_jax.cli.parsing import define_positional as define_positional
+from diffit_jax.cli.parsing import fail, group
+from diffit_jax.cli.parsing import when_parsed as when_parsed
+from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.runtime import interruption
 
 if TYPE_CHECKING:
@@ -57,6 +62,7 @@ def launch(verb: str) -> None:
         module.main,
         getattr(module, "CLUSTER", None),
         getattr(module, "takes_devices", lambda: True),
+        getattr(module, "check", lambda: None),
     )
 
 
@@ -88,8 +94,9 @@ class _PathParser(flags.ArgumentParser):
     One to read from may be an address on the Hugging Face hub.
     """
 
-    def __init__(self, flag: str, to_read: bool, words: Sequence[str]):
+    def __init__(self, flag: str, to_read: bool, words: Sequence[str], must_exist: bool):
         self._flag, self._to_read, self._words = flag, to_read, words
+        self._must_exist = must_exist
 
     def parse(self, argument: str) -> str:
         from diffit_jax.runtime import files, hub  # bring etils
@@ -100,68 +107,101 @@ class _PathParser(flags.ArgumentParser):
             if self._to_read and hub.is_address(argument):
                 hub.parse(argument, self._flag)
                 return argument
-            return str(files.resolve(argument, self._flag))
+            path = files.resolve(argument, self._flag)
         except UserError as error:
             fail(str(error))  # absl would add the flag's name and a hint of its own
+        if self._to_read and self._must_exist:
+            _to_read[self._flag] = path
+        return str(path)
+
+
+_to_read: dict[str, Any] = {}  # paths that have to be there, by their flag
+
+
+def _check_paths() -> None:
+    """End the command if a path to read from is not there."""
+    from diffit_jax.runtime import hub
+
+    for flag, path in _to_read.items():
+        if not _is_there(path):
+            fail(f"{flag} {path} is not there: {hub.elsewhere(path) or _near(path)}")
+
+
+def _is_there(path: Any) -> bool:
+    """Whether a path to read from exists, as far as that is seen at once."""
+    from diffit_jax.runtime import files
+
+    return not files.is_local(path) or path.exists() or any(mark in path.name for mark in "*?[")
+
+
+def _near(path: Any) -> str:
+    """Name what lies where a path would, with the most similar name."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    close = difflib.get_close_matches(path.name, os.listdir(folder), n=1)
+    return f"did you mean {folder / close[0]}?" if close else "name one that is"
+
+
+def require_run(workdir: str) -> None:
+    """End the command if a local directory is that of no run."""
+    from diffit_jax.runtime import files
+
+    path = files.resolve(workdir, "--workdir")
+    if files.is_local(path) and not (path / "config.json").exists():
+        where = "train first, or name the directory of a run" if path.exists() else _near(path)
+        fail(f"workdir {path} holds no run (no config.json): {where}")
 
 
 def define_path(
-    name: str, help_text: str, to_read: bool = False, words: Sequence[str] = ()
+    name: str,
+    help_text: str,
+    to_read: bool = False,
+    words: Sequence[str] = (),
+    must_exist: bool = True,
 ) -> flags.FlagHolder:
     """Define a flag that takes a path, None if it is not given, see `files.resolve`.
 
-    All paths come in by it. `to_read`: whether `hf://` will do, see `hub.local`; `words`: other
-    values that are allowed.
+    All paths come in by it.
+
+    Args:
+      name: of the flag.
+      help_text: of the flag.
+      to_read: whether it is read from: then `hf://` will do, see `hub.local`.
+      words: other values that are allowed.
+      must_exist: whether one to read from has to be there.
     """
-    parser = _PathParser(f"--{name}", to_read, words)
+    parser = _PathParser(f"--{name}", to_read, words, must_exist)
     return flags.DEFINE(parser, name, None, help_text, serializer=flags.ArgumentSerializer())
 
 
-class ConfigFlag:
-    """The flag `--config FILE`, whose keys can be overridden by `--config.section.key=value`."""
+class _NumbersParser(flags.ArgumentParser):
+    """Parser of whole numbers and ranges, as `console.parse_numbers` reads them."""
 
-    def __init__(self, help_text: str, required: bool):
-        # For --help and --flagfile only: the value is taken out before flags are parsed.
-        flags.DEFINE_string("config", None, help_text)
-        self.value: ConfigDict | None = None
-        self._required = required
+    def __init__(self, flag: str):
+        self._flag = flag
 
-    def take_from(self, arguments: Sequence[str]) -> list[str]:
-        """Load the config that a command line names; return the other arguments."""
-        arguments = flags.FLAGS.read_flags_from_files(list(arguments), False)
-        others = list(arguments)
-        if any(re.match(r"--?(no)?config\b", argument) for argument in arguments):
-            from diffit_jax.experiment import config as experiment
-            from diffit_jax.runtime import config_files
+    def parse(self, argument: str) -> str:
+        from diffit_jax.runtime.console import parse_numbers
 
-            given = config_files.ConfigArgs.find(arguments)
-            others = list(given.others)
-            if given.file is not None:
-                self.value = experiment.given_config(given)
-            elif given.overrides:
-                raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
-        if self._required and self.value is None:
-            raise UserError("--config is missing: name a file with get_config()")
-        return others
+        try:
+            parse_numbers(self._flag, argument)
+        except UserError as error:
+            fail(str(error))
+        return argument
 
 
-_config: ConfigFlag | None = None
-when_parsed: list[Callable[[], None]] = []  # what defines more flags, just before they are parsed
-
-
-def define_config(
-    help_text: str = "File with get_config(); override keys by --config.section.key=value.",
-    required: bool = False,
-) -> ConfigFlag:
-    """Define the flag `--config`; `required`: whether the command ends if it is not given."""
-    global _config
-    _config = ConfigFlag(help_text, required)
-    return _config
+def define_numbers(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
+    """Define a flag that takes whole numbers, the text of 7, 0-63 or 0-9,20-29."""
+    parser, serializer = _NumbersParser(f"--{name}"), flags.ArgumentSerializer()
+    return flags.DEFINE(parser, name, default, help_text, serializer=serializer)
 
 
 def require_one(**flag_values: str | None) -> None:
     """End the command unless exactly one of the flags is given."""
     if sum(value is not None for value in flag_values.values()) != 1:
+        if len(flag_values) == 1:
+            fail(f"--{next(iter(flag_values))} is missing (--help lists the flags)")
         fail(
             f"exactly one of {', '.join(f'--{name}' for name in flag_values)} is needed (--help "
             "lists the flags)"
@@ -170,18 +210,22 @@ def require_one(**flag_values: str | None) -> None:
 
 def define_cluster() -> "Callable[[], Cluster]":
     """Define the flags that connect several processes; return a function of their values."""
-    coordinator = flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0; not needed on TPU pods and under Slurm."
-    )
-    num_processes = flags.DEFINE_integer(
-        "num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1
-    )
-    process_id = flags.DEFINE_integer(
-        "process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0
-    )
-    timeout = flags.DEFINE_integer(
-        "cluster_timeout", 300, "Seconds to wait until all processes have come.", lower_bound=1
-    )
+    with group("several processes"):
+        coordinator = flags.DEFINE_string(
+            "coordinator", None, "host:port of process 0; not needed on TPU pods and under Slurm."
+        )
+        num_processes = flags.DEFINE_integer(
+            "num_processes",
+            None,
+            "With --coordinator: how many processes there are.",
+            lower_bound=1,
+        )
+        process_id = flags.DEFINE_integer(
+            "process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0
+        )
+        timeout = flags.DEFINE_integer(
+            "cluster_timeout", 300, "Seconds to wait until all processes have come.", lower_bound=1
+        )
 
     def cluster() -> "Cluster":
         from diffit_jax.runtime.distributed import Cluster
@@ -221,10 +265,12 @@ def run(
     main: Callable[[], None],
     cluster: "Callable[[], Cluster] | None" = None,
     takes_devices: Callable[[], bool] = lambda: True,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Parse the flags, join the other processes, take the devices, and call `main`.
 
-    Joins if `cluster` is given, takes devices unless they are for processes of its own. A mistake
+    Joins if `cluster` is given, takes devices unless they are for processes of its own. `check`
+    looks whether flags go together, before jax is imported. A mistake
     of the user's ends in one line on stderr and exit status 1; a preemption, after everything is
     saved, in exit status 75 (EX_TEMPFAIL), which means: run the same command again to resume.
     """
@@ -239,6 +285,8 @@ def run(
         try:
             _import_jax()
             _cache_programs()
+            if config := parsing.config_flag():
+                config.finish()
             if takes_devices():
                 from diffit_jax.runtime import backend, distributed
 
@@ -256,8 +304,21 @@ def run(
         interruption.finished()
 
     _mend_streams()
+
+    def parse(argv: list[str]) -> list[str]:
+        rest = parsing.parse(argv, [*verbs()], sys.modules["__main__"].__doc__ or "")
+        check()
+        _check_paths()
+        config = parsing.config_flag()
+        if config is not None:
+            try:
+                config.load()
+            except UserError as error:
+                fail(str(error))
+        return rest
+
     try:
-        app.run(guarded, flags_parser=_parse)
+        app.run(guarded, flags_parser=parse)
     except KeyboardInterrupt:  # while flags and configs were read
         interruption.end(
             interruption.EXIT_INTERRUPTED, "interrupted: run the same command again to go on"
@@ -341,7 +402,7 @@ def _preflight_command(error: UserError) -> str:
         )
         or "--config FILE"
     )
-    return f"; what fits a chip says: python launch/preflight.py {config} --topology v5e:2x2"
+    return f"; what fits a chip says: diffit preflight {config} --topology v5e:2x2"
 
 
 def _cache_programs() -> None:
@@ -355,61 +416,6 @@ def _cache_programs() -> None:
 
     if not jax.config.jax_compilation_cache_dir and home():
         jax.config.update("jax_compilation_cache_dir", str(home() / ".cache/diffit_jax/compiled"))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        if when_parsed or _config:
-            _import_jax()
-        for define in when_parsed:
-            define()
-    except UserError as error:
-        fail(str(error))
-    # Help without absl's, which lists the flags of every library.
-    wanted = next(
-        (
-            argument
-            for argument in argv[1:]
-            if argument.lstrip("-") in ("help", "h", "helpshort", "helpfull")
-        ),
-        None,
-    )
-    if wanted and wanted.startswith("-") and "--" not in argv[1 : argv.index(wanted)]:
-        with contextlib.suppress(BrokenPipeError):
-            _print_help(of_all=wanted.endswith("full"))
-        sys.exit(0)
-    # absl's errors begin with the culprit; the rest of them is noise.
-    try:
-        rest = flags.FLAGS([argv[0], *(_config.take_from(argv[1:]) if _config else argv[1:])])
-    except flags.Error as error:
-        unknown = getattr(error, "flagname", None)
-        if unknown in verbs():
-            fail(f"--{unknown} is no flag but a verb: diffit {unknown} --help")
-        fail(f"{str(error).strip().splitlines()[0]} (--help lists the flags)")
-    except UserError as error:
-        fail(str(error))
-    if len(rest) > 1:
-        fail(f"argument {rest[1]!r} is not a flag: write --name=value")
-    return rest
-
-
-def _print_help(of_all: bool) -> None:
-    """Print a command's summary and flags; `of_all`: those of its libraries too."""
-    print((sys.modules["__main__"].__doc__ or "").strip() + "\n\nflags:")
-    by_module = flags.FLAGS.flags_by_module_dict()
-    names = [name for name in by_module if of_all or name.startswith("diffit_jax.")]
-    shown: set[str] = set()
-    for flag in sorted((f for name in names for f in by_module[name]), key=lambda f: f.name):
-        if flag.name not in shown:
-            shown.add(flag.name)
-            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
-            print(f"  --{flag.name}: {flag.help}{default}")
-
-
-def fail(message: str) -> NoReturn:
-    """End the command with one line on stderr and exit status 1."""
-    print("error: " + one_line(message), file=sys.stderr)
-    sys.exit(1)
 
 
 class _Plain(logging.Formatter):

@@ -1,6 +1,5 @@
 """Flags of several commands: networks, sampling, scores, sources of images."""
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -20,6 +19,10 @@ class NetworkFlags:
     """
 
     def __init__(self):
+        with cli.group("the network"):
+            self._define()
+
+    def _define(self) -> None:
         self.workdir = cli.define_path("workdir", "Directory of the run, local or gs://.")
         self.weights = cli.define_path(
             "weights",
@@ -50,6 +53,27 @@ class NetworkFlags:
             "raw", False, "With --workdir: the parameters themselves, not their average."
         )
 
+    def check(self, required: bool = True) -> None:
+        """End the command if the flags do not fit together.
+
+        `required`: whether one network has to be named.
+        """
+        workdir, weights = self.workdir.value, self.weights.value
+        if required or workdir or weights:
+            cli.require_one(workdir=workdir, weights=weights)
+        only = {
+            "--ema_length": (self._ema_length.value, "a file of weights holds one average"),
+            "--checkpoint": (self._checkpoint.value, "a file of weights holds one state"),
+            "--raw": (self._raw.value or None, "a file of weights holds one average"),
+        }
+        for name, (value, reason) in only.items():
+            if value is not None and weights:
+                cli.fail(f"{name} goes with --workdir: {reason}")
+        if workdir and self._config.named:
+            cli.fail("--config goes with --weights: a work directory has a config of its own")
+        if workdir:
+            cli.require_run(workdir)
+
     def source(
         self, ema_length: float | None = None, checkpoint: int | None = None
     ) -> "Run | Weights":
@@ -69,14 +93,6 @@ class NetworkFlags:
                 cli.fail(f"--{name} and --sweep {name} both say which: leave out either")
         ema_length = self._ema_length.value if ema_length is None else ema_length
         checkpoint = self._checkpoint.value if checkpoint is None else checkpoint
-        if workdir and self._config.value:
-            cli.fail("--config goes with --weights: a work directory has a config of its own")
-        if ema_length is not None and not workdir:
-            cli.fail("--ema_length goes with --workdir: a file of weights holds one average")
-        if checkpoint is not None and not workdir:
-            cli.fail("--checkpoint goes with --workdir: a file of weights holds one state")
-        if self._raw.value and not workdir:
-            cli.fail("--raw goes with --workdir: a file of weights holds one average")
         if workdir:
             return Run(
                 workdir,
@@ -93,32 +109,41 @@ class DecodingFlags:
     """The flags of the autoencoder that makes images of latents."""
 
     def __init__(self):
-        self._vae = cli.define_path(
-            "vae",
-            "Folder of the autoencoder (diffusers' AutoencoderKL) that decodes latents to images, "
-            "or hf://owner/name; without it, latents are written.",
-            to_read=True,
-        )
-        self._dtype = flags.DEFINE_enum(
-            "vae_dtype", None, ["float32", "bfloat16"], "Of the autoencoder's convolutions."
-        )
-        self._chunk_size = flags.DEFINE_integer(
-            "vae_batch_size",
-            None,
-            "Latents that an accelerator decodes at once, 8 if not said; a CPU decodes one.",
-            lower_bound=1,
-        )
-        flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
+        with cli.group("the autoencoder"):
+            self._vae = cli.define_path(
+                "vae",
+                "Folder of the autoencoder (diffusers' AutoencoderKL) that decodes latents to "
+                "images, or hf://owner/name; without it, latents are written.",
+                to_read=True,
+            )
+            self._dtype = flags.DEFINE_enum(
+                "vae_dtype", None, ["float32", "bfloat16"], "Of the autoencoder's convolutions."
+            )
+            self._chunk_size = flags.DEFINE_integer(
+                "vae_batch_size",
+                None,
+                "Latents that an accelerator decodes at once, 8 if not said; a CPU decodes one.",
+                lower_bound=1,
+            )
+            flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
+
+    @property
+    def given(self) -> bool:
+        """Whether an autoencoder is named."""
+        return self._vae.value is not None
+
+    def check(self) -> None:
+        """End the command if the flags do not go together."""
+        if not self.given and (self._dtype.value or self._chunk_size.value):
+            cli.fail("--vae_dtype and --vae_batch_size go with --vae")
 
     def decoding(self) -> "Decoding | None":
         """Return how to decode, if it is asked for."""
         from diffit_jax.sampling.decoder import Decoding
 
-        if self._vae.value:
-            return Decoding(self._vae.value, self._dtype.value or "float32", self._chunk_size.value)
-        if self._dtype.value or self._chunk_size.value:
-            cli.fail("--vae_dtype and --vae_batch_size go with --vae")
-        return None
+        if not self.given:
+            return None
+        return Decoding(self._vae.value, self._dtype.value or "float32", self._chunk_size.value)
 
 
 class SamplingFlags:
@@ -129,33 +154,32 @@ class SamplingFlags:
         cli.when_parsed.append(self._define)
 
     def _define(self) -> None:
-        from diffit_jax import limits
-        from diffit_jax.experiment import sections
+        from diffit_jax.experiment import catalogue
 
-        def define(name: str, declared: Any, help_text: str) -> None:
-            kind = limits.type_of(declared)
-            if limits.is_path(declared):
+        def define(name: str, kind: str, help_text: str) -> None:
+            if kind == "path":
                 self._holders[name] = cli.define_path(name, help_text)
-            else:
-                make = {int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(kind)
-                make = flags.DEFINE_bool if kind is bool else make or flags.DEFINE_string
-                self._holders[name] = make(name, None, help_text)
+                return
+            make = {"int": flags.DEFINE_integer, "float": flags.DEFINE_float}
+            make |= {"bool": flags.DEFINE_bool}
+            self._holders[name] = make.get(kind, flags.DEFINE_string)(name, None, help_text)
 
-        for field in dataclasses.fields(sections.Sampling):
-            field_docs = limits.field_docs(sections.Sampling)
-            if field.name not in sections.CHOICES:
-                define(field.name, field.type, field_docs[field.name])
-                continue
-            choices = sections.CHOICES[field.name]
-            define(field.name, str, f"{', '.join(choices)}.")
-            keys: dict[str, tuple[list[str], Any, str]] = {}
-            for kind, cls in choices.items():
-                for key in dataclasses.fields(cls):
-                    text = limits.field_docs(cls).get(key.name, "")
-                    of, _, _ = keys.setdefault(key.name, ([], key.type, text))
-                    of.append(kind)
-            for key, (of, declared, text) in keys.items():
-                define(f"{field.name}.{key}", declared, f"Of {', '.join(of)}: {text}")
+        sections = catalogue.sections()
+        for key in sections["sampling"].fields().values():
+            chosen = sections.get(f"sampling.{key.name}")
+            with cli.group(
+                f"how samples are drawn: {key.name}" if chosen else "how samples are drawn"
+            ):
+                if chosen is None:
+                    define(key.name, key.kind, key.text)
+                    continue
+                flags_text = f"{', '.join(chosen.classes)}; default: the config's."
+                self._holders[key.name] = flags.DEFINE_enum(
+                    key.name, None, [*chosen.classes], flags_text
+                )
+                for name, one in chosen.fields().items():
+                    of = [kind for kind, keys in chosen.classes.items() if name in keys]
+                    define(f"{key.name}.{name}", one.kind, f"Of {', '.join(of)}: {one.text}")
 
     @property
     def value(self) -> dict[str, Any]:
@@ -170,44 +194,59 @@ def define_samples(help_text: str) -> flags.FlagHolder:
     return cli.define_path("samples", help_text, to_read=True)
 
 
+def define_images() -> flags.FlagHolder:
+    """Define the flag that asks for a file of each sample."""
+    return flags.DEFINE_enum(
+        "images",
+        None,
+        ["png", "jpeg", "webp"],
+        "Write each sample as a file too, NAME/CLASS/SEED.png, in a folder for each class.",
+    )
+
+
 def define_data_dir() -> flags.FlagHolder:
     """Define the flag of the directory of data sets."""
     help_text = "Where prepared data sets live; default: ~/tensorflow_datasets."
-    return cli.define_path("data_dir", help_text, to_read=True)
+    return cli.define_path("data_dir", help_text, to_read=True, must_exist=False)
 
 
 class InceptionFlags:
     """The flags of the FID network."""
 
     def __init__(self):
-        self._path = cli.define_path(
-            "inception",
-            "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or safetensors; "
-            "random: to try the way to figures that then have no meaning.",
-            to_read=True,
-            words=("random",),
-        )
-        self._resize = flags.DEFINE_enum(
-            "resize",
-            "tf1",
-            ["tf1", "pytorch_fid"],
-            "How images come to 299 pixels: as ADM's suite has it.",
-        )
-        self._batch = flags.DEFINE_integer(
-            "inception_batch",
-            32,
-            "Images in the FID network at once, on each device.",
-            lower_bound=1,
-        )
+        with cli.group("the network of FID"):
+            self._path = cli.define_path(
+                "inception",
+                "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or "
+                "safetensors; random: to try the way to figures that then have no meaning.",
+                to_read=True,
+                words=("random",),
+            )
+            self._resize = flags.DEFINE_enum(
+                "resize",
+                "tf1",
+                ["tf1", "pytorch_fid"],
+                "How images come to 299 pixels: as ADM's suite has it.",
+            )
+            self._batch = flags.DEFINE_integer(
+                "inception_batch",
+                32,
+                "Images in the FID network at once, on each device.",
+                lower_bound=1,
+            )
 
-    @property
-    def value(self) -> dict[str, Any]:
-        """As arguments of the verbs; the command ends if there is no network."""
+    def check(self) -> None:
+        """End the command if no network is named."""
         if not self._path.value:
             cli.fail(
                 "--inception is missing: name the weights of the FID network, such as "
                 "pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
             )
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """As arguments of the verbs; the command ends if there is no network."""
+        self.check()
         return {
             "inception": self._path.value,
             "resize": self._resize.value,
@@ -220,20 +259,21 @@ class ScoreFlags:
 
     def __init__(self, output: str, replaced: str):
         """Define the flags; `output`: the default; `replaced`: what may be replaced."""
-        self.reference = cli.define_path(
-            "reference", "npz file of statistics: ADM's, EDM's or our own.", to_read=True
-        )
-        self._metrics = flags.DEFINE_list(
-            "metrics",
-            None,
-            "Of fid, sfid, inception_score, precision, recall and kid; default: all but kid that "
-            "the reference serves.",
-        )
-        self.labels = flags.DEFINE_string(
-            "labels", None, "Of a network's samples, see launch/sample.py: random is ADM's rule."
-        )
-        self._output = cli.define_path("output", f"JSON file to write; default: {output}.")
-        self.overwrite = flags.DEFINE_bool("overwrite", False, f"Replace {replaced}.")
+        with cli.group("figures"):
+            self.reference = cli.define_path(
+                "reference", "npz file of statistics: ADM's, EDM's or our own.", to_read=True
+            )
+            self._metrics = flags.DEFINE_list(
+                "metrics",
+                None,
+                "Of fid, sfid, inception_score, precision, recall and kid; default: all but kid "
+                "that the reference serves.",
+            )
+            self.labels = flags.DEFINE_string(
+                "labels", None, "Of a network's samples, see diffit sample: random is ADM's rule."
+            )
+            self._output = cli.define_path("output", f"JSON file to write; default: {output}.")
+            self.overwrite = flags.DEFINE_bool("overwrite", False, f"Replace {replaced}.")
 
     def value(self, inception: InceptionFlags) -> dict[str, Any]:
         """Return arguments of the verbs; end the command if there is no network."""
@@ -290,6 +330,16 @@ class SourceFlags:
         )
         flags.mark_flag_as_required("source")
         flags.mark_flag_as_required("name")
+
+    def check(self) -> None:
+        """End the command if the flags do not go together."""
+        crop, size = self._crop.value, self._size.value
+        if size and crop == "none":
+            cli.fail(
+                f"--size {size} needs a way to bring images to it: --crop center, adm or resize"
+            )
+        if crop != "none" and not size:
+            cli.fail(f"--crop {crop} needs a side in pixels: --size 64")
 
     @property
     def value(self) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import io
 import logging
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffit_jax.errors import one_line
 from diffit_jax.runtime.files import write_bytes
@@ -51,6 +52,9 @@ def write_preview(
     samples: np.ndarray,
     preview: Callable[[np.ndarray], np.ndarray],
     columns: int = 10,
+    *,
+    above: Sequence[str] = (),
+    beside: Sequence[str] = (),
 ) -> np.ndarray | None:
     """Write a grid of samples as a PNG; if it cannot be drawn or written, only warn.
 
@@ -61,13 +65,15 @@ def write_preview(
       samples: (n, H, W, C), see `preview`.
       preview: of a `Space`: the samples as (n, H', W', 1 or 3) uint8.
       columns: samples in a row.
+      above: names of columns, see `image_grid`.
+      beside: names of rows.
 
     Returns:
       The image, (height, width, 1 or 3) uint8, unless there is none.
     """
     try:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        grid = image_grid(preview(samples), columns)
+        grid = image_grid(preview(samples), columns, above=above, beside=beside)
         write_png(path, grid)
         return grid
     except Exception as error:
@@ -79,7 +85,14 @@ def write_preview(
         )
 
 
-def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarray:
+def image_grid(
+    images: np.ndarray,
+    columns: int,
+    min_side: int = 32,
+    *,
+    above: Sequence[str] = (),
+    beside: Sequence[str] = (),
+) -> np.ndarray:
     """Tile images in rows, one pixel apart, small ones enlarged to about `min_side` pixels.
 
     Without smoothing.
@@ -88,6 +101,8 @@ def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarr
       images: (n, H, W, C) uint8, C 1 or 3.
       columns: images per row.
       min_side: smallest side of an image in the grid, in pixels.
+      above: a name for each column, written over it; or none.
+      beside: a name for each row, written to its left; or none.
 
     Returns:
       (height, width, C) uint8; missing images of the last row are black.
@@ -98,7 +113,46 @@ def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> np.ndarr
     cells = np.zeros((rows * columns, height * zoom + 1, width * zoom + 1, channels), np.uint8)
     cells[:count, :-1, :-1] = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     cells = cells.reshape(rows, columns, *cells.shape[1:]).transpose(0, 2, 1, 3, 4)
-    return cells.reshape(cells.shape[0] * cells.shape[1], -1, channels)[:-1, :-1]
+    grid = cells.reshape(cells.shape[0] * cells.shape[1], -1, channels)[:-1, :-1]
+    cell = height * zoom + 1, width * zoom + 1
+    if beside:
+        margin = min(_LONGEST_NAME, max(_width(name) for name in beside) + 6)
+        places = [(3, row * cell[0] + cell[0] // 2) for row in range(rows)]
+        names = _written((grid.shape[0], margin), beside, places, margin - 6, channels)
+        grid = np.concatenate([names, grid], axis=1)
+    if above:
+        left = grid.shape[1] - columns * cell[1] + 1
+        places = [(left + column * cell[1] + 1, _LINE // 2) for column in range(columns)]
+        names = _written((_LINE, grid.shape[1]), above, places, cell[1] - 2, channels)
+        grid = np.concatenate([names, grid], axis=0)
+    return grid
+
+
+_LINE, _LONGEST_NAME = 16, 160  # pixels
+
+
+def _width(text: str) -> int:
+    return int(ImageFont.load_default().getlength(text))
+
+
+def _written(
+    shape: tuple[int, int],
+    texts: Sequence[str],
+    places: Sequence[tuple[int, int]],
+    widest: int,
+    channels: int,
+) -> np.ndarray:
+    """Write texts in a black image: left ends and middles at `places`, cut to a width."""
+    image = Image.new("L", (shape[1], shape[0]))
+    draw = ImageDraw.Draw(image)
+    for number, (text, place) in enumerate(zip(texts, places, strict=False)):
+        # The font has plain Latin letters; a name without any is shown by its number.
+        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        text = text.strip() or str(number)
+        while text and _width(text) > widest:
+            text = text[:-2] + "…" if len(text) > 2 else ""
+        draw.text(place, text, fill=255, anchor="lm")
+    return np.repeat(np.asarray(image)[..., None], channels, axis=2)
 
 
 def write_png(path: epath.PathLike, image: np.ndarray) -> None:

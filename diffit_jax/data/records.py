@@ -229,7 +229,7 @@ def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
     except FileNotFoundError as error:
         begun = folder / shard_stats_dir(split)
         others = sorted(other.name.partition(".")[0] for other in _manifests(folder))
-        remedy = "prepare or encode it first (launch/prepare.py, launch/encode.py)"
+        remedy = "prepare or encode it first (diffit prepare, diffit encode)"
         if begun.exists():
             remedy = "it is not complete yet: run the command that made it again"
         elif others:
@@ -243,6 +243,11 @@ def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
             f"{path} is damaged ({type(error).__name__}: {reason}): delete it, and run the command "
             "that made it again; finished shards are kept"
         ) from error
+
+
+def has_split(folder: epath.PathLike, split: str) -> bool:
+    """Whether a data set has a split that is complete."""
+    return (epath.Path(folder) / manifest_name(split)).exists()
 
 
 def shard_stats_dir(split: str) -> str:
@@ -330,7 +335,7 @@ class RecordSource:
 def _damaged(path: str, reason: str) -> UserError:
     return UserError(
         f"{path} is damaged or not there ({reason}): delete it, and run the command that made it "
-        "again (launch/prepare.py, launch/encode.py), which makes what is missing"
+        "again (diffit prepare, diffit encode), which makes what is missing"
     )
 
 

@@ -213,8 +213,8 @@ def _open_prepared(
     folder = data_folder(name, data_dir)
     if not (folder.exists() and any(folder.glob("*.manifest.json"))):
         raise UserError(
-            f"data set {name!r} is unknown: prepare or encode it first (launch/prepare.py, "
-            f"launch/encode.py), for there is no {folder}/{records.manifest_name(split)}; or use "
+            f"data set {name!r} is unknown: prepare or encode it first (diffit prepare, "
+            f"diffit encode), for there is no {folder}/{records.manifest_name(split)}; or use "
             "--config.data.name=synthetic (random data) or digits"
         )
     source = records.open_records(folder, split)

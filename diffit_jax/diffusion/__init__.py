@@ -8,6 +8,13 @@ from diffit_jax.diffusion.preconditioning import IDDPM, VE, VP
 from diffit_jax.diffusion.samplers import DDIM, Ancestral, DPMSolver, Euler, Heun
 
 PROCESSES = {"edm": EDM, "ddpm": DDPM, "vp": VP, "ve": VE, "iddpm": IDDPM}
-SAMPLERS = {sampler.name: sampler for sampler in (Ancestral, DDIM, Euler, Heun, DPMSolver, General)}
+SAMPLERS = {
+    "ddpm": Ancestral,
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "dpm_solver": DPMSolver,
+    "general": General,
+}
 
 __all__ = ["GUIDANCE", "PROCESSES", "SAMPLERS"]

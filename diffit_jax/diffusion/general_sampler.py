@@ -69,7 +69,7 @@ class General(StochasticMixin, DenoiserSampler):
     """EDM's general sampler; for EDM with its default levels it is `Heun`.
 
     Attributes:
-      num_steps: N.
+      num_steps: N, the steps from noise to a sample.
       solver: "heun" (of second order, see `alpha`; 2N - 1 evaluations) or "euler" (N).
       alpha: where in a step the second slope is taken: 1 Heun, 1/2 midpoint, 2/3 Ralston.
       grid: of noise levels: "edm" (even in sigma^(1/rho)), "vp" (even in the time of VP), "ve"

@@ -174,7 +174,13 @@ class Autoguidance(Constant):
 
 
 Guidance = Unguided | Constant  # and its kinds
-GUIDANCE = {kind.kind: kind for kind in (Unguided, Constant, PowerCosine, Interval, Autoguidance)}
+GUIDANCE = {
+    "none": Unguided,
+    "constant": Constant,
+    "power_cosine": PowerCosine,
+    "interval": Interval,
+    "autoguidance": Autoguidance,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,7 @@ class VP(_UniformTime):
 
     Attributes:
       beta_d, beta_min: of the schedule.
-      num_timesteps: M.
+      num_timesteps: M, the timesteps that the network knows.
       epsilon: the earliest time.
       rho: of the sampling grid.
     """
@@ -157,7 +157,7 @@ class IDDPM(_BoundedRange):
     variance, does not count. They are only sampled: the process "ddpm" trains such networks.
 
     Attributes:
-      num_timesteps: M.
+      num_timesteps: M, the timesteps that the network knows.
       c1, c2: of the schedule, see `levels`.
       rho: of the sampling grid.
     """

@@ -291,7 +291,7 @@ class Heun(StochasticMixin, _GridSampler):
     churn_sigma_low <= sigma <= churn_sigma_high.
 
     Attributes:
-      num_steps: N.
+      num_steps: N, the steps from noise to a sample.
       churn_amount: S_churn, spread over the steps; 0: none.
       churn_sigma_low, churn_sigma_high: S_min and S_max.
       churn_noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
@@ -371,7 +371,7 @@ class DPMSolver(_GridSampler):
     order.
 
     Attributes:
-      num_steps: N.
+      num_steps: N, the steps from noise to a sample.
     """
 
     name: ClassVar[str] = "dpm_solver"
@@ -432,7 +432,7 @@ class Euler(DPMSolver):
     One evaluation per step.
 
     Attributes:
-      num_steps: N.
+      num_steps: N, the steps from noise to a sample.
     """
 
     name: ClassVar[str] = "euler"

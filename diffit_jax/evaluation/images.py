@@ -20,8 +20,9 @@ from diffit_jax.ingest.images import Loader, open_images
 from diffit_jax.runtime import npz
 from diffit_jax.runtime.console import in_short
 from diffit_jax.runtime.npz import NpzArray
+from diffit_jax.sampling.image_files import read_record
 from diffit_jax.sampling.request import Networks, SampleRequest
-from diffit_jax.sampling.sample import RequestKey, named_seeds, read_record
+from diffit_jax.sampling.sample import RequestKey, named_seeds
 
 
 class Images(Protocol):
@@ -200,10 +201,9 @@ class NpzImages:
 
     def _refuse(self, found: str) -> NoReturn:
         wanted = (
-            "as launch/sample.py writes it, arr_0 (N, H, W, C) uint8 images and arr_1 (N,) labels"
+            "as diffit sample writes it, arr_0 (N, H, W, C) uint8 images and arr_1 (N,) labels"
             if self._labelled
-            else "with arr_0 (N, H, W, 3) uint8, as launch/sample.py writes it, or a folder of "
-            "images"
+            else "with arr_0 (N, H, W, 3) uint8, as diffit sample writes it, or a folder of images"
         )
         raise UserError(f"--{self._flag} {self._path} {found}: wanted is an npz file {wanted}")
 

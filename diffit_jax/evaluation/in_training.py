@@ -11,17 +11,19 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator
-from diffit_jax.evaluation.images import DrawnImages
+from diffit_jax.evaluation.images import DatasetImages, DrawnImages
+from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.run import workdir as workdirs
-from diffit_jax.run.state import Setup, TrainState
-from diffit_jax.runtime import backend, distributed, files
+from diffit_jax.run.state import Setup, TrainState, open_training_data
+from diffit_jax.runtime import backend, distributed, files, hub
 from diffit_jax.sampling.decoder import Decoding, LatentDecoder
 from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions
 from diffit_jax.sampling.sampler import batch_size, default_labels
 
 log = logging.getLogger(__name__)
 
+_FEW = 5_000  # images of a reference, below which a FID compares with no other
 SHOWN = 64  # samples of each kind of weights in TensorBoard, at most a batch
 
 
@@ -122,22 +124,19 @@ class InTraining:
         self._asked: dict[int, SampleRequest] = {}
         self._evaluator: Evaluator | None = None
         try:
-            if settings.vae and not settings.steps:
+            if settings.vae and not settings.inception:
                 self.decoder = self._decoding().open(
                     setup.mesh,
                     batch_size(setup.experiment, setup.mesh),
                     setup.experiment.sampling.pixel_rounding,
                 )
-            if settings.steps:
-                request = self._ask(settings.count)
-                self.decoder = request.decoder
-                comparison = Comparison(
-                    settings.reference,
-                    settings.inception,
-                    settings.metrics or None,
-                    batch_per_device=settings.batch_per_device,
-                )
-                self._evaluator = Evaluator.open(comparison, request.shape, setup.mesh)
+            if settings.inception:
+                self.decoder = self._ask(settings.count).decoder
+                self._held_out = None if settings.reference else self._open_held_out()
+                if settings.reference:
+                    self._evaluator = self._open_evaluator(settings.reference)
+                else:  # it is made at the first evaluation: until then nothing is written
+                    hub.local(settings.inception, "evaluation.inception")
             if self.decoder:
                 shape = setup.experiment.model.sample_shape
                 self.space = setup.experiment.space.decoded(self.decoder, shape)
@@ -147,7 +146,53 @@ class InTraining:
     def due(self, step: int) -> bool:
         """Whether there is an evaluation after this step."""
         last = step == self._setup.experiment.training.total_steps
-        return bool(self._settings.steps) and (step % self._settings.steps == 0 or last)
+        steps = self._settings.steps
+        return bool(self._settings.inception) and (last or (steps > 0 and step % steps == 0))
+
+    def _open_held_out(self) -> DatasetImages:
+        """Open the images of the test split, which samples are compared with."""
+        data = self._setup.experiment.data
+        try:
+            source = distributed.primary_first(
+                lambda: open_training_data(self._setup.experiment, "test")
+            )
+        except UserError as error:
+            raise UserError(
+                f"reference is missing, and there is no test split to make one of ({error}): name "
+                "an npz file of statistics, or prepare the data with --holdout"
+            ) from error
+        if len(source) < _FEW:
+            log.info(
+                "FID is measured against %d held-out images: of so few it is too high, and "
+                "compares weights of this run only",
+                len(source),
+            )
+        return DatasetImages(source, f"data set {data.name}, test")
+
+    def _open_evaluator(self, reference: epath.PathLike) -> Evaluator:
+        settings = self._settings
+        comparison = Comparison(
+            reference,
+            settings.inception,
+            settings.metrics or None,
+            batch_per_device=settings.batch_per_device,
+        )
+        return Evaluator.open(comparison, self._ask(settings.count).shape, self._setup.mesh)
+
+    def _compare(self) -> Evaluator:
+        """Return the evaluator; make the reference first if none is named."""
+        if self._evaluator is None:
+            assert self._held_out is not None
+            path, settings = self._workdir / workdirs.REFERENCE, self._settings
+            if not distributed.broadcast_flag(path.exists()):
+                make_reference(
+                    self._held_out,
+                    output=path,
+                    inception=settings.inception,
+                    batch_per_device=settings.batch_per_device,
+                )
+            self._evaluator = self._open_evaluator(path)
+        return self._evaluator
 
     def done(self, step: int) -> bool:
         """Whether that of a step is in the work directory."""
@@ -184,13 +229,11 @@ class InTraining:
         self, kind: Kind, count: int, step: int, max_seconds: float
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Measure samples of weights; return some images, and the result of `Evaluator.run`."""
-        assert self._evaluator is not None
+        evaluator = self._compare()
         drawn = self._drawn(kind, count, step)
         shown = next(drawn.batches(min(SHOWN, count, self._ask(count).sampler.batch_size)))
         place, what = self._partial_path(step, kind.name), f"evaluate {kind.name}"
-        return shown, self._evaluator.run(
-            drawn, place, what=what, max_seconds=max_seconds, keep=True
-        )
+        return shown, evaluator.run(drawn, place, what=what, max_seconds=max_seconds, keep=True)
 
     def finish(self, found: EvaluationResult) -> None:
         """Write the results."""

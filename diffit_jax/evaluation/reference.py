@@ -84,7 +84,7 @@ class Reference:
         if not with_images and not set(held) & set(COVARIANCES):
             raise UserError(
                 f"--reference {path} has none of mu, mu_s and arr_0: name a file of statistics, or "
-                "make one by launch/make_reference.py"
+                "make one by diffit make_reference"
             )
         statistics = {
             name: _statistics(path, held, name, size)
@@ -127,7 +127,7 @@ class Reference:
         if self.images is None or not self.images.has("arr_1"):
             raise UserError(
                 f"--reference {self.path} has no labels of its images (arr_1): by class, name one "
-                "that launch/make_reference.py has made of a data set with labels"
+                "that diffit make_reference has made of a data set with labels"
             )
         return self.images.labels()
 
@@ -150,7 +150,7 @@ class Reference:
             return ""
         return (
             f" (its {self.images.count} images are for precision and recall; statistics are of "
-            "a whole data set, see launch/make_reference.py)"
+            "a whole data set, see diffit make_reference)"
         )
 
     def check(self, shape: tuple[int, ...], resize: str) -> None:

@@ -12,7 +12,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.images import NpzImages
 from diffit_jax.evaluation.small import score_images
 from diffit_jax.runtime import files
-from diffit_jax.sampling.sample import read_record
+from diffit_jax.sampling.image_files import read_record
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ anything is allocated, compiled or written.
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion import PROCESSES
 from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
-from diffit_jax.experiment import sections
+from diffit_jax.experiment import catalogue, sections
 from diffit_jax.experiment.sections import EMA, Data, Evaluation, Optimizer, Sampling, Training
 from diffit_jax.experiment.spaces import Space, make_space
 from diffit_jax.limits import RESUMABLE, at_least
@@ -150,29 +149,37 @@ def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
     return classes
 
 
-def given_config(given: config_files.ConfigArgs) -> ConfigDict:
+def given_config(given: config_files.ConfigArgs, config: ConfigDict | None = None) -> ConfigDict:
     """Return the config that a command line names, with the keys that it overrides.
 
     Any key that a section has can be overridden, whether or not the file lists it.
 
     Args:
       given: arguments of the command line, which name a file.
+      config: that of the file, or of a run, if it is loaded already.
 
     Raises:
       UserError: a mistake in the file, a key that no section has, or a value of another type.
     """
-    assert given.file is not None
-    config, keys = config_files.load(given.file), given.keys()
+    if config is None:
+        assert given.file is not None
+        config = config_files.load(given.file)
+    keys = given.keys()
     for section, (key, choices) in CHOICES.items():
         name = given.text_of(f"{section}.{key}")
         if name is not None and name in choices:
             _choose(config, section, name)
+    catalogue.check_overrides(config, given)
     added = _complete(config)
-    for key in keys:
-        _check_key(config, key)
-    config_files.override(config, given, given.file)
+    config_files.override(config, given, given.file or "the config")
     _remove(config, set(added) - set(keys))
     return config.lock()
+
+
+def completed(config: ConfigDict) -> tuple[ConfigDict, set[str]]:
+    """Return a copy with all keys that have a default, and the dotted names of those added."""
+    config = config.copy_and_resolve_references()
+    return config, set(_complete(config))
 
 
 def _choose(config: ConfigDict, section: str, name: str) -> None:
@@ -229,18 +236,6 @@ def _complete_section(node: Any, section: str, cls: type) -> list[str]:
     return added
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
-    """Raise `UserError` if a completed config (`_complete`) has no such key."""
-    section = ""
-    for name in key.split("."):
-        node = _node(config, section) if section else config
-        if not isinstance(node, ConfigDict):
-            raise UserError(f"config key {key} is unknown: {section} is not a section")
-        section = f"{section}.{name}" if section else name
-        if name not in node:
-            raise unknown_key(section, list(node))
-
-
 def _remove(config: ConfigDict, keys: Iterable[str]) -> None:
     """Take keys out of a config again, and sections that are empty then."""
     with config.unlocked():
@@ -263,37 +258,10 @@ class _ErrorContext:
     """What is wrong with a key of a config that somebody has just written."""
 
     def unknown(self, key: str, known: Iterable[str]) -> UserError:
-        return unknown_key(key, known)
+        return catalogue.unknown_key(key, known)
 
     def missing(self, key: str) -> UserError:
         return UserError(f"config key {key} is missing: add it to the config")
-
-
-def unknown_key(key: str, known: Iterable[str]) -> UserError:
-    """Make the error about an unknown key, with the most similar one of its section or another.
-
-    Args:
-      key: dotted.
-      known: names in its section.
-    """
-    section, _, name = key.rpartition(".")
-    dot = "." if section else ""
-    deeper = {
-        f"{below}.{field}".removeprefix(f"{section}{dot}")
-        for below, (_, classes) in CHOICES.items()
-        if below.startswith(f"{section}{dot}")
-        for cls in classes.values()
-        for field in keys_of(below, cls)
-    }
-    names = {full: full for full in (*known, *sorted(deeper))}
-    ends = {full.rpartition(".")[2]: full for full in names}
-    close = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(
-        name, ends, n=1
-    )
-    hint = f"known are {', '.join(known)}"
-    if close:
-        hint = f"did you mean {section}{dot}{(ends | names)[close[0]]}?"
-    return UserError(f"config key {key} is unknown: {hint}")
 
 
 class _FileErrorContext(_ErrorContext):

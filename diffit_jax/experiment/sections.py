@@ -31,7 +31,7 @@ class Data(limits.Section, name="data"):
     """Section `data`.
 
     Attributes:
-      name: of the data set: "digits", "synthetic", or what launch/prepare.py or launch/encode.py
+      name: of the data set: "digits", "synthetic", or what diffit prepare or diffit encode
         has written by this name.
       data_dir: where prepared data sets live, local, `gs://` or `hf://`; "" is
         tensorflow-datasets' default, `~/tensorflow_datasets`.
@@ -65,7 +65,8 @@ class Optimizer(limits.Section, name="optimizer"):
       learning_rate: after the ramp-up.
       warmup_steps: updates over which it rises from 0.
       name: "adam" (AdamW if there is weight decay) or "lamb", for very large batches.
-      beta1, beta2, epsilon: Adam's.
+      beta1, beta2: Adam's decay of the mean gradient and of its square.
+      epsilon: Adam's, added to the root of the latter.
       weight_decay: share of a weight taken off per update, times the learning rate. Only matrices
         and convolutions decay: not biases, norms, label tables or position biases.
       max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
@@ -131,8 +132,8 @@ class Training(limits.Section, name="training"):
       accumulation: parts into which a batch is cut to save memory; their gradients are averaged
         into one update.
       max_bad_steps: so many batches in a row without a finite gradient end the run.
-      log_steps, grid_steps, checkpoint_steps: updates between reports, sample grids and
-        checkpoints.
+      log_steps, checkpoint_steps: updates between reports, and between checkpoints.
+      grid_steps: updates between sample grids; one more after the last update. 0: none.
       checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report;
         0: never.
       keep_checkpoints: how many of the newest checkpoints stay.
@@ -146,7 +147,7 @@ class Training(limits.Section, name="training"):
     label_dropout: Annotated[float, fraction()]
     total_steps: Annotated[Count, RESUMABLE]
     log_steps: Annotated[Count, RESUMABLE] = 100
-    grid_steps: Annotated[Count, RESUMABLE] = 10_000
+    grid_steps: Annotated[CountOrZero, RESUMABLE] = 10_000
     checkpoint_steps: Annotated[Count, RESUMABLE] = 5_000
     keep_checkpoints: Annotated[Count, RESUMABLE] = 3
     grid_images: Annotated[Count, RESUMABLE] = 100
@@ -211,9 +212,11 @@ class Evaluation(limits.Section, name="evaluation"):
 
     Attributes:
       steps: updates between evaluations: samples are drawn, decoded and compared with a reference,
-        as the verb `evaluate` does it; one more after the last update. 0: none.
-      reference: npz file of statistics, see `evaluation.reference`.
-      inception: weights of the FID network, see `interop.inception`.
+        as the verb `evaluate` does it; one more after the last update. 0: that one alone, and none
+        without `inception`.
+      reference: npz file of statistics, see `evaluation.reference`; "": the test split of the data
+        is measured for one, which is kept as `reference.npz` in the work directory.
+      inception: weights of the FID network, see `interop.inception`; "": there is no evaluation.
       vae: folder of the autoencoder that decodes latents, see `interop.diffusers`. Sample grids
         show images if it is given, whether or not there are evaluations.
       vae_dtype: of its convolutions.
@@ -244,23 +247,26 @@ class Evaluation(limits.Section, name="evaluation"):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("reference", "inception"):
-            if self.steps and not getattr(self, key):
-                what = {"reference": "npz file of statistics", "inception": "FID network's file"}
-                raise UserError(
-                    f"config key evaluation.{key} is missing: name the {what[key]}, or set "
-                    "evaluation.steps to 0"
-                )
+        if self.steps and not self.inception:
+            raise UserError(
+                "config key evaluation.inception is missing: name the FID network's file, or set "
+                "evaluation.steps to 0"
+            )
 
     def check(self, autoencoder: str) -> None:
         """Raise `UserError` if samples cannot become images, or are images already.
 
         `autoencoder` is the config's `data.autoencoder`.
         """
-        if self.steps and autoencoder and not self.vae:
+        if self.inception and autoencoder and not self.vae:
             raise UserError(
                 f"config key evaluation.vae is missing: samples are latents of {autoencoder}; name "
-                "that autoencoder's folder, or set evaluation.steps to 0"
+                "that autoencoder's folder, or leave out evaluation.inception"
+            )
+        if self.inception and autoencoder and not self.reference:
+            raise UserError(
+                "config key evaluation.reference is missing: the test split has latents, not "
+                "images; name an npz file of statistics"
             )
         if self.vae and not autoencoder:
             raise UserError(

@@ -19,7 +19,6 @@ from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics
 from diffit_jax.ingest.decoding import Preprocessing
-from diffit_jax.ingest.encoder import ImageEncoder
 from diffit_jax.ingest.images import Loaded, Loader, default_workers, open_images
 from diffit_jax.ingest.locations import Index
 from diffit_jax.ingest.prepare import (
@@ -34,6 +33,7 @@ from diffit_jax.ingest.shards import Shards
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import backend, distributed, files, hub, interruption, npz, parallel
 from diffit_jax.sampling.decoder import VAE_FILES
+from diffit_jax.sampling.encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 

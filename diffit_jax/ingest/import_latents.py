@@ -162,7 +162,7 @@ class _LatentFiles:
         if not names:
             raise UserError(
                 f"--source {self._path} has no {PATTERN}*.npy: latents in EDM2's and REPA's layout "
-                "can be imported; encode images by launch/encode.py"
+                "can be imported; encode images by diffit encode"
             )
         return names
 
@@ -207,7 +207,7 @@ def _range_of(names: Any, read: Callable[[str], bytes]) -> tuple[str, np.ndarray
     known_ones = "; ".join(f"{_short(known)} for {pixels}" for pixels, known in RANGES.items())
     raise UserError(
         f"the latents' channel means are {_short(means)}, which neither range of pixels gives "
-        f"({known_ones}): encode the images by launch/encode.py"
+        f"({known_ones}): encode the images by diffit encode"
     )
 
 

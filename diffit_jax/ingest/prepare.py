@@ -1,14 +1,18 @@
 """The verb `prepare`: from images as people have them to a data set to train on."""
 
+import collections
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from diffit_jax.data import records
+from diffit_jax.data import pixels, records
 from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
@@ -17,7 +21,7 @@ from diffit_jax.ingest.images import Loader, default_workers, open_images
 from diffit_jax.ingest.locations import Index
 from diffit_jax.ingest.shards import Shards
 from diffit_jax.runtime import distributed, hub
-from diffit_jax.runtime.console import Progress
+from diffit_jax.runtime.console import Progress, first_few
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ def prepare(
     preprocessing: Preprocessing = Preprocessing(),
     unlabelled: bool = False,
     workers: int | None = None,
+    holdout: float = 0.0,
+    preview: bool = False,
 ) -> Manifest:
     """Write the images of a source as `DATA_DIR/NAME`: ArrayRecord shards and a manifest.
 
@@ -45,16 +51,21 @@ def prepare(
       preprocessing: size and channels of the images.
       unlabelled: whether to leave labels out.
       workers: processes that decode; None: one for each core.
+      holdout: share of the images that becomes the split "test" instead, see `is_held_out`.
+      preview: whether to draw some images of each class in `SPLIT.preview.png`.
 
     Returns:
       The manifest.
 
     Raises:
       UserError: a source that cannot be read, images of several sizes without a crop, a directory
-        that holds other data or cannot be written.
+        that holds other data or cannot be written; a class of which `holdout` leaves no image in
+        one of the splits: then nothing stays.
       interruption.Interrupted, interruption.Preempted: finished shards stay.
     """
     folder = folder_to_write(name, data_dir)
+    if holdout and split != "train":
+        raise UserError("--holdout makes the split test of what is left out: leave out --split")
     place = hub.local(source, "source")
     index = open_images(place, split, unlabelled)
     workers = default_workers() if workers is None else workers
@@ -62,33 +73,113 @@ def prepare(
         shape, crop = loader.first_shape(), dataclasses.asdict(preprocessing)
         identity = {"source": index.digest(), "crop": crop, "shape": list(shape)}
         arrays = records.layout(image=ArraySpec(shape, "uint8"))
+        identity |= {"holdout": holdout} if holdout else {}
         shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
+        held = None
+        if holdout:
+            held = Shards(folder, "test", count=len(index), arrays=arrays, identity=identity)
         with shards.owned():
-            _write(shards, index, loader, shape)
-            metadata = {"source": source_metadata(index, source, split), "crop": crop}
-            manifest = shards.finish(index.classes, lambda sums: metadata)
+            if held is not None:
+                held.begin()
+            _write(shards, index, loader, shape, held=held, share=holdout)
+            if held is not None:
+                _check_classes(index, shards, held)
+            described = {"crop": crop, "source": source_metadata(index, source, split)}
+            if held is not None:
+                of_held = {"crop": crop, "source": source_metadata(index, source, "test")}
+                others = held.finish(index.classes, lambda sums: of_held)
+            manifest = shards.finish(index.classes, lambda sums: described)
     report(manifest, folder, index)
+    if held is not None:
+        log.info("%d more, %.3g of all, are held out as split test", others.count, holdout)
+    if preview:
+        _draw(folder, split)
     return manifest
 
 
-def _write(shards: Shards, index: Index, loader: Loader, shape: tuple[int, ...]) -> None:
-    """Write the missing shards."""
+def is_held_out(pixels: np.ndarray, share: float) -> bool:
+    """Whether an image (H, W, C) uint8 belongs to the test split.
+
+    A function of its pixels alone: equal images are on one side, and images that are added later
+    move none.
+    """
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _check_classes(index: Index, train: Shards, test: Shards) -> None:
+    """Raise `UserError`, and remove both splits, if a class has no image in one of them."""
+    for shards, what, remedy in ((train, "training", "lower"), (test, "test", "raise")):
+        counts = collections.Counter[str]()
+        for stats in shards.stats():
+            counts.update(stats.labels if stats else {})
+        empty = [name for number, name in enumerate(index.classes) if not counts[str(number)]]
+        if empty or not sum(stats.count for stats in shards.stats() if stats):
+            train.remove()
+            test.remove()
+            of = f"of class {first_few(empty)} " if empty else ""
+            raise UserError(
+                f"--holdout leaves no {what} image {of}of {len(index)} images: {remedy} it, or "
+                "prepare a test split of your own choice by --split test"
+            )
+
+
+_SHOWN_CLASSES, _SHOWN_IMAGES, _LOOKED_AT = 20, 10, 5_000
+
+
+def _draw(folder: epath.Path, split: str) -> None:
+    """Draw some images of the first classes, a row for each with its name."""
+    source = records.open_records(folder, split)
+    classes = source.manifest.classes
+    looked = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(np.int64))
+    if classes:
+        parts = [looked[start : start + 256] for start in range(0, len(looked), 256)]
+        labels = np.concatenate([source.read(part)["label"] for part in parts])
+        rows = [looked[labels == label][:_SHOWN_IMAGES] for label in range(len(classes))]
+        names = [name for name, row in zip(classes, rows, strict=True) if len(row)]
+        rows = [row for row in rows if len(row)][:_SHOWN_CLASSES]
+    else:
+        rows, names = np.split(looked[:100], range(10, len(looked[:100]), 10)), []
+    cells = np.zeros((len(rows), _SHOWN_IMAGES, *source.image_shape), np.uint8)
+    for cell, row in zip(cells, rows, strict=True):
+        cell[: len(row)] = source.read(row)["image"]
+    path = folder / f"{split}.preview.png"
+    shown = cells.reshape(-1, *source.image_shape)
+    pixels.write_preview(path, shown, lambda images: images, _SHOWN_IMAGES, beside=names)
+    log.info("wrote %s", path)
+
+
+def _write(
+    shards: Shards,
+    index: Index,
+    loader: Loader,
+    shape: tuple[int, ...],
+    *,
+    held: Shards | None = None,
+    share: float = 0.0,
+) -> None:
+    """Write the missing shards, and with them those of what is held out."""
     missing = shards.missing()
+    if held is not None:
+        missing = sorted({*missing, *held.missing()})
     stream = loader.load([number for shard in missing for number in shards.numbers(shard)])
     progress = progress_of(shards, missing, "prepare", "image")
     with progress, distributed.PreemptionNotice(ctrl_c=True) as notice:
         for shard in missing:
-            with shards.writing(shard) as writer:
+            with contextlib.ExitStack() as stack:
+                writer = stack.enter_context(shards.writing(shard))
+                other = stack.enter_context(held.writing(shard)) if held else writer
                 for loaded in itertools.islice(stream, len(shards.numbers(shard))):
                     if notice.reached():
                         raise notice.ending(kept(shards))
-                    pixels = loaded.pixels
-                    if pixels is None:
+                    image = loaded.pixels
+                    if image is None:
                         writer.stats.skipped.append((index.names[loaded.number], loaded.reason))
                     else:
-                        check_shape(index.names[loaded.number], pixels.shape, shape)
-                        writer.add(label_of(index, loaded.number), image=pixels)
-                        writer.note(list(loaded.notes))
+                        check_shape(index.names[loaded.number], image.shape, shape)
+                        out = other if held and is_held_out(image, share) else writer
+                        out.add(label_of(index, loaded.number), image=image)
+                        out.note(list(loaded.notes))
                     progress.advance()
 
 

@@ -130,13 +130,9 @@ class Shards:
                 "another --name"
             )
         if found.differences:
-            values = ", ".join(
-                f"{key} {_short(theirs)} instead of {_short(ours)}"
-                for key, (theirs, ours) in list(found.differences.items())[:3]
-            )
             raise UserError(
-                f"{self.folder} holds split {self._split} of other data ({values}): choose another "
-                "--name, or delete it"
+                f"{self.folder} holds split {self._split} of other data "
+                f"({_in_words(found.differences)}): choose another --name, or delete it"
             )
         files.make_directory(self._stats_dir, "data_dir")
         files.write_json(artifact.path, wanted)
@@ -243,6 +239,14 @@ class Shards:
         files.write_bytes(path, manifest.to_json().encode())
         return manifest
 
+    def remove(self) -> None:
+        """Remove all that was written."""
+        names = [self._name(shard) for shard in range(self.total)]
+        for name in (*names, records.manifest_name(self._split)):
+            (self.folder / name).unlink(missing_ok=True)
+        if self._stats_dir.exists():
+            self._stats_dir.rmtree()
+
     def _name(self, shard: int) -> str:
         return records.shard_name(self._split, shard, self.total)
 
@@ -300,6 +304,22 @@ class ShardWriter:
         """Close what is open after a failure."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """Describe (theirs, ours) of each part of an identity that differs, by its name."""
+    told = []
+    for key, (theirs, ours) in differences.items():
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            for name in theirs.keys() | ours.keys():
+                if theirs.get(name) != ours.get(name):
+                    what = name if key == "crop" else f"{key} {name}"
+                    told.append(f"{what} {theirs.get(name)}, now {ours.get(name)}")
+        elif key == "source":
+            told.append("its images have changed")
+        elif key != "examples of a shard":  # it follows from the shape
+            told.append(f"{key} {_short(theirs)}, now {_short(ours)}")
+    return "; ".join(sorted(told)[:3]) or "an older format"
 
 
 def _short(value: Any) -> str:

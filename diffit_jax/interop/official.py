@@ -178,7 +178,11 @@ def read_input_size(path: epath.PathLike) -> int:
 
 
 def save(
-    path: epath.PathLike, module: Any, variables: Mapping[str, Any], index_buffers: bool = False
+    path: epath.PathLike,
+    module: Any,
+    variables: Mapping[str, Any],
+    index_buffers: bool = False,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write variables as a file that the released code can load.
 
@@ -190,6 +194,7 @@ def save(
       variables: `params` and `constants` of the network.
       index_buffers: also write the int64 buffer `relative_position_index` of every block, which the
         released code derives itself but asks for when it loads strictly.
+      metadata: JSON values by name that the file carries, see `weight_files.read_metadata`.
 
     Raises:
       UserError: an unconditional module, or one with another switch, which the released code does
@@ -208,7 +213,8 @@ def save(
         )
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    carried = {name: json.dumps(value) for name, value in (metadata or {}).items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **carried}}
     offset = 0
     entries = entries_of(module, index_buffers)
     for name, dtype, shape in entries:

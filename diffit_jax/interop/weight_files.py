@@ -99,6 +99,15 @@ class WeightFiles:
         return file.get_tensor(full)
 
 
+def read_metadata(path: epath.PathLike, name: str) -> Any:
+    """Return a JSON value that a safetensors file carries in its header; None if there is none."""
+    try:
+        with safe_open(epath.Path(path), framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get(name, "null"))
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
 def _parts(path: epath.Path) -> list[epath.Path]:
     """Return the safetensors files of a path: itself, or those that it lists as an index."""
     if path.suffix != ".json":

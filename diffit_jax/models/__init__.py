@@ -9,6 +9,7 @@ from diffit_jax.models.model import (
     init_variables,
     measured_network,
     parameter_metadata,
+    parameter_shapes,
     variable_shapes,
 )
 from diffit_jax.models.unet.songunet import SongUNet

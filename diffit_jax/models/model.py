@@ -120,6 +120,11 @@ def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
 
 
 @functools.cache
+def parameter_shapes(model: Model) -> Any:
+    """Return the shapes of a model's parameters, a tree of `ShapeDtypeStruct`."""
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
+
+
 def parameter_metadata(model: Model) -> Mapping[str, placement.ParamMetadata]:
     """Return sharding axes and weight decay of each parameter, by its path.
 

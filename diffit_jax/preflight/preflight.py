@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.analysis import analyse
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.experiment.config import Experiment, build
@@ -52,6 +51,7 @@ from diffit_jax.preflight.figures import (
 from diffit_jax.run.state import Setup, TrainState, setup_experiment
 from diffit_jax.runtime import backend, console, parallel
 from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
+from diffit_jax.sampling.analysis import analyse
 from diffit_jax.sampling.decoder import CHUNK_SIZE, LatentDecoder, per_slice
 from diffit_jax.sampling.sampler import batch_shapes as seeds_and_labels
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
@@ -168,7 +168,7 @@ def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]
     if programs is None:
         experiment = build(config)
         of_evaluations = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
-        return [*known[:2], *(of_evaluations if experiment.evaluation.steps else ())]
+        return [*known[:2], *(of_evaluations if experiment.evaluation.inception else ())]
     if not programs:
         raise UserError(f"--programs is empty: use some of {', '.join(known)}")
     for program in programs:
@@ -265,7 +265,8 @@ def _vary(
                 {"data": -1} | {axis: int(size) for axis, size in sizes.items()}
             )
         else:
-            changed.model[name] = int(value) if name == "num_heads" else value
+            model: Any = changed.model
+            model[name] = int(value) if name == "num_heads" else value
     return changed
 
 
@@ -507,7 +508,7 @@ def price_evaluation(
     """
     experiment = setup.experiment
     settings = experiment.evaluation
-    if not settings.steps or sampling is None or chain is None:
+    if not settings.inception or sampling is None or chain is None:
         return None
     wanted = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
     steps = [sampling.batch, *(chain.programs.get(name) for name in wanted)]
@@ -519,7 +520,9 @@ def price_evaluation(
     weights = len(list(kinds(experiment, setup.state, settings.raw)))
     total = experiment.training.total_steps
     last = settings.final_count or settings.count
-    before = -(-total // settings.steps) - 1  # the last one comes after the last update
+    before = (
+        -(-total // settings.steps) - 1 if settings.steps else 0
+    )  # the last one comes after the last update
     images = before * settings.count + last
     return EvalCost(
         kinds=weights,

@@ -1,9 +1,11 @@
 """What a work directory holds, whose it is, and what may change under a run.
 
     config.json              the config of the run: with it, the directory holds one
+    classes.json             the names of its classes, where its data have some
     checkpoints/STEP         of the whole state; checkpoints_damaged/ those that could not be used
     ema_snapshots/STEP       of the averages of which one of any length is made
     evaluations/STEP.json    the figures of the evaluations of a run
+    reference.npz            what they compare with, if it is the test split
     events/  grids/  profile/  for people; wandb.json which run at Weights & Biases it is
 
 A key of a config may differ from that of the run which it continues if it has the mark `RESUMABLE`
@@ -16,7 +18,7 @@ at its field: the numbers do not depend on it.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -25,11 +27,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffit_jax import limits
+from diffit_jax.data import records
+from diffit_jax.data.labels import imagenet_names, synonyms_of
+from diffit_jax.data.sources import DATASETS, data_folder
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment, build, class_name
 from diffit_jax.runtime import files
 
 CONFIG_FILE = "config.json"
+CLASSES_FILE = "classes.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 SNAPSHOTS = "ema_snapshots"
@@ -37,6 +43,7 @@ EVALUATIONS = "evaluations"
 EVENTS = "events"
 GRIDS = "grids"
 PROFILE = "profile"
+REFERENCE = "reference.npz"
 WANDB_FILE = "wandb.json"
 
 
@@ -98,6 +105,33 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> None:
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Write the config of the run in a work directory."""
     files.write_bytes(epath.Path(workdir) / CONFIG_FILE, config.to_json(indent=2).encode())
+
+
+def write_classes(workdir: epath.PathLike, classes: Sequence[str]) -> None:
+    """Write the names of a run's classes, if its data have some."""
+    if classes:
+        files.write_json(epath.Path(workdir) / CLASSES_FILE, list(classes))
+
+
+def read_classes(workdir: epath.PathLike | None, config: Mapping[str, Any]) -> list[list[str]]:
+    """Return the synonyms of a run's classes, by index; none where they have no names.
+
+    Args:
+      workdir: of the run, which may have a file of them; None: only the config is asked.
+      config: of the run: its data set, if that is there, and whether it is ImageNet.
+    """
+    data, count = config.get("data", {}), config.get("model", {}).get("num_classes", 0)
+    name, found = str(data.get("name", "")), None
+    if workdir is not None:
+        found = files.read_json(epath.Path(workdir) / CLASSES_FILE, list)
+    if found is None and count and name not in DATASETS:
+        with contextlib.suppress(UserError):
+            folder = data_folder(name, data.get("data_dir", ""))
+            found = records.read_manifest(folder, "train").classes
+    if found is not None and len(found) == count:
+        return synonyms_of([str(each) for each in found])
+    is_imagenet = name.startswith("imagenet") and count == len(imagenet_names())
+    return imagenet_names() if is_imagenet else []
 
 
 def _steps(workdir: epath.PathLike, *names: str) -> list[int]:

@@ -1,6 +1,8 @@
 """Config files: Python files with `get_config()`, and keys of theirs given on the command line."""
 
+import ast
 import dataclasses
+import difflib
 import importlib.util
 import linecache
 import os
@@ -72,28 +74,47 @@ class ConfigArgs:
         for index, argument in enumerate(self.overrides):
             name, equals, value = argument.partition("=")
             if re.fullmatch(rf"--?config\.{re.escape(key)}", name):
-                following = self.overrides[index + 1 : index + 2]
-                found = value if equals else (following[0] if following else None)
+                following = [*self.overrides[index + 1 : index + 2], "--config."][0]
+                alone = re.match(r"--?(no)?config\.", following)
+                found = value if equals else (None if alone else following)
         return found
+
+
+def folder() -> Path:
+    """Return the folder `configs/` that comes with this package.
+
+    In a checkout it is beside the package; installed, inside it or beside the script's folder.
+    """
+    package, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    above = [package.parent, package, *script.parents[1:2]]
+    places = [one / "configs" for one in above]
+    return next((place for place in places if (place / "digits.py").exists()), places[0])
 
 
 def own(name: str, flag: str) -> Path:
     """Return the path of a file of `configs/` that comes with this package.
 
-    In a checkout they are next to the package; installed, inside it or next to the script.
-
     Raises:
       UserError: it is not there; `flag` names another one.
     """
-    package, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
-    places = [folder / "configs" / name for folder in (package.parent, package, script.parents[1])]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
+    path = folder() / name
+    if not path.exists():
         what = "a config" if name.endswith(".py") else "a file"
         raise UserError(
-            f"there is no configs/{name} in this installation ({places[0]}): name {what} by {flag}"
+            f"there is no configs/{name} in this installation ({path}): name {what} by {flag}"
         )
     return path
+
+
+def summaries() -> dict[str, str]:
+    """Return the first line of each config's docstring by the name that `--config` takes."""
+    found = {}
+    for path in sorted(folder().glob("[a-z]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        if "get_config" in functions:
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".:")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +125,13 @@ class Kind:
       flag: that names one.
       function: of the file, whose result is wanted.
       example: a file of this kind.
+      within: folder of such files in `configs/`.
     """
 
     flag: str
     function: str
     example: str
+    within: str = ""
 
 
 CONFIG = Kind("--config", "get_config()", "configs/digits.py")
@@ -124,7 +147,7 @@ def load(file: str, kind: Kind = CONFIG) -> ConfigDict:
     Raises:
       UserError: it is not such a file, or there is a mistake in it, whose line is shown.
     """
-    path, argument = _divided(file)
+    path, argument = divided(file, kind)
     _check_kind(path, kind)
     flag, function = kind.flag, kind.function
     spec = importlib.util.spec_from_file_location("config", path)
@@ -163,7 +186,7 @@ def override(config: ConfigDict, given: ConfigArgs, file: str) -> None:
     for key in _left_open(config):
         if key not in overridden:
             raise UserError(
-                f"config key {key} is left open in {_divided(file)[0]}: give it by --config.{key}=…"
+                f"config key {key} is left open in {divided(file)[0]}: give it by --config.{key}=…"
             )
         *parents, name = key.split(".")
         node: Any = config
@@ -198,10 +221,23 @@ def _left_open(config: ConfigDict, prefix: str = "") -> list[str]:
     return keys
 
 
-def _divided(file: str) -> tuple[Path, str | None]:
-    """Split `path.py:argument` into (path, argument)."""
-    match = re.fullmatch(r"(.*?\.py):(.*)", file, re.DOTALL)
+def divided(file: str, kind: Kind = CONFIG) -> tuple[Path, str | None]:
+    """Split `path.py:argument`, or `name:argument` of a file in `configs/`, into its two parts.
+
+    Raises:
+      UserError: a name that no file has.
+    """
+    match = re.fullmatch(r"(.*?\.py|\w+):(.*)", file, re.DOTALL)
     path, argument = (match[1], match[2]) if match else (file, None)
+    if re.fullmatch(r"\w+", path) and not Path(path).is_file():
+        within = folder() / kind.within
+        if not (within / f"{path}.py").exists() and not Path(path).exists():
+            names = [other.stem for other in sorted(within.glob("[a-z]*.py"))]
+            close = difflib.get_close_matches(path, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+            raise UserError(f"{kind.flag} {path} is neither a file nor one of configs/: {hint}")
+        if (within / f"{path}.py").exists():
+            path = str(within / f"{path}.py")
     return Path(os.path.expanduser(path)), argument
 
 

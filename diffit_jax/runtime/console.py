@@ -1,11 +1,12 @@
 """Text from and to a person: progress, and lists of numbers, settings to sweep and names."""
 
+import contextlib
 import itertools
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -19,6 +20,9 @@ class Progress:
     On a terminal it is a bar with rate and ETA. Elsewhere it is a plain line with the same, at most
     every `every_s` seconds, and only if nothing is said by `say` (which prints a line in both
     cases). With `shown` False nothing is printed: of several processes one speaks.
+
+    The time left goes by the rate after the first units, for which programs are compiled, without
+    what is `beside` the work.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Progress:
             initial=done,
             unit=unit,
             dynamic_ncols=True,
+            smoothing=0,  # as the lines: the mean rate
             disable=None if shown else True,
         )
         self._shown = shown
@@ -47,7 +52,9 @@ class Progress:
             unit,
             every_s,
         )
-        self._start, self._first, self._last_line = time.monotonic(), done, time.monotonic()
+        self._last_line = time.monotonic()
+        self._start: float | None = None  # after the first units
+        self._first = done
 
     def __enter__(self) -> "Progress":
         return self
@@ -58,20 +65,38 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done."""
         self._done += count
+        if self._start is None:
+            self._start, self._first = time.monotonic(), self._done
+            if not self._bar.disable:
+                self._bar.initial, self._bar.start_t = self._done, time.time()
         self._bar.update(count)
         if self._bar.disable and time.monotonic() - self._last_line > self._every_s:
             self.say("")
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Leave the time spent in this block out of the rate: it is not the units' work."""
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        if self._start is not None:
+            self._start += seconds
+            if not self._bar.disable:
+                self._bar.start_t += seconds
+
+    def _left(self) -> str:
+        """Return how much time is left; "" as long as nobody knows."""
+        made = self._done - self._first
+        if self._start is None or not (made or self._done == self._total):
+            return ""
+        each = (time.monotonic() - self._start) / max(made, 1)
+        return f"{duration(each * (self._total - self._done))} left"
 
     def say(self, text: str) -> None:
         """Print a line: how far it is, `text`, and the time left."""
         if not self._shown:
             return
-        seconds = (
-            (time.monotonic() - self._start)
-            / max(self._done - self._first, 1)
-            * (self._total - self._done)
-        )
-        eta = f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        eta = self._left()
         line = " | ".join(
             part
             for part in (f"{self._what} {self._done}/{self._total} {self._unit}s", text, eta)
@@ -80,6 +105,15 @@ class Progress:
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
         self._last_line = time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """Format a time as people do: 0:42 (minutes), 3:05:00 (hours), 2 days 7 h."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes_of_hour = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
+    return f"{hours}:{minutes_of_hour:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 MOST = 10_000_000

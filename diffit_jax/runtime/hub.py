@@ -23,6 +23,13 @@ from diffit_jax.runtime import files
 log = logging.getLogger(__name__)
 
 SCHEME = "hf://"
+# Files and folders that pages name, by the last part of their path.
+_PUBLISHED = {
+    "sd-vae-ft-ema": "hf://stabilityai/sd-vae-ft-ema",
+    "sd-vae-ft-mse": "hf://stabilityai/sd-vae-ft-mse",
+    "diffit_256.safetensors": "hf://nvidia/DiffiT/diffit_256.safetensors",
+    "diffit_512.safetensors": "hf://nvidia/DiffiT/diffit_512.safetensors",
+}
 
 
 class Address(NamedTuple):
@@ -44,6 +51,12 @@ class Address(NamedTuple):
 def is_address(path: Any) -> bool:
     """Whether a path is an address on the hub."""
     return isinstance(path, str | os.PathLike) and os.fspath(path).lower().startswith(SCHEME)
+
+
+def elsewhere(path: epath.PathLike) -> str:
+    """Return the remedy for a file that is missing and that the hub has; "" if none is known."""
+    address = _PUBLISHED.get(os.path.basename(os.fspath(path)))
+    return f"name {address}, from where it is fetched" if address else ""
 
 
 def parse(text: str, flag: str) -> Address:

@@ -1,6 +1,7 @@
 """The verb `convert`: released weights, work directories, and parametrisations of TMSA."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
+import diffit_jax
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
@@ -25,7 +27,12 @@ from diffit_jax.run.state import (
 )
 from diffit_jax.runtime import backend, files, hub, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.request import layout_of, restore_variables
+from diffit_jax.sampling.request import (
+    CLASSES_CARRIED,
+    CONFIG_CARRIED,
+    layout_of,
+    restore_variables,
+)
 
 
 @backend.reproducible_numerics()
@@ -91,6 +98,8 @@ def workdir_to_weights(
 ) -> None:
     """Write the averaged parameters of a run's newest checkpoint as a released weight file.
 
+    It carries the run's config and the names of its classes; beside it lies a model card.
+
     Args:
       workdir: of the run.
       weights: file to write.
@@ -103,10 +112,60 @@ def workdir_to_weights(
     """
     weights = files.resolve(weights, "--to_weights")
     files.refuse_existing(weights, "--to_weights", overwrite)
+    files.refuse_existing(weights.with_suffix(".md"), "--to_weights", overwrite)
     workdir, setup = _open_latent(workdir)
-    _, variables = restore_variables(workdir, setup, allow_nonfinite=allow_nonfinite)
+    step, variables = restore_variables(workdir, setup, allow_nonfinite=allow_nonfinite)
     model: Any = setup.experiment.model
-    official.save(weights, model, variables, index_buffers)
+    config = workdirs.read_config(workdir)
+    classes = [names[0] for names in workdirs.read_classes(workdir, config)]
+    carried = {CONFIG_CARRIED: config, CLASSES_CARRIED: classes}
+    official.save(weights, model, variables, index_buffers, carried)
+    card = _card(weights, setup.experiment, config, step, classes)
+    files.write_bytes(weights.with_suffix(".md"), card.encode())  # last: with it, all is there
+
+
+def _card(
+    weights: epath.Path,
+    experiment: Experiment,
+    config: Mapping[str, Any],
+    step: int,
+    classes: Sequence[str],
+) -> str:
+    """Return the model card of a file of weights: what it is, what made it, and how to use it."""
+    model: Any = experiment.model
+    count = sum(leaf.size for leaf in jax.tree.leaves(models.parameter_shapes(model)))
+    batch, sampling = experiment.training.batch_size, experiment.sampling
+    settings = json.dumps({"sampling": config["sampling"], "process": config["process"]}, indent=2)
+    several = f"{model.num_classes} classes" if model.num_classes else "no classes"
+    named = f" ({', '.join(classes[:10])}{' …' if len(classes) > 10 else ''})" if classes else ""
+    vae = ", vae=…" if experiment.data.autoencoder else ""
+    return f"""---
+library_name: diffit_jax
+tags: [diffit, diffusion, jax, image-generation]
+---
+# {weights.stem}
+
+A latent DiffiT (arXiv 2312.02139) of {count:,} parameters: depth {model.depth}, width
+{model.hidden_size}, {model.num_heads} heads, for latents of {model.input_size}×{model.input_size}
+of the autoencoder {experiment.data.autoencoder or "(none)"}, {several}{named}.
+
+Trained with diffit_jax {diffit_jax.__version__} on the data set {experiment.data.name}, {step}
+updates of {batch} images; these are the averaged parameters. How good its samples are has not been
+measured here: `diffit evaluate --weights {weights.name} …` does it.
+
+```python
+from diffit_jax import DiffiT
+
+DiffiT.load("{weights.name}"{vae}).sample(seeds=range(4)).grid()
+```
+
+The file carries its config and the names of its classes; its names and shapes are those of the
+authors' release. Sampled by {type(sampling.sampler).__name__} unless said otherwise:
+
+```json
+{settings}
+```
+"""
 
 
 @backend.reproducible_numerics()
@@ -149,7 +208,9 @@ def workdir_to_workdir(
         metadata = models.parameter_metadata(other.clone(slim_tmsa=slim))
         state = jax.device_put(state, parallel.shardings(setup.mesh, state, metadata))
         config["model"]["slim_tmsa"] = slim
+    classes = files.read_json(workdir / workdirs.CLASSES_FILE, list) or ()
     _write(target, config, setup.experiment, state)
+    workdirs.write_classes(target, classes)
 
 
 def _with_new_labels(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax.data.labels import give_out, parse_labels
+from diffit_jax.data.labels import give_out, parse_labels, synonyms_of
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import CHOICES, Sampling
-from diffit_jax.interop import official, songunet
+from diffit_jax.interop import official, songunet, weight_files
 from diffit_jax.run import power_ema
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import Setup, items_of, setup_experiment
@@ -24,7 +25,11 @@ from diffit_jax.runtime.console import Progress, first_few, in_short
 from diffit_jax.sampling.decoder import Decoding, LatentDecoder
 from diffit_jax.sampling.sampler import Sampler, Variables, default_labels
 
+log = logging.getLogger(__name__)
+
 _LONGEST_NAME = 160
+# What a file that `convert` has written carries of its run: its config, and the names of classes.
+CONFIG_CARRIED, CLASSES_CARRIED = "diffit_jax_config", "diffit_jax_classes"
 
 
 def default_name(kind: str, shape: Sequence[int], differences: Mapping[str, Any]) -> str:
@@ -80,6 +85,7 @@ class Run:
         self.name = f"workdir {self.directory}"
         self.config = workdirs.read_config(self.directory) if config is None else config
         self.config_file = self.directory / workdirs.CONFIG_FILE
+        self.classes = workdirs.read_classes(self.directory, self.config)
         self._ema_length, self._checkpoint = ema_length, checkpoint
         self._allow_nonfinite, self._raw = allow_nonfinite, raw
         asked = {"ema_length": ema_length, "checkpoint": checkpoint, "raw": raw or None}
@@ -130,6 +136,8 @@ class Weights:
         self.directory = hub.output_directory(path, self._path)
         self._layout = layout_of(self._path)
         self.config = self._layout.fit_config(config, self._path)
+        carried = weight_files.read_metadata(self._path, CLASSES_CARRIED)
+        self.classes = synonyms_of(carried) if carried else workdirs.read_classes(None, self.config)
 
     def load(self, setup: Setup) -> tuple[Variables, dict[str, Any]]:
         """Load (variables, their origin)."""
@@ -280,7 +288,7 @@ def open_guide(experiment: Experiment, workdir: str) -> tuple[Run, Setup]:
 def config_for_weights(
     config: ConfigDict | None, weights: str, input_size: int | None = None
 ) -> dict[str, Any]:
-    """Return the config for released weights: the one given, or that of their size in `configs/`.
+    """Return the config for weights: the one given, that of the file, or of its size in `configs/`.
 
     Args:
       config: as it is given, None if it is not.
@@ -289,11 +297,17 @@ def config_for_weights(
     """
     if config is not None:
         return config.to_dict()
+    carried = weight_files.read_metadata(weights, CONFIG_CARRIED)
+    if carried is not None and input_size is None:
+        return carried
     if layout_of(weights) is songunet:
         file = config_files.own("cifar10_songunet.py", "--config")
+        log.info("sampling as %s says, by the layers of the file; --config names another", file)
         return config_files.load(f"{file}:{songunet.process_of(weights)}").to_dict()
     size = official.read_input_size(weights) if input_size is None else input_size
     name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
+    log.info("sampling as configs/%s.py says, by the size of %s; --config names another", name,
+             epath.Path(weights).name)  # fmt: skip
     return config_files.load(str(config_files.own(f"{name}.py", "--config"))).to_dict()
 
 
@@ -379,7 +393,7 @@ class SampleRequest:
         # --- Seeds, labels, settings.
         if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**32:
             raise UserError("seeds must be at least one whole number in [0, 2^32): change --seeds")
-        label_of = _labels(options.labels, seeds, model.num_classes, source.name)
+        label_of = _labels(options.labels, seeds, model.num_classes, source)
         sampling = usual.overridden(options.overrides)
         if sampling.guidance.needs_labels and not model.num_classes:
             raise UserError(
@@ -473,6 +487,10 @@ class SampleRequest:
             **self.settings(),
         }
 
+    def class_name(self, label: int) -> str:
+        """Return the name of a class; its number where it has none."""
+        return self.source.classes[label][0] if self.source.classes else str(label)
+
     def settings(self) -> dict[str, Any]:
         """Return the settings of sampling that samples depend on, JSON values by name."""
         sampling = self.experiment.sampling
@@ -520,15 +538,18 @@ class SampleRequest:
 
 
 def _labels(
-    asked: Sequence[int] | str | None, seeds: Sequence[int], num_classes: int, name: str
+    asked: Sequence[int] | str | None,
+    seeds: Sequence[int],
+    num_classes: int,
+    source: "Run | Weights",
 ) -> np.ndarray:
     """Return the label of each seed, (N,) int64."""
     if asked is None:
         return default_labels(seeds, num_classes)
     if not num_classes:
-        raise UserError(f"the model in {name} is unconditional: leave out --labels")
+        raise UserError(f"the model in {source.name} is unconditional: leave out --labels")
     if isinstance(asked, str):
-        return parse_labels(asked, seeds, num_classes)
+        return parse_labels(asked, seeds, num_classes, source.classes)
     return give_out(asked, len(seeds), num_classes)
 
 

@@ -22,17 +22,17 @@ from etils import epath
 
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
-from diffit_jax.experiment.spaces import Space
 from diffit_jax.runtime import backend, distributed, files, interruption, npz
 from diffit_jax.runtime.console import Progress, in_short
 from diffit_jax.sampling.decoder import Decoding
+from diffit_jax.sampling.image_files import COLUMNS, grid_columns, write_images
 from diffit_jax.sampling.request import Networks, Run, SampleRequest, SamplingOptions, Weights
 
 log = logging.getLogger(__name__)
 
 _REQUEST = "request.json"
 PREVIEWED = 100  # samples in the image
-COLUMNS, CLASSES = 10, 20  # of the image by class, at most
+CLASSES = 20  # of the image by class, at most
 TRAJECTORIES = 8  # samples in the image of trajectories, at most
 
 
@@ -275,12 +275,6 @@ class SampleFiles:
         return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
 
 
-def read_record(samples: epath.Path) -> dict[str, Any] | None:
-    """Return the record of a file of samples; None if there is none."""
-    record = files.read_json(samples.with_suffix(".json"))
-    return record if record is not None and isinstance(record.get("request"), dict) else None
-
-
 def segments(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Divide ascending rows (n,) into batches of consecutive ones, each at most `size` long."""
     for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
@@ -324,6 +318,7 @@ def sample(
     decoding: Decoding | None = None,
     by_class: bool = False,
     frames: int = 0,
+    images: str | None = None,
 ) -> epath.Path:
     """Draw samples and write them as an npz file, a PNG grid and a record.
 
@@ -347,6 +342,7 @@ def sample(
         labels.
       frames: columns of `NAME.trajectory.png`, which shows for eight samples the estimates of the
         clean sample along the way; 0: it is not drawn.
+      images: "png", "jpeg" or "webp": each sample is a file too, see `write_images`.
 
     Returns:
       Path of the npz, laid out as ADM's evaluator reads it: `arr_0` (N, H, W, C) uint8 images (or
@@ -363,7 +359,7 @@ def sample(
     request = SampleRequest.make(
         source, seeds=seeds, options=SamplingOptions(labels, overrides or {}, decoding)
     )
-    _check_images(request, by_class, frames)
+    _check_images(request, by_class, frames, images)
     output = request.output(output)
     distributed.on_primary(lambda: files.make_directory(output.parent, "output directory"))
 
@@ -376,7 +372,7 @@ def sample(
             "code version": distributed.code_version,
         }
     )
-    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+    backend.say_matmul_precision()
 
     # --- Draw them, unless that is done already.
     sample_files = SampleFiles(output, request_key, overwrite)
@@ -387,17 +383,22 @@ def sample(
         record = _make(request, sample_files, networks)
 
     # --- More images of them.
-    space = request.experiment.space
     if by_class:
         image = output.with_suffix(".classes.png")
-        distributed.on_primary(lambda: _draw_classes(image, output, request.labels, space))
+        distributed.on_primary(lambda: _draw_classes(image, output, request))
+    if images:
+        classes = request.labels if request.experiment.model.num_classes else None
+        names, numbers = request.class_name, request.seeds.tolist()
+        distributed.on_primary(lambda: write_images(output, classes, numbers, names, images))
     if frames:
         _draw_trajectory(output.with_suffix(".trajectory.png"), request, networks, frames)
-    return _conclude(output, record)
+    return conclude(output, record)
 
 
-def _check_images(request: SampleRequest, by_class: bool, frames: int) -> None:
+def _check_images(request: SampleRequest, by_class: bool, frames: int, images: str | None) -> None:
     experiment = request.experiment
+    if images and experiment.space.samples != "samples":
+        raise UserError("--images goes with --vae: samples of this model are latents")
     if by_class and not experiment.model.num_classes:
         raise UserError(f"the model in {request.source.name} is unconditional: leave out --grid")
     steps = experiment.sampling.sampler.steps(experiment.process)
@@ -412,14 +413,32 @@ def _make(
     if request.experiment.space.note:
         log.info("%s", request.experiment.space.note)
     with distributed.primary_context(lambda: sample_files):
-        _draw(request, sample_files, networks)
+        size = request.sampler.batch_size
+        draw_parts(sample_files, request.seeds, size, lambda batch: request.draw(networks, batch))
         with interruption.held():  # a finished batch is written first
             return distributed.on_primary(lambda: _assemble(request, sample_files))
 
 
-def _draw(request: SampleRequest, sample_files: SampleFiles, networks: Networks) -> None:
-    """Draw the samples that are in no part yet, part by part."""
-    first, count = distributed.is_primary(), len(request.seeds)
+def draw_parts(
+    sample_files: SampleFiles,
+    seeds: np.ndarray,
+    batch_size: int,
+    draw: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    what: str = "sample",
+) -> None:
+    """Make the samples that are in no part yet, part by part.
+
+    Args:
+      sample_files: that keep the parts.
+      seeds: (N,) a number of each sample, for messages.
+      batch_size: samples of a part, at most.
+      draw: from (n,) indices into the seeds to n samples, and which of them are finite.
+      what: is done, for the progress bar.
+
+    Raises:
+      interruption.Preempted, interruption.Interrupted: finished parts are saved.
+    """
+    first, count = distributed.is_primary(), len(seeds)
     done_there = sample_files.done(count) if first else np.zeros(count, bool)
     there = np.array(distributed.broadcast(done_there.tolist()))
     done = int(there.sum())
@@ -427,15 +446,14 @@ def _draw(request: SampleRequest, sample_files: SampleFiles, networks: Networks)
     def kept() -> str:
         return f"{done} of {count} samples are saved beside {sample_files.output}"
 
-    progress = Progress("sample", count, done=done, unit="sample", shown=first)
+    progress = Progress(what, count, done=done, unit="sample", shown=first)
     try:
         with progress, distributed.PreemptionNotice() as notice, distributed.lost_processes():
-            missing = segments(np.flatnonzero(~there), request.sampler.batch_size)
-            for batch in missing:
-                samples, finite = request.draw(networks, batch)
+            for batch in segments(np.flatnonzero(~there), batch_size):
+                samples, finite = draw(batch)
                 if first:
                     if not finite.all():
-                        bad = named_seeds(request.seeds[batch][~finite].tolist())
+                        bad = named_seeds(seeds[batch][~finite].tolist())
                         log.warning("samples of seeds %s are not finite", bad)
                     sample_files.write(batch[0], samples, finite)
                 progress.advance(len(samples))
@@ -448,24 +466,49 @@ def _draw(request: SampleRequest, sample_files: SampleFiles, networks: Networks)
 
 def _assemble(request: SampleRequest, sample_files: SampleFiles) -> dict[str, Any]:
     """Join the files of a request whose parts are all there; return the record."""
-    precision = {"matmul_precision": backend.matmul_precision()}
-    record = sample_files.finish(request.labels, request.seeds, precision)
-    preview = request.experiment.space.preview
-    pixels.write_preview(sample_files.image, sample_files.first(PREVIEWED), preview)
+    labelled, preview = request.experiment.model.num_classes > 0, request.experiment.space.preview
+    name = request.class_name if labelled else None
+    return finish_files(sample_files, request.labels, request.seeds, name, preview)
+
+
+def finish_files(
+    sample_files: SampleFiles,
+    labels: np.ndarray,
+    seeds: np.ndarray,
+    class_name: Callable[[int], str] | None = None,
+    preview: Callable[[np.ndarray], np.ndarray] = lambda images: images,
+) -> dict[str, Any]:
+    """Join parts that are all there, draw the first samples, and return the record.
+
+    Args:
+      sample_files: that keep the parts.
+      labels: (N,) ints.
+      seeds: (N,) ints.
+      class_name: the name of a label; None: there are no classes.
+      preview: of a `Space`.
+    """
+    record = sample_files.finish(labels, seeds, {"matmul_precision": backend.matmul_precision()})
+    samples = sample_files.first(PREVIEWED)
+    columns, above = grid_columns(labels[: len(samples)], class_name)
+    pixels.write_preview(sample_files.image, samples, preview, columns, above=above)
     sample_files.remove_parts()
     return record
 
 
-def _draw_classes(image: epath.Path, output: epath.Path, labels: np.ndarray, space: Space) -> None:
+def _draw_classes(image: epath.Path, output: epath.Path, request: SampleRequest) -> None:
     """Draw an image with a row for each label, from the npz."""
-    rows = [np.flatnonzero(labels == label)[:COLUMNS] for label in np.unique(labels)[:CLASSES]]
+    labels, space = request.labels, request.experiment.space
+    shown = np.unique(labels)[:CLASSES].tolist()
+    rows = [np.flatnonzero(labels == label)[:COLUMNS] for label in shown]
+    columns = max(map(len, rows))
     samples = npz.rows_of(output, "arr_0", np.concatenate(rows))
-    cells = np.zeros((len(rows), COLUMNS, *samples.shape[1:]), samples.dtype)
+    cells = np.zeros((len(rows), columns, *samples.shape[1:]), samples.dtype)
     begin = 0
     for cell, row in zip(cells, rows, strict=True):
         cell[: len(row)] = samples[begin : begin + len(row)]
         begin += len(row)
-    pixels.write_preview(image, cells.reshape(-1, *samples.shape[1:]), space.preview, COLUMNS)
+    cells, names = cells.reshape(-1, *samples.shape[1:]), [*map(request.class_name, shown)]
+    pixels.write_preview(image, cells, space.preview, columns, beside=names)
     log.info("wrote %s", image)
 
 
@@ -492,7 +535,7 @@ def _draw_trajectory(
     distributed.on_primary(write)
 
 
-def _conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
+def conclude(output: epath.Path, record: Mapping[str, Any] | None) -> epath.Path:
     """End a request on every process, given its record on the first one.
 
     Raises `UserError` unless all samples are finite.

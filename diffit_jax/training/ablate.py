@@ -44,7 +44,9 @@ from diffit_jax.training.train import train
 
 log = logging.getLogger(__name__)
 
-KIND = config_files.Kind("--ablation", "get_ablation()", "configs/ablations/digits.py")
+KIND = config_files.Kind(
+    "--ablation", "get_ablation()", "configs/ablations/digits.py", within="ablations"
+)
 RESULTS, RUNS = "results", "runs"
 # What a table shows of a metric, in its order.
 _FIGURES = {
@@ -97,10 +99,9 @@ class Ablation(limits.Section):
         for name, field in fields.items():
             if name not in given and not experiments.has_default(field):
                 raise UserError(f"{file}: the key {name} is missing: add it to get_ablation()")
-        path, colon, variant = str(given["config"]).partition(".py:")
-        suffix = f".py:{variant}" if colon else ""
-        folder = Path(file.partition(".py:")[0]).resolve().parent
-        whole = str((folder / path).resolve()) + suffix
+        path, variant = config_files.divided(str(given["config"]))
+        folder = config_files.divided(file, KIND)[0].resolve().parent
+        whole = str((folder / path).resolve()) + ("" if variant is None else f":{variant}")
         try:
             ablation = cls(**{**given, "config": whole})
             ablation.check()

@@ -13,12 +13,15 @@ import numpy as np
 
 from diffit_jax.data.sources import Source
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation.neighbours import nearest_distances
+from diffit_jax.evaluation.small import pixel_features
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.run.objective import DENOISING
 from diffit_jax.run.state import Setup, open_training_data
 from diffit_jax.runtime import backend, distributed, parallel
 from diffit_jax.training.step import example_keys
 
+_COMPARED = 1_000  # images of a split, at most, that samples are compared with
 SEED = 0  # of noise levels and noise, whatever the run's: curves of several runs compare
 
 
@@ -73,6 +76,30 @@ def losses(experiment: Experiment, variables: Any, examples: Mapping[str, jax.Ar
     )[0]
 
 
+class Nearness:
+    """How near samples come to training images, beside images that are not trained on.
+
+    It needs no network: a ratio well below 1 means that training images are repeated.
+    """
+
+    def __init__(self, train: Source, test: Source):
+        """Read some images of both splits, evenly chosen."""
+        self._train, held = (self._some(split) for split in (train, test))
+        self.held_out = float(np.median(nearest_distances(held, self._train)))
+
+    @staticmethod
+    def _some(source: Source) -> np.ndarray:
+        chosen = np.unique(np.linspace(0, len(source) - 1, _COMPARED).astype(np.int64))
+        return pixel_features(source.read(chosen)["image"])
+
+    def __call__(self, images: np.ndarray) -> float:
+        """Return the median distance of images to the nearest training image, (n, H, W, C) uint8.
+
+        In the units of [-1, 1]; `held_out` is that of held-out images.
+        """
+        return float(np.median(nearest_distances(pixel_features(images), self._train)))
+
+
 def open_held_out(experiment: Experiment) -> Source:
     """Open the test split of an experiment's data set.
 
@@ -83,6 +110,6 @@ def open_held_out(experiment: Experiment) -> Source:
         return open_training_data(experiment, "test")
     except UserError as error:
         raise UserError(
-            f"config key evaluation.loss_steps needs a test split: {error}; prepare it by --split "
-            "test, or set evaluation.loss_steps to 0"
+            f"config key evaluation.loss_steps needs a test split: {error}; prepare the data "
+            "with --holdout 0.05, or set evaluation.loss_steps to 0"
         ) from error

@@ -43,8 +43,8 @@ class Hooks:
         """Begin the update by a batch; the devices may still compute when this returns."""
         raise NotImplementedError
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
-        """Report by `say` after an update; return whether a checkpoint is due."""
+    def evaluate(self, step: int, progress: Progress) -> bool:
+        """Report by `progress` after an update; return whether a checkpoint is due."""
         raise NotImplementedError
 
     def save(self, step: int) -> None:
@@ -77,7 +77,7 @@ def run_loop(name: str, hooks: Hooks, stream: Iterator[Any], first: int, total: 
             if step < total:
                 batch = next(stream)
             progress.advance()
-            due = hooks.evaluate(step, progress.say)
+            due = hooks.evaluate(step, progress)
             # A checkpoint, on time or because the machine is about to go.
             preempted = notice.reached() and step < total
             if due or preempted:
@@ -86,7 +86,8 @@ def run_loop(name: str, hooks: Hooks, stream: Iterator[Any], first: int, total: 
                 hooks.wait()
                 place = hooks.checkpoints.directory
                 raise notice.ending(f"checkpoint {step} of {total} steps is saved in {place}")
-            hooks.after(step)
+            with progress.beside():
+                hooks.after(step)
         hooks.wait()
 
 

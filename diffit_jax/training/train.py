@@ -2,8 +2,9 @@
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,12 @@ from ml_collections import ConfigDict
 
 from diffit_jax import models
 from diffit_jax.data import pixels
-from diffit_jax.data.sources import ClassSampling, Source, class_sampling
+from diffit_jax.data.labels import synonyms_of
+from diffit_jax.data.sources import DATASETS, ClassSampling, Source, class_sampling
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
 from diffit_jax.experiment.config import Experiment
+from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.objective import DENOISING, Objective
 from diffit_jax.run.state import (
@@ -33,8 +36,10 @@ from diffit_jax.run.state import (
 )
 from diffit_jax.runtime import backend, distributed, files, interruption, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.console import Progress, duration
+from diffit_jax.sampling.image_files import grid_columns
 from diffit_jax.sampling.sampler import Sampler, default_labels, sampler_without_autoguidance
-from diffit_jax.training.held_out import HeldOutLoss, open_held_out
+from diffit_jax.training.held_out import HeldOutLoss, Nearness, open_held_out
 from diffit_jax.training.loggers import Loggers, check_wandb
 from diffit_jax.training.loop import Hooks, Tracer, Watch, batches_on, cache_report, run_loop
 from diffit_jax.training.step import compile_train_step, gradient_is_finite
@@ -49,26 +54,32 @@ class Monitors(NamedTuple):
       grid_sampler: draws the sample grids.
       evaluations: compare samples with a reference, and decode latents for grids; or None.
       held_out: the loss on examples that are not trained on, or None.
+      nearness: of samples to training images, where there are held-out images too, or None.
     """
 
     grid_sampler: Sampler
     evaluations: InTraining | None
     held_out: HeldOutLoss | None
+    nearness: Nearness | None
 
     @classmethod
     def open(cls, setup: Setup, config: ConfigDict, workdir: epath.Path) -> "Monitors":
         """Open and check all; write nothing. Errors as of `InTraining` and `open_held_out`."""
         experiment, evaluations, held_out = setup.experiment, None, None
+        nearness = None
         wandb = experiment.training.wandb if distributed.is_primary() else ""
         distributed.primary_first(lambda: check_wandb(wandb))
         count = experiment.training.grid_images
         grid_sampler = sampler_without_autoguidance(experiment, setup.mesh, count)
-        if experiment.evaluation.steps or experiment.evaluation.vae:
+        if experiment.evaluation.inception or experiment.evaluation.vae:
             evaluations = InTraining(setup, config.to_dict(), workdir)
         if experiment.evaluation.loss_steps:
             source = distributed.primary_first(lambda: open_held_out(experiment))
             held_out = HeldOutLoss(setup, source)
-        return cls(grid_sampler, evaluations, held_out)
+            if experiment.space.samples == "samples" and experiment.training.grid_steps:
+                train = distributed.primary_first(lambda: open_training_data(experiment))
+                nearness = Nearness(train, source)
+        return cls(grid_sampler, evaluations, held_out, nearness)
 
 
 class RunFiles:
@@ -85,6 +96,15 @@ class RunFiles:
             self._snapshots = Checkpoints(workdir / workdirs.SNAPSHOTS, keep=10**6)
         self._loggers = Loggers()
         self._first_step = 0
+        self._classes: list[list[str]] = []
+
+    def keep_classes(self, source: Source) -> None:
+        """Write the names of the data's classes, for samples of this run, if they have some."""
+        manifest = getattr(source, "manifest", None)
+        if manifest is not None:
+            self._classes = synonyms_of(manifest.classes)
+            if distributed.is_primary():
+                workdirs.write_classes(self.workdir, manifest.classes)
 
     def restore(self) -> TrainState | None:
         """Restore the newest usable checkpoint, if any; set unusable newer ones aside."""
@@ -145,7 +165,8 @@ class RunFiles:
         return self._snapshots is not None and due
 
     def _grid_due(self, step: int) -> bool:
-        return self.every(self._experiment.training.grid_steps, step)
+        steps = self._experiment.training.grid_steps
+        return bool(steps) and self.every(steps, step)
 
     def after_step(self, step: int, state: TrainState, restored: bool = False) -> None:
         """Write a snapshot of averages, a grid of samples, an evaluation, if they are due.
@@ -178,6 +199,7 @@ class RunFiles:
         space = evaluations.space if evaluations else self._experiment.space
         seeds = np.arange(self._experiment.training.grid_images)
         labels = default_labels(seeds, self._experiment.model.num_classes)
+        log.info("step %d: drawing a grid of %d samples", step, len(seeds))
         try:
             with backend.explain_oom("fewer training.grid_images take less"):
                 samples = sampler.draw(state.ema_variables, seeds, labels)
@@ -192,9 +214,23 @@ class RunFiles:
         if not finite.all():
             bad = int((~finite).sum())
             log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
-        grid = pixels.write_preview(path, samples, space.preview)
+        classes = self._classes
+        name = (lambda label: classes[label][0]) if classes else str
+        columns, above = grid_columns(labels, name if self._experiment.model.num_classes else None)
+        grid = pixels.write_preview(path, samples, space.preview, columns, above=above)
         if grid is not None:
             self._loggers.image(step, "grid", grid)
+        nearness = self._monitors.nearness
+        if nearness and finite.all():
+            found, usual = nearness(space.from_model(samples)), nearness.held_out
+            self.log(step, {"nearest_train_ratio": found / usual if usual else math.inf})
+            log.info(
+                "step %d: nearest training image at %.3g (median of the grid), of held-out images "
+                "at %.3g",
+                step,
+                found,
+                usual,
+            )
 
     def measure_loss(self, step: int, state: TrainState) -> None:
         """Log the loss on held-out examples, of the parameters and every average."""
@@ -281,6 +317,7 @@ def train(
     with distributed.primary_context(lambda: workdirs.claimed(workdir, config)):
         distributed.check_shared(workdir)
         run = RunFiles(setup, config, workdir, monitors)
+        run.keep_classes(source)
         return _train(setup, (source, labels), run, profile_steps)
 
 
@@ -307,10 +344,15 @@ def _train(
         mesh, source, size, seed, first=first, waiting=watch.data_wait, labels=labels
     )
     batch = next(stream)
+    log.info("compiling the training step")
     with cache_report("training step"):
         compiled = compile_train_step(setup, setup.state, batch)
     kind = mesh.devices.flat[0].device_kind
     log.info("compiled the training step in %.1f s for %d x %s", compiled[2], mesh.size, kind)
+    plan = compiled[0].memory_analysis()
+    if plan is not None:
+        used = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        log.info("memory of a step: %.2f GB for each device, by the compiler", used / 1e9)
     all_finite(state)  # compiled too: each checkpoint asks
 
     run.open_log()
@@ -347,15 +389,18 @@ class _Training(Hooks):
         self._step, self._collected = step
         self.state, self.checkpoints = state, run.checkpoints
         self._saved_at = time.monotonic()
+        self._first_steps: _FirstSteps | None = None
 
     def before(self, step: int) -> None:
+        if self._first_steps is None:
+            self._first_steps = _FirstSteps(step - 1, self._setup.experiment)
         self._tracer.before(step)
 
     def update(self, batch: Any) -> None:
         frozen = self._setup.objective.frozen
         self.state, self._collected = self._step(self.state, self._collected, batch, frozen)
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
+    def evaluate(self, step: int, progress: Progress) -> bool:
         run, training = self._run, self._setup.experiment.training
         due = run.every(training.checkpoint_steps, step) or run.evaluates(step)
         if run.every(training.log_steps, step):
@@ -363,7 +408,7 @@ class _Training(Hooks):
             values = {name: float(value) for name, value in self._collected.compute().items()}
             values |= self._watch.report(step)
             run.log(step, values)
-            say(_line(values))
+            progress.say(_line(values))
             empty = type(self._collected).empty()
             self._collected = jax.device_put(empty, parallel.replicated(self._setup.mesh))
             if values["skipped_in_row"] >= training.max_bad_steps:
@@ -372,7 +417,7 @@ class _Training(Hooks):
                 minutes = (time.monotonic() - self._saved_at) / 60
                 due = distributed.broadcast_flag(minutes > training.checkpoint_minutes) or due
         if run.measures_loss(step):
-            with self._watch.paused(self.state):
+            with progress.beside(), self._watch.paused(self.state):
                 run.measure_loss(step, self.state)
         return due
 
@@ -385,11 +430,59 @@ class _Training(Hooks):
             with self._watch.paused(self.state):
                 self._run.after_step(step, self.state)
         self._tracer.after(step)
+        if self._first_steps is not None and not self._first_steps.said:
+            self._first_steps.after(step, self.state)
         if step % self._setup.experiment.training.log_steps == 0:
             self._watch.begin_interval(step)  # checkpoints do not count
 
     def wait(self) -> None:
         self._run.wait()
+
+
+class _FirstSteps:
+    """Says, after a few updates, how long one takes and what the run will take.
+
+    Attributes:
+      said: whether that is done.
+    """
+
+    def __init__(self, first: int, experiment: Experiment):
+        """Begin after update `first`."""
+        self._first, self._experiment, self._began, self.said = first, experiment, 0.0, False
+
+    def after(self, step: int, state: TrainState) -> None:
+        """Wait for an update, of the first ten at most, and say how long they take."""
+        jax.block_until_ready(state)
+        made, now = step - self._first, time.monotonic()
+        total = self._experiment.training.total_steps
+        if made <= 1:  # the first waits for more than itself
+            self._began, self.said = now, step == total
+            return
+        seconds = (now - self._began) / (made - 1)
+        if made < 11 and now - self._began < 10 and step < total:
+            return
+        self.said = True
+        left = seconds * (total - step)
+        log.info("a step takes %.3g s: %d more take %s", seconds, total - step, duration(left))
+        if (
+            left > _LONG_S
+            and next(iter(jax.tree.leaves(state.params)[0].devices())).platform == "cpu"
+        ):
+            log.info("%s", _smaller(self._experiment))
+
+
+_LONG_S = 6 * 3600  # that nobody waits for a CPU
+
+
+def _smaller(experiment: Experiment) -> str:
+    """Say how a run becomes short enough for a CPU."""
+    name = experiment.data.name
+    if name in DATASETS:
+        return "on a CPU that is long: set training.total_steps, or take a smaller network"
+    return (
+        f"on a CPU that is long: begin again with --config own_images:{name}:tiny, which is made "
+        "for one, or set training.total_steps"
+    )
 
 
 def _first_state(setup: Setup, run: RunFiles) -> TrainState:
@@ -400,10 +493,16 @@ def _first_state(setup: Setup, run: RunFiles) -> TrainState:
         state = create_state(experiment, mesh, setup.objective)
     step, total = int(state.step), experiment.training.total_steps
     parameters = f"{parameter_overview.count_parameters(state.params):,}"
+    products = f"{traced_multiply_adds(experiment.model) / 1e9:.3g} G"
     platform = mesh.devices.flat[0].platform
-    log.info("model %s: %s parameters", type(experiment.model).__name__, parameters)
+    log.info(
+        "model %s: %s parameters, %s multiply-adds an evaluation",
+        type(experiment.model).__name__,
+        parameters,
+        products,
+    )
     log.info("attention: %s", models.describe_attention(experiment.model, platform))
-    log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+    backend.say_matmul_precision()
     begins = "resuming at" if step else "starting at"
     log.info("%s step %d of %d in %s", begins, step, total, run.workdir)
     if step:

@@ -17,12 +17,13 @@ from diffit_jax.data import pixels
 from diffit_jax.data.sources import DataSpec, Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics
-from diffit_jax.ingest.encoder import ImageEncoder
 from diffit_jax.interop import diffusers
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import backend, distributed, files, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
+from diffit_jax.runtime.console import Progress
 from diffit_jax.sampling.decoder import LatentDecoder
+from diffit_jax.sampling.encoder import ImageEncoder
 from diffit_jax.training.autoencoder import (
     AutoencoderState,
     AutoencoderTraining,
@@ -175,7 +176,7 @@ class _Training(Hooks):
     def update(self, batch: Any) -> None:
         self.state, self._terms = self._step(self.state, batch)
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
+    def evaluate(self, step: int, progress: Progress) -> bool:
         last = step == self._settings.steps
         if step % LOG_STEPS == 0 or last:
             error, kl = (float(self._terms[name]) for name in ("error", "kl"))
@@ -184,7 +185,7 @@ class _Training(Hooks):
                     f"the error is not finite at step {step}: lower --learning_rate, and choose "
                     "another workdir"
                 )
-            say(f"error {error * 127.5:.2f} of 255 levels | KL {kl:.4f}")
+            progress.say(f"error {error * 127.5:.2f} of 255 levels | KL {kl:.4f}")
         return step % CHECKPOINT_STEPS == 0 or last
 
     def save(self, step: int) -> None:

@@ -249,7 +249,7 @@ def test_other_files_than_npz(tmp_path):
     ):
         with pytest.raises(UserError, match=message) as error:
             score(tmp_path / name, dataset="digits")
-        assert "wanted is an npz file as launch/sample.py writes it" in str(
+        assert "wanted is an npz file as diffit sample writes it" in str(
             error.value
         ) and "\n" not in str(error.value)
 

@@ -211,7 +211,6 @@ def test_weights_that_cannot_be_evaluated_do_not_end_a_run(place, tmp_path, monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference": ""}, "config key evaluation.reference is missing: name the npz"),
         ({"inception": ""}, "config key evaluation.inception is missing: name the FID"),
         ({"vae": ""}, "config key evaluation.vae is missing: samples are latents of sd-vae-ft-ema"),
         ({"reference": "nowhere.npz"}, "config section evaluation: .*nowhere.npz cannot be read"),

@@ -23,10 +23,10 @@ from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics, shards
 from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.encode import Encoding, encode
-from diffit_jax.ingest.encoder import ImageEncoder
 from diffit_jax.ingest.prepare import prepare
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import parallel
+from diffit_jax.sampling.encoder import ImageEncoder
 
 COUNT, SIDE = 21, 16
 RECORD = 4 + 2 * 8 * 8 * 8 * 2  # both orientations of 8×8 latents, float16

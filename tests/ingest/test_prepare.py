@@ -16,6 +16,7 @@ from diffit_jax.data import records
 from diffit_jax.data.records import ArraySpec, open_records
 from diffit_jax.data.sources import DataSpec, open_dataset
 from diffit_jax.errors import UserError
+from diffit_jax.ingest import prepare as prepare_module
 from diffit_jax.ingest import shards
 from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.prepare import prepare
@@ -299,3 +300,48 @@ def test_a_bucket_gets_the_same_files(tmp_path, many, monkeypatch):
         if name.count("/") == 4
     }
     assert theirs == contents(tmp_path / "data/pets")
+
+
+def test_a_part_is_held_out_by_its_pixels(tmp_path, many):
+    """The same images whatever else there is, copies on one side; resumed to the same bytes."""
+    source = write_folder(tmp_path / "pets", pets(60, width=8, height=8))
+    first = sorted((source / "cat").iterdir())[0]
+    copy = source / "dog" / f"copy{first.suffix}"
+    copy.write_bytes(first.read_bytes())
+    manifest = prepare(
+        source, name="p", data_dir=tmp_path / "a", workers=0, holdout=0.3, preview=True
+    )
+    train, test = (everything(open_records(tmp_path / "a" / "p", s)) for s in ("train", "test"))
+    assert manifest.count + len(test["image"]) == 61 and 8 < len(test["image"]) < 30
+    sides = [{image.tobytes() for image in split["image"]} for split in (train, test)]
+    assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 60
+    assert (tmp_path / "a" / "p" / "train.preview.png").stat().st_size > 1000
+
+    # More images move none.
+    more = write_folder(tmp_path / "more", pets(90, width=8, height=8))
+    prepare(more, name="p", data_dir=tmp_path / "b", workers=0, holdout=0.3)
+    larger = {
+        split: {i.tobytes() for i in everything(open_records(tmp_path / "b" / "p", split))["image"]}
+        for split in ("train", "test")
+    }
+    assert sides[1] <= larger["test"] and sides[0] <= larger["train"]
+
+    # A shard that is lost is made again, of both splits.
+    before = contents(tmp_path / "a" / "p")
+    for file in (tmp_path / "a" / "p").glob("test-0000[0-3]*"):
+        file.unlink()
+    prepare(source, name="p", data_dir=tmp_path / "a", workers=0, holdout=0.3)
+    assert contents(tmp_path / "a" / "p") == before
+
+
+def test_a_holdout_that_leaves_a_class_empty_leaves_nothing(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "pets", pets(14, width=8, height=8))
+    for share, what in ((0.001, "no test image of class"), (0.9, "no training image of class")):
+        monkeypatch.setattr(prepare_module, "is_held_out", lambda _, share: share > 0.5)
+        with pytest.raises(UserError, match=f"--holdout leaves {what}") as error:
+            prepare(source, name="p", data_dir=tmp_path / "d", workers=0, holdout=share)
+        assert "\n" not in str(error.value)
+        left = {path.name for path in (tmp_path / "d" / "p").iterdir() if path.suffix != ".lock"}
+        assert not {name for name in left if not name.startswith(".")}, left
+    with pytest.raises(UserError, match="leave out --split"):
+        prepare(source, name="q", data_dir=tmp_path, split="test", holdout=0.1, workers=0)

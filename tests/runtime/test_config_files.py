@@ -197,5 +197,5 @@ def test_a_config_with_flat_keys_names_the_nearest(sampling, message):
 def test_an_unknown_flag_names_the_nearest(tmp_path):
     status, stderr = command("sample", "--workdir", "x", "--guidance_scale=2", cwd=tmp_path)
     assert status == 1 and len(stderr.splitlines()) == 1, stderr
-    assert stderr.startswith("error: Unknown command line flag 'guidance_scale'")
-    assert "Did you mean: guidance.scale" in stderr
+    assert stderr.startswith("error: --guidance_scale is no flag of this command")
+    assert "did you mean --guidance.scale?" in stderr

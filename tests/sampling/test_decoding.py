@@ -55,8 +55,8 @@ def test_a_decoded_request_is_another_one(latent_run, vae, tmp_path):
 
 
 def test_images_by_class_and_of_trajectories(latent_run, vae, tmp_path):
-    """Ten columns of 64 pixels, a row for each of three labels; and two rows of three frames, the
-    last of which is the sample."""
+    """A row for each of three labels, with its name, in columns of 64 pixels; and two rows of three
+    frames, the last of which is the sample."""
     path = sample(
         latent_run[0],
         seeds=range(12),
@@ -68,12 +68,13 @@ def test_images_by_class_and_of_trajectories(latent_run, vae, tmp_path):
     )
     images, labels = arrays(path)
     by_class = np.asarray(Image.open(tmp_path / "s.classes.png"))
-    assert by_class.shape == (3 * 65 - 1, 10 * 65 - 1, 3)
+    margin = by_class.shape[1] - (4 * 65 - 1)  # four of each
+    assert by_class.shape[0] == 3 * 65 - 1 and by_class[:65, :margin].any() and margin < 20
+    by_class = by_class[:, margin:]
     for row, label in enumerate((1, 3, 7)):
         for column, image in enumerate(images[labels == label]):
             cell = by_class[65 * row : 65 * row + 64, 65 * column : 65 * column + 64]
             np.testing.assert_array_equal(cell, image)
-    assert not by_class[:, 4 * 65 :].any()  # four of each
     frame_indices = np.asarray(Image.open(tmp_path / "s.trajectory.png"))
     assert frame_indices.shape == (8 * 65 - 1, 3 * 65 - 1, 3)
     last = frame_indices[:64, 2 * 65 :].astype(int)

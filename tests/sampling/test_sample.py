@@ -278,7 +278,7 @@ def test_refused_requests_leave_nothing(latent_run, tmp_path):
         (dict(overrides={"sampler": "ddim", "sampler.eta": -1.0}), "sampling.sampler.eta is -1.0"),
         (dict(labels="10"), "label 10 is outside the classes 0-9"),
         (dict(labels=[-1]), "label -1 is outside the classes 0-9"),
-        (dict(labels="tench"), "--labels 'tench' is not a list of whole numbers"),
+        (dict(labels="tench"), "'tench' is a name, and the classes of this model"),
         (dict(overrides={"pixel_rounding": "up"}), "sampling.pixel_rounding is 'up': use edm, adm"),
         (
             dict(overrides={"guidance.scale": float("inf")}),

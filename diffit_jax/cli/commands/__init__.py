@@ -1,1 +1,1 @@
-"""The flags of each verb: `diffit VERB` and launch/VERB.py call a module's `run`."""
+"""The flags of each verb, and which function of another room it calls."""

@@ -1,7 +1,7 @@
 r"""Shows what attention does over time, and which frequencies settle when.
 
-    python launch/analyse.py --workdir runs/digits
-    python launch/analyse.py --weights diffit_256.safetensors --images 4 --output analysis_256
+    diffit analyse --workdir runs/digits
+    diffit analyse --weights diffit_256.safetensors --images 4 --output analysis_256
 
 Writes a folder: report.md, analysis.npz and pictures.
 """
@@ -27,11 +27,15 @@ FROZEN = flags.DEFINE_float(
 CLUSTER = cli.define_cluster()
 
 
+def check() -> None:
+    """Look whether the flags go together."""
+    NETWORK.check()
+
+
 def main() -> None:
     """Run the command."""
-    from diffit_jax.evaluation.analysis.analyse import analyse
+    from diffit_jax.sampling.analysis.analyse import analyse
 
-    cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     try:
         row, column = map(float, QUERY.value)
     except ValueError:

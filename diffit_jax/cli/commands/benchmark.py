@@ -1,8 +1,8 @@
 """Measures the training step of a config, of all combinations of a few settings, or beside PyTorch.
 
-python launch/benchmark.py --config configs/digits.py
-python launch/benchmark.py --config configs/imagenet256_latent.py --sweep batch,remat
-python launch/benchmark.py --config configs/imagenet256_latent.py:S/2 --beside_torch python
+diffit benchmark --config configs/digits.py
+diffit benchmark --config configs/imagenet256_latent.py --sweep batch,remat
+diffit benchmark --config configs/imagenet256_latent.py:S/2 --beside_torch python
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Does this installation train as it should? Compares 300 updates with a reference curve.
 
-python launch/check.py
+diffit check
 """
 
 from absl import flags

@@ -1,11 +1,11 @@
 """Converts weights and work directories.
 
 released file → work directory, to sample from or to train on (--num_classes 37: on other data):
-    python launch/convert.py --weights diffit_256.safetensors --to_workdir runs/imagenet256
+    diffit convert --weights diffit_256.safetensors --to_workdir runs/imagenet256
 work directory → a file that the released code loads (averages of the newest checkpoint):
-    python launch/convert.py --workdir runs/imagenet256 --to_weights diffit.safetensors
+    diffit convert --workdir runs/imagenet256 --to_weights diffit.safetensors
 work directory → one with the other parametrisation of TMSA, optimizer state and all:
-    python launch/convert.py --workdir runs/256 --to_workdir runs/slim --parametrisation slim
+    diffit convert --workdir runs/256 --to_workdir runs/slim --parametrisation slim
 """
 
 from absl import flags
@@ -50,16 +50,10 @@ INDEX_BUFFERS = flags.DEFINE_bool(
 )
 
 
-def main() -> None:
-    """Run the command."""
-    from diffit_jax.runtime import hub
-    from diffit_jax.sampling import convert
-    from diffit_jax.sampling.request import config_for_weights
-
+def check() -> None:
+    """Look whether the flags go together."""
     cli.require_one(weights=WEIGHTS.value, workdir=WORKDIR.value)
     cli.require_one(to_workdir=TO_WORKDIR.value, to_weights=TO_WEIGHTS.value)
-    # Flags that do not go together, before anything is read.
-    slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
     if TO_WEIGHTS.value and WEIGHTS.value:
         cli.fail(
             "--weights to --to_weights would copy a file: name --to_workdir, or convert a --workdir"
@@ -72,11 +66,20 @@ def main() -> None:
     if TO_WORKDIR.value and INDEX_BUFFERS.value:
         cli.fail("--index_buffers goes with --to_weights")
     changes = INPUT_SIZE.value is not None or NUM_CLASSES.value is not None
-    if (changes or CONFIG.value) and not WEIGHTS.value:
+    if (changes or CONFIG.named) and not WEIGHTS.value:
         cli.fail(
             "--input_size, --num_classes and --config go with --weights: a work directory keeps "
             "its own"
         )
+
+
+def main() -> None:
+    """Run the command."""
+    from diffit_jax.runtime import hub
+    from diffit_jax.sampling import convert
+    from diffit_jax.sampling.request import config_for_weights
+
+    slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
     # The three ways.
     if TO_WEIGHTS.value:
         convert.workdir_to_weights(

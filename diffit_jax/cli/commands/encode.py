@@ -1,9 +1,9 @@
 r"""Makes a data set of latents, to train latent models on.
 
-    python launch/encode.py --source ILSVRC2012_img_train.tar --crop adm --size 256 \\
+    diffit encode --source ILSVRC2012_img_train.tar --crop adm --size 256 \\
         --vae hf://stabilityai/sd-vae-ft-ema --name imagenet256_latents
 
-The source may be a data set that launch/prepare.py wrote. On a pod every host runs the same
+The source may be a data set that diffit prepare wrote. On a pod every host runs the same
 command, and encodes shards of its own.
 
 Interrupted, the same command resumes.
@@ -40,6 +40,11 @@ VAE_BATCH_SIZE = flags.DEFINE_integer(
 flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
 CLUSTER = cli.define_cluster()
 flags.mark_flag_as_required("vae")
+
+
+def check() -> None:
+    """Look whether the flags go together."""
+    SOURCE.check()
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 r"""Measures samples by ADM's suite: an npz file, a folder of images, or those of a network.
 
-    python launch/evaluate.py --samples samples_50000x256x256x3.npz \\
+    diffit evaluate --samples samples_50000x256x256x3.npz \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
 `--workdir` or `--weights` in place of `--samples` draws the samples. Small data sets are scored
-without a network by launch/score.py; launch/make_reference.py makes a reference, launch/sweep.py
+without a network by diffit score; diffit make_reference makes a reference, diffit sweep
 looks for the best settings.
 
 Interrupted, the same command resumes.
@@ -25,7 +25,7 @@ from diffit_jax.cli.shared import (
 )
 
 SAMPLES = define_samples(
-    "npz file with arr_0 (images), as launch/sample.py writes it, or folder of images."
+    "npz file with arr_0 (images), as diffit sample writes it, or folder of images."
 )
 NETWORK = NetworkFlags()  # or a network, whose samples are drawn and measured
 SCORES = ScoreFlags("NAME_OF_THE_SAMPLES.metrics.json beside them", "the scores of other samples")
@@ -43,12 +43,32 @@ BY_CLASS = flags.DEFINE_bool(
     "by_class",
     False,
     "Compare class by class too: FID, precision, recall, coverage, diversity, balance. The "
-    "reference has to hold labels, as launch/make_reference.py writes them.",
+    "reference has to hold labels, as diffit make_reference writes them.",
 )
 DECODING = DecodingFlags()
 CLUSTER = cli.define_cluster()
 
 SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
+
+
+def check() -> None:
+    """Look whether the flags go together."""
+    of_network = NETWORK.workdir.value, NETWORK.weights.value
+    cli.require_one(samples=SAMPLES.value, workdir=of_network[0], weights=of_network[1])
+    given = ["labels"] * bool(SCORES.labels.value) + ["vae"] * DECODING.given
+    given += ["seeds"] * bool(SEEDS.value) + list(SAMPLING.value)
+    if given and not any(of_network):
+        cli.fail(
+            f"--{given[0]} goes with --workdir or --weights: samples that are there are as they are"
+        )
+    NETWORK.check(required=False)
+    DECODING.check()
+    if not SCORES.reference.value:
+        cli.fail(
+            "--reference is missing: samples are measured against one; those of a small data set "
+            "are scored without by diffit score"
+        )
+    INCEPTION.check()
 
 
 def main() -> None:
@@ -58,19 +78,6 @@ def main() -> None:
     from diffit_jax.runtime.console import parse_ranges
     from diffit_jax.sampling.request import SamplingOptions
 
-    of_network = NETWORK.workdir.value, NETWORK.weights.value
-    cli.require_one(samples=SAMPLES.value, workdir=of_network[0], weights=of_network[1])
-    given = ["labels"] * bool(SCORES.labels.value) + ["vae"] * bool(DECODING.decoding())
-    given += ["seeds"] * bool(SEEDS.value) + list(SAMPLING.value)
-    if given and not any(of_network):
-        cli.fail(
-            f"--{given[0]} goes with --workdir or --weights: samples that are there are as they are"
-        )
-    if not SCORES.reference.value:
-        cli.fail(
-            "--reference is missing: samples are measured against one; those of a small data set "
-            "are scored without by launch/score.py"
-        )
     asked = SCORES.value(INCEPTION)
     asked["comparison"] = dataclasses.replace(asked["comparison"], by_class=BY_CLASS.value)
     scores = evaluate.evaluate(

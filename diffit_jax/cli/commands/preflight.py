@@ -1,6 +1,6 @@
 """Estimates memory and time of a config on a TPU pod, without one.
 
-python launch/preflight.py --config configs/digits.py --topology v5e:4x4
+diffit preflight --config configs/digits.py --topology v5e:4x4
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
 """Makes a data set to train on from images as people have them.
 
-    python launch/prepare.py --source images --name flowers --crop center --size 64
+    diffit prepare --source images --name flowers --crop center --size 64
 
 Of latents that others made (EDM2's and REPA's layout) it makes one for latent models:
 
-    python launch/prepare.py --source edm2-latents.zip --name imagenet256_latents --latents
+    diffit prepare --source edm2-latents.zip --name imagenet256_latents --latents
 
 Interrupted, the same command resumes.
 """
@@ -15,9 +15,27 @@ from diffit_jax import cli
 from diffit_jax.cli.shared import SourceFlags
 
 SOURCE = SourceFlags()
+HOLDOUT = flags.DEFINE_float(
+    "holdout",
+    0.0,
+    "Share of the images that becomes the split test, by a hash of their pixels: copies stay "
+    "together, and images that come later move none.",
+    lower_bound=0.0,
+    upper_bound=0.9,
+)
+PREVIEW = flags.DEFINE_bool(
+    "preview", False, "Draw what was prepared, a row for each class: SPLIT.preview.png."
+)
 LATENTS = flags.DEFINE_bool(
     "latents", False, "The source holds moments of latents (img-mean-std-*.npy) instead of images."
 )
+
+
+def check() -> None:
+    """Look whether the flags go together."""
+    SOURCE.check()
+    if LATENTS.value and (HOLDOUT.value or PREVIEW.value):
+        cli.fail("--holdout and --preview are for images, not for latents")
 
 
 def main() -> None:
@@ -27,7 +45,7 @@ def main() -> None:
 
     values = SOURCE.value
     if not LATENTS.value:
-        prepare.prepare(**values)
+        prepare.prepare(**values, holdout=HOLDOUT.value, preview=PREVIEW.value)
         return
     if values.pop("preprocessing") != Preprocessing():
         cli.fail("--crop, --size, --channels and --upright are for images, not for latents")

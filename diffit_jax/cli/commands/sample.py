@@ -1,7 +1,7 @@
 r"""Draws samples from a run or from released weights.
 
-    python launch/sample.py --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
-    python launch/sample.py --weights diffit_256.safetensors --labels "golden retriever,88" \\
+    diffit sample --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
+    diffit sample --weights diffit_256.safetensors --labels "golden retriever,88" \\
         --vae sd-vae-ft-ema
 
 Interrupted, the same command resumes.
@@ -10,14 +10,14 @@ Interrupted, the same command resumes.
 from absl import flags
 
 from diffit_jax import cli
-from diffit_jax.cli.shared import DecodingFlags, NetworkFlags, SamplingFlags
+from diffit_jax.cli.shared import DecodingFlags, NetworkFlags, SamplingFlags, define_images
 
 NETWORK = NetworkFlags()
-SEEDS = flags.DEFINE_string("seeds", "0-99", "Seed numbers, one sample each: 7, 0-63 or 0-9,20-29.")
+SEEDS = cli.define_numbers("seeds", "0-99", "Seed numbers, one sample each: 7, 0-63 or 0-9,20-29.")
 LABELS = flags.DEFINE_string(
     "labels",
     None,
-    "Labels given out in turn: 3, 0-9, names of ImageNet classes, or random; default: seed modulo "
+    "Labels given out in turn: 3, 0-9, names of classes, or random; default: seed modulo "
     "the number of classes.",
 )
 OUTPUT = cli.define_path(
@@ -26,9 +26,12 @@ OUTPUT = cli.define_path(
     "with what differs from the default.",
 )
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace files of another request.")
+IMAGES = define_images()
 DECODING = DecodingFlags()
 GRID = flags.DEFINE_bool(
-    "grid", False, "Draw NAME.classes.png too: a row of ten for each of the first twenty labels."
+    "grid",
+    False,
+    "Draw NAME.classes.png too: a row of up to ten for each of the first twenty labels.",
 )
 TRAJECTORY = flags.DEFINE_integer(
     "trajectory",
@@ -42,12 +45,17 @@ CLUSTER = cli.define_cluster()
 SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale …
 
 
+def check() -> None:
+    """Look whether the flags go together."""
+    NETWORK.check()
+    DECODING.check()
+
+
 def main() -> None:
     """Run the command."""
     from diffit_jax.runtime.console import parse_numbers
     from diffit_jax.sampling.sample import sample
 
-    cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
     path = sample(
         NETWORK.source(),
         seeds=parse_numbers("--seeds", SEEDS.value),
@@ -58,5 +66,6 @@ def main() -> None:
         decoding=DECODING.decoding(),
         by_class=GRID.value,
         frames=TRAJECTORY.value,
+        images=IMAGES.value,
     )
     print(f"wrote {path} and {path.with_suffix('.png')}")

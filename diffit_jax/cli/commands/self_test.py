@@ -1,6 +1,6 @@
 """Measures ADM's published samples and compares the figures with the published ones.
 
-python launch/self_test.py --folder ref_batches --inception pt_inception-2015-12-05-6726825d.pth
+diffit self_test --folder ref_batches --inception pt_inception-2015-12-05-6726825d.pth
 """
 
 from absl import flags

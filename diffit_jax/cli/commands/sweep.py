@@ -1,6 +1,6 @@
 r"""Finds the best settings of a network's samples, by ADM's suite, and measures those.
 
-    python launch/sweep.py --workdir runs/imagenet256 --sweep guidance.scale=1,1.5,2 \\
+    diffit sweep --workdir runs/imagenet256 --sweep guidance.scale=1,1.5,2 \\
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
 Interrupted, the same command resumes; with more values it only adds those.
@@ -42,15 +42,20 @@ SAMPLING = SamplingFlags()  # --sampler, --sampler.num_steps, --guidance.scale â
 flags.mark_flag_as_required("sweep")
 
 
+def check() -> None:
+    """Look whether the flags go together."""
+    NETWORK.check()
+    DECODING.check()
+    if not SCORES.reference.value:
+        cli.fail("--reference is missing: the samples of a network are measured against one")
+
+
 def main() -> None:
     """Run the command."""
     from diffit_jax.evaluation import evaluate, sweep
     from diffit_jax.runtime import distributed
     from diffit_jax.sampling.request import SamplingOptions
 
-    cli.require_one(workdir=NETWORK.workdir.value, weights=NETWORK.weights.value)
-    if not SCORES.reference.value:
-        cli.fail("--reference is missing: the samples of a network are measured against one")
     asked = SCORES.value(INCEPTION)
     options = SamplingOptions(SCORES.labels.value, SAMPLING.value, DECODING.decoding())
     # The sweep, then its best settings with the samples of a real measurement.
@@ -89,4 +94,4 @@ def _command(best: Mapping[str, Any]) -> str:
             next(arguments, None)
     words += [f"--{key}={value}" for key, value in best.items()]
     words += [f"--count={COUNT.value}"] if COUNT.value else []
-    return shlex.join(["python", "launch/evaluate.py", *words])
+    return shlex.join(["diffit", "evaluate", *words])

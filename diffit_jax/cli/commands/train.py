@@ -1,16 +1,20 @@
 """Trains a config, or resumes a run.
 
-python launch/train.py --config configs/digits.py --workdir runs/digits
+    diffit train --config digits --workdir runs/digits
+    diffit train --workdir runs/digits
+
+The second resumes the run with the config that it has; --config.KEY=VALUE may change what a run
+may change (--config.training.total_steps=3000).
 """
 
 from absl import flags
 
 from diffit_jax import cli
 
-CONFIG = cli.define_config(required=True)
 WORKDIR = cli.define_path(
     "workdir", "Directory of the run, local or gs://; a run that is in it is continued."
 )
+CONFIG = cli.define_config(required=True, run=lambda: WORKDIR.value)
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Steps of which to write a profiler trace: 10 or 10-15."
 )

@@ -1,8 +1,8 @@
 """Trains a small autoencoder by L1 and KL without an adversary, or resumes.
 
-On a data set that launch/prepare.py has written:
+On a data set that diffit prepare has written:
 
-    python launch/train_autoencoder.py --dataset flowers --workdir runs/autoencoder
+    diffit train_autoencoder --dataset flowers --workdir runs/autoencoder
 """
 
 from absl import flags
@@ -13,7 +13,10 @@ DATASET = flags.DEFINE_string(
     "dataset", None, "Name of prepared images, with a train and a test split."
 )
 DATA_DIR = cli.define_path(
-    "data_dir", "Where prepared data sets live; default: ~/tensorflow_datasets.", to_read=True
+    "data_dir",
+    "Where prepared data sets live; default: ~/tensorflow_datasets.",
+    to_read=True,
+    must_exist=False,
 )
 WORKDIR = cli.define_path(
     "workdir", "Directory that becomes the autoencoder; a training that is in it is continued."

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from diffit_jax.evaluation.analysis import spectra
-from diffit_jax.evaluation.analysis.analyse import TIME_SHARES, Analysed
 from diffit_jax.experiment.spaces import Space
+from diffit_jax.sampling.analysis import spectra
+from diffit_jax.sampling.analysis.analyse import TIME_SHARES, Analysed
 
 COLUMNS, ROWS = 8, 4  # steps and layers of which maps are drawn
 _WORDS = {

@@ -15,10 +15,10 @@ from etils import epath
 from diffit_jax import models
 from diffit_jax.diffusion import samplers
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.analysis import heads, spectra
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.run.state import Setup, setup_experiment
 from diffit_jax.runtime import backend, distributed, files, parallel
+from diffit_jax.sampling.analysis import heads, spectra
 from diffit_jax.sampling.request import Run, Weights
 from diffit_jax.sampling.sampler import default_labels
 
@@ -93,7 +93,7 @@ def analyse(
     folder = files.resolve(default if output is None else output, "output")
     if (folder / "report.md").exists() and not overwrite:
         raise UserError(f"{folder} holds an analysis: name another --output, or say --overwrite")
-    from diffit_jax.evaluation.analysis import report  # which knows this module
+    from diffit_jax.sampling.analysis import report  # which knows this module
 
     variables, origin = source.load(setup)
     analysed = follow(setup, variables, images=images, steps=steps, query=query, frozen=frozen)

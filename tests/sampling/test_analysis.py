@@ -12,8 +12,6 @@ from support.golden import GOLDEN
 
 from diffit_jax import models
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.analysis import heads, spectra
-from diffit_jax.evaluation.analysis.analyse import Way, analyse, follow, program
 from diffit_jax.models import ImageDiffiT, LatentDiffiT
 from diffit_jax.models.diffit.attention import Attended
 from diffit_jax.models.model import Model
@@ -22,6 +20,8 @@ from diffit_jax.preflight.figures import TooLarge
 from diffit_jax.preflight.preflight import _chosen, price_analysis
 from diffit_jax.run.state import Setup, setup_experiment
 from diffit_jax.runtime.backend import chip_of
+from diffit_jax.sampling.analysis import heads, spectra
+from diffit_jax.sampling.analysis.analyse import Way, analyse, follow, program
 from diffit_jax.sampling.request import Weights, config_for_weights
 from diffit_jax.sampling.sampler import batch_shapes
 
