@@ -9,6 +9,11 @@ from typing import Any
 import jax
 
 _GOOGLE = "0x1ae0"  # the vendor of TPUs on a machine's PCI bus
+_ANSWERS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def _quiet_libtpu() -> None:
@@ -17,10 +22,13 @@ def _quiet_libtpu() -> None:
     That matters where it is installed for its compiler. It is asked when jax looks for devices.
     """
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if not any(vendor.read_text().strip() == _GOOGLE for vendor in vendors):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if "tpu" in os.environ.get("JAX_PLATFORMS", ""):  # then what it misses is to be said
+        for name, answer in _ANSWERS.items():  # of the process that started this one
+            if os.environ.get(name) == answer:
+                del os.environ[name]
+    elif not any(vendor.read_text().strip() == _GOOGLE for vendor in vendors):
+        for name, answer in _ANSWERS.items():
+            os.environ.setdefault(name, answer)
 
 
 _quiet_libtpu()

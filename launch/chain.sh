@@ -3,6 +3,12 @@
 # 32×32 pixels in place of ImageNet. Everything lies in the work directory; run it again to go on.
 #   bash launch/chain.sh WORKDIR [short]      short: so little training that nothing is learnt
 set -euo pipefail
+case "${1:-}" in
+  --help | -h)
+    awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 workdir="$(realpath -m "$1")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"

@@ -19,6 +19,11 @@ run() {
   fi
 }
 
+# Prints the comment at the top of the script that runs: its --help.
+show_help() {
+  awk 'NR == 1 || /shellcheck/ { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$1"
+}
+
 # parse USAGE FLAGS SWITCHES ARGUMENT…: reads a launcher's arguments. A flag's value becomes the
 # variable of its name, a switch makes
 # its variable 1 (--dry_run is one of every launcher), and what follows -- becomes the array
@@ -27,7 +32,10 @@ parse() {
   local _usage="$1" _flags=" verb $2 " _switches=" dry_run $3 "
   shift 3
   while [ $# -gt 0 ]; do
-    if [ "$1" = -- ]; then
+    if [ "$1" = --help ] || [ "$1" = -h ]; then
+      show_help "$0"
+      exit
+    elif [ "$1" = -- ]; then
       arguments=("${@:2}")
       return
     elif [[ "$1" == --* && "$_flags" == *" ${1#--} "* ]]; then

@@ -6,6 +6,12 @@
 # digits is the image-space network with EDM, digits_latent the latent network with ADM's diffusion;
 # chain is the way of ImageNet in small: images, an autoencoder, latents, and ADM's metrics.
 set -euo pipefail
+case "${1:-}" in
+  --help | -h)
+    awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 experiment=digits
 case "${1:-}" in
   digits | digits_latent | chain)

@@ -6,6 +6,12 @@
 # python3.11 that is new enough.
 # VENV and CONSTRAINTS choose another folder and other versions.
 set -euo pipefail
+case "${1:-}" in
+  --help | -h)
+    awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"
 venv="${VENV:-.venv}"

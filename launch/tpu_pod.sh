@@ -16,7 +16,7 @@ usage="bash launch/tpu_pod.sh create|copy|run|logs|stop|delete --name N --zone Z
 usage+=" (see the top of the script)"
 [ $# -gt 0 ] || fail "no action: $usage"
 action="$1"
-shift
+case "$action" in --help | -h) ;; *) shift ;; esac
 name="" zone="" project="" type="" runtime="" spot=""
 parse "$usage" "name zone project type runtime" "spot" "$@"
 for needed in name zone; do

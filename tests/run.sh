@@ -4,6 +4,12 @@
 # With --colab: in an environment of Colab's versions (constraints-colab.txt, Python 3.13), the core
 # tests and the paths of its users.
 set -euo pipefail
+case "${1:-}" in
+  --help | -h)
+    awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --colab ]; then
   shift

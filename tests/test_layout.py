@@ -49,9 +49,12 @@ def test_lines_have_at_most_100_columns():
 
 
 def layout():
-    """README's section on how the code is laid out."""
+    """CONTRIBUTING.md on how the code is laid out."""
     return (
-        (ROOT / "README.md").read_text().split("## How the code is laid out")[1].split("\n## ")[0]
+        (ROOT / "CONTRIBUTING.md")
+        .read_text()
+        .split("## How the code is laid out")[1]
+        .split("\n## ")[0]
     )
 
 
@@ -80,7 +83,7 @@ def imported(path):
                 yield room[1]
 
 
-def test_each_line_of_the_readme_imports_from_lines_above_it():
+def test_each_line_of_the_layout_imports_from_lines_above_it():
     order = re.findall(r"^  (\w+)(?:/|\.py) ", layout().split("```")[1], re.MULTILINE)
     rooms: dict[str, set[str]] = {}
     package = ROOT / "diffit_jax"

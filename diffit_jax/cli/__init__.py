@@ -305,24 +305,26 @@ def run(
 
     _mend_streams()
 
-    def parse(argv: list[str]) -> list[str]:
-        rest = parsing.parse(argv, [*verbs()], sys.modules["__main__"].__doc__ or "")
-        check()
-        _check_paths()
-        config = parsing.config_flag()
-        if config is not None:
-            try:
-                config.load()
-            except UserError as error:
-                fail(str(error))
-        return rest
-
     try:
-        app.run(guarded, flags_parser=parse)
+        app.run(guarded, flags_parser=lambda argv: _parse(argv, check))
     except KeyboardInterrupt:  # while flags and configs were read
         interruption.end(
             interruption.EXIT_INTERRUPTED, "interrupted: run the same command again to go on"
         )
+
+
+def _parse(argv: list[str], check: Callable[[], None]) -> list[str]:
+    """Parse the flags, and look whether they go together and what they name is there."""
+    rest = parsing.parse(argv, [*verbs()], sys.modules["__main__"].__doc__ or "")
+    check()
+    _check_paths()
+    config = parsing.config_flag()
+    if config is not None:
+        try:
+            config.load()
+        except UserError as error:
+            fail(str(error))
+    return rest
 
 
 def _end_with(error: BaseException) -> NoReturn:

@@ -224,6 +224,8 @@ def _left_open(config: ConfigDict, prefix: str = "") -> list[str]:
 def divided(file: str, kind: Kind = CONFIG) -> tuple[Path, str | None]:
     """Split `path.py:argument`, or `name:argument` of a file in `configs/`, into its two parts.
 
+    A folder `configs` in the current one comes before that of the package.
+
     Raises:
       UserError: a name that no file has.
     """
@@ -231,6 +233,8 @@ def divided(file: str, kind: Kind = CONFIG) -> tuple[Path, str | None]:
     path, argument = (match[1], match[2]) if match else (file, None)
     if re.fullmatch(r"\w+", path) and not Path(path).is_file():
         within = folder() / kind.within
+        here = Path("configs", kind.within)  # a checkout's, where the package is installed too
+        within = here if (here / f"{path}.py").exists() else within
         if not (within / f"{path}.py").exists() and not Path(path).exists():
             names = [other.stem for other in sorted(within.glob("[a-z]*.py"))]
             close = difflib.get_close_matches(path, names, n=1)

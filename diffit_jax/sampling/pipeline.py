@@ -224,19 +224,8 @@ class DiffiT:
         Raises:
           UserError: a label, seed or setting that cannot be, or samples that are not finite.
         """
-        overrides: dict[str, Any] = {
-            "guidance.scale": guidance_scale,
-            "sampler": sampler,
-            "sampler.num_steps": num_steps,
-        }
-        for name, value in settings.items():
-            section, _, key = name.partition("_")
-            dotted = f"{section}.{key}" if section in ("sampler", "guidance") and key else name
-            overrides[dotted] = value
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        request = self._request(
-            [seeds] if isinstance(seeds, int) else list(seeds), labels, overrides
-        )
+        named = {"guidance_scale": guidance_scale, "sampler": sampler, "num_steps": num_steps}
+        request = self._asked(labels, seeds, {**named, **settings})
         networks = self._loaded(request)
         parts, bad = [], []
         for batch in segments(np.arange(len(request.seeds)), request.sampler.batch_size):
@@ -252,6 +241,46 @@ class DiffiT:
         return Images.of(
             drawn, request.labels if labelled else None, request.seeds, self.class_names
         )
+
+    @backend.reproducible_numerics()
+    def trajectory(
+        self,
+        labels: Sequence[int | str] | int | str | None = None,
+        seeds: Sequence[int] | int = range(4),
+        *,
+        frames: int = 8,
+        **settings: Any,
+    ) -> np.ndarray:
+        """Draw samples, and return the clean samples as they are estimated along the way.
+
+        Args:
+          labels: as of `sample`.
+          seeds: as of `sample`.
+          frames: F, how many of the sampler's steps are kept, from the first to the last.
+          **settings: as of `sample`.
+
+        Returns:
+          (N, F, H, W, C) uint8 images, or float32 latents.
+
+        Raises:
+          UserError: as of `sample`, or fewer steps than frames.
+        """
+        request = self._asked(labels, seeds, settings)
+        steps = request.experiment.sampling.sampler.steps(request.experiment.process)
+        if not 1 <= frames <= steps:
+            raise UserError(f"frames is {frames}: the sampler has {steps} steps")
+        networks, found = self._loaded(request), []
+        for batch in segments(np.arange(len(request.seeds)), request.sampler.batch_size):
+            kept = request.sampler.sample_trajectory(
+                networks.variables,
+                request.seeds[batch],
+                request.labels[batch],
+                frames,
+                networks.guide,
+            )
+            flat = request.experiment.space.from_model(kept.reshape(-1, *kept.shape[2:]))
+            found.append(np.asarray(flat).reshape(len(batch), frames, *flat.shape[1:]))
+        return np.concatenate(found)
 
     @backend.reproducible_numerics()
     def denoise(
@@ -345,6 +374,22 @@ class DiffiT:
         return analyse.follow(
             self._setup, self._variables(), images=images, steps=steps, query=query, frozen=frozen
         )
+
+    def _asked(
+        self,
+        labels: Sequence[int | str] | int | str | None,
+        seeds: Sequence[int] | int,
+        settings: Mapping[str, Any],
+    ) -> SampleRequest:
+        """Return the request for samples; arguments as of `sample`."""
+        overrides = {}
+        for name, value in settings.items():
+            section, _, key = name.partition("_")
+            dotted = f"{section}.{key}" if section in ("sampler", "guidance") and key else name
+            if value is not None:
+                overrides["sampler.num_steps" if name == "num_steps" else dotted] = value
+        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+        return self._request(numbers, labels, overrides)
 
     def _request(
         self, seeds: Sequence[int], labels: Any, overrides: Mapping[str, Any]

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and say in one line what stops them."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -124,16 +125,26 @@ def test_train_on_tpu_from_images_to_a_number(alone):
 def test_it_is_committed_without_outputs_and_set_up_like_the_others(name):
     cells = read(name).cells
     assert all(not cell.get("outputs") for cell in cells), "commit the notebook without outputs"
-    first, *_ = [cell.source for cell in cells if "importlib.metadata" in cell.source]
-    usual = [cell.source for cell in read("quickstart").cells if "importlib" in cell.source]
-    shared = usual[0].partition("sys.path.insert(0, str(root / ")[0].strip()
-    assert first.startswith(shared)
+    first, *_ = [cell.source for cell in cells if "find_spec" in cell.source]
+    usual = [cell.source for cell in read("quickstart").cells if "find_spec" in cell.source]
+    shared = usual[0].partition("root = clone")[0]
+    assert len(shared) > 500 and first.startswith(shared)
 
 
-def test_readme_has_a_badge_for_each():
+def test_without_the_project_a_line_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in NAMES:
+        with pytest.raises(SystemExit, match="Type in a cell above:  !git clone ADDRESS") as raised:
+            run_cells(name, "find_spec")
+        assert "\n" not in str(raised.value)
+
+
+def test_readme_links_each_and_has_its_owner_in_one_place():
     text = (ROOT / "README.md").read_text()
-    linked = re.findall(r"colab\.research\.google\.com/github/\S+/notebooks/(\w+)\.ipynb", text)
-    assert sorted(linked) == sorted(NAMES)
+    assert sorted(re.findall(r"\(notebooks/(\w+)\.ipynb\)", text)) == sorted(NAMES)
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    assert sum(path.read_text().count("OWNER") for path in pages) == 1
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == sorted(NAMES)
 
 

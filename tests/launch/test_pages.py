@@ -27,12 +27,15 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "launch/README.md",
+    "launch/ANSWERS.md",
     "configs/README.md",
+    "configs/DATA.md",
+    "configs/EVALUATION.md",
     "configs/ABLATIONS.md",
     "configs/REPRODUCE.md",
     "launch/PERFORMANCE.md",
 )
-STARTS = ("bash ", "python ", ".venv/bin/python ", "for ", "pip ")
+STARTS = ("bash ", "diffit ", "for ", "pip ")
 
 # By what a line begins with; the longest that fits counts. "run": in a folder with stand-ins
 # (`scratch`). "dry": with --dry_run. "parsed": its flags only, since what it asks for is not small.
@@ -45,48 +48,56 @@ LISTS = {
     "bash tests/run.sh": "it is what runs this",
     "bash launch/setup_env.sh": "installs, as tests/run.sh has done",
     "pip install": "installs",
-    "python launch/train.py --config configs/digits.py": "run",
-    "python launch/train.py --config configs/own_images.py": "run",
+    "diffit train --config digits": "run",
+    "diffit train --config digits --help": "run",
+    "diffit train --workdir DIR": "a pattern: the directory of any run",
+    "diffit train --workdir": "run",
+    "diffit VERB": "a pattern of all verbs, tested in test_commands.py",
+    "diffit configs": "run",
+    "diffit info": "run",
+    "diffit info NAME": "a pattern: the name of any data set",
+    "diffit info PATH": "a pattern: any path",
+    # tests/sampling/test_pipeline.py decodes a file.
+    "diffit decode": "parsed",
+    "diffit train --config own_images": "run",
     # tests/evaluation/test_in_training.py has smaller ones.
-    "python launch/train.py --config configs/digits.py --workdir runs/watched": "parsed",
+    "diffit train --config digits --workdir runs/watched": "parsed",
     # tests/studies/pixel_recipe.py trains it, in small.
-    "python launch/train.py --config configs/cifar10.py": "parsed",
-    "python launch/prepare.py": "run",
-    "python launch/encode.py": "run",
+    "diffit train --config configs/cifar10.py": "parsed",
+    "diffit prepare": "run",
+    "diffit encode": "run",
     # tests/training/test_train_autoencoder.py trains one.
-    "python launch/train_autoencoder.py": "parsed",
-    "python launch/train.py --config … ": "a pattern, with an ellipsis for the config",
-    "python launch/train.py --profile_steps": "a flag that the text names",
-    "python launch/sample.py --ema_length": "a flag that the text names",
-    "python launch/sample.py --workdir": "run",
-    "python launch/sample.py --weights diffit_256.safetensors --vae": "parsed",
-    "python launch/sample.py --weights hf://": "parsed",  # there is no network here
-    "python launch/sample.py --weights": "run",
-    "python launch/convert.py --num_classes": "a flag that the text names",
-    "python launch/convert.py": "run",
-    "python launch/score.py": "run",
-    "python launch/evaluate.py": "run",
-    "python launch/sweep.py": "parsed",
-    "python launch/make_reference.py": "run",
+    "diffit train_autoencoder": "parsed",
+    "diffit train --config … ": "a pattern, with an ellipsis for the config",
+    "diffit train --profile_steps": "a flag that the text names",
+    "diffit sample --ema_length": "a flag that the text names",
+    "diffit sample --workdir": "run",
+    "diffit sample --weights hf://": "parsed",  # of 250 steps
+    "diffit sample --weights": "run",
+    "diffit convert --num_classes": "a flag that the text names",
+    "diffit convert": "run",
+    "diffit score": "run",
+    "diffit score --samples S.npz": "a pattern: any file and data set",
+    "diffit evaluate": "run",
+    "diffit sweep": "parsed",
+    "diffit make_reference": "run",
     # Of all digits; tests/launch/test_notebooks.py makes one of some.
-    "python launch/make_reference.py --dataset digits": "parsed",
-    "python launch/make_reference.py --dataset cifar10": "parsed",
+    "diffit make_reference --dataset digits": "parsed",
+    "diffit make_reference --dataset cifar10": "parsed",
     # It draws 50,000; tests/evaluation/test_evaluate.py draws six.
-    "python launch/evaluate.py --weights": "parsed",
-    "python launch/evaluate.py --workdir": "parsed",
-    "python launch/self_test.py": "parsed",
-    "python launch/benchmark.py --config configs/digits.py": "run",
-    "python launch/benchmark.py": "parsed",
+    "diffit evaluate --weights": "parsed",
+    "diffit evaluate --workdir": "parsed",
+    "diffit self_test": "parsed",
+    "diffit benchmark --config digits": "run",
+    "diffit benchmark": "parsed",
     # tests/preflight/test_preflight.py runs it, for small networks.
-    "python launch/preflight.py": "parsed",
-    # tests/training/test_matrix.py runs a sweep of a small network.
-    "python launch/benchmark.py --config configs/imagenet256_latent.py": "parsed",
-    "python launch/benchmark.py --sweep": "a flag that the text names",
-    "python launch/analyse.py": "run",
+    "diffit preflight": "parsed",
+    "diffit benchmark --sweep": "a flag that the text names",
+    "diffit analyse": "run",
     # tests/training/test_ablate.py trains a row of a small one.
-    "python launch/ablate.py": "parsed",
+    "diffit ablate": "parsed",
     # tests/training/test_check.py trains a small network beside a curve.
-    "python launch/check.py": "parsed",
+    "diffit check": "parsed",
     "bash launch/local.sh": "dry",
     "bash launch/tpu_pod.sh create\\|": "a pattern of all actions",
     "bash launch/tpu_pod.sh": "dry",
@@ -106,12 +117,9 @@ def lines_of(page):
         re.sub(r"\s+", " ", line.split("  #")[0].split(" # ")[0]).strip().removeprefix(".venv/bin/")
         for line in found
     )
-    cleaned = (re.sub(r"^(launch/\w+\.py)", r"python \1", line) for line in cleaned)
-    return [
-        line
-        for line in cleaned
-        if line.startswith(STARTS) and re.search(r"\.py .*--|\.sh|^pip install|^for", line)
-    ]
+    cleaned = (re.sub(r"^(?:python )?launch/(\w+)\.py", r"diffit \1", line) for line in cleaned)
+    shown = r"^diffit \w+ .*--|^diffit (info|configs)\b|\.sh|^pip install|^for"
+    return [line for line in cleaned if line.startswith(STARTS) and re.search(shown, line)]
 
 
 def variants(line):
@@ -149,12 +157,13 @@ def test_every_list_is_of_a_line():
 OWN = """
 import runpy
 def get_config(argument):
+    argument = argument.replace("XL/2", "S/2")
     config = runpy.run_path("{root}/configs/own_images.py")["get_config"](argument)
     with config.unlocked():
         if config.model.name == "image_diffit":
             config.model.update(channels=(8,), num_blocks=(1,), head_width=8, time_width=16)
         else:
-            config.model.update(hidden_size=16, depth=1, num_heads=2, patch_size=16)
+            config.model.update(hidden_size=16, depth=1, num_heads=2)
         config.training.update(batch_size=4, total_steps=2, grid_images=1)
         config.sampling.sampler.num_steps = 2
     return config
@@ -188,8 +197,14 @@ def scratch(tmp_path_factory):
     others_latents(folder / "edm2.zip", (5.81, 3.25, 0.12, -2.15))
     cifar10_archive(folder / "cifar-10-python.tar.gz", 2)
     save_pth(folder / "pt_inception-2015-12-05-6726825d.pth", inception_tensors(NARROW))
-    images = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3)).astype(np.uint8)
     np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
+    for name in ("red flowers", "temple"):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for number in range(24):
+            picture = np.random.default_rng([number, len(name)]).integers(0, 256, (20, 24, 3))
+            path = folder / "pictures" / name / f"{number}.png"
+            Image.fromarray(picture.astype(np.uint8)).save(path)
     (folder / "images").mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / "images" / f"{number}.png")
@@ -197,15 +212,37 @@ def scratch(tmp_path_factory):
 
 
 def with_python(bin):
-    """A folder in which `python` is the suite's."""
+    """A folder in which `python` is the suite's, and `diffit` runs on it."""
     if not bin.exists():
         bin.mkdir(parents=True)
         (bin / "python").symlink_to(warm.python())
+        (bin / "diffit").write_text(
+            f'#!/bin/sh\nverb="$1"\nshift\nexec python {ROOT}/launch/"$verb".py "$@"\n'
+        )
+        (bin / "diffit").chmod(0o755)
     return bin
+
+
+# What stands in for files that are fetched, images of 256 pixels, and a training that takes hours.
+STAND_INS = {
+    "hf://stabilityai/sd-vae-ft-ema": "sd-vae-ft-ema",
+    "hf://nvidia/DiffiT/": "",
+    "--size 256": "--size 16",
+    "--crop adm --size 16": "--crop center --size 16",
+    "total_steps=20000": "total_steps=2",
+    "~/tensorflow_datasets/": "data/",
+}
+
+
+def stood_in(text):
+    for name, other in STAND_INS.items():
+        text = text.replace(name, other)
+    return text
 
 
 def run(line, folder, devices=1, timeout=300):
     """A line in a shell, with the environment's Python under its usual name."""
+    line = stood_in(line)
     bin = with_python(folder / "bin")
     path = f"{bin}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = environment(devices, PATH=path, TFDS_DATA_DIR=str(folder / "data"))
@@ -243,7 +280,8 @@ import json, os, runpy, sys, traceback
 import jax
 from diffit_jax import cli
 from diffit_jax.experiment import config as experiment
-cli.run = lambda *_, **__: print(cli._parse(sys.argv))
+cli.require_run = cli._check_paths = lambda *_: None
+cli.run = lambda main, cluster=None, takes=None, check=None: print(cli._parse(sys.argv, check))
 answers = []
 for arguments in json.loads(sys.argv[1]):
     reader, writer = os.pipe()
@@ -267,7 +305,10 @@ print(json.dumps(answers))
 def parsed(scratch):
     """{line: what its command makes of it}."""
     lines = list(dict.fromkeys(line for _, line in of_kind("parsed")))
-    arguments = [shlex.split(line)[1:] for line in lines]
+    arguments = []
+    for line in lines:
+        verb, *rest = shlex.split(stood_in(line))[1:]
+        arguments.append([f"launch/{verb}.py", *rest])
     command = [sys.executable, "-W", "ignore", "-c", PARSE, json.dumps(arguments)]
     result = subprocess.run(
         command, cwd=scratch, env=environment(), capture_output=True, text=True, timeout=200
@@ -289,30 +330,29 @@ def test_lines_that_are_run(scratch):
     parts."""
     lines = list(dict.fromkeys(line for _, line in of_kind("run")))
     order = (
-        "prepare",
-        "encode",
-        "train",
-        "sample.py --workdir",
-        "sample.py --weights",
-        "convert.py --weights",
-        "convert",
-        "score",
-        "analyse",
-        "make_reference",
-        "evaluate",
-        "benchmark",
+        "diffit prepare",
+        "diffit encode",
+        "diffit train --config",
+        "diffit sample --workdir",
+        "diffit sample --weights",
+        "diffit convert --weights",
+        "diffit train --workdir",
+        "diffit convert",
+        "diffit score",
+        "diffit analyse",
+        "diffit make_reference",
+        "diffit evaluate",
+        "diffit benchmark",
+        "diffit info",
+        "diffit configs",
     )
-    lines.sort(key=lambda line: next(index for index, name in enumerate(order) if name in line))
-    prepare = "python launch/sample.py --workdir runs/digits --seeds 0-999"
+    lines.sort(key=lambda line: next(n for n, start in enumerate(order) if line.startswith(start)))
     # The reference of another one's name is made first.
     lines.sort(key=lambda line: "VIRTUAL" in line)
     taken = set()
     for line in lines:
         if "VIRTUAL" in line:
             shutil.copy(scratch / "reference.npz", scratch / "VIRTUAL_imagenet256_labeled.npz")
-        if "--dataset digits" in line:
-            result = run(prepare, scratch)
-            assert result.returncode == 0, result.stderr[-2000:]
         target = re.search(r"--to_workdir (\S+)", line)
         if target and target[1] in taken:
             shutil.rmtree(scratch / target[1])
@@ -320,6 +360,22 @@ def test_lines_that_are_run(scratch):
         assert result.returncode == 0, (line, result.stderr[-2000:])
         if target:
             taken.add(target[1])
+
+
+PYTHON = [
+    (page, "\n\n".join(blocks))
+    for page in PAGES
+    if (blocks := re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_blocks_of_python(page, code, scratch):
+    """One page after the other, its blocks in one process, in the folder of the lines above."""
+    assert (scratch / "runs" / "digits" / "config.json").exists()  # as the page has it before
+    (scratch / "blocks.py").write_text(stood_in(code))
+    result = run("python blocks.py", scratch)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_quickstart_on_three_devices(tmp_path):
@@ -340,7 +396,7 @@ def test_quickstart_on_three_devices(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "using 2 of 3 devices, which training.batch_size 8 divides over" in result.stderr
     assert (tmp_path / "runs" / "digits" / "samples_1000x8x8x1.metrics.json").exists()
-    command = "python launch/train.py --config configs/digits.py --workdir runs/other"
+    command = "diffit train --config configs/digits.py --workdir runs/other"
     refused = run(command, tmp_path, devices=3)
     assert refused.returncode == 1
     assert "training.batch_size 8 does not divide over 3 devices" in refused.stderr

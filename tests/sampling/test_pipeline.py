@@ -73,6 +73,14 @@ def test_samples_are_the_commands_to_the_bit(run, model, tmp_path):
         assert drawn.dtype == np.uint8 and drawn.seeds.tolist() == list(asked["seeds"])
 
 
+def test_the_way_to_a_sample_ends_there(model):
+    way = model.trajectory(labels=[3, 5], seeds=range(3), frames=3)
+    assert way.shape == (3, 3, 8, 8, 1)
+    np.testing.assert_array_equal(way[:, -1], model.sample(labels=[3, 5], seeds=range(3)))
+    with pytest.raises(UserError, match="frames is 9: the sampler has 3 steps"):
+        model.trajectory(frames=9)
+
+
 def test_images_are_shown_and_saved(model, tmp_path):
     images = model.sample(labels=[3, 5], seeds=range(4))
     assert images.grid().size == (2 * 33 - 1, 16 + 2 * 33 - 1)  # a column for each, and its name
