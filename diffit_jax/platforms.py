@@ -1,6 +1,8 @@
 """What differs between CPUs, GPUs and TPUs, in one table, whose entries tests may replace."""
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,29 +11,24 @@ from typing import Any
 import jax
 
 _GOOGLE = "0x1ae0"  # the vendor of TPUs on a machine's PCI bus
-_ANSWERS = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
-def _quiet_libtpu() -> None:
-    """Answer what libtpu asks, where there is no TPU: else it prints lines that read as errors.
+def _skip_libtpu() -> None:
+    """Take the CPU at once where libtpu is installed for its compiler, and there is no TPU.
 
-    That matters where it is installed for its compiler. It is asked when jax looks for devices.
+    Else it prints lines that read as errors when jax looks for devices. Nothing is changed where
+    somebody has chosen a platform, or jax has a plugin for other devices.
     """
+    chosen = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")
+    if chosen or importlib.util.find_spec("libtpu") is None:
+        return
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if "tpu" in os.environ.get("JAX_PLATFORMS", ""):  # then what it misses is to be said
-        for name, answer in _ANSWERS.items():  # of the process that started this one
-            if os.environ.get(name) == answer:
-                del os.environ[name]
-    elif not any(vendor.read_text().strip() == _GOOGLE for vendor in vendors):
-        for name, answer in _ANSWERS.items():
-            os.environ.setdefault(name, answer)
+    if not plugins and not any(vendor.read_text().strip() == _GOOGLE for vendor in vendors):
+        jax.config.update("jax_platforms", "cpu")
 
 
-_quiet_libtpu()
+_skip_libtpu()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -430,9 +430,6 @@ class Euler(DPMSolver):
     """Euler's method down the noise levels: DPM-Solver++ of first order, and DDIM.
 
     One evaluation per step.
-
-    Attributes:
-      num_steps: N, the steps from noise to a sample.
     """
 
     name: ClassVar[str] = "euler"
