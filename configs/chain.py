@@ -1,4 +1,4 @@
-"""The whole chain in small, for `bash launch/quickstart.sh chain`.
+"""The ImageNet pipeline on a small scale, for `bash launch/quickstart.sh chain`.
 
 Latent DiffiT on 4×4 latents of digits of 32×32 pixels, evaluated while it trains.
 `--config configs/chain.py:FOLDER` takes the chain's results in a folder: the latents in

@@ -1,4 +1,4 @@
-"""CIFAR-10 in pixels with the image-space network: the paper's FID 1.95 (Table 1).
+"""CIFAR-10 in pixels with the image-space network: the paper reports FID 1.95.
 
 `--config configs/cifar10.py` is unconditional, as the paper's; `--config
 configs/cifar10.py:conditional` gives the network the labels. `configs/cifar10_h1.py` has four

@@ -1,4 +1,4 @@
-"""Latent DiffiT on 8×8 handwritten digits, taken as 1-channel latents.
+"""Latent DiffiT on 8×8 handwritten digits, treated as 1-channel latents.
 
 The ImageNet recipe in small, on two CPU cores in four minutes.
 """

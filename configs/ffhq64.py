@@ -1,4 +1,4 @@
-"""FFHQ at 64×64 in pixels with the image-space network: the paper's FID 2.22 (Table 1).
+"""FFHQ at 64×64 in pixels with the image-space network: the paper reports FID 2.22.
 
 It has no labels. `configs/ffhq64_h1.py` has four blocks in each stage. Everything else is as in
 `cifar10`, with its sources.

@@ -1,4 +1,4 @@
-"""ImageNet at 256×256 in the latent space of a VAE: the paper's FID 1.73 (Table 1).
+"""ImageNet at 256×256 in the latent space of a VAE: the paper reports FID 1.73.
 
 `--config configs/imagenet256_latent.py` is XL/2, as released; `--config
 configs/imagenet256_latent.py:B/2` a smaller size (S/2, B/2, L/2). Sections and tables are those of

@@ -1,4 +1,4 @@
-"""ImageNet at 512×512 in the latent space of a VAE: the paper's FID 2.67 (Table 1).
+"""ImageNet at 512×512 in the latent space of a VAE: the paper reports FID 2.67.
 
 Everything else is as at 256×256.
 """

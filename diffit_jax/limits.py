@@ -193,7 +193,7 @@ def describe(declared: Any) -> str:
     if limits.choices:
         return "one of " + ", ".join(limits.choices)
     if get_origin(declared) is Sequence:
-        return f"a list, each {describe(get_args(declared)[0])}"
+        return f"a list of: {describe(get_args(declared)[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     ends = "" if limits in (FINITE, Limits(infinite=True)) else f", {limits.describe(0.5)}"
     return words.get(declared, "a section") + ends

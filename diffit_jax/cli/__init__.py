@@ -73,7 +73,7 @@ def main() -> None:
     if asked.lstrip("-") in ("help", "h"):
         width = max(map(len, known))
         lines = [f"  {verb:{width}}  {text}" for verb, text in known.items()]
-        usage = "usage: diffit VERB [--flag=value …]; diffit VERB --help says which"
+        usage = "usage: diffit VERB [--flag=value …]; diffit VERB --help lists its flags"
         try:
             print("\n".join([usage, "", *lines]), flush=True)
         except BrokenPipeError:
@@ -224,7 +224,7 @@ def define_cluster() -> "Callable[[], Cluster]":
             "process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0
         )
         timeout = flags.DEFINE_integer(
-            "cluster_timeout", 300, "Seconds to wait until all processes have come.", lower_bound=1
+            "cluster_timeout", 300, "Seconds to wait for all processes to connect.", lower_bound=1
         )
 
     def cluster() -> "Cluster":
@@ -243,8 +243,8 @@ def define_fewer_devices() -> "Callable[[ConfigDict], Any]":
     fewer = flags.DEFINE_bool(
         "fewer_devices",
         False,
-        "Where training.batch_size does not divide over all devices, use as many as it does (one "
-        "process).",
+        "Where training.batch_size is not divisible by the number of devices, use the largest "
+        "number that divides it (one process only).",
     )
 
     def devices(config: "ConfigDict") -> Any:

@@ -337,7 +337,7 @@ def _keys_of(given: ConfigArgs) -> str:
             full = f"{section}.{name}" if section else name
             if name not in node or full in classes:
                 continue
-            default = ", the default" if full in added else ""
+            default = "; the default" if full in added else ""
             takes = limits.describe(field.type)
             lines.append(f"  {full} = {node[name]!r}  ({takes}{default})")
             lines += [f"      {line}" for line in textwrap.wrap(texts.get(name, ""), _width() - 6)]

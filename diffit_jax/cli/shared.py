@@ -117,12 +117,15 @@ class DecodingFlags:
                 to_read=True,
             )
             self._dtype = flags.DEFINE_enum(
-                "vae_dtype", None, ["float32", "bfloat16"], "Of the autoencoder's convolutions."
+                "vae_dtype",
+                None,
+                ["float32", "bfloat16"],
+                "dtype of the autoencoder's convolutions.",
             )
             self._chunk_size = flags.DEFINE_integer(
                 "vae_batch_size",
                 None,
-                "Latents that an accelerator decodes at once, 8 if not said; a CPU decodes one.",
+                "Latents that an accelerator decodes at once, default 8; a CPU decodes one.",
                 lower_bound=1,
             )
             flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
@@ -179,7 +182,7 @@ class SamplingFlags:
                 )
                 for name, one in chosen.fields().items():
                     of = [kind for kind, keys in chosen.classes.items() if name in keys]
-                    define(f"{key.name}.{name}", one.kind, f"Of {', '.join(of)}: {one.text}")
+                    define(f"{key.name}.{name}", one.kind, f"({', '.join(of)}) {one.text}")
 
     @property
     def value(self) -> dict[str, Any]:
@@ -218,7 +221,7 @@ class InceptionFlags:
             self._path = cli.define_path(
                 "inception",
                 "Weights of the FID network: pytorch-fid's or torch-fidelity's .pth, or "
-                "safetensors; random: to try the way to figures that then have no meaning.",
+                "safetensors; random: to try a command; its scores have no meaning.",
                 to_read=True,
                 words=("random",),
             )
@@ -298,20 +301,18 @@ class SourceFlags:
             to_read=True,
         )
         self._name = flags.DEFINE_string(
-            "name", None, "Of the data set: what config.data.name says."
+            "name", None, "Name of the data set, for config.data.name."
         )
         self._data_dir = cli.define_path(
             "data_dir", "Where data sets live; default: ~/tensorflow_datasets."
         )
-        self._split = flags.DEFINE_enum(
-            "split", "train", ["train", "test"], "Which of the data set's splits it becomes."
-        )
+        self._split = flags.DEFINE_enum("split", "train", ["train", "test"], "Split to write.")
         # What is done to each image.
         self._crop = flags.DEFINE_enum(
             "crop",
             "none",
             ["none", "center", "adm", "resize"],
-            "How images come to one size: none (they have it), center (the central square, "
+            "How images are brought to one size: none (they have it), center (the central square, "
             "Lanczos), adm (ADM's centre crop, for ImageNet), resize (Lanczos, not cropped).",
         )
         self._size = flags.DEFINE_integer("size", 0, "Side in pixels, with --crop.", lower_bound=0)
@@ -325,7 +326,7 @@ class SourceFlags:
         self._workers = flags.DEFINE_integer(
             "workers",
             None,
-            "Processes that decode images; default: one for each core; 0: the command's own.",
+            "Processes that decode images; default: one for each core; 0: no others.",
             lower_bound=0,
         )
         flags.mark_flag_as_required("source")

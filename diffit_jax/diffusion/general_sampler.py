@@ -74,14 +74,16 @@ class General(StochasticMixin, DenoiserSampler):
       alpha: where in a step the second slope is taken: 1 Heun, 1/2 midpoint, 2/3 Ralston.
       grid: of noise levels: "edm" (even in sigma^(1/rho)), "vp" (even in the time of VP), "ve"
         (even in ln sigma) or "iddpm" (levels of improved DDPM's cosine schedule).
-      sigma_min, sigma_max: ends of the grid; 0: its own, as far as the network goes.
+      sigma_min: lowest noise level of the grid; 0: its own, within what the network knows.
+      sigma_max: highest noise level of the grid; 0: likewise.
       rho: of the grid "edm".
       schedule: sigma(t): "linear" (t), "vp" (√(exp(½ beta_d t² + beta_min t) - 1), fitted to the
         ends of the grid) or "ve" (√t).
       scaling: s(t): "none" (1) or "vp" (1 / √(1 + sigma²)).
       time_min: ε_s, the earliest time of the grid and the schedule "vp".
       churn_amount: S_churn, spread over the steps; 0: none.
-      churn_sigma_low, churn_sigma_high: S_min and S_max.
+      churn_sigma_low: S_min, the lowest noise level with churn.
+      churn_sigma_high: S_max, the highest noise level with churn.
       churn_noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
     """
 

@@ -53,11 +53,13 @@ class Constant(limits.Section, name="sampling.guidance"):
     """`scale` at every noise level.
 
     Attributes:
-      scale: 1 is no guidance, larger is farther from the other evaluation. At least 0.
-      channels: so many first channels are guided, the others are the plain evaluation's; 0: all
+      scale: 1 is no guidance, larger extrapolates farther away from the prediction without a label
+        (or the guiding network's). At least 0.
+      channels: how many channels are guided, from the first on; the others are predicted with the
+        label alone. 0: all
         channels of the sample. Channels beyond those of the sample (a learned variance) are never
         guided. The released DiffiT guides 3 of its latents' 4.
-      skip_tolerance: where the scale is within this of 1, it counts as 1 and the other evaluation
+      skip_tolerance: where the scale is within this of 1, it counts as 1 and the second evaluation
         is not run.
     """
 
@@ -137,7 +139,8 @@ class Interval(Constant):
 
     Attributes:
       scale, channels, skip_tolerance: as in `Constant`.
-      sigma_low, sigma_high: in EDM's noise levels (noise relative to signal).
+      sigma_low: lower end of the interval, in EDM's noise levels (noise relative to signal).
+      sigma_high: upper end of the interval.
     """
 
     kind: ClassVar[str] = "interval"

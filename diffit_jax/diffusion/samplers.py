@@ -293,7 +293,8 @@ class Heun(StochasticMixin, _GridSampler):
     Attributes:
       num_steps: N, the steps from noise to a sample.
       churn_amount: S_churn, spread over the steps; 0: none.
-      churn_sigma_low, churn_sigma_high: S_min and S_max.
+      churn_sigma_low: S_min, the lowest noise level with churn.
+      churn_sigma_high: S_max, the highest noise level with churn.
       churn_noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
     """
 

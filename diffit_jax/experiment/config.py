@@ -34,8 +34,8 @@ class Experiment(limits.Section, name=""):
     """A whole config.
 
     Attributes:
-      seed: of parameters, data order, noise and dropout in training (samples have seeds of their
-        own).
+      seed: of initial parameters, data order, noise and dropout in training; samples have seeds of
+        their own.
       model: the network.
       process: the diffusion process around it.
       data, optimizer, ema, training, sampling: the sections of those names.

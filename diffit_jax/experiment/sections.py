@@ -31,17 +31,17 @@ class Data(limits.Section, name="data"):
     """Section `data`.
 
     Attributes:
-      name: of the data set: "digits", "synthetic", or what diffit prepare or diffit encode
-        has written by this name.
+      name: of the data set: "digits", "synthetic" (random data of any shape), or the name of what
+        `diffit prepare` or `diffit encode` has written.
       data_dir: where prepared data sets live, local, `gs://` or `hf://`; "" is
         tensorflow-datasets' default, `~/tensorflow_datasets`.
       autoencoder: "" if the examples are images; otherwise they are this autoencoder's latents, and
         so are samples.
       latent_mean, latent_scale: of latents: the network sees `(z - latent_mean) * latent_scale`;
         one number, or one for each channel. Encoded data say theirs in their manifest.
-      class_sampling: how often classes come in training: "natural", as they are; "square_root" of
-        their number of examples; "balanced", all alike. For the others every label is read before
-        the first update.
+      class_sampling: how often classes are drawn in training: "natural", as often as they occur;
+        "square_root", in proportion to the root of their number of examples; "balanced", all
+        equally often. The last two read every label before the first update.
     """
 
     name: str
@@ -62,16 +62,17 @@ class Optimizer(limits.Section, name="optimizer"):
     """Section `optimizer`.
 
     Attributes:
-      learning_rate: after the ramp-up.
-      warmup_steps: updates over which it rises from 0.
+      learning_rate: the peak, which is reached after the warm-up.
+      warmup_steps: updates over which the learning rate rises from 0.
       name: "adam" (AdamW if there is weight decay) or "lamb", for very large batches.
-      beta1, beta2: Adam's decay of the mean gradient and of its square.
-      epsilon: Adam's, added to the root of the latter.
+      beta1: decay of Adam's first moment, for each update.
+      beta2: decay of Adam's second moment.
+      epsilon: Adam's, added to the root of the second moment.
       weight_decay: share of a weight taken off per update, times the learning rate. Only matrices
         and convolutions decay: not biases, norms, label tables or position biases.
       max_gradient_norm: longer gradients (over all parameters) are shortened to this; 0: never.
-      schedule: "constant" after the ramp-up, or "cosine" down to 0.
-      decay_steps: for "cosine", the update at which the rate is 0, the ramp-up included.
+      schedule: "constant" after the warm-up, or "cosine" down to 0.
+      decay_steps: for "cosine", the update at which the rate is 0, counted from the first one.
       replace_nonfinite: whether not-a-number in a gradient becomes 0, and infinity ±100,000, as in
         EDM's code, before a batch whose gradient or loss is not finite is skipped.
     """
@@ -104,12 +105,13 @@ class EMA(limits.Section, name="ema"):
     Stated in images so that the batch size does not change its length.
 
     Attributes:
-      halflife_images: after so many images a parameter's weight in the average has halved.
+      halflife_images: half-life of the average, in images: a parameter's weight in it has halved
+        after as many.
       rampup_ratio: the half-life is at most this fraction of the images seen so far, so that the
         average forgets the start of training.
-      power_lengths: lengths of further averages whose snapshots make one of any length after
-        training, see `run.power_ema`; EDM2 has (0.05, 0.10). Each costs 4 bytes per parameter,
-        and a snapshot as much on disk.
+      power_lengths: relative widths (EDM2's sigma_rel) of further averages, from whose snapshots
+        an average of any width is made after training (`--ema_length`); EDM2 has (0.05, 0.10).
+        Each costs 4 bytes per parameter, and a snapshot as much on disk.
       snapshot_steps: updates between snapshots of these.
     """
 
@@ -131,16 +133,17 @@ class Training(limits.Section, name="training"):
         finite makes no update).
       accumulation: parts into which a batch is cut to save memory; their gradients are averaged
         into one update.
-      max_bad_steps: so many batches in a row without a finite gradient end the run.
-      log_steps, checkpoint_steps: updates between reports, and between checkpoints.
+      max_bad_steps: how many batches in a row may have no finite gradient, before the run ends.
+      log_steps: updates between lines of the log.
+      checkpoint_steps: updates between checkpoints.
       grid_steps: updates between sample grids; one more after the last update. 0: none.
-      checkpoint_minutes: also a checkpoint when the last one is so old, looked at with each report;
-        0: never.
+      checkpoint_minutes: save a checkpoint also if the last one is older than this, which is looked
+        at with each line of the log; 0: never.
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
       grid_images: images in a sample grid.
-      wandb: project at Weights & Biases, or entity/project, where figures and images go too, see
-        `training.loggers`; empty: none.
+      wandb: project at Weights & Biases, or entity/project, to which scores and images are logged
+        too; empty: none.
     """
 
     batch_size: Count
@@ -169,7 +172,8 @@ class Sampling(limits.Section, name="sampling"):
       guidance: section `sampling.guidance`, which may be left out: `kind`, and the attributes of
         that class in `diffusion.GUIDANCE`.
       batch_per_device: samples that each device draws per call of the sampler.
-      pixel_rounding: from [-1, 1] to uint8: "edm" or "adm", see `pixels.to_pixels`.
+      pixel_rounding: how [-1, 1] becomes uint8: "edm", 127.5 x + 128, or "adm", 127.5 (x + 1), both
+        truncated.
     """
 
     sampler: SamplingMethod
@@ -212,19 +216,20 @@ class Evaluation(limits.Section, name="evaluation"):
 
     Attributes:
       steps: updates between evaluations: samples are drawn, decoded and compared with a reference,
-        as the verb `evaluate` does it; one more after the last update. 0: that one alone, and none
-        without `inception`.
+        as the verb `evaluate` does it; one more after the last update. 0: only that one. There is
+        none without `inception`.
       reference: npz file of statistics, see `evaluation.reference`; "": the test split of the data
         is measured for one, which is kept as `reference.npz` in the work directory.
       inception: weights of the FID network, see `interop.inception`; "": there is no evaluation.
       vae: folder of the autoencoder that decodes latents, see `interop.diffusers`. Sample grids
         show images if it is given, whether or not there are evaluations.
-      vae_dtype: of its convolutions.
-      count: samples of each kind of weights, of the seeds 0, 1, 2 …, always the same.
-      final_count: of those after the last update; 0: as many.
-      metrics: names in `reference.METRICS`; none: all but KID that the reference serves.
+      vae_dtype: of the autoencoder's convolutions.
+      count: samples of each set of weights (averaged, raw), always of the seeds 0, 1, 2 …
+      final_count: samples of the evaluation after the last update; 0: as many as `count`.
+      metrics: some of fid, sfid, inception_score, precision, recall and kid; empty: all that the
+        reference allows, but kid.
       raw: whether the raw parameters are evaluated too, or averages only.
-      max_minutes: an evaluation stops measuring after so long and scores what there is; 0: never.
+      max_minutes: an evaluation stops after so many minutes and scores what it has; 0: never.
       batch_per_device: images of which a device extracts the features at once.
       loss_steps: updates between measurements of the loss on examples of the test split, at noise
         levels and with noise that are always the same; 0: none.

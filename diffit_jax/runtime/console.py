@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +14,16 @@ from tqdm import tqdm
 
 from diffit_jax.errors import UserError
 
+SILENCE_S = 10.0  # after which somebody wonders what is happening
+
 
 class Progress:
     """Progress through `total` units. Use it as a context manager.
 
     On a terminal it is a bar with rate and ETA. Elsewhere it is a plain line with the same, at most
     every `every_s` seconds, and only if nothing is said by `say` (which prints a line in both
-    cases). With `shown` False nothing is printed: of several processes one speaks.
+    cases); before the first unit every ten seconds. With `shown` False nothing is printed: of
+    several processes one speaks.
 
     The time left goes by the rate after the first units, for which programs are compiled, without
     what is `beside` the work.
@@ -54,17 +58,25 @@ class Progress:
         )
         self._last_line = time.monotonic()
         self._start: float | None = None  # after the first units
-        self._first = done
+        self._first, self._begun = done, threading.Event()
 
     def __enter__(self) -> "Progress":
+        if self._shown and self._bar.disable:  # a bar shows that nothing is done yet
+            threading.Thread(target=self._wait_for_the_first, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        self._begun.set()
         self._bar.close()
+
+    def _wait_for_the_first(self) -> None:
+        while not self._begun.wait(SILENCE_S):
+            self.say("the first is under way, perhaps compiled first")
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done."""
         self._done += count
+        self._begun.set()
         if self._start is None:
             self._start, self._first = time.monotonic(), self._done
             if not self._bar.disable:

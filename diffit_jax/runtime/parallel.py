@@ -44,9 +44,11 @@ class MeshShape(limits.Section, name="mesh"):
     """Section `mesh`.
 
     Attributes:
-      data, fsdp, tensor: sizes of the axes; their product is the number of devices. One may be -1:
-        whatever is left. With `data` and `fsdp` both -1, `fsdp` is the largest divisor of what is
-        left up to 16, `data` the rest: a config for any number of devices.
+      data: devices that divide the batch; -1: all that are left.
+      fsdp: devices that divide the batch, and the parameters with their optimizer state; -1: all
+        that are left or, where `data` is -1 too, the largest divisor of these up to 16.
+      tensor: devices that divide heads and hidden channels; -1: all that are left. The product of
+        the three is the number of devices.
       num_slices: TPU slices connected by the data-centre network; `data` is divided over them, the
         other axes stay within a slice.
     """

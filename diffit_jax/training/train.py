@@ -236,6 +236,8 @@ class RunFiles:
         """Log the loss on held-out examples, of the parameters and every average."""
         assert self._monitors.held_out
         weights = kinds(self._experiment, state)
+        if step <= self._experiment.evaluation.loss_steps:
+            log.info("step %d: measuring the held-out loss, compiled first", step)
         found = self._monitors.held_out({one.name: one.variables for one in weights})
         self.log(step, {f"held_out_loss/{name}": loss for name, loss in found.items()})
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in found.items())

@@ -135,7 +135,9 @@ def test_without_the_project_a_line_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in NAMES:
-        with pytest.raises(SystemExit, match="Type in a cell above:  !git clone ADDRESS") as raised:
+        with pytest.raises(
+            SystemExit, match="Run in a new cell above:  !git clone ADDRESS"
+        ) as raised:
             run_cells(name, "find_spec")
         assert "\n" not in str(raised.value)
 

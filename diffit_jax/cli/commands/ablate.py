@@ -1,7 +1,7 @@
 r"""Trains a config with one switch changed at a time, over seeds, and makes the table.
 
     diffit ablate --ablation configs/ablations/digits.py --workdir runs/ablation
-    diffit ablate --ablation configs/ablations/digits.py --workdir runs/ablation \\
+    diffit ablate --ablation configs/ablations/digits.py --workdir runs/ablation \
         --row tmsa --seed 0
 
 Interrupted, the same command resumes. The second runs one row and seed, on any machine;

@@ -1,4 +1,4 @@
-r"""Shows what attention does over time, and which frequencies settle when.
+r"""Shows what attention does at each noise level, and when each frequency settles.
 
     diffit analyse --workdir runs/digits
     diffit analyse --weights diffit_256.safetensors --images 4 --output analysis_256

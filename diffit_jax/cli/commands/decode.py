@@ -1,6 +1,6 @@
 r"""Decodes samples that are latents to images.
 
-    diffit decode --latents runs/flowers/latents_100x32x32x4.npz \\
+    diffit decode --latents runs/flowers/latents_100x32x32x4.npz \
         --vae hf://stabilityai/sd-vae-ft-ema
 
 The images are written as `diffit sample --vae` writes them. Interrupted, the same command resumes.

@@ -1,6 +1,6 @@
 r"""Makes a data set of latents, to train latent models on.
 
-    diffit encode --source ILSVRC2012_img_train.tar --crop adm --size 256 \\
+    diffit encode --source ILSVRC2012_img_train.tar --crop adm --size 256 \
         --vae hf://stabilityai/sd-vae-ft-ema --name imagenet256_latents
 
 The source may be a data set that diffit prepare wrote. On a pod every host runs the same

@@ -1,13 +1,13 @@
-r"""Measures samples by ADM's suite: an npz file, a folder of images, or those of a network.
+r"""Computes FID and the rest of ADM's suite, of a file or folder of images, or of a network.
 
-    diffit evaluate --samples samples_50000x256x256x3.npz \\
+    diffit evaluate --samples samples_50000x256x256x3.npz \
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
 `--workdir` or `--weights` in place of `--samples` draws the samples. Small data sets are scored
 without a network by diffit score; diffit make_reference makes a reference, diffit sweep
 looks for the best settings.
 
-Interrupted, the same command resumes.
+If interrupted, run the same command again to resume.
 """
 
 import dataclasses

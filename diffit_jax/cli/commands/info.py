@@ -1,4 +1,4 @@
-"""Says what a file or folder is: a run, weights, a data set, a reference, samples, an autoencoder.
+"""Identifies a file or folder: a run, weights, a data set, a reference, samples, an autoencoder.
 
 diffit info runs/digits
 diffit info diffit_256.safetensors

@@ -1,6 +1,6 @@
-r"""Measures all images of a data set, as the reference that samples are compared with.
+r"""Computes the statistics of a data set, the reference that evaluate compares samples with.
 
-    diffit make_reference --dataset cifar10 --output cifar10.npz \\
+    diffit make_reference --dataset cifar10 --output cifar10.npz \
         --inception pt_inception-2015-12-05-6726825d.pth
 
 Interrupted, the same command resumes.

@@ -1,4 +1,4 @@
-"""Estimates memory and time of a config on a TPU pod, without one.
+"""Estimates memory and time of a config on a TPU pod, without having one.
 
 diffit preflight --config configs/digits.py --topology v5e:4x4
 """

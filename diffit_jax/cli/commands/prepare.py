@@ -1,12 +1,12 @@
-"""Makes a data set to train on from images as people have them.
+"""Makes a data set to train on from a folder or an archive of images.
 
     diffit prepare --source images --name flowers --crop center --size 64
 
-Of latents that others made (EDM2's and REPA's layout) it makes one for latent models:
+Latents in EDM2's and REPA's layout are imported by:
 
     diffit prepare --source edm2-latents.zip --name imagenet256_latents --latents
 
-Interrupted, the same command resumes.
+If interrupted, run the same command again to resume.
 """
 
 from absl import flags
@@ -19,7 +19,7 @@ HOLDOUT = flags.DEFINE_float(
     "holdout",
     0.0,
     "Share of the images that becomes the split test, by a hash of their pixels: copies stay "
-    "together, and images that come later move none.",
+    "in one split, and images that come later move no others.",
     lower_bound=0.0,
     upper_bound=0.9,
 )

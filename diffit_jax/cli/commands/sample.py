@@ -1,10 +1,10 @@
 r"""Draws samples from a run or from released weights.
 
     diffit sample --workdir runs/digits --seeds 0-63 --labels 3,5 --guidance.scale 1.5
-    diffit sample --weights diffit_256.safetensors --labels "golden retriever,88" \\
+    diffit sample --weights diffit_256.safetensors --labels "golden retriever,88" \
         --vae sd-vae-ft-ema
 
-Interrupted, the same command resumes.
+If interrupted, run the same command again to resume.
 """
 
 from absl import flags
@@ -23,9 +23,11 @@ LABELS = flags.DEFINE_string(
 OUTPUT = cli.define_path(
     "output",
     "npz file to write; default: samples_NxHxWxC.npz in the work directory or beside the weights, "
-    "with what differs from the default.",
+    "with the settings that differ from the defaults in its name, NAME below.",
 )
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace files of another request.")
+OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Replace files that were made with other settings."
+)
 IMAGES = define_images()
 DECODING = DecodingFlags()
 GRID = flags.DEFINE_bool(
@@ -36,8 +38,8 @@ GRID = flags.DEFINE_bool(
 TRAJECTORY = flags.DEFINE_integer(
     "trajectory",
     0,
-    "Draw NAME.trajectory.png too, in so many columns: the clean image as it is estimated along "
-    "the way, for the first eight samples.",
+    "Draw NAME.trajectory.png too, with so many columns: the clean image as it is estimated "
+    "along the way, for the first eight samples.",
     lower_bound=0,
 )
 CLUSTER = cli.define_cluster()

@@ -1,4 +1,4 @@
-"""Scores samples of a small data set without a network, by a classifier and Fréchet distances.
+"""Scores samples of a small data set without a FID network: classifier, pixel distances.
 
 diffit score --samples runs/digits/samples_1000x8x8x1.npz --dataset digits
 """

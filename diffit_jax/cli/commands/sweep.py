@@ -1,6 +1,6 @@
 r"""Finds the best settings of a network's samples, by ADM's suite, and measures those.
 
-    diffit sweep --workdir runs/imagenet256 --sweep guidance.scale=1,1.5,2 \\
+    diffit sweep --workdir runs/imagenet256 --sweep guidance.scale=1,1.5,2 \
         --reference VIRTUAL_imagenet256_labeled.npz --inception pt_inception-2015-12-05-6726825d.pth
 
 Interrupted, the same command resumes; with more values it only adds those.

@@ -3,8 +3,8 @@
     diffit train --config digits --workdir runs/digits
     diffit train --workdir runs/digits
 
-The second resumes the run with the config that it has; --config.KEY=VALUE may change what a run
-may change (--config.training.total_steps=3000).
+The second resumes the run with the config that it has. Keys that do not change its numbers can be
+set again: --config.training.total_steps=3000.
 """
 
 from absl import flags

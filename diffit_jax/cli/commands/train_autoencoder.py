@@ -1,4 +1,4 @@
-"""Trains a small autoencoder by L1 and KL without an adversary, or resumes.
+"""Trains a small autoencoder with L1 and KL losses, no adversarial loss; or resumes.
 
 On a data set that diffit prepare has written:
 
