@@ -15,7 +15,13 @@ from diffit_jax.evaluation import neighbours
 from diffit_jax.evaluation.classes import by_class
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
 from diffit_jax.evaluation.images import Images, labels_of
-from diffit_jax.evaluation.measuring import Measured, PartialResult, measure, protocol_of
+from diffit_jax.evaluation.measuring import (
+    MEASURES_SINCE,
+    Measured,
+    PartialResult,
+    measure,
+    protocol_of,
+)
 from diffit_jax.evaluation.reference import Reference
 from diffit_jax.evaluation.scores import frechet_distance, kernel_distance
 from diffit_jax.runtime import distributed, hub
@@ -120,7 +126,9 @@ class Evaluator:
         check_count(count)
         labels = labels_of(images)[:count] if self.by_class else None
         protocol = protocol_of(images, self.extractor, count)
-        partial = PartialResult(place, json.dumps([protocol, self.pooled], sort_keys=True))
+        # Of earlier versions that measured alike the measured part is taken.
+        alike = protocol | {"versions": {**protocol["versions"], "diffit_jax": MEASURES_SINCE}}
+        partial = PartialResult(place, json.dumps([alike, self.pooled], sort_keys=True))
         measured = measure(
             images,
             self.extractor,

@@ -22,6 +22,7 @@ from diffit_jax.runtime.console import Progress
 log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 600
+MEASURES_SINCE = "0.2.0"  # the first version whose measurements are those of this one
 _KEPT = ("pool", "spatial", "inception_score")
 
 

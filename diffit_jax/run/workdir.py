@@ -120,7 +120,9 @@ def read_classes(workdir: epath.PathLike | None, config: Mapping[str, Any]) -> l
       workdir: of the run, which may have a file of them; None: only the config is asked.
       config: of the run: its data set, if that is there, and whether it is ImageNet.
     """
-    data, count = config.get("data", {}), config.get("model", {}).get("num_classes", 0)
+    data, model = ({} if not isinstance(config.get(section), Mapping) else config[section]
+                   for section in ("data", "model"))  # fmt: skip
+    count = model.get("num_classes", 0)
     name, found = str(data.get("name", "")), None
     if workdir is not None:
         found = files.read_json(epath.Path(workdir) / CLASSES_FILE, list)

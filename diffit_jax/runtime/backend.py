@@ -93,12 +93,6 @@ def matmul_precision() -> str:
     return str(jax.config.jax_default_matmul_precision or "default")
 
 
-def say_matmul_precision() -> None:
-    """Log the precision of matrix products, unless it is the platform's own."""
-    if matmul_precision() != "default":
-        log.info("precision of float32 matrix products: %s", matmul_precision())
-
-
 @contextlib.contextmanager
 def explain_oom(remedy: str) -> Iterator[None]:
     """Turn an out-of-memory error, in compiling or running, into one line.

@@ -372,7 +372,8 @@ def sample(
             "code version": distributed.code_version,
         }
     )
-    backend.say_matmul_precision()
+    if backend.matmul_precision() != "default":
+        log.info("precision of float32 matrix products: %s", backend.matmul_precision())
 
     # --- Draw them, unless that is done already.
     sample_files = SampleFiles(output, request_key, overwrite)

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from diffit_jax.data.sources import DATASETS, ClassSampling, Source, class_sampl
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.models.model import traced_multiply_adds
+from diffit_jax.models.model import traced_multiply_adds, training_flops
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.objective import DENOISING, Objective
 from diffit_jax.run.state import (
@@ -466,14 +467,25 @@ class _FirstSteps:
         self.said = True
         left = seconds * (total - step)
         log.info("a step takes %.3g s: %d more take %s", seconds, total - step, duration(left))
-        if (
-            left > _LONG_S
-            and next(iter(jax.tree.leaves(state.params)[0].devices())).platform == "cpu"
-        ):
-            log.info("%s", _smaller(self._experiment))
 
 
 _LONG_S = 6 * 3600  # that nobody waits for a CPU
+_CORE_FLOPS = 1e10  # of a core, in training: 9 to 11 on two cores of 2.25 GHz, by networks here
+
+
+def _say_what_a_cpu_takes(experiment: Experiment, left: int) -> None:
+    """Log, before anything is compiled, what so many updates should take on this machine's CPU."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    rate = _CORE_FLOPS * (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    seconds = training_flops(experiment.model) * experiment.training.batch_size / rate
+    log.info(
+        "on this CPU a step should take %.2g s, %d steps %s (estimated by multiply-adds)",
+        seconds,
+        left,
+        duration(seconds * left),
+    )
+    if seconds * left > _LONG_S:
+        log.info("%s", _smaller(experiment))
 
 
 def _smaller(experiment: Experiment) -> str:
@@ -504,7 +516,10 @@ def _first_state(setup: Setup, run: RunFiles) -> TrainState:
         products,
     )
     log.info("attention: %s", models.describe_attention(experiment.model, platform))
-    backend.say_matmul_precision()
+    if backend.matmul_precision() != "default":
+        log.info("precision of float32 matrix products: %s", backend.matmul_precision())
+    if platform == "cpu" and step < total:
+        _say_what_a_cpu_takes(experiment, total - step)
     begins = "resuming at" if step else "starting at"
     log.info("%s step %d of %d in %s", begins, step, total, run.workdir)
     if step:

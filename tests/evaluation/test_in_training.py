@@ -110,7 +110,8 @@ def test_what_a_run_leaves(whole):
     assert names == ["00000004.json", "00000006.json"]
     assert found(whole[0], 4)["weights"]["ema"]["count"] == 12
     with Image.open(whole[0] / "grids" / "00000006.png") as grid:
-        assert grid.size == (10 * 33 - 1, 32)  # four images of 16 pixels, enlarged, in a row
+        # Four images of 16 pixels, enlarged, a column for each class and its number above.
+        assert grid.size == (4 * 33 - 1, 16 + 32)
         assert grid.mode == "RGB"
     (events,) = (whole[0] / "events").iterdir()
     content = events.read_bytes()

@@ -106,7 +106,7 @@ def test_a_manifest_that_disagrees_with_the_config_is_refused(
 
 
 def test_without_a_name_or_data_the_config_says_so():
-    with pytest.raises(UserError, match=r"name your data: --config configs/own_images.py:NAME"):
+    with pytest.raises(UserError, match=r"name your data: --config own_images:NAME"):
         config_of("own_images")
     with pytest.raises(UserError, match=r"there is no data set .*/nothing/train.manifest.json"):
         config_of("own_images", "/tmp/nowhere/nothing")
