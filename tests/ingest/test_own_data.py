@@ -19,6 +19,8 @@ from diffit_jax.ingest.prepare import prepare
 from diffit_jax.interop import official
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.sampling.convert import weights_to_workdir
+from diffit_jax.sampling.sample import sample
+from diffit_jax.training.held_out import Nearness
 from diffit_jax.training.train import train
 
 
@@ -65,6 +67,42 @@ def test_a_name_is_all_that_training_needs(data, tmp_path, name, monkeypatch):
         assert written["model"]["input_size"] == 4 and written["model"]["input_channels"] == 4
     monkeypatch.setenv("TFDS_DATA_DIR", str(data))
     assert config_of("own_images", name).data.name == name
+
+
+def test_a_held_out_part_is_watched_and_classes_keep_their_names(tmp_path, caplog):
+    """From one key, the FID network's file: the loss, the nearest training images, and FID against
+    the part itself; and samples by the names of the classes."""
+    source = write_folder(tmp_path / "pets", pets(40, width=8, height=8))
+    prepare(source, name="held", data_dir=tmp_path, workers=0, holdout=0.3)
+    config = short(config_of("own_images", f"{tmp_path}/held:tiny"))
+    assert config.evaluation.loss_steps == 200 and config.augmentation.probability == 1
+    config.evaluation.update(inception="random", count=4, metrics=("fid",), raw=False, loss_steps=2)
+    with caplog.at_level("INFO", logger="diffit_jax"):
+        train(config, workdir=tmp_path / "run")
+    assert "step 2: held-out loss ema" in caplog.text
+    assert "of so few it is too high" in caplog.text
+    found = json.loads((tmp_path / "run/evaluations/00000002.json").read_text())
+    protocol = found["weights"]["ema"]["protocol"]
+    assert protocol["reference"]["path"].endswith("run/reference.npz")
+    with np.load(tmp_path / "run/reference.npz") as reference:
+        kept = reference["arr_0"]
+    test = open_records(tmp_path / "held", "test").read(np.arange(len(kept)))["image"]
+    np.testing.assert_array_equal(kept, test)
+
+    # The nearest training images, by loops in float64.
+    train_images = open_records(tmp_path / "held", "train")
+    every = train_images.read(np.arange(len(train_images)))["image"] / 127.5 - 1
+    nearest = [min(np.linalg.norm(one - other) for other in every) for one in test / 127.5 - 1]
+    nearness = Nearness(train_images, open_records(tmp_path / "held", "test"))
+    np.testing.assert_allclose(nearness.held_out, np.median(nearest), rtol=1e-9)
+    assert nearness(train_images.read(np.arange(3))["image"]) < 1e-6
+
+    assert json.loads((tmp_path / "run/classes.json").read_text()) == ["cat", "dog"]
+    named = sample(tmp_path / "run", seeds=range(3), labels="Dog,cat", output=tmp_path / "n.npz")
+    with np.load(named) as arrays:
+        assert arrays["arr_1"].tolist() == [1, 0, 1]
+    with pytest.raises(UserError, match="no class is named 'dgo': did you mean dog"):
+        sample(tmp_path / "run", seeds=range(3), labels="dgo", output=tmp_path / "m.npz")
 
 
 def test_a_latent_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):

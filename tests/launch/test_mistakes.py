@@ -113,7 +113,7 @@ MISTAKES = [
     (["convert", "--workdir=run"], "exactly one of --to_workdir, --to_weights is needed"),
     (["convert", "--workdir=run", "--to_weights=w", "--num_classes=3"], "go with --weights"),
     # What is not there.
-    (["sample", "--workdir=rin"], "holds no run (no config.json): did you mean "),
+    (["sample", "--workdir=run2"], "holds no run (no config.json): did you mean "),
     (["sample", "--workdir=nothing"], "holds no run (no config.json)"),
     (["sample", "--weights=diffit_256.safetensors"], "name hf://nvidia/DiffiT/diffit_256"),
     ([*SAMPLE, "--vae=sd-vae-ft-ema"], "name hf://stabilityai/sd-vae-ft-ema"),
@@ -126,7 +126,7 @@ MISTAKES = [
 ]
 KEYS = [
     ("training.bach_size=3", "training.bach_size is unknown: did you mean training.batch_size?"),
-    ("trainin.batch_size=3", "trainin is unknown: did you mean training?"),
+    ("training1.batch_size=3", "training1 is unknown: did you mean training?"),
     ("batch_size=3", "batch_size is unknown: "),
     ("training.batch_size=sixty", "training.batch_size is 'sixty': it must be a whole number"),
     ("training.batch_size=-4", "training.batch_size is -4: it must be at least 1"),
