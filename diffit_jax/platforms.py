@@ -58,6 +58,8 @@ class Platform:
       decodes_one: whether an autoencoder works through examples one by one: on a CPU more would not
         be faster, and sums would come in another order; convolutions in a loop are over fifteen
         times as slow there.
+      core_flops: of training, by a core of the host, where that is what computes: 9 to 11e9 on two
+        cores of 2.25 GHz, by networks here; 0: not known, another device computes.
     """
 
     auto_attention: str = "xla"
@@ -74,6 +76,7 @@ class Platform:
     skips_by_branch: bool = False
     once: dict[str, Any] | None = None
     decodes_one: bool = False
+    core_flops: float = 0
 
 
 PLATFORMS = {
@@ -84,6 +87,7 @@ PLATFORMS = {
         skips_by_branch=True,
         once={"xla_backend_optimization_level": 1},
         decodes_one=True,
+        core_flops=1e10,
     ),
     "gpu": Platform(
         auto_reason="auto; in bfloat16 model.attention=cudnn may be faster",

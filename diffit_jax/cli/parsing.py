@@ -67,6 +67,8 @@ class ConfigFlag:
 
     def take(self, given: ConfigArgs) -> None:
         """Take what a command line says of the config."""
+        if given.overrides and given.file is None and not self._run:
+            raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
         self._given = given
 
     def load(self) -> None:
@@ -88,8 +90,6 @@ class ConfigFlag:
             self._loaded = None if found is None else _with_tuples(found)
         if self._loaded is not None:
             catalogue.check_overrides(self._loaded, given)
-        elif given.overrides and not self._run:
-            raise UserError(f"{given.overrides[0]} needs a config: name one by --config")
         if self._required and self._loaded is None:
             here = f": there is no run in {self._run()} to continue" if self._run else ""
             raise UserError(

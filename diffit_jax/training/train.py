@@ -14,7 +14,7 @@ from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax import models
+from diffit_jax import models, platforms
 from diffit_jax.data import pixels
 from diffit_jax.data.labels import synonyms_of
 from diffit_jax.data.sources import DATASETS, ClassSampling, Source, class_sampling
@@ -470,13 +470,12 @@ class _FirstSteps:
 
 
 _LONG_S = 6 * 3600  # that nobody waits for a CPU
-_CORE_FLOPS = 1e10  # of a core, in training: 9 to 11 on two cores of 2.25 GHz, by networks here
 
 
-def _say_what_a_cpu_takes(experiment: Experiment, left: int) -> None:
+def _say_what_a_cpu_takes(experiment: Experiment, left: int, core_flops: float) -> None:
     """Log, before anything is compiled, what so many updates should take on this machine's CPU."""
     affinity = getattr(os, "sched_getaffinity", None)
-    rate = _CORE_FLOPS * (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    rate = core_flops * (len(affinity(0)) if affinity else os.cpu_count() or 1)
     seconds = training_flops(experiment.model) * experiment.training.batch_size / rate
     log.info(
         "on this CPU a step should take %.2g s, %d steps %s (estimated by multiply-adds)",
@@ -518,8 +517,9 @@ def _first_state(setup: Setup, run: RunFiles) -> TrainState:
     log.info("attention: %s", models.describe_attention(experiment.model, platform))
     if backend.matmul_precision() != "default":
         log.info("precision of float32 matrix products: %s", backend.matmul_precision())
-    if platform == "cpu" and step < total:
-        _say_what_a_cpu_takes(experiment, total - step)
+    core_flops = platforms.of_mesh(mesh).core_flops
+    if core_flops and step < total:
+        _say_what_a_cpu_takes(experiment, total - step, core_flops)
     begins = "resuming at" if step else "starting at"
     log.info("%s step %d of %d in %s", begins, step, total, run.workdir)
     if step:

@@ -76,7 +76,9 @@ def test_a_held_out_part_is_watched_and_classes_keep_their_names(tmp_path, caplo
     prepare(source, name="held", data_dir=tmp_path, workers=0, holdout=0.3)
     config = short(config_of("own_images", f"{tmp_path}/held:tiny"))
     assert config.evaluation.loss_steps == 200 and config.augmentation.probability == 1
-    config.evaluation.update(inception="random", count=4, metrics=("fid",), raw=False, loss_steps=2)
+    with config.unlocked():
+        config.evaluation.update(inception="random", count=4, metrics=("fid",), raw=False)
+        config.evaluation.loss_steps = 2
     with caplog.at_level("INFO", logger="diffit_jax"):
         train(config, workdir=tmp_path / "run")
     assert "step 2: held-out loss ema" in caplog.text

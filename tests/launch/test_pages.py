@@ -55,7 +55,6 @@ LISTS = {
     "diffit VERB": "a pattern of all verbs, tested in test_commands.py",
     "diffit configs": "run",
     "diffit info": "run",
-    "diffit info NAME": "a pattern: the name of any data set",
     "diffit info PATH": "a pattern: any path",
     # tests/sampling/test_pipeline.py decodes a file.
     "diffit decode": "parsed",
@@ -73,8 +72,8 @@ LISTS = {
     "diffit sample --ema_length": "a flag that the text names",
     "diffit sample --workdir": "run",
     "diffit sample --weights hf://": "parsed",  # of 250 steps
-    "diffit sample --weights": "run",
-    "diffit convert --num_classes": "a flag that the text names",
+    "diffit sample --weights hf://nvidia/DiffiT/diffit_256.safetensors "
+    "--vae hf://stabilityai/sd-vae-ft-ema --seeds": "run",
     "diffit convert": "run",
     "diffit score": "run",
     "diffit score --samples S.npz": "a pattern: any file and data set",
@@ -92,7 +91,6 @@ LISTS = {
     "diffit benchmark": "parsed",
     # tests/preflight/test_preflight.py runs it, for small networks.
     "diffit preflight": "parsed",
-    "diffit benchmark --sweep": "a flag that the text names",
     "diffit analyse": "run",
     # tests/training/test_ablate.py trains a row of a small one.
     "diffit ablate": "parsed",
