@@ -4,7 +4,7 @@ import difflib
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from importlib import resources
 
 import numpy as np
@@ -40,6 +40,14 @@ def synonyms_of(classes: Sequence[str]) -> list[list[str]]:
     """Return the synonyms of a data set's classes: ImageNet's for WordNet ids, else the names."""
     known = _imagenet() if all(re.fullmatch(r"n\d{8}", name) for name in classes) else {}
     return [[*known.get(name, ()), name] for name in classes]
+
+
+def name_of(names: Sequence[Sequence[str]]) -> Callable[[int], str]:
+    """Return the function from a label to the first of its class's `names`; to its number if none.
+
+    (`names`: synonyms of each class, by index.)
+    """
+    return lambda label: names[label][0] if label < len(names) else str(label)
 
 
 def class_named(name: str, names: Sequence[Sequence[str]]) -> int:

@@ -4,6 +4,7 @@ import io
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,8 +156,30 @@ def _written(
     return np.repeat(np.asarray(image)[..., None], channels, axis=2)
 
 
+def padded_rows(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Join rows of images, (n, H, W, C) each with n at most `columns`, black where they end.
+
+    Returns (rows · columns, H, W, C), for `image_grid`.
+    """
+    shape = rows[0].shape[1:]
+    cells = np.zeros((len(rows), columns, *shape), rows[0].dtype)
+    for cell, row in zip(cells, rows, strict=True):
+        cell[: len(row)] = row
+    return cells.reshape(-1, *shape)
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """Return (H, W, 1 or 3) uint8 as an image of Pillow."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def write_png(path: epath.PathLike, image: np.ndarray) -> None:
     """Write (H, W, 1 or 3) uint8 as a PNG, atomically."""
+    write_picture(path, as_picture(image), "png")
+
+
+def write_picture(path: epath.PathLike, picture: Image.Image, kind: str, **options: Any) -> None:
+    """Write an image of Pillow atomically; `kind` and options as of its `save`."""
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "png")
+    picture.save(buffer, kind, **options)
     write_bytes(path, buffer.getvalue())

@@ -97,7 +97,7 @@ def _run(folder: epath.Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _model(model: Model) -> Iterator[str]:
-    shapes = models.parameter_shapes(model)
+    shapes = models.initial_shapes(model)["params"]
     parts = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()
     }

@@ -6,7 +6,6 @@ JSON text that says how they were made.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.images import NpzImages
 from diffit_jax.evaluation.scores import Statistics
-from diffit_jax.runtime import npz
+from diffit_jax.runtime import files, npz
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +64,7 @@ class Reference:
           UserError: it cannot be read, or is no reference for such features.
         """
         try:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while part := file.read(2**22):
-                    digest.update(part)
+            digest = files.sha256(path)
             wanted = (*COVARIANCES, *COVARIANCES.values(), "protocol")
             held = {name: npz.read(path, name) for name in wanted if npz.has(path, name)}
             with_images = npz.has(path, "arr_0")
@@ -93,7 +89,7 @@ class Reference:
         }
         images = NpzImages(path, "reference") if with_images else None
         protocol = json.loads(str(held["protocol"])) if "protocol" in held else {}
-        return cls(path, digest.hexdigest(), statistics, images, protocol)
+        return cls(path, digest, statistics, images, protocol)
 
     def chosen(self, asked: Sequence[str] | None) -> list[str]:
         """Return the metrics to compute: those asked for, or (None) all but KID that it serves.

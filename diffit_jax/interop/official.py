@@ -272,7 +272,7 @@ def _read_module(path: epath.PathLike) -> LatentDiffiT:
 
 def leaves_of(module: LatentDiffiT) -> list[Leaf]:
     """List a module's arrays in the released parametrisation, with tensors' names and shapes."""
-    shapes = jax.eval_shape(lambda: models.init_variables(module, jax.random.key(0)))
+    shapes = models.initial_shapes(module)
     width, hidden, patch = (
         module.hidden_size,
         module.mlp_ratio * module.hidden_size,

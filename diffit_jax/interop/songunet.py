@@ -180,7 +180,7 @@ def _check_names(
 
 def leaves_of(module: SongUNet) -> list[Leaf]:
     """List a module's arrays with names and shapes of the tensors that they are."""
-    shapes = jax.eval_shape(lambda: models.init_variables(module, jax.random.key(0)))
+    shapes = models.initial_shapes(module)
     return [
         _leaf(tuple(key.key for key in path), leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]

@@ -7,9 +7,9 @@ from diffit_jax.models.model import (
     as_network,
     describe_attention,
     init_variables,
+    initial_shapes,
     measured_network,
     parameter_metadata,
-    parameter_shapes,
     variable_shapes,
 )
 from diffit_jax.models.unet.songunet import SongUNet

@@ -119,12 +119,12 @@ def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
     return {"params": variables["params"], "constants": variables.get("constants", {})}
 
 
+def initial_shapes(model: Model) -> Any:
+    """Return the shapes of `init_variables`, a tree of `ShapeDtypeStruct`; allocate nothing."""
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+
+
 @functools.cache
-def parameter_shapes(model: Model) -> Any:
-    """Return the shapes of a model's parameters, a tree of `ShapeDtypeStruct`."""
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
-
-
 def parameter_metadata(model: Model) -> Mapping[str, placement.ParamMetadata]:
     """Return sharding axes and weight decay of each parameter, by its path.
 
@@ -314,7 +314,7 @@ def traced_multiply_adds(model: Model) -> int:
     it replaces.
     """
     model = model.with_xla_attention()
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    shapes = initial_shapes(model)
     x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
     return count_multiply_adds(
         jax.make_jaxpr(lambda v, x: as_network(model, v)(x, jnp.zeros(1), {}))(shapes, x_BHWC).jaxpr

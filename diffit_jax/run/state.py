@@ -59,7 +59,7 @@ class TrainState:
 @backend.reproducible_numerics()
 def abstract_variables(experiment: Experiment, mesh: Mesh) -> Any:
     """Return shapes, dtypes and shardings of the network's variables; allocate nothing."""
-    shapes = jax.eval_shape(lambda: models.init_variables(experiment.model, jax.random.key(0)))
+    shapes = models.initial_shapes(experiment.model)
     return parallel.abstract(mesh, shapes, models.parameter_metadata(experiment.model))
 
 

@@ -6,6 +6,7 @@ On local disks and `gs://` alike.
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import importlib.util
 import json
 import logging
@@ -123,6 +124,26 @@ def size(path: epath.PathLike) -> int:
     path = epath.Path(path)
     # etils' also asks for the owner's name, who may have none.
     return os.stat(path).st_size if is_local(path) else path.stat().length
+
+
+def version(path: epath.PathLike) -> tuple[int, ...]:
+    """Return what tells a file on a disk from a later one of its name; () for URLs.
+
+    For whoever keeps files open: in a notebook they are made anew under their names.
+    """
+    if not is_local(path):
+        return ()
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def sha256(path: epath.Path) -> str:
+    """Return the hash of a file's bytes, read part by part."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_json(path: epath.PathLike, kind: type = dict) -> Any:

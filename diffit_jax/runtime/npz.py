@@ -30,27 +30,33 @@ class NpzArray:
         self.shape, fortran, self.dtype = read(entry)
         if fortran or self.dtype.hasobject:
             raise ValueError("its array is in Fortran's order, or of objects")
-        self._entry = entry
+        self._entry, self._next = entry, 0
 
     def whole(self) -> np.ndarray:
         """Read all of it; errors as of `parts`."""
         content = self._entry.read(math.prod(self.shape) * self.dtype.itemsize)
         return np.frombuffer(content, self.dtype, math.prod(self.shape)).reshape(self.shape)
 
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """Read rows from number `start` on, none of which was read or passed over before.
+
+        (count, …). Raises one of `DAMAGED` if there are fewer than the header says.
+        """
+        row = math.prod(self.shape[1:])
+        left = (start - self._next) * row * self.dtype.itemsize
+        while left and (skipped := len(self._entry.read(min(left, 2**24)))):
+            left -= skipped
+        content = self._entry.read(count * row * self.dtype.itemsize)
+        self._next = start + count
+        return np.frombuffer(content, self.dtype, count * row).reshape(count, *self.shape[1:])
+
     def parts(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield rows in their order from row `start` on, `size` at a time; once.
 
-        Each (size, …), the last one shorter. Raises one of `DAMAGED` if there are fewer than the
-        header says.
+        Each (size, …), the last one shorter. Errors as of `rows`.
         """
-        row = math.prod(self.shape[1:])
-        left = start * row * self.dtype.itemsize
-        while left and (skipped := len(self._entry.read(min(left, 2**24)))):
-            left -= skipped
         for begin in range(start, self.shape[0], size):
-            count = min(size, self.shape[0] - begin)
-            content = self._entry.read(count * row * self.dtype.itemsize)
-            yield np.frombuffer(content, self.dtype, count * row).reshape(count, *self.shape[1:])
+            yield self.rows(begin, min(size, self.shape[0] - begin))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Devices and memory that one holds are free when it ends, and its death does not 
 
 import importlib
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +14,12 @@ from typing import Any
 from absl import logging as absl_logging
 
 from diffit_jax.errors import UserError
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any) -> Any:

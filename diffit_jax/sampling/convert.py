@@ -133,7 +133,7 @@ def _card(
 ) -> str:
     """Return the model card of a file of weights: what it is, what made it, and how to use it."""
     model: Any = experiment.model
-    count = sum(leaf.size for leaf in jax.tree.leaves(models.parameter_shapes(model)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(models.initial_shapes(model)["params"]))
     batch, sampling = experiment.training.batch_size, experiment.sampling
     settings = json.dumps({"sampling": config["sampling"], "process": config["process"]}, indent=2)
     several = f"{model.num_classes} classes" if model.num_classes else "no classes"

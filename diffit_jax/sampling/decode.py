@@ -1,10 +1,9 @@
 """The verb `decode`: from a file of latents to files of images."""
 
-import hashlib
-
 import numpy as np
 from etils import epath
 
+from diffit_jax.data.labels import name_of
 from diffit_jax.errors import UserError
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.runtime import backend, files, npz, parallel
@@ -59,42 +58,35 @@ def decode(
         )
 
     # --- What the images are known by.
-    digest = record.get("arr_0_sha256")
-    if digest is None:
-        hashed = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(2**24):
-                hashed.update(part)
-        digest = hashed.hexdigest()
+    digest = record.get("arr_0_sha256") or files.sha256(path)
     identity = {"latents": digest, "autoencoder": decoder.identity(), "rounding": rounding}
     source = {"latents": str(path), "autoencoder": str(decoder.path)}
     if output is None:
+        # What differs from the default request stays in the name.
         name = default_name("samples", (shape[0], *decoder.shape_of(shape[1:])), {})
-        output = path.parent / path.name.replace("latents", "samples", 1)
-        output = path.parent / name if output == path else output.parent / _sized(output.name, name)
+        _, dash, more = path.name.partition("-")
+        kept = dash and "latents" in path.name
+        output = path.parent / (f"{name.removesuffix('.npz')}-{more}" if kept else name)
     target = files.resolve(output, "--output")
     files.make_directory(target.parent, "output directory")
     sample_files = SampleFiles(target, RequestKey(identity, source), overwrite)
-
-    def draw(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = npz.rows_of(path, "arr_0", batch)
-        finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
-        return decoder(rows), np.asarray(finite)
 
     numbers = np.arange(shape[0])
     given = np.zeros(shape[0], np.int64) if labels is None else labels
     made = sample_files.finished()
     if made is None:
-        with sample_files:
+        with sample_files, npz.reading(path, "arr_0") as stream:
+
+            def draw(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                latents = stream.rows(int(batch[0]), len(batch))  # batches come in their order
+                finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
+                return decoder(latents), np.asarray(finite)
+
             draw_parts(sample_files, numbers, decoder.batch_size, draw, "decode")
             made = finish_files(sample_files, given, numbers)
     if images:
         config = files.read_json(path.parent / workdirs.CONFIG_FILE) or {}
-        names = workdirs.read_classes(path.parent, config)
-
-        def class_name(label: int) -> str:
-            return names[label][0] if label < len(names) else str(label)
-
+        class_name = name_of(workdirs.read_classes(path.parent, config))
         write_images(target, labels, numbers.tolist(), class_name, images)
     return conclude(target, made)
 
@@ -114,9 +106,3 @@ def _read_header(path: epath.Path) -> tuple[tuple[int, int, int, int], np.ndarra
         what = "images already" if dtype == np.uint8 else f"{dtype} of {len(shape)} dimensions"
         raise UserError(f"--latents {path} holds {what}, not latents (N, h, w, c) float32")
     return (shape[0], shape[1], shape[2], shape[3]), labels
-
-
-def _sized(name: str, default: str) -> str:
-    """Return the latents' name with the images' size: what differs from the default stays."""
-    _, dash, more = name.partition("-")
-    return default.removesuffix(".npz") + (dash + more if dash else ".npz")

@@ -36,14 +36,21 @@ class Decoding:
     dtype: str = "float32"
     chunk_size: int | None = None
 
-    def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> "LatentDecoder":
-        """Read the autoencoder.
+    def read(self, mesh: jax.sharding.Mesh) -> tuple[epath.Path, Autoencoder, dict[str, Any]]:
+        """Read the autoencoder onto a mesh: where it is, its module and variables.
 
-        Batches over all devices and the rounding of pixels are those of the sampler. Raises
-        `UserError` as `diffusers.load` does.
+        Raises `UserError` as `diffusers.load` does.
         """
         path = hub.local(self.path, "vae", VAE_FILES)
-        module, variables = diffusers.load(path, self.dtype, parallel.replicated(mesh))
+        return path, *diffusers.load(path, self.dtype, parallel.replicated(mesh))
+
+    def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> "LatentDecoder":
+        """Read the autoencoder's decoder.
+
+        Batches over all devices and the rounding of pixels are those of the sampler. Errors as of
+        `read`.
+        """
+        path, module, variables = self.read(mesh)
         per_device = batch_size // mesh.size
         return LatentDecoder(
             module,

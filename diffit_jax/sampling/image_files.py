@@ -1,6 +1,5 @@
 """Samples as people look at them: a file for each, and the columns of a grid."""
 
-import io
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -8,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
+from diffit_jax.data import pixels
 from diffit_jax.data.labels import period
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files, npz
@@ -89,10 +88,8 @@ def write_images(
                 path = where / f"{numbers[row]:07d}.{suffix}"
                 if not path.exists():
                     where.mkdir(parents=True, exist_ok=True)
-                    buffer = io.BytesIO()
-                    shown = image[..., 0] if image.shape[-1] == 1 else image
-                    Image.fromarray(shown).save(buffer, kind, **_IMAGES[kind])
-                    files.write_bytes(path, buffer.getvalue())
+                    picture = pixels.as_picture(image)
+                    pixels.write_picture(path, picture, kind, **_IMAGES[kind])
                 row += 1
                 progress.advance()
     log.info("wrote %d images to %s", row, folder)

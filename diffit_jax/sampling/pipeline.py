@@ -9,7 +9,7 @@
 It draws with the functions of the command `diffit sample`, and so the same samples, bit for bit.
 """
 
-import io
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.data.labels import class_named, give_out
 from diffit_jax.errors import UserError
+from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.run.state import setup_experiment
 from diffit_jax.runtime import backend, files, hub, parallel
 from diffit_jax.sampling.analysis import analyse
@@ -31,7 +32,6 @@ from diffit_jax.sampling.decoder import Decoding, LatentDecoder
 from diffit_jax.sampling.encoder import ImageEncoder
 from diffit_jax.sampling.image_files import grid_columns
 from diffit_jax.sampling.request import (
-    Networks,
     Run,
     SampleRequest,
     SamplingOptions,
@@ -75,16 +75,13 @@ class Images(np.ndarray):
         Args:
           columns: images in a row; None: as said.
         """
-        return Image.fromarray(np.squeeze(self._grid(columns), -1 if self.shape[-1] == 1 else ()))
-
-    def _grid(self, columns: int | None) -> np.ndarray:
         above: list[str] = []
         if columns is None:
             named = None if self.labels is None else self._name
             labels = np.arange(len(self)) if self.labels is None else self.labels
             columns, above = grid_columns(labels, named)
             columns = min(columns, len(self))
-        return pixels.image_grid(np.asarray(self), columns, above=above)
+        return pixels.as_picture(pixels.image_grid(np.asarray(self), columns, above=above))
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if self.class_names else str(label)
@@ -106,23 +103,27 @@ class Images(np.ndarray):
             with files.writing(target) as file:
                 np.savez(file, **arrays)
         elif target.suffix.lower() in kinds:
-            buffer = io.BytesIO()
-            self.grid().save(buffer, kinds[target.suffix.lower()])
-            files.write_bytes(target, buffer.getvalue())
+            pixels.write_picture(target, self.grid(), kinds[target.suffix.lower()])
         else:
             raise UserError(f"{target} must end in .npz, .png, .jpg or .webp: change it")
 
 
 class _OpenedOnce(Decoding):
-    """An autoencoder that is read once for a mesh."""
+    """An autoencoder that is read once, for one mesh, and compiled once for each size of batch."""
+
+    @functools.cached_property
+    def _held(self) -> dict[Any, Any]:
+        return {}
+
+    def read(self, mesh: jax.sharding.Mesh) -> tuple[epath.Path, Autoencoder, dict[str, Any]]:
+        if "arrays" not in self._held:
+            self._held["arrays"] = super().read(mesh)
+        return self._held["arrays"]
 
     def open(self, mesh: jax.sharding.Mesh, batch_size: int, rounding: str) -> LatentDecoder:
-        held: LatentDecoder | None = self.__dict__.get("held")
-        if held is None or held.batch_size != batch_size:
-            decoder = super().open(mesh, batch_size, rounding)
-            object.__setattr__(self, "held", decoder)
-            return decoder
-        return held
+        if (batch_size, rounding) not in self._held:
+            self._held[batch_size, rounding] = super().open(mesh, batch_size, rounding)
+        return self._held[batch_size, rounding]
 
 
 class DiffiT:
@@ -142,8 +143,6 @@ class DiffiT:
         self._setup = setup_experiment(
             source.config, to_train=False, config_file=source.config_file
         )
-        self._networks: tuple[Any, dict[str, Any]] | None = None
-        self._programs: dict[str, Any] = {}
         self.config = source.config
         self.class_names = [synonyms[0] for synonyms in source.classes]
 
@@ -191,8 +190,8 @@ class DiffiT:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of a sample: of an image, or of a latent where there is no autoencoder."""
-        height, width, channels = self._request([0], None, {}).shape
-        return height, width, channels
+        sample = self._setup.experiment.model.sample_shape
+        return sample if self._decoding is None else self._decoder.shape_of(sample)
 
     @backend.reproducible_numerics()
     def sample(
@@ -226,7 +225,7 @@ class DiffiT:
         """
         named = {"guidance_scale": guidance_scale, "sampler": sampler, "num_steps": num_steps}
         request = self._asked(labels, seeds, {**named, **settings})
-        networks = self._loaded(request)
+        networks = request.bundle(*self._network)
         parts, bad = [], []
         for batch in segments(np.arange(len(request.seeds)), request.sampler.batch_size):
             samples, finite = request.draw(networks, batch)
@@ -269,17 +268,9 @@ class DiffiT:
         steps = request.experiment.sampling.sampler.steps(request.experiment.process)
         if not 1 <= frames <= steps:
             raise UserError(f"frames is {frames}: the sampler has {steps} steps")
-        networks, found = self._loaded(request), []
+        networks, found = request.bundle(*self._network), []
         for batch in segments(np.arange(len(request.seeds)), request.sampler.batch_size):
-            kept = request.sampler.sample_trajectory(
-                networks.variables,
-                request.seeds[batch],
-                request.labels[batch],
-                frames,
-                networks.guide,
-            )
-            flat = request.experiment.space.from_model(kept.reshape(-1, *kept.shape[2:]))
-            found.append(np.asarray(flat).reshape(len(batch), frames, *flat.shape[1:]))
+            found.append(request.follow(networks, batch, frames))
         return np.concatenate(found)
 
     @backend.reproducible_numerics()
@@ -318,7 +309,7 @@ class DiffiT:
         size = parallel.next_batch_size(mesh, count)
         with parallel.placement(mesh):
             put = parallel.put_padded(mesh, batch, size)
-            denoised = self._program("denoise", self._denoise)(self._variables(), put)
+            denoised = self._denoiser(self._network[0], put)
         return np.asarray(denoised)[:count]
 
     def _denoise(self, variables: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -332,11 +323,7 @@ class DiffiT:
 
         In the network's units, as `denoise` takes them. Raises `UserError` without an autoencoder.
         """
-        decoder = self._decoder()
-        encoder = ImageEncoder(
-            decoder.module, decoder.variables, self._setup.mesh, batch_per_device=1, orientations=1
-        )
-        found = []
+        encoder, decoder, found = self._encoder, self._decoder, []
         for start in range(0, len(images), encoder.batch_size):
             batch = np.asarray(images[start : start + encoder.batch_size], np.uint8)
             moments, _ = encoder.start(batch).result()
@@ -349,7 +336,7 @@ class DiffiT:
         Raises:
           UserError: there is no autoencoder.
         """
-        images = self._decoder()(np.asarray(latents, np.float32))
+        images = self._decoder(np.asarray(latents, np.float32))
         return Images.of(images, None, np.arange(len(images)), ())
 
     def attention(
@@ -372,7 +359,7 @@ class DiffiT:
           UserError: a network without attention.
         """
         return analyse.follow(
-            self._setup, self._variables(), images=images, steps=steps, query=query, frozen=frozen
+            self._setup, self._network[0], images=images, steps=steps, query=query, frozen=frozen
         )
 
     def _asked(
@@ -412,26 +399,26 @@ class DiffiT:
         ]
         return give_out(numbers, len(numbers), num_classes).tolist()
 
-    def _variables(self) -> Any:
-        if self._networks is None:
-            self._networks = self._source.load(self._setup)
-        return self._networks[0]
+    @functools.cached_property
+    def _network(self) -> tuple[Any, dict[str, Any]]:
+        """The variables of the network, and their origin."""
+        return self._source.load(self._setup)
 
-    def _loaded(self, request: SampleRequest) -> Networks:
-        variables = self._variables()
-        assert self._networks is not None
-        return request.bundle(variables, self._networks[1])
+    @functools.cached_property
+    def _denoiser(self) -> Any:
+        return jax.jit(self._denoise)
 
+    @functools.cached_property
     def _decoder(self) -> LatentDecoder:
         if self._decoding is None:
             raise UserError("there is no autoencoder: name one by DiffiT.load(…, vae=…)")
         rounding = self._setup.experiment.sampling.pixel_rounding
         return self._decoding.open(self._setup.mesh, self._setup.mesh.size, rounding)
 
-    def _program(self, name: str, function: Any) -> Any:
-        if name not in self._programs:
-            self._programs[name] = jax.jit(function)
-        return self._programs[name]
+    @functools.cached_property
+    def _encoder(self) -> ImageEncoder:
+        module, variables = self._decoder.module, self._decoder.variables
+        return ImageEncoder(module, variables, self._setup.mesh, batch_per_device=1, orientations=1)
 
 
 def _sizes(model: models.Model) -> str:

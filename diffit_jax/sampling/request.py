@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffit_jax.data.labels import give_out, parse_labels, synonyms_of
+from diffit_jax.data.labels import give_out, name_of, parse_labels, synonyms_of
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import CHOICES, Sampling
@@ -489,7 +489,7 @@ class SampleRequest:
 
     def class_name(self, label: int) -> str:
         """Return the name of a class; its number where it has none."""
-        return self.source.classes[label][0] if self.source.classes else str(label)
+        return name_of(self.source.classes)(label)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of sampling that samples depend on, JSON values by name."""
@@ -513,6 +513,24 @@ class SampleRequest:
         finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
         space = self.experiment.space
         return space.from_model(drawn), finite
+
+    def follow(self, networks: Networks, batch: np.ndarray, frames: int) -> np.ndarray:
+        """Draw samples, and return their estimates along the way as they are written to files.
+
+        Args:
+          networks: from `load`.
+          batch: (n,) indices into the seeds, n at most the sampler's batch.
+          frames: F, how many of the sampler's steps, from the first to the last.
+
+        Returns:
+          (n, F, H, W, C) uint8 images or float32 latents.
+        """
+        seeds, labels = self.seeds[batch], self.labels[batch]
+        kept = self.sampler.sample_trajectory(
+            networks.variables, seeds, labels, frames, networks.guide
+        )
+        flat = self.experiment.space.from_model(kept.reshape(-1, *kept.shape[2:]))
+        return np.asarray(flat).reshape(len(batch), frames, *flat.shape[1:])
 
     def _differences(self) -> Iterator[tuple[str, Any]]:
         """Yield the differences from the default request, for the file's name."""

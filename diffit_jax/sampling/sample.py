@@ -503,12 +503,9 @@ def _draw_classes(image: epath.Path, output: epath.Path, request: SampleRequest)
     rows = [np.flatnonzero(labels == label)[:COLUMNS] for label in shown]
     columns = max(map(len, rows))
     samples = npz.rows_of(output, "arr_0", np.concatenate(rows))
-    cells = np.zeros((len(rows), columns, *samples.shape[1:]), samples.dtype)
-    begin = 0
-    for cell, row in zip(cells, rows, strict=True):
-        cell[: len(row)] = samples[begin : begin + len(row)]
-        begin += len(row)
-    cells, names = cells.reshape(-1, *samples.shape[1:]), [*map(request.class_name, shown)]
+    ends = np.cumsum([len(row) for row in rows])[:-1]
+    cells = pixels.padded_rows(np.split(samples, ends), columns)
+    names = [*map(request.class_name, shown)]
     pixels.write_preview(image, cells, space.preview, columns, beside=names)
     log.info("wrote %s", image)
 
@@ -517,17 +514,10 @@ def _draw_trajectory(
     image: epath.Path, request: SampleRequest, networks: Networks, frames: int
 ) -> None:
     """Draw the trajectories of the first samples, a row for each."""
-    space, size = request.experiment.space, request.sampler.batch_size
     shown = np.arange(min(TRAJECTORIES, len(request.seeds)))
-    rows = []
-    for start in range(0, len(shown), size):
-        batch = shown[start : start + size]
-        seeds, labels = request.seeds[batch], request.labels[batch]
-        trajectory = request.sampler.sample_trajectory(
-            networks.variables, seeds, labels, frames, networks.guide
-        )
-        rows.append(space.from_model(trajectory.reshape(-1, *trajectory.shape[2:])))
-    samples = np.concatenate(rows)
+    batches = segments(shown, request.sampler.batch_size)
+    ways = np.concatenate([request.follow(networks, batch, frames) for batch in batches])
+    samples, space = ways.reshape(-1, *ways.shape[2:]), request.experiment.space
 
     def write() -> None:
         pixels.write_preview(image, samples, space.preview, frames)

@@ -4,6 +4,7 @@ The cheap signal of a long run: its curve has no noise but that of the parameter
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ from diffit_jax.run.state import Setup, open_training_data
 from diffit_jax.runtime import backend, distributed, parallel
 from diffit_jax.training.step import example_keys
 
-_COMPARED = 1_000  # images of a split, at most, that samples are compared with
+# Images of a split that samples are compared with, at most, and their numbers in float64 (128 MB).
+_COMPARED, _MOST_NUMBERS = 1_000, 2**24
 SEED = 0  # of noise levels and noise, whatever the run's: curves of several runs compare
 
 
@@ -89,7 +91,8 @@ class Nearness:
 
     @staticmethod
     def _some(source: Source) -> np.ndarray:
-        chosen = np.unique(np.linspace(0, len(source) - 1, _COMPARED).astype(np.int64))
+        count = max(1, min(_COMPARED, _MOST_NUMBERS // math.prod(source.image_shape)))
+        chosen = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
         return pixel_features(source.read(chosen)["image"])
 
     def __call__(self, images: np.ndarray) -> float:

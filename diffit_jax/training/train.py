@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax import models, platforms
 from diffit_jax.data import pixels
-from diffit_jax.data.labels import synonyms_of
+from diffit_jax.data.labels import name_of, synonyms_of
 from diffit_jax.data.sources import DATASETS, ClassSampling, Source, class_sampling
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
@@ -38,6 +37,7 @@ from diffit_jax.run.state import (
 from diffit_jax.runtime import backend, distributed, files, interruption, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.console import Progress, duration
+from diffit_jax.runtime.run_in_subprocess import count_cores
 from diffit_jax.sampling.image_files import grid_columns
 from diffit_jax.sampling.sampler import Sampler, default_labels, sampler_without_autoguidance
 from diffit_jax.training.held_out import HeldOutLoss, Nearness, open_held_out
@@ -55,7 +55,8 @@ class Monitors(NamedTuple):
       grid_sampler: draws the sample grids.
       evaluations: compare samples with a reference, and decode latents for grids; or None.
       held_out: the loss on examples that are not trained on, or None.
-      nearness: of samples to training images, where there are held-out images too, or None.
+      nearness: of samples to training images, on process 0 where there are held-out images too, or
+        None.
     """
 
     grid_sampler: Sampler
@@ -64,7 +65,9 @@ class Monitors(NamedTuple):
     nearness: Nearness | None
 
     @classmethod
-    def open(cls, setup: Setup, config: ConfigDict, workdir: epath.Path) -> "Monitors":
+    def open(
+        cls, setup: Setup, config: ConfigDict, workdir: epath.Path, training_data: Source
+    ) -> "Monitors":
         """Open and check all; write nothing. Errors as of `InTraining` and `open_held_out`."""
         experiment, evaluations, held_out = setup.experiment, None, None
         nearness = None
@@ -77,9 +80,9 @@ class Monitors(NamedTuple):
         if experiment.evaluation.loss_steps:
             source = distributed.primary_first(lambda: open_held_out(experiment))
             held_out = HeldOutLoss(setup, source)
-            if experiment.space.samples == "samples" and experiment.training.grid_steps:
-                train = distributed.primary_first(lambda: open_training_data(experiment))
-                nearness = Nearness(train, source)
+            grids = experiment.training.grid_steps > 0 and distributed.is_primary()
+            if grids and experiment.space.samples == "samples":
+                nearness = Nearness(training_data, source)
         return cls(grid_sampler, evaluations, held_out, nearness)
 
 
@@ -215,9 +218,8 @@ class RunFiles:
         if not finite.all():
             bad = int((~finite).sum())
             log.warning("%d of the %d samples in %s are not finite", bad, len(samples), path)
-        classes = self._classes
-        name = (lambda label: classes[label][0]) if classes else str
-        columns, above = grid_columns(labels, name if self._experiment.model.num_classes else None)
+        name = name_of(self._classes) if self._experiment.model.num_classes else None
+        columns, above = grid_columns(labels, name)
         grid = pixels.write_preview(path, samples, space.preview, columns, above=above)
         if grid is not None:
             self._loggers.image(step, "grid", grid)
@@ -310,8 +312,8 @@ def train(
     # --- Check everything before the first thing is written.
     workdir = files.resolve(workdir, "workdir")
     setup = setup_experiment(config, devices, objective=objective)
-    monitors = Monitors.open(setup, config, workdir)
     source = distributed.primary_first(lambda: open_training_data(setup.experiment))
+    monitors = Monitors.open(setup, config, workdir, source)
     labels = class_sampling(source, setup.experiment.data.class_sampling)
     distributed.check_agreement(
         {"config": config.to_json, "code version": distributed.code_version}
@@ -396,7 +398,8 @@ class _Training(Hooks):
 
     def before(self, step: int) -> None:
         if self._first_steps is None:
-            self._first_steps = _FirstSteps(step - 1, self._setup.experiment)
+            total = self._setup.experiment.training.total_steps
+            self._first_steps = _FirstSteps(step - 1, total)
         self._tracer.before(step)
 
     def update(self, batch: Any) -> None:
@@ -449,15 +452,14 @@ class _FirstSteps:
       said: whether that is done.
     """
 
-    def __init__(self, first: int, experiment: Experiment):
-        """Begin after update `first`."""
-        self._first, self._experiment, self._began, self.said = first, experiment, 0.0, False
+    def __init__(self, first: int, total: int):
+        """Begin after update `first` of `total`."""
+        self._first, self._total, self._began, self.said = first, total, 0.0, False
 
     def after(self, step: int, state: TrainState) -> None:
         """Wait for an update, of the first ten at most, and say how long they take."""
         jax.block_until_ready(state)
-        made, now = step - self._first, time.monotonic()
-        total = self._experiment.training.total_steps
+        made, now, total = step - self._first, time.monotonic(), self._total
         if made <= 1:  # the first waits for more than itself
             self._began, self.said = now, step == total
             return
@@ -474,9 +476,8 @@ _LONG_S = 6 * 3600  # that nobody waits for a CPU
 
 def _say_what_a_cpu_takes(experiment: Experiment, left: int, core_flops: float) -> None:
     """Log, before anything is compiled, what so many updates should take on this machine's CPU."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    rate = core_flops * (len(affinity(0)) if affinity else os.cpu_count() or 1)
-    seconds = training_flops(experiment.model) * experiment.training.batch_size / rate
+    seconds = training_flops(experiment.model) * experiment.training.batch_size
+    seconds /= core_flops * count_cores()
     log.info(
         "on this CPU a step should take %.2g s, %d steps %s (estimated by multiply-adds)",
         seconds,

@@ -26,11 +26,12 @@ from diffit_jax.evaluation.evaluator import Comparison
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.images import open_samples
 from diffit_jax.evaluation.make_reference import make_reference
+from diffit_jax.experiment.config import build
 from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions
-from diffit_jax.training.held_out import SEED, HeldOutLoss
+from diffit_jax.training.held_out import SEED, HeldOutLoss, open_held_out
 from diffit_jax.training.step import example_keys
 from diffit_jax.training.train import train
 
@@ -282,8 +283,8 @@ def test_the_held_out_loss_is_the_same_whatever_the_seed_of_the_run():
     assert HeldOutLoss(setup, source)({"raw": variables})["raw"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_a_data_set_without_a_test_split_has_no_held_out_loss(tmp_path):
+def test_a_data_set_without_a_test_split_has_no_held_out_loss():
     config = small_config(data__name="nowhere")
     config.evaluation = ConfigDict(dict(loss_steps=2))
     with pytest.raises(UserError, match=r"evaluation\.loss_steps needs a test split: data set"):
-        train(config, workdir=tmp_path / "run")
+        open_held_out(build(config))

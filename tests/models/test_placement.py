@@ -8,6 +8,7 @@ from support.configs import small_config, small_latent_config
 
 from diffit_jax import models
 from diffit_jax.experiment.config import build
+from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.models.placement import Placement, no_placement, use_placement
 from diffit_jax.runtime import parallel
 
@@ -68,3 +69,10 @@ def test_a_placement_ends_with_its_block():
             assert platform() == "tpu"
     placed(jnp.zeros(1))
     assert seen == ["outer"] and platform() == "cpu"
+
+
+def test_a_network_is_traced_once_for_its_axes():
+    """The sampler asks for them for each of its arrays."""
+    model = LatentDiffiT(input_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=2)
+    same = model.clone()
+    assert models.parameter_metadata(model) is models.parameter_metadata(same)
