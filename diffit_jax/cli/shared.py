@@ -323,6 +323,11 @@ class SourceFlags:
             "Turn images as EXIF says; --noupright leaves them as stored, as ADM and DiT do.",
         )
         self._unlabelled = flags.DEFINE_bool("unlabelled", False, "Leave labels out.")
+        self._tar_classes = flags.DEFINE_bool(
+            "tar_classes",
+            False,
+            "Take each of several tars for a class, even where they look like parts of one set.",
+        )
         self._workers = flags.DEFINE_integer(
             "workers",
             None,
@@ -352,6 +357,7 @@ class SourceFlags:
             "split": self._split.value,
             "preprocessing": self._preprocessing(),
             "unlabelled": self._unlabelled.value,
+            "tar_classes": self._tar_classes.value,
             "workers": self._workers.value,
         }
 

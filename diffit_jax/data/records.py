@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from diffit_jax.errors import UserError, one_line
+from diffit_jax.runtime import files
 
 LABEL, IMAGE, MOMENTS = "label", "image", "moments"
 FORMAT = 2  # 1: a label and one array, whose `kind`, `shape` and `dtype` stood in the manifest
@@ -204,14 +206,14 @@ def decode_records(arrays: Mapping[str, ArraySpec], records: np.ndarray) -> dict
 
 def read_record(path: str, row: int) -> dict[str, np.ndarray]:
     """Read one record of a shard, by the manifest next to it."""
-    arrays = _arrays_beside(path)
-    (record,) = _reader(path).read([row])
+    arrays = _arrays_beside(path, files.version(path))
+    (record,) = _reader(path, files.version(path)).read([row])
     values = decode_records(arrays, np.frombuffer(record, np.uint8)[None])
     return {name: value[0] for name, value in values.items()}
 
 
 @functools.lru_cache(maxsize=16)
-def _arrays_beside(path: str) -> Mapping[str, ArraySpec]:
+def _arrays_beside(path: str, version: tuple[int, ...]) -> Mapping[str, ArraySpec]:
     shard = epath.Path(path)
     return read_manifest(shard.parent, shard.name.rsplit("-", 3)[0]).arrays
 
@@ -248,6 +250,12 @@ def read_manifest(folder: epath.PathLike, split: str) -> Manifest:
 def has_split(folder: epath.PathLike, split: str) -> bool:
     """Whether a data set has a split that is complete."""
     return (epath.Path(folder) / manifest_name(split)).exists()
+
+
+def splits(folder: epath.PathLike) -> list[str]:
+    """Return the names of a data set's complete splits; `train`, whose classes count, first."""
+    names = [path.name.removesuffix(".manifest.json") for path in _manifests(epath.Path(folder))]
+    return sorted(names, key=lambda name: (name != "train", name))
 
 
 def shard_stats_dir(split: str) -> str:
@@ -291,13 +299,13 @@ class RecordSource:
           UserError: a shard is damaged or cannot be read; it is named.
         """
         indices = np.asarray(indices, np.int64)
-        files = np.searchsorted(self._ends, indices, side="right")
-        rows = indices - np.concatenate([[0], self._ends])[files]
+        shards = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - np.concatenate([[0], self._ends])[shards]
         records = np.empty((len(indices), record_size(self.manifest.arrays)), np.uint8)
 
         def fill(places: np.ndarray) -> None:
-            for file in np.unique(files[places]).tolist():
-                path, some = self._paths[file], places[files[places] == file].tolist()
+            for shard in np.unique(shards[places]).tolist():
+                path, some = self._paths[shard], places[shards[places] == shard].tolist()
                 for place, record in zip(some, self._fetch(path, rows[some].tolist()), strict=True):
                     if len(record) != records.shape[1]:
                         raise _damaged(path, f"a record has {len(record)} bytes")
@@ -311,7 +319,7 @@ class RecordSource:
         # Far away, behind `gs://` or a mount, all answers are waited for together; how far it is
         # the last batch has shown.
         reads = _READS_NEAR if self._record_s < _NEAR_S else CONCURRENT_READS
-        order = np.argsort(files, kind="stable")
+        order = np.argsort(shards, kind="stable")
         parts = np.array_split(order, max(1, min(len(order), reads)))
         self._record_s = min(self._pool().map(timed, parts))
         return decode_records(self.manifest.arrays, records)
@@ -319,9 +327,9 @@ class RecordSource:
     def _fetch(self, path: str, rows: Sequence[int]) -> Sequence[bytes]:
         """Read records of a shard; slow on remote storage."""
         try:
-            return _reader(path).read(rows)
+            return _reader(path, files.version(path)).read(rows)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            raise _damaged(path, one_line(error, 120)) from error
+            raise _unreadable(path, one_line(error, 120)) from error
 
     def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
         with self._lock:
@@ -332,6 +340,13 @@ class RecordSource:
             return self._threads
 
 
+def _unreadable(path: str, reason: str) -> UserError:
+    """Return the error of a shard: one that may not be read is whole, and not to be deleted."""
+    if "://" not in path and os.path.exists(path) and not os.access(path, os.R_OK):
+        return UserError(f"{path} may not be read (permission denied): ask its owner")
+    return _damaged(path, reason)
+
+
 def _damaged(path: str, reason: str) -> UserError:
     return UserError(
         f"{path} is damaged or not there ({reason}): delete it, and run the command that made it "
@@ -340,7 +355,7 @@ def _damaged(path: str, reason: str) -> UserError:
 
 
 @functools.lru_cache(maxsize=4096)
-def _reader(path: str) -> Any:
+def _reader(path: str, version: tuple[int, ...]) -> Any:
     reader = array_record_module.ArrayRecordReader(
         path, options=_READER_OPTIONS, file_reader_buffer_size=32768
     )

@@ -219,6 +219,8 @@ def _open_prepared(
         )
     source = records.open_records(folder, split)
     manifest = source.manifest
+    if split != "train" and records.has_split(folder, "train"):
+        _check_same_classes(name, split, manifest, records.read_manifest(folder, "train"))
     kind = "latent" if records.MOMENTS in manifest.arrays else "image"
     if spec.example not in (None, kind):
         named = {"image": "images: encode them", "latent": "latents: name images"}[kind]
@@ -232,6 +234,21 @@ def _open_prepared(
                 f"{_listed(ours)}: set data.{key} to its manifest's"
             )
     return source
+
+
+def _check_same_classes(
+    name: str, split: str, ours: records.Manifest, train: records.Manifest
+) -> None:
+    """Raise `UserError` if a split's labels stand for other classes than those trained on."""
+    numbers = [tuple(map(str, range(len(each.classes)))) == each.classes for each in (ours, train)]
+    if any(numbers) or not ours.classes or not train.classes:
+        return
+    for label, (one, other) in enumerate(zip(ours.classes, train.classes, strict=False)):
+        if one != other:
+            raise UserError(
+                f"data set {name} has class {label} {one!r} in split {split}, and {other!r} in "
+                f"split train: delete {split} and prepare it again, so that it is numbered as train"
+            )
 
 
 def _same(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -5,44 +5,70 @@ the folder that an image lies in, or the tar (ImageNet's own has a tar for each 
 tars are numbered by their sorted names, as torchvision and ImageNet's users do it.
 """
 
+import collections
 import concurrent.futures
-import json
+import dataclasses
+import functools
+import os
+import posixpath
+import stat
 import tarfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from diffit_jax.errors import UserError
-from diffit_jax.ingest.decoding import SUFFIXES
+from diffit_jax.errors import UserError, one_line
+from diffit_jax.ingest import labelling, locations
+from diffit_jax.ingest.decoding import HEAD, SUFFIXES, is_image
+from diffit_jax.ingest.labelling import DATASET_JSON, Labels
 from diffit_jax.ingest.locations import Index
+from diffit_jax.runtime import files
 from diffit_jax.runtime.console import first_few
 
-DATASET_JSON = "dataset.json"
 _DEEP = 20  # folders in folders
 _CONCURRENT_TARS = 16
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_BLOCK = 512  # of a tar
+_BEHIND = 2**16  # bytes behind the end of a tar in which another one would begin
+_LINK, _PIPE = "links to what is not there", "pipes or devices"
 
 
 class Member(NamedTuple):
-    """An image in a container: its name with `/`, and its place in terms of `Index.locations`."""
+    """An image in a container.
+
+    Its name with `/`, its place in terms of `Index.locations`, and what is known of its content
+    without reading it, see `Index.stamps`.
+    """
 
     name: str
     file: int
     first: int
     second: int
+    stamp: str = ""
+
+
+# How many files were passed over, by their suffix or by what they are.
+Passed = collections.Counter[str]
 
 
 def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
     """Index the images in a folder and in its folders."""
-    names = sorted(_walk(folder, ""))
-    paths = tuple(str(folder / name) for name in names)
-    members = [Member(name, number, 0, 0) for number, name in enumerate(names)]
+    passed = Passed()
+    found = sorted(_walk(folder, "", passed, ()))
+    # A zip made on Windows, unpacked elsewhere, leaves names with its separators.
+    names = [_slashed(name) for name, _ in found]
+    paths = tuple(str(folder / name) for name, _ in found)
+    members = [
+        Member(name, number, 0, 0, stamp)
+        for number, (name, (_, stamp)) in enumerate(zip(names, found, strict=True))
+    ]
     labels = None
     if (folder / DATASET_JSON).exists():
-        labels = read_dataset_json((folder / DATASET_JSON).read_bytes(), f"{folder}/{DATASET_JSON}")
+        path = folder / DATASET_JSON
+        labels = labelling.read_dataset_json(path.read_bytes(), str(path))
     classes = {name.partition("/")[0] for name in names if "/" in name}
     others = {entry.name for entry in folder.iterdir() if entry.is_dir()} - classes
     empty = [name for name in others if not _hidden(name)]
@@ -59,60 +85,103 @@ def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
         given=labels,
         unlabelled=unlabelled,
         whole=True,
+        passed=passed,
     )
 
 
 def index_zip(path: epath.Path, unlabelled: bool) -> Index:
     """Index the images in a zip."""
-    labels, members = None, {}
+    tables: dict[str, dict[str, int]] = {}
+    members: dict[str, Member] = {}
+    passed = Passed()
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
-                if entry.filename.rpartition("/")[2] == DATASET_JSON:
-                    labels = read_dataset_json(archive.read(entry), f"{path}/{entry.filename}")
-                elif _is_image(entry.filename):
-                    members[entry.filename] = Member(
-                        entry.filename, 0, entry.header_offset, entry.compress_size
-                    )
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is not a whole zip file ({error}): fetch it again") from error
+                name = entry.filename.replace("\\", "/")
+                if entry.is_dir() or name.endswith("/") or _concealed(name):
+                    continue
+                if stat.S_ISLNK(entry.external_attr >> 16):
+                    passed["symbolic links"] += 1
+                elif name.rpartition("/")[2] == DATASET_JSON:
+                    labels = labelling.read_dataset_json(archive.read(entry), f"{path}/{name}")
+                    tables[name] = labels
+                elif is_image(name, lambda entry=entry: _head_of(archive, entry)):
+                    place = (0, entry.header_offset, entry.compress_size)
+                    members[name] = Member(name, *place, f"{entry.CRC:08x}")
+                else:
+                    passed[_suffix(name)] += 1
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error) as error:
+        raise UserError(
+            f"{path} is not a whole zip file ({one_line(error, 120)}): fetch it again"
+        ) from error
+    if len(tables) > 1:
+        raise UserError(
+            f"{path} has several {DATASET_JSON} ({first_few(sorted(tables))}): keep one"
+        )
     return index_members(
         str(path),
         "zip",
         files=(str(path),),
         members=members.values(),
-        given=labels,
+        given=next(iter(tables.values()), None),
         unlabelled=unlabelled,
+        passed=passed,
     )
 
 
-def index_tars(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
-    """Index the images in one or several tars, which may have tars in them."""
+def index_tars(paths: Sequence[epath.Path], unlabelled: bool, tar_classes: bool) -> Index:
+    """Index the images in one or several tars, which may have tars in them.
+
+    Args:
+      paths: of the tars.
+      unlabelled: whether to leave labels out.
+      tar_classes: whether each of several tars is a class, whatever its name and content.
+    """
     found = [_scan(path, number) for number, path in enumerate(paths)]
-    files, source = tuple(map(str, paths)), ", ".join(path.name for path in paths[:3])
-    digits = {key: text for scan in found for key, text in scan.classes.items()}
+    files_, source = tuple(map(str, paths)), ", ".join(path.name for path in paths[:3])
+    passed = sum((scan.passed for scan in found), Passed())
+    digits = {key: text for scan in found for key, text in scan.texts.items()}
     inner = any(scan.inner for scan in found)
-    if digits and not inner:
-        return _index_webdataset(
-            source, files, [one for scan in found for one in scan.members], digits
+    if digits and not inner and not unlabelled:
+        members = [one for scan in found for one in scan.members.values()]
+        return _index_webdataset(source, files_, members, digits, passed)
+    stems = [path.name.partition(".")[0] for path in paths]
+    flat = not inner and not any("/" in name for scan in found for name in scan.members)
+    several = len(paths) > 1 and not inner
+    # A tar of each class: its name is the folder. But shards are numbered, and those of
+    # WebDataset have texts beside the images.
+    companions = any(scan.companions for scan in found)
+    is_shards = several and flat and (companions or labelling.are_shards(stems))
+    unlabelled |= is_shards and not tar_classes
+    messages = ()
+    if is_shards and not tar_classes:
+        why = "other files beside the images" if companions else "numbers for names"
+        messages = (
+            f"no labels: its tars have {why}, and are taken for parts of one set, without .cls "
+            "files (--tar_classes makes each tar a class)",
         )
     members = {}
-    for path, scan in zip(paths, found, strict=True):
-        # A tar of each class: its name is the folder.
-        prefix = f"{path.name.partition('.')[0]}/" if len(paths) > 1 and not scan.inner else ""
-        if any("/" in member.name for member in scan.members) and not scan.inner:
-            prefix = ""
-        for member in scan.members:
-            named = member._replace(name=prefix + member.name)
+    for stem, scan in zip(stems, found, strict=True):
+        for member in scan.members.values():
+            named = member
+            if several and flat:
+                named = member._replace(name=f"{stem}/{member.name}")
+            elif named.name in members and members[named.name].file != named.file:
+                folder, slash, last = member.name.rpartition("/")  # in two shards, say
+                named = member._replace(name=f"{folder}{slash}{stem}/{last}")
             members[named.name] = named
     return index_members(
         source,
         "range",
-        files=files,
+        files=files_,
         members=members.values(),
         given=None,
         unlabelled=unlabelled,
         whole=inner,
+        passed=passed,
+        messages=messages,
     )
 
 
@@ -125,6 +194,8 @@ def index_members(
     given: Mapping[str, int] | None,
     unlabelled: bool,
     whole: bool = False,
+    passed: Mapping[str, int] = Passed(),
+    messages: Sequence[str] = (),
 ) -> Index:
     """Give images their order, by name, and their labels.
 
@@ -137,139 +208,161 @@ def index_members(
         is no such file.
       unlabelled: whether to leave labels out.
       whole: whether folders at the top are classes even where all images are in one.
+      passed: what was passed over.
+      messages: about the source.
 
     Raises:
       UserError: no images, or labels that cannot be determined.
     """
     ordered = sorted(members)
     if not ordered:
+        there = f", but {_counted(passed)}" if passed else ""
         raise UserError(
-            f"{source} has no images ({' '.join(SUFFIXES)}): name a folder or file that has"
+            f"{source} has no images ({' '.join(SUFFIXES)}){there}: name a folder or file that has"
         )
     names = [member.name for member in ordered]
-    locations = np.array([member[1:] for member in ordered], np.int64)
-    messages = []
     if unlabelled or given == {}:
-        labels, classes = None, ()
+        labels = Labels()
     elif given is not None:
-        labels, classes = _given_labels(source, names, given)
+        labels = labelling.of_dataset_json(source, names, given)
     else:
-        labels, classes, notes = _folder_labels(source, names, whole)
-        messages += notes
-    return Index(kind, files, locations, names, labels, classes, tuple(messages))
-
-
-def _given_labels(
-    source: str, names: Sequence[str], given: Mapping[str, int]
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the labels of a `dataset.json`, whose names are relative to it."""
-    top = _common_folder(names)
-    if top and not any(name in given for name in names):
-        given = {top + name: label for name, label in given.items()}
-    missing = [name for name in names if name not in given]
-    absent = sorted(set(given) - set(names))
-    if missing:
-        raise UserError(
-            f"{source}: {DATASET_JSON} has no label of {len(missing)} images "
-            f"({first_few(missing)}): complete it, or say --unlabelled"
-        )
-    if absent:
-        raise UserError(
-            f"{source}: {DATASET_JSON} names {len(absent)} images that are not there "
-            f"({first_few(absent)}): fetch them, or take them out"
-        )
-    labels = np.array([given[name] for name in names], np.int64)
-    if labels.min() < 0 or labels.max() >= 2**24:
-        raise UserError(
-            f"{source}: {DATASET_JSON} has labels from {labels.min()} to {labels.max()}: they must "
-            "count from 0"
-        )
-    classes = tuple(str(number) for number in range(labels.max() + 1))
-    return labels.astype(np.int32), classes
-
-
-def _folder_labels(
-    source: str, names: Sequence[str], whole: bool
-) -> tuple[np.ndarray | None, tuple[str, ...], list[str]]:
-    """Return labels by the folders at the top, below those that all images share."""
-    shared = 0 if whole else len(_common_folder(names))
-    inside = [name[shared:] for name in names]
-    loose = [name for name in inside if "/" not in name]
-    if len(loose) == len(inside):
-        return None, (), ["no labels: its images lie in one folder"]
-    if loose:
-        raise UserError(
-            f"{source} has {len(loose)} images beside its folders ({first_few(loose)}), whose "
-            "class is not known: move them into a folder, or say --unlabelled"
-        )
-    folders = [name.partition("/")[0] for name in inside]
-    classes = tuple(sorted(set(folders)))
-    if set(classes) <= _SPLITS:
-        raise UserError(
-            f"{source} has folders of splits ({', '.join(classes)}), not of classes: name one of "
-            "them"
-        )
-    if len(classes) == 1:
-        raise UserError(
-            f"{source} has one class only, {classes[0]!r}: name the folder above the classes, or "
-            "say --unlabelled"
-        )
-    numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[name] for name in folders], np.int32), classes, []
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    """Return `a/b/` if all names begin with it, and it is a folder."""
-    first, last = min(names).split("/")[:-1], max(names).split("/")[:-1]
-    shared = 0
-    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
-        shared += 1
-    return "".join(f"{part}/" for part in first[:shared])
+        labels = labelling.of_folders(source, names, whole)
+    return Index(
+        kind,
+        files,
+        np.array([member[1:4] for member in ordered], np.int64),
+        names,
+        labels.labels,
+        labels.classes,
+        (*messages, *labels.messages, *_said(passed)),
+        stamps=locations.stamps_of([member.stamp for member in ordered]),
+    )
 
 
 def _index_webdataset(
-    source: str, files: tuple[str, ...], members: list[Member], digits: Mapping[str, str]
+    source: str,
+    files: tuple[str, ...],
+    members: list[Member],
+    digits: Mapping[str, str],
+    passed: Passed,
 ) -> Index:
     """Index samples in the order of the archives, with the number in their `.cls`."""
     images: dict[str, Member] = {}
     for member in members:
-        images.setdefault(_sample(member), member)
+        if images.setdefault(_sample(member), member) is not member:
+            passed["images beside the first one of their sample"] += 1
     missing = [member.name for key, member in images.items() if key not in digits]
     if missing:
         raise UserError(
             f"{source}: {len(missing)} images have no .cls beside them ({first_few(missing)}): "
             "complete the archives, or say --unlabelled"
         )
-    labels = []
+    if not images:
+        raise UserError(f"{source} has no images beside its .cls files: name another file")
+    values = []
     for key, member in images.items():
         try:
-            labels.append(int(digits[key]))
+            values.append(int(digits[key]))
         except ValueError:
             raise UserError(
                 f"{source}: the .cls of {member.name} is {digits[key]!r:.40}, not a number: "
-                "correct it"
+                "correct it, or say --unlabelled"
             ) from None
-    if not images or min(labels) < 0:
-        raise UserError(f"{source} has no labels from 0 on in its .cls files: correct them")
-    locations = np.array([member[1:] for member in images.values()], np.int64)
     several = len(files) > 1
     names = [
         f"{epath.Path(files[member.file]).name}/{member.name}" if several else member.name
         for member in images.values()
     ]
-    classes = tuple(str(number) for number in range(max(labels) + 1))
-    return Index("range", files, locations, names, np.array(labels, np.int32), classes)
+    labels = labelling.of_values(f"{source}: .cls", values, names)
+    return Index(
+        "range",
+        files,
+        np.array([member[1:4] for member in images.values()], np.int64),
+        names,
+        labels.labels,
+        labels.classes,
+        (*labels.messages, *_said(passed)),
+        stamps=locations.stamps_of([member.stamp for member in images.values()]),
+    )
 
 
-class _Scan(NamedTuple):
-    """The content of a tar: images, texts of `.cls` files by sample, and if it has tars."""
+# --- Tars
 
-    members: list[Member]
-    classes: dict[str, str]
-    inner: bool
+
+@dataclasses.dataclass
+class _Scan:
+    """The content of a tar.
+
+    Attributes:
+      number: of the file.
+      prefix: of the names in it.
+      members: images by name.
+      texts: content of `.cls` files by sample.
+      inner: tars in it: (prefix, offset, size) of each.
+      links: names by the names of links to them.
+      samples: how many files each sample has.
+      passed: what was passed over.
+    """
+
+    number: int
+    prefix: str = ""
+    members: dict[str, Member] = dataclasses.field(default_factory=dict)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    inner: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+    links: dict[str, str] = dataclasses.field(default_factory=dict)
+    samples: Passed = dataclasses.field(default_factory=Passed)
+    passed: Passed = dataclasses.field(default_factory=Passed)
+
+    @property
+    def companions(self) -> bool:
+        """Whether images have other files of their sample beside them."""
+        return any(self.samples[_sample(member)] > 1 for member in self.members.values())
+
+    def add(self, entry: tarfile.TarInfo, read: Callable[[int], bytes]) -> None:
+        """Add an entry, whose first bytes `read` returns."""
+        name = _slashed(entry.name.removeprefix("./"))
+        suffix, place = _suffix(name), (self.number, entry.offset_data, entry.size)
+        # The header's own sum covers size and time.
+        stamp = f"{entry.size} {entry.mtime} {entry.chksum}"
+        member = Member(self.prefix + name, *place, stamp)
+        if entry.isdir() or _concealed(name):
+            return
+        if entry.issym() or entry.islnk():
+            target = _slashed(entry.linkname.removeprefix("./"))
+            if entry.issym():
+                target = posixpath.join(posixpath.dirname(name), target)
+            self.links[member.name] = self.prefix + posixpath.normpath(target)
+        elif not entry.isfile() or entry.issparse():
+            self.passed[_PIPE if not entry.isfile() else "sparse files"] += 1
+        elif suffix == ".tar" and not self.prefix:
+            folder = name.rpartition("/")[2].removesuffix(".tar")
+            self.inner.append((f"{folder}/", entry.offset_data, entry.size))
+        elif is_image(name, lambda: read(HEAD)):
+            self.samples[_sample(member)] += 1
+            self.members[member.name] = member
+        else:
+            self.samples[_sample(member)] += 1
+            if suffix == ".cls":
+                text = read(40).decode(errors="replace")
+                self.texts[_sample(member)] = text.strip()
+            else:
+                self.passed[suffix] += 1
+
+    def follow_links(self) -> None:
+        """Make images of the links to images."""
+        for name, target in self.links.items():
+            seen = {name}
+            while target in self.links and target not in seen:  # a link to a link
+                seen.add(target)
+                target = self.links[target]
+            if target in self.members:
+                self.members[name] = self.members[target]._replace(name=name)
+            elif is_image(name, bytes):
+                self.passed[_LINK] += 1
 
 
 def _scan(path: epath.Path, number: int) -> _Scan:
+    """Scan a tar, and those in it."""
     try:
         with path.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
@@ -277,44 +370,65 @@ def _scan(path: epath.Path, number: int) -> _Scan:
                     f"{path} is compressed, and images in it cannot be found without unpacking: "
                     f"gunzip it first (CIFAR-10's archives are read as they are)"
                 )
-        found, inner = _scan_tar(path, number, "", 0)
+        scan = _scan_tar(path, _Scan(number), 0, files.size(path))
+
+        def scan_inner(one: tuple[str, int, int]) -> _Scan:
+            prefix, offset, size = one
+            return _scan_tar(path, _Scan(number, prefix), offset, size)
+
         # ImageNet's has a thousand, of 138 MB: in a bucket, one after the other would take long.
         with concurrent.futures.ThreadPoolExecutor(_CONCURRENT_TARS) as threads:
-            parts = threads.map(lambda one: _scan_tar(path, number, *one)[0], inner)
-        scans = [found, *parts]
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a whole tar file ({error}): fetch it again") from error
-    members = [member for scan in scans for member in scan.members]
-    classes = {key: text for scan in scans for key, text in scan.classes.items()}
-    return _Scan(members, classes, bool(inner))
+            for part in threads.map(scan_inner, scan.inner):
+                scan.members |= part.members
+                scan.texts |= part.texts
+                scan.passed += part.passed
+                scan.samples += part.samples
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path} is not a whole tar file ({one_line(error, 120)}): fetch it again"
+        ) from error
+    return scan
 
 
-def _scan_tar(
-    path: epath.Path, number: int, prefix: str, offset: int
-) -> tuple[_Scan, list[tuple[str, int]]]:
-    """Scan a tar at `offset` of a file; return also the tars in it: (prefix, offset)."""
-    members, classes, inner = [], {}, []
+def _scan_tar(path: epath.Path, scan: _Scan, offset: int, size: int) -> _Scan:
+    """Fill a scan from the tar at `offset` of a file."""
     with path.open("rb") as file:
         file.seek(offset)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for entry in archive:
                 archive.members = []  # it keeps all that it has seen
-                if not entry.isfile():
-                    continue
-                name = entry.name.removeprefix("./")
-                member = Member(prefix + name, number, entry.offset_data, entry.size)
-                suffix = name.rpartition(".")[2].lower()
-                if suffix == "tar" and not prefix:
-                    folder = name.rpartition("/")[2].removesuffix(".tar")
-                    inner.append((f"{folder}/", entry.offset_data))
-                elif _is_image(name):
-                    members.append(member)
-                elif suffix == "cls":
-                    part = archive.extractfile(entry)
-                    assert part is not None
-                    text = part.read(40).decode(errors="replace")
-                    classes[_sample(member)] = text.strip()
-    return _Scan(members, classes, bool(inner)), inner
+                if entry.isfile() and entry.offset_data + entry.size > offset + size:
+                    raise tarfile.ReadError("unexpected end of data")
+                scan.add(entry, functools.partial(_read_within, file, entry))
+            _check_end(file, archive.offset, offset + size)
+    scan.follow_links()
+    return scan
+
+
+def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _read_within(file: IO[bytes], entry: tarfile.TarInfo, size: int) -> bytes:
+    return _read_at(file, entry.offset_data, min(size, entry.size))
+
+
+def _check_end(file: IO[bytes], end: int, limit: int) -> None:
+    """Raise `tarfile.ReadError` unless a tar ends at `end` as it should.
+
+    Tarfile ends without a word at a header that is none.
+    """
+    block = _read_at(file, end, _BLOCK)
+    if len(block) < _BLOCK or end + _BLOCK > limit:
+        raise tarfile.ReadError("its end is missing")
+    if any(block):
+        raise tarfile.ReadError(f"the header at byte {end} is damaged")
+    behind = _read_at(file, end, max(0, min(_BEHIND, limit - end)))
+    if any(behind):
+        raise tarfile.ReadError(f"there is more behind its end at byte {end}: are these several?")
 
 
 def _sample(member: Member) -> str:
@@ -323,43 +437,84 @@ def _sample(member: Member) -> str:
     return f"{member.file}:{folder}{slash}{name.partition('.')[0]}"
 
 
-def _walk(folder: epath.Path, prefix: str, deep: int = 0) -> Iterable[str]:
-    """Yield the names of the image files below a folder."""
-    if deep > _DEEP:
-        raise UserError(f"{folder} is {_DEEP} folders deep: does a link lead back up?")
+# --- Files
+
+
+def _walk(
+    folder: epath.Path, prefix: str, passed: Passed, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, str]]:
+    """Yield names of the image files below a folder, and what is known of each's content.
+
+    Args:
+      folder: to walk.
+      prefix: of names in it.
+      passed: where to count what is no image.
+      above: the folders that it lies in, by device and inode.
+    """
+    local = files.is_local(folder)
     try:
-        entries = list(folder.iterdir())
+        here = os.stat(folder) if local else None
+        identity = (here.st_dev, here.st_ino) if here else (0, 0)
+        if len(above) > _DEEP or (here and identity in above):
+            raise UserError(
+                f"{folder} is a folder within itself, or more than {_DEEP} folders deep: delete "
+                "the link that leads back up"
+            )
+        found = list(os.scandir(folder) if local else folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror or error})") from error
-    for entry in entries:
-        # By the suffix first: asking a million files whether they are folders takes long.
-        if _is_image(entry.name):
-            yield prefix + entry.name
-        elif not _hidden(entry.name) and entry.is_dir():
-            yield from _walk(entry, f"{prefix}{entry.name}/", deep + 1)
+    for entry in found:
+        if _hidden(entry.name):
+            continue
+        if entry.is_dir():
+            below = folder / entry.name
+            yield from _walk(below, f"{prefix}{entry.name}/", passed, (*above, identity))
+        elif local and not entry.is_file():  # never opened: a pipe would be waited for
+            lost = entry.is_symlink()
+            passed[_LINK if lost else _PIPE] += 1
+        elif is_image(entry.name, lambda entry=entry: _head(folder / entry.name)):
+            yield prefix + entry.name, locations.stamp_of_file(folder / entry.name)
+        elif entry.name != DATASET_JSON:
+            passed[_suffix(entry.name)] += 1
 
 
-def _is_image(name: str) -> bool:
-    last = name.rpartition("/")[2]
-    hidden = _hidden(last) or name.startswith("__MACOSX/") or "/__MACOSX/" in name
-    return not hidden and last.lower().endswith(tuple(SUFFIXES))
+def _head(path: epath.Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _head_of(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(entry) as file:
+            return file.read(HEAD)
+    except (RuntimeError, NotImplementedError):  # encrypted, or of a method that is not known
+        return b""
+
+
+def _concealed(name: str) -> bool:
+    """Whether a file in an archive is hidden, or lies in a hidden folder of a Mac."""
+    return _hidden(name.rpartition("/")[2]) or "__MACOSX" in name.split("/")
 
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def read_dataset_json(content: bytes, path: str) -> dict[str, int]:
-    """Read labels by name; {} if the file says that there are none."""
-    try:
-        labels = json.loads(content)["labels"]
-        if labels is None:
-            return {}
-        table = {str(name): label for name, label in labels}
-        if not all(isinstance(label, int) for label in table.values()):
-            raise ValueError("labels must be whole numbers")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path} is not {{"labels": [[name, number], …]}} ({error}): correct it'
-        ) from error
-    return table
+def _slashed(name: str) -> str:
+    """Return a name with `/` where it has the separators of Windows alone."""
+    return name if "/" in name else name.replace("\\", "/")
+
+
+def _suffix(name: str) -> str:
+    last = name.rpartition("/")[2].lower()
+    stem, suffix = os.path.splitext(last)
+    return (os.path.splitext(stem)[1] if suffix == ".gz" else "") + suffix or "without a suffix"
+
+
+def _counted(passed: Mapping[str, int]) -> str:
+    ordered = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    return first_few([f"{count} {what}" for what, count in ordered], 8)
+
+
+def _said(passed: Mapping[str, int]) -> tuple[str, ...]:
+    return (f"passed over, as no images: {_counted(passed)}",) if passed else ()

@@ -6,31 +6,66 @@ Imported by the worker processes that decode: no jax here.
 import dataclasses
 import io
 import os
+import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 
 CROPS = ("none", "center", "adm", "resize")
-SUFFIXES = [
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-]  # of files that are taken for images
+# Of files that are taken for images whatever they hold: what does not decode is named.
+SUFFIXES = tuple(
+    re.findall(
+        r"\S+",
+        ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
+        ".avif .jp2 .j2k .tga",
+    )
+)
+# Of files that are none, so that a million of them need not be opened.
+_OTHERS = tuple(
+    re.findall(
+        r"\S+",
+        ".json .jsonl .txt .cls .csv .tsv .md .html .xml .yaml .yml .npy .npz .py .pkl .pickle "
+        ".pt .pth .safetensors .parquet .arrow .tfrecord .zip .tar .gz .tgz .bz2 .xz .7z .rar "
+        ".mp4 .mov .mp3 .wav .flac .pdf .log .lock .crc .idx .db .ini .sha256 .md5",
+    )
+)
+HEAD = 16  # bytes by which `is_image` knows an image
+_FIRST_BYTES = (
+    b"\xff\xd8\xff",  # JPEG
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\0",  # TIFF
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",  # JPEG 2000
+    b"\xff\x4f\xff\x51",
+)
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 class DecodeError(Exception):
     """A file that is no image; the message says why."""
+
+
+def is_image(name: str, head: Callable[[], bytes]) -> bool:
+    """Whether a file is taken for an image: by its suffix, or by its first bytes.
+
+    Args:
+      name: of the file.
+      head: returns its first `HEAD` bytes; called only if the suffix does not tell.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in SUFFIXES or suffix in _OTHERS:
+        return suffix in SUFFIXES
+    first = head()
+    boxed = first[4:12] in (b"ftypavif", b"ftypavis")
+    riff = first[:4] == b"RIFF" and first[8:12] == b"WEBP"
+    bitmap = first[:2] == b"BM" and first[6:10] == b"\0\0\0\0"
+    return first.startswith(_FIRST_BYTES) or boxed or riff or bitmap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +126,28 @@ def decode(
             with Image.open(io.BytesIO(content)) as image:
                 notes = _notes(image, name)
                 image.load()
-                if preprocessing.upright and image.getexif().get(_ORIENTATION, 1) != 1:
-                    notes.append("turned upright by EXIF")
-                    turned = ImageOps.exif_transpose(image)
-                else:
-                    turned = image
-                plain = _plain(turned, "RGB" if preprocessing.channels == 3 else "L", notes)
+                turned = _upright(image, notes) if preprocessing.upright else image
+                mode = "RGB" if preprocessing.channels == 3 else "L"
+                plain = _plain(turned, mode, notes, image.format)
     except DecodeError:
         raise
     except Exception as error:  # whatever a reader of one of thirty formats says of damaged bytes
-        raise DecodeError(f"{type(error).__name__}: {error}"[:120]) from error
+        reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", one_line(error))  # differs each time
+        raise DecodeError(f"{type(error).__name__}: {reason}"[:120]) from error
     return _preprocess(plain, preprocessing, notes), notes
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Turn an image as its EXIF says; leave it where that cannot be read."""
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # whatever Pillow says of a broken block: the pixels are whole
+        notes.append("EXIF cannot be read: not turned")
+        return image
+    notes.append("turned upright by EXIF")
+    return turned
 
 
 def frame(pixels: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, list[str]]:
@@ -164,12 +210,18 @@ def _notes(image: Image.Image, name: str) -> list[str]:
     return notes
 
 
-def _plain(image: Image.Image, mode: str, notes: list[str]) -> Image.Image:
-    """Convert an image of any mode to RGB or L."""
+def _plain(
+    image: Image.Image, mode: str, notes: list[str], format_: str | None = None
+) -> Image.Image:
+    """Convert an image of any mode, read from a file of this format, to RGB or L."""
     if image.mode.startswith(("I", "F")):
         levels = np.asarray(image).astype(np.float64)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise DecodeError(f"pixels of mode {image.mode} have no known range")
+        # 16-bit PNG and PGM open as I in older versions of Pillow, and have a plain range.
+        plain = image.mode.startswith("I;16") or format_ in ("PNG", "PPM")
+        if not plain or levels.min() < 0 or levels.max() > 65535:
+            raise DecodeError(
+                f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits"
+            )
         notes.append("16-bit")
         image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +20,13 @@ from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.ingest import latent_statistics
 from diffit_jax.ingest.decoding import Preprocessing
-from diffit_jax.ingest.images import Loaded, Loader, default_workers, open_images
-from diffit_jax.ingest.locations import Index
+from diffit_jax.ingest.images import Loaded, Loader, open_images
+from diffit_jax.ingest.locations import Index, stamp_of_file
 from diffit_jax.ingest.prepare import (
     check_shape,
     kept,
     label_of,
+    numbered_as_other_splits,
     progress_of,
     report,
     source_metadata,
@@ -32,6 +34,8 @@ from diffit_jax.ingest.prepare import (
 from diffit_jax.ingest.shards import Shards
 from diffit_jax.interop import diffusers
 from diffit_jax.runtime import backend, distributed, files, hub, interruption, npz, parallel
+from diffit_jax.runtime.console import first_few
+from diffit_jax.runtime.run_in_subprocess import count_cores
 from diffit_jax.sampling.decoder import VAE_FILES
 from diffit_jax.sampling.encoder import ImageEncoder
 
@@ -80,6 +84,7 @@ def encode(
     split: str = "train",
     preprocessing: Preprocessing = Preprocessing(),
     unlabelled: bool = False,
+    tar_classes: bool = False,
     workers: int | None = None,
 ) -> Manifest:
     """Write the moments of a source's images as `DATA_DIR/NAME`: ArrayRecord shards and a manifest.
@@ -96,6 +101,7 @@ def encode(
       split: that it becomes.
       preprocessing: size and channels of the images.
       unlabelled: whether to leave labels out.
+      tar_classes: as of `prepare.prepare`.
       workers: processes that decode.
 
     Returns:
@@ -111,7 +117,7 @@ def encode(
     index_file = folder / f".{split}.index"
     # Process 0 indexes the source, the others read its index.
     index = distributed.primary_first(
-        lambda: _indexed(place, split, unlabelled, index_file),
+        lambda: _indexed(place, split, index_file, unlabelled=unlabelled, tar_classes=tar_classes),
         lambda: Index.from_bytes(index_file.read_bytes()),
     )
     # Each process encodes alone, without collectives.
@@ -126,7 +132,7 @@ def encode(
         orientations=encoding.orientations,
         chunk_size=encoding.chunk_size,
     )
-    workers = default_workers() if workers is None else workers
+    workers = count_cores() if workers is None else workers
     with Loader(index, preprocessing, workers) as loader:
         image = loader.first_shape()
         _check_image(index, image, encoder)
@@ -141,10 +147,17 @@ def encode(
             "stored": encoding.stored,
             "autoencoder": encoder.identity(),
         }
-        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
+        shards = Shards(
+            folder,
+            split,
+            count=len(index),
+            arrays=arrays,
+            identity=identity,
+            evidence=index.evidence,
+        )
         distributed.primary_first(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.primary_context(lambda: files.owned(folder, "data set")):
-            distributed.on_primary(shards.begin)
+            distributed.on_primary(lambda: _begin(shards, loader))
             _write(
                 shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image
             )
@@ -166,27 +179,41 @@ def encode(
     return manifest
 
 
-def _indexed(place: epath.Path, split: str, unlabelled: bool, index_file: epath.Path) -> Index:
+def _begin(shards: Shards, loader: Loader) -> None:
+    shards.begin()
+    shards.forget_changed(loader.contents)
+
+
+def _indexed(
+    place: epath.Path, split: str, index_file: epath.Path, *, unlabelled: bool, tar_classes: bool
+) -> Index:
     """Index a source; keep the index as a file for other processes, or where making it is slow.
 
     A tar of ImageNet's size has 1.3 million headers.
     """
-    about = f"{place} {split} {unlabelled} {_sizes(place)}"
+    about = f"{place} {split} {unlabelled} {tar_classes} {_stamp(place)}"
     if index_file.exists():
         with contextlib.suppress(OSError, KeyError, *npz.DAMAGED):
             index = Index.from_bytes(index_file.read_bytes())
             if index.about == about:
                 return index
-    index = dataclasses.replace(open_images(place, split, unlabelled), about=about)
+    index = open_images(place, split, unlabelled, tar_classes=tar_classes)
+    index = numbered_as_other_splits(index, index_file.parent, split)
+    index = dataclasses.replace(index, about=about)
     if jax.process_count() > 1 or len(index) > _MANY:
         files.make_directory(index_file.parent, "data_dir")
         files.write_bytes(index_file, index.to_bytes())
     return index
 
 
-def _sizes(place: epath.Path) -> str:
-    """Return the bytes of a source that is a file, to notice another one of its name."""
-    return "" if place.is_dir() or not place.exists() else str(files.size(place))
+def _stamp(place: epath.Path) -> str:
+    """Return what tells a source that is a file from another one of its name.
+
+    Of folders nothing does: their index is not kept.
+    """
+    if place.is_dir() or not place.exists():
+        return secrets.token_hex(8)
+    return stamp_of_file(place)
 
 
 def _check_image(index: Index, image: tuple[int, ...], encoder: ImageEncoder) -> None:
@@ -240,6 +267,7 @@ def _write(
                     if interruption.noticed():
                         raise notice.ending(kept(shards))
                     for loaded in group:
+                        writer.content.add(loaded.pixels, loaded.reason)
                         if loaded.pixels is None:
                             name = index.names[loaded.number]
                             writer.stats.skipped.append((name, loaded.reason))
@@ -247,9 +275,11 @@ def _write(
                     good = [loaded for loaded in group if loaded.pixels is not None]
                     if result is not None:
                         moments = result.result()[0]
-                        _check_finite(moments, good, index)
+                        with np.errstate(over="ignore"):
+                            kept_moments = moments.astype(stored)
+                        _check_finite(moments, kept_moments, good, index)
                         writer.stats.add_sums(**latent_statistics.sums_of(moments))
-                        for loaded, array in zip(good, moments.astype(stored), strict=True):
+                        for loaded, array in zip(good, kept_moments, strict=True):
                             writer.add(label_of(index, loaded.number), moments=array)
                     encoded += len(good)
                     # Other processes are about as far.
@@ -302,11 +332,18 @@ def _encoded(
     yield from waiting
 
 
-def _check_finite(moments: np.ndarray, good: list[Loaded], index: Index) -> None:
-    finite = np.isfinite(moments).reshape(len(moments), -1).all(axis=1)
-    if not finite.all():
-        names = [index.names[good[row].number] for row in np.flatnonzero(~finite)[:3]]
-        raise UserError(
-            f"the autoencoder's moments of {', '.join(names)} are not finite: use --vae_dtype "
-            "float32, or another autoencoder"
-        )
+def _check_finite(
+    moments: np.ndarray, stored: np.ndarray, good: list[Loaded], index: Index
+) -> None:
+    """Raise `UserError` if moments (n, …) are not finite, or not any more as they are stored."""
+    for array, what, remedy in (
+        (moments, "are not finite", "--vae_dtype float32"),
+        (stored, f"are too large for {stored.dtype}", "--stored float32"),
+    ):
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        if not finite.all():
+            names = [index.names[good[row].number] for row in np.flatnonzero(~finite)]
+            raise UserError(
+                f"the autoencoder's moments of {first_few(names)} {what}: use {remedy}, or another "
+                "autoencoder"
+            )

@@ -6,7 +6,6 @@
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import glob
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -25,7 +24,8 @@ from diffit_jax.errors import UserError
 from diffit_jax.ingest import containers, locations, tables
 from diffit_jax.ingest.decoding import DecodeError, Preprocessing, decode, frame
 from diffit_jax.ingest.locations import Index, Location
-from diffit_jax.runtime import interruption
+from diffit_jax.ingest.shards import Content
+from diffit_jax.runtime import files, interruption
 
 FEWEST = 10  # images of a data set: with fewer a wrong folder was named
 _CHUNK, _CHUNK_BYTES = 256, 2**21  # images that a process decodes at once, at most
@@ -33,7 +33,11 @@ _CHUNKS_AHEAD = 3  # of each process
 
 
 def open_images(
-    path: epath.PathLike, split: str = "train", unlabelled: bool = False, fewest: int = FEWEST
+    path: epath.PathLike,
+    split: str = "train",
+    unlabelled: bool = False,
+    fewest: int = FEWEST,
+    tar_classes: bool = False,
 ) -> Index:
     """Index the images of a source.
 
@@ -44,12 +48,13 @@ def open_images(
       split: which one, where a source has several.
       unlabelled: whether to leave labels out.
       fewest: how many there must be.
+      tar_classes: whether each of several tars is a class, even if they look like parts of one set.
 
     Raises:
       UserError: there is no such source, or it holds no images or fewer than `fewest`, or labels
         that cannot be determined.
     """
-    index = _open(epath.Path(path), split, unlabelled)
+    index = _open(epath.Path(path), _Asked(split, unlabelled, tar_classes))
     if len(index) < fewest and index.kind != "record":  # a prepared split was counted before
         raise UserError(
             f"{path} has {len(index)} images, a data set needs {fewest} or more: name the folder "
@@ -58,43 +63,75 @@ def open_images(
     return index
 
 
-def _open(path: epath.Path, split: str, unlabelled: bool) -> Index:
-    if any(character in path.name for character in "*?["):
-        found = sorted(map(epath.Path, _matching(path)), key=str)
-        if not found:
+class _Asked(NamedTuple):
+    """What was asked for, see `open_images`."""
+
+    split: str
+    unlabelled: bool
+    tar_classes: bool
+
+
+def _open(path: epath.Path, asked: _Asked) -> Index:
+    try:
+        exists = path.exists()
+        if exists and path.is_dir():
+            return _open_folder(path, asked)
+        found = [path] if exists else _matching(path)
+        if not found and glob.has_magic(path.name):
             raise UserError(f"there is no file {path}: correct the pattern")
-        return _open_files(found, unlabelled)
-    if not path.exists():
-        raise UserError(f"there is no {path}: name a folder, or an archive of images")
-    if path.is_dir():
-        return _open_folder(path, split, unlabelled)
-    if path.name.endswith((".tar.gz", ".tgz")) and (files := tables.cifar_files(path)):
-        return tables.index_cifar(str(path), files, split, unlabelled)
-    return _open_files([path], unlabelled)
+        if not found:
+            upper = (
+                " (only the last part of a path may be a pattern)"
+                if any(mark in str(path.parent) for mark in "*?")
+                else ""
+            )
+            raise UserError(f"there is no {path}{upper}: name a folder, or an archive of images")
+        if not exists and len(found) == 1:
+            return _open(found[0], asked)
+        if exists and path.name.endswith((".tar.gz", ".tgz")):
+            cifar = tables.cifar_files(path)
+            if cifar:
+                return tables.index_cifar(str(path), cifar, asked.split, asked.unlabelled)
+        return _open_files(found, asked)
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename or path} may not be read (permission denied): ask its owner, or name "
+            "another source"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}): look at the "
+            "disk or network"
+        ) from error
 
 
-def _matching(path: epath.Path) -> list[Any]:
-    """Return the files whose name matches the last part of a path, or a folder of that name."""
-    if path.exists():
-        return [path]
-    if "://" in str(path):
-        return list(path.parent.glob(path.name))
-    return glob.glob(str(path))
+def _matching(path: epath.Path) -> list[epath.Path]:
+    """Return the files whose name matches the last part of a path, which is not there itself."""
+    if not glob.has_magic(path.name):
+        return []
+    if files.is_local(path):
+        found = glob.glob(os.path.join(glob.escape(str(path.parent)), path.name))
+    else:
+        found = path.parent.glob(path.name)
+    return sorted(map(epath.Path, found), key=str)
 
 
-def _open_files(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
+def _open_files(paths: Sequence[epath.Path], asked: _Asked) -> Index:
+    for path in paths:
+        if files.is_local(path) and not os.path.isfile(path):  # it would be waited for
+            raise UserError(f"{path} is a pipe or device: name a folder, or an archive of images")
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{paths[0]} and others are files of different kinds: name one kind")
     (kind,) = kinds
-    if kind == "parquet":
-        return tables.index_parquet(paths, unlabelled)
+    if kind in ("parquet", "arrow"):
+        return tables.index_tables(paths, asked.unlabelled)
     if kind == "tar":
-        return containers.index_tars(paths, unlabelled)
+        return containers.index_tars(paths, asked.unlabelled, asked.tar_classes)
     if kind == "zip":
         if len(paths) > 1:
             raise UserError(f"{paths[0]} and others are several zip files: name one")
-        return containers.index_zip(paths[0], unlabelled)
+        return containers.index_zip(paths[0], asked.unlabelled)
     if "tfrecord" in paths[0].name:
         raise _tfrecords(paths[0])
     raise UserError(
@@ -103,31 +140,34 @@ def _open_files(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
 
 
 def _kind(path: epath.Path) -> str:
-    for kind in ("parquet", "tar", "zip"):
+    for kind in ("parquet", "arrow", "tar", "zip"):
         if path.name.endswith(f".{kind}"):
             return kind
     return "tar" if path.name.endswith((".tar.gz", ".tgz")) else "other"
 
 
-def _open_folder(folder: epath.Path, split: str, unlabelled: bool) -> Index:
+def _open_folder(folder: epath.Path, asked: _Asked) -> Index:
+    split, unlabelled = asked.split, asked.unlabelled
+    if (folder / tables.SAVED_SPLITS).exists() or (folder / tables.SAVED_STATE).exists():
+        return tables.index_saved(folder, split, unlabelled)
     if (folder / "dataset_info.json").exists():
         return tables.index_tfds(folder, split, unlabelled)
     if (folder / records.manifest_name(split)).exists():
         return _prepared(folder, split, unlabelled)
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if any(entry.name.startswith(("data_batch_1", "test_batch")) for entry in entries):
-        files = tables.cifar_files(folder)
-        if files:
-            return tables.index_cifar(str(folder), files, split, unlabelled)
-    for end in (".parquet", ".tar"):
+        cifar = tables.cifar_files(folder)
+        if cifar:
+            return tables.index_cifar(str(folder), cifar, split, unlabelled)
+    for end in (".parquet", ".arrow", ".tar"):
         found = sorted((entry for entry in entries if entry.name.endswith(end)), key=str)
         if found:
-            return _open_files(_of_split(found, split), unlabelled)
+            return _open_files(_of_split(found, split), asked)
     if any("tfrecord" in entry.name for entry in entries):
         raise _tfrecords(folder)
     data = folder / "data"  # where the hub's data sets have their tables
     if data.is_dir() and any(entry.name.endswith(".parquet") for entry in data.iterdir()):
-        return _open_folder(data, split, unlabelled)
+        return _open_folder(data, asked)
     return containers.index_folder(folder, unlabelled)
 
 
@@ -153,7 +193,7 @@ def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     if records.IMAGE not in source.manifest.arrays:
         raise UserError(f"{folder} holds latents, not images: name their source")
     counts = [shard.count for shard in source.manifest.shards]
-    files = tuple(str(folder / shard.file) for shard in source.manifest.shards)
+    shards = tuple(str(folder / shard.file) for shard in source.manifest.shards)
     rows = [(file, row, 0) for file, count in enumerate(counts) for row in range(count)]
     classes = () if unlabelled else source.manifest.classes
     labels = records.read_labels(source) if classes else None
@@ -161,13 +201,16 @@ def _prepared(folder: epath.Path, split: str, unlabelled: bool) -> Index:
     shape = source.manifest.arrays[records.IMAGE].shape
     return Index(
         "record",
-        files,
+        shards,
         np.array(rows, np.int64),
         names,
         labels,
         classes,
         shape=shape,
         crop=source.manifest.crop,
+        stamps=locations.stamps_of(
+            [shard.sha256 for shard in source.manifest.shards for _ in range(shard.count)]
+        ),
     )
 
 
@@ -273,6 +316,13 @@ class Loader:
             for future in waiting:
                 future.cancel()
 
+    def contents(self, numbers: Sequence[int]) -> str:
+        """Decode images, and return a digest of what they are, see `shards.Content`."""
+        content = Content()
+        for loaded in self.load(numbers):
+            content.add(loaded.pixels, loaded.reason)
+        return content.hexdigest()
+
     def _submit(self, chunk: Sequence[int]) -> Any:
         assert self._pool is not None
         tasks = [self._task(number) for number in chunk]
@@ -294,12 +344,7 @@ def _load_chunk(tasks: Sequence[_Task], preprocessing: Preprocessing) -> list[Lo
 def _load(task: _Task, preprocessing: Preprocessing) -> Loaded:
     number, name, location = task
     try:
-        if isinstance(location, np.ndarray):
-            content = location
-        elif location.kind == "record":
-            content = records.read_record(location.path, location.first)[records.IMAGE]
-        else:
-            content = locations.read(location)
+        content = location if isinstance(location, np.ndarray) else locations.read(location)
         if isinstance(content, np.ndarray):
             pixels, notes = frame(content, preprocessing)
         else:
@@ -329,10 +374,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-@functools.cache
-def default_workers() -> int:
-    """Return how many processes decode: one for each core that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -3,7 +3,8 @@
 import io
 import logging
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,18 @@ from etils import epath
 from diffit_jax.data import records
 from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
-from diffit_jax.errors import UserError
-from diffit_jax.ingest import containers, latent_statistics
-from diffit_jax.ingest.prepare import kept, label_of, progress_of, report, source_metadata
-from diffit_jax.ingest.shards import Shards
+from diffit_jax.errors import UserError, one_line
+from diffit_jax.ingest import containers, labelling, latent_statistics
+from diffit_jax.ingest.locations import stamp_of_file
+from diffit_jax.ingest.prepare import (
+    kept,
+    label_of,
+    numbered_as_other_splits,
+    progress_of,
+    report,
+    source_metadata,
+)
+from diffit_jax.ingest.shards import Content, Shards
 from diffit_jax.runtime import distributed, hub
 from diffit_jax.runtime.console import Progress
 
@@ -65,15 +74,17 @@ def import_latents(
     folder = folder_to_write(name, data_dir)
     source_files = _LatentFiles(hub.local(source, "source"))
     with source_files as (names, read, labels_json):
-        given = containers.read_dataset_json(labels_json, str(source)) if labels_json else {}
+        given = labelling.read_dataset_json(labels_json, str(source)) if labels_json else {}
         if not given and not unlabelled:
             raise UserError(
                 f"--source {source} has no labels in dataset.json: fetch it, or say --unlabelled"
             )
-        members = [containers.Member(each, 0, 0, 0) for each in names]
+        stamp = source_files.stamp
+        members = [containers.Member(each, 0, 0, 0, stamp(each)) for each in names]
         index = containers.index_members(
             str(source), "npy", files=(), members=members, given=given, unlabelled=unlabelled
         )
+        index = numbered_as_other_splits(index, folder, split)
         # The files do not say in which range pixels were encoded; their statistics do.
         moments = _read_one(read, index.names[0])
         pixels, means = _range_of(index.names, read)
@@ -83,8 +94,18 @@ def import_latents(
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         arrays = records.layout(moments=ArraySpec(shape, "float32"))
-        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=digest)
+        shards = Shards(
+            folder, split, count=len(index), arrays=arrays, identity=digest, evidence=index.evidence
+        )
+
+        def contents(numbers: Sequence[int]) -> str:
+            content = Content()
+            for number in numbers:
+                content.add(_read_one(read, index.names[number]))
+            return content.hexdigest()
+
         with shards.owned():
+            shards.forget_changed(contents)
             _write(shards, index, read, shape)
             manifest = shards.finish(
                 index.classes,
@@ -115,6 +136,7 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
                             f"{index.names[number]} is {moments.shape}, the first latent is "
                             f"{shape[1:]}: all must have one size"
                         )
+                    writer.content.add(moments)
                     writer.stats.add_sums(**latent_statistics.sums_of(moments[None, None]))
                     writer.add(label_of(index, number), moments=moments[None])
                     progress.advance()
@@ -127,7 +149,7 @@ class _LatentFiles:
         self._path, self._archive = path, None
 
     def __enter__(self) -> tuple[list[str], Callable[[str], bytes], bytes | None]:
-        path, labels = self._path, containers.DATASET_JSON
+        path, labels = self._path, labelling.DATASET_JSON
         if path.is_dir():
             names = [
                 f"{part.name}/{file.name}"
@@ -142,8 +164,13 @@ class _LatentFiles:
         try:
             self._file = path.open("rb")
             self._archive = zipfile.ZipFile(self._file)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"--source {path} is no folder and no whole zip ({error})") from error
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            reason = one_line(error, 100)
+            raise UserError(f"--source {path} is no folder and no whole zip ({reason})") from error
+        except OSError as error:
+            raise UserError(
+                f"--source {path} cannot be read ({error.strerror or error}): name another"
+            ) from error
         every = self._archive.namelist()
         names = [name for name in every if self._is_latent(name.rpartition("/")[2])]
         found = self._archive.read(labels) if labels in every else None
@@ -153,6 +180,12 @@ class _LatentFiles:
         if self._archive is not None:
             self._archive.close()
             self._file.close()
+
+    def stamp(self, name: str) -> str:
+        """Return what is known of a latent's content without reading it."""
+        if self._archive is not None:
+            return f"{self._archive.getinfo(name).CRC:08x}"
+        return stamp_of_file(self._path / name)
 
     @staticmethod
     def _is_latent(name: str) -> bool:
@@ -171,7 +204,7 @@ def _read_one(read: Callable[[str], bytes], name: str) -> np.ndarray:
     """Read mean and log variance, (h, w, 2c) float32."""
     try:
         array = np.load(io.BytesIO(read(name)), allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{name} is no whole npy file ({error}): fetch it again") from error
     if array.ndim != 3 or array.shape[0] % 2 or not np.isfinite(array).all():
         raise UserError(

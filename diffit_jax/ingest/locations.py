@@ -10,19 +10,26 @@ import functools
 import hashlib
 import io
 import json
+import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
 
+from diffit_jax.data import records
 from diffit_jax.errors import UserError, one_line
 from diffit_jax.ingest.decoding import DecodeError
+from diffit_jax.runtime import files
 
 _OPEN_FILES = 16  # of a process at once
+_READ_AGAIN, _ROWS_READ_AGAIN = 64, 4  # images of an index whose bytes are evidence too
+_OPTIONAL = ("labels", "pixels", "stamps")  # arrays of an index
+_MOST_BYTES = 2**30  # of an unpacked image file
+_ENDS = 2**16  # bytes at both ends of a table that stand for it
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's entry, APPNOTE.TXT 4.3.7
 
 
@@ -61,6 +68,9 @@ class Index:
       shape: (H, W, C) of records.
       crop: how they were brought to it, JSON values by name.
       about: what it is an index of, for whoever keeps it.
+      stamps: (n,) uint64, what is known of each image's content without reading it: of files on
+        disks size, time and inode, of those in buckets what the bucket says, of archives' entries
+        the archive's own sums. None where nothing is.
     """
 
     kind: str
@@ -74,6 +84,7 @@ class Index:
     shape: tuple[int, ...] = ()
     crop: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     about: str = ""
+    stamps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -94,6 +105,38 @@ class Index:
             digest.update(np.ascontiguousarray(self.pixels).tobytes())
         return digest.hexdigest()[:32]
 
+    def evidence(self, numbers: Sequence[int]) -> str:
+        """Digest what is cheaply known of the content of some images.
+
+        Their stamps, and the bytes of those among them that belong to a sample of the index.
+        """
+        digest = hashlib.sha256()
+        if self.stamps is not None:
+            digest.update(self.stamps[np.asarray(numbers)].astype("<u8").tobytes())
+        for number in numbers:
+            if number in self._sample:
+                digest.update(self._content_of(number))
+        return digest.hexdigest()[:32]
+
+    @functools.cached_property
+    def _sample(self) -> frozenset[int]:
+        if not self.files and self.pixels is None:  # read by others
+            return frozenset()
+        # To read a row of a table is to read its group, of a thousand.
+        size = min(_ROWS_READ_AGAIN if self.kind == "table" else _READ_AGAIN, len(self))
+        chosen = np.random.default_rng(0).choice(len(self), size, replace=False)
+        return frozenset(chosen.tolist())
+
+    def _content_of(self, number: int) -> bytes:
+        if self.pixels is not None:
+            return hashlib.sha256(self.pixels[number].tobytes()).digest()
+        try:
+            content = read(self.location(number))
+        except (OSError, DecodeError) as error:
+            return type(error).__name__.encode()
+        raw = content if isinstance(content, bytes) else content.tobytes()
+        return hashlib.sha256(raw).digest()
+
     def to_bytes(self) -> bytes:
         """Return the index as the content of a file, for other processes."""
         content = io.BytesIO()
@@ -111,7 +154,7 @@ class Index:
             "places": self.locations,
             "names": np.frombuffer("\0".join(self.names).encode(errors="surrogateescape"), "u1"),
         }
-        for name in ("labels", "pixels"):
+        for name in _OPTIONAL:
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         np.savez(content, **arrays)
@@ -123,8 +166,8 @@ class Index:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             metadata = json.loads(str(arrays["facts"]))
             names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
-            labels, pixels = (
-                arrays[name] if name in arrays.files else None for name in ("labels", "pixels")
+            labels, pixels, stamps = (
+                arrays[name] if name in arrays.files else None for name in _OPTIONAL
             )
             files, classes, messages, shape = (
                 tuple(metadata[name]) for name in ("files", "classes", "said", "shape")
@@ -141,11 +184,38 @@ class Index:
             pixels,
             shape,
             *rest,
+            stamps,
         )
 
 
+def stamps_of(texts: Sequence[str]) -> np.ndarray:
+    """Return (n,) uint64, a hash of each text."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def stamp_of_file(path: epath.PathLike) -> str:
+    """Return what is known of a file's content without reading it; another one has another."""
+    if files.is_local(path):
+        facts = os.stat(path)
+        return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    import fsspec
+
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    known = system.info(name)  # of the listing that found it
+    kinds = ("size", "generation", "md5Hash", "etag", "ETag", "mtime", "created")
+    return " ".join(str(known.get(kind)) for kind in kinds)
+
+
+def stamp_of_table(path: epath.Path) -> str:
+    """Return size and a digest of both ends of a table: its metadata stand there."""
+    size = files.size(path)
+    ends = _range(str(path), 0, _ENDS) + _range(str(path), max(0, size - _ENDS), _ENDS)
+    return f"{size} {hashlib.sha256(ends).hexdigest()}"
+
+
 def read(location: Location) -> bytes | np.ndarray:
-    """Read the bytes of an image file; of tensorflow-datasets perhaps (H, W, C) uint8.
+    """Read the bytes of an image file; of other kinds perhaps (H, W, C) uint8.
 
     Raises:
       OSError: the file cannot be read.
@@ -158,6 +228,8 @@ def read(location: Location) -> bytes | np.ndarray:
     if location.kind == "tfds":
         image = tfds_source(location.path)[location.first]["image"]
         return image if isinstance(image, bytes) else np.asarray(image)
+    if location.kind == "record":
+        return records.read_record(location.path, location.first)[records.IMAGE]
     if location.kind == "range":
         return _range(location.path, location.first, location.second)
     return _zip_entry(location)
@@ -180,9 +252,13 @@ def _zip_entry(location: Location) -> bytes:
     if method != 8:
         raise DecodeError(f"it is packed by method {method} of zip, only 0 and 8 are known")
     try:
-        return zlib.decompress(packed, -15)
+        unpacker = zlib.decompressobj(-15)
+        content = unpacker.decompress(packed, _MOST_BYTES)
     except zlib.error as error:
         raise DecodeError(f"its entry in the zip is damaged ({error})") from error
+    if not unpacker.eof:
+        raise DecodeError("its entry in the zip is damaged (it does not end where it should)")
+    return content
 
 
 def _range(path: str, start: int, size: int) -> bytes:
@@ -198,22 +274,84 @@ def _range(path: str, start: int, size: int) -> bytes:
 
 
 def _row(location: Location) -> bytes:
-    content = _row_group(location.path, location.first)[location.second]
+    path = location.path
+    content = _row_group(path, location.first, files.version(path))[location.second]
     if not content:
         raise DecodeError("empty file")
     return content
 
 
 @functools.lru_cache(maxsize=2)
-def _row_group(path: str, group: int) -> list[bytes | None]:
-    """Read the images of a row group: they are asked for in turn."""
-    import pyarrow.parquet
+def _row_group(path: str, group: int, version: tuple[int, ...]) -> Sequence[bytes | None]:
+    """Read the images of a row group (of Arrow: of a batch): they are asked for in turn."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            table = open_table(file, path)
+            cells = table.read(group, image_column(table.schema))
+    except TABLE_DAMAGED as error:
+        raise DecodeError(f"its row group is damaged ({one_line(error, 80)})") from error
+    return cells.field("bytes").to_pylist()
 
-    with epath.Path(path).open("rb") as file:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        column = image_column(parquet.schema_arrow)
-        table = parquet.read_row_group(group, columns=[f"{column}.bytes"])
-        return table.column(0).combine_chunks().field("bytes").to_pylist()
+
+TABLE_DAMAGED = (ValueError, NotImplementedError, KeyError, IndexError, TypeError, AttributeError)
+
+
+class Table(Protocol):
+    """A Parquet or Arrow file.
+
+    Attributes:
+      schema: of pyarrow.
+      counts: rows of each row group, or batch.
+    """
+
+    schema: Any
+    counts: list[int]
+
+    def read(self, group: int, column: str | None) -> Any:
+        """Return the cells of a column in a row group, an array of pyarrow."""
+        ...
+
+
+class _Parquet:
+    def __init__(self, file: IO[bytes]):
+        import pyarrow.parquet
+
+        # Checksums of pages are checked where the writer made some.
+        self._file = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        self.schema, metadata = self._file.schema_arrow, self._file.metadata
+        groups = range(self._file.num_row_groups)
+        self.counts = [metadata.row_group(group).num_rows for group in groups]
+
+    def read(self, group: int, column: str | None) -> Any:
+        table = self._file.read_row_group(group, columns=[column])
+        return table.column(0).combine_chunks()
+
+
+class _Arrow:
+    def __init__(self, file: IO[bytes], path: str):
+        import pyarrow
+
+        # Of a disk the batches are not copied to memory.
+        source = pyarrow.memory_map(path) if files.is_local(path) else file
+        if source.read(6) == b"ARROW1":
+            batches = pyarrow.ipc.open_file(source)
+            self._batches = [batches.get_batch(n) for n in range(batches.num_record_batches)]
+        else:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+            self._batches = list(batches)
+        for batch in self._batches:
+            batch.validate(full=True)
+        self.schema = batches.schema
+        self.counts = [batch.num_rows for batch in self._batches]
+
+    def read(self, group: int, column: str | None) -> Any:
+        return self._batches[group].column(column)
+
+
+def open_table(file: IO[bytes], path: str) -> Table:
+    """Open a Parquet or (by its name) Arrow file; raises `OSError` or one of `TABLE_DAMAGED`."""
+    return _Arrow(file, path) if path.endswith(".arrow") else _Parquet(file)
 
 
 @functools.lru_cache(maxsize=2)
@@ -250,7 +388,7 @@ def image_column(schema: Any) -> str | None:
     return None
 
 
-_files: collections.OrderedDict[str, IO[bytes]] = collections.OrderedDict()
+_files: collections.OrderedDict[tuple[str, tuple[int, ...]], IO[bytes]] = collections.OrderedDict()
 _files_lock = threading.RLock()
 
 
@@ -261,9 +399,10 @@ def _open_file(path: str) -> Iterator[IO[bytes]]:
     The oldest is closed when there are too many.
     """
     with _files_lock:
-        if path not in _files:
-            _files[path] = epath.Path(path).open("rb")
-        _files.move_to_end(path)
+        key = path, files.version(path)
+        if key not in _files:
+            _files[key] = epath.Path(path).open("rb")
+        _files.move_to_end(key)
         if len(_files) > _OPEN_FILES:
             _files.popitem(last=False)[1].close()
-        yield _files[path]
+        yield _files[key]

@@ -17,11 +17,13 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
 from diffit_jax.ingest.decoding import Preprocessing
-from diffit_jax.ingest.images import Loader, default_workers, open_images
+from diffit_jax.ingest.images import Loader, open_images
+from diffit_jax.ingest.labelling import numbered_by
 from diffit_jax.ingest.locations import Index
 from diffit_jax.ingest.shards import Shards
 from diffit_jax.runtime import distributed, hub
 from diffit_jax.runtime.console import Progress, first_few
+from diffit_jax.runtime.run_in_subprocess import count_cores
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ def prepare(
     split: str = "train",
     preprocessing: Preprocessing = Preprocessing(),
     unlabelled: bool = False,
+    tar_classes: bool = False,
     workers: int | None = None,
     holdout: float = 0.0,
     preview: bool = False,
@@ -50,6 +53,7 @@ def prepare(
       split: that it becomes, "train" or "test" for training and its scores.
       preprocessing: size and channels of the images.
       unlabelled: whether to leave labels out.
+      tar_classes: whether each of several tars is a class, even if they look like parts of one set.
       workers: processes that decode; None: one for each core.
       holdout: share of the images that becomes the split "test" instead, see `is_held_out`.
       preview: whether to draw some images of each class in `SPLIT.preview.png`.
@@ -67,20 +71,31 @@ def prepare(
     if holdout and split != "train":
         raise UserError("--holdout makes the split test of what is left out: leave out --split")
     place = hub.local(source, "source")
-    index = open_images(place, split, unlabelled)
-    workers = default_workers() if workers is None else workers
+    index = open_images(place, split, unlabelled, tar_classes=tar_classes)
+    index = numbered_as_other_splits(index, folder, split)
+    workers = count_cores() if workers is None else workers
     with Loader(index, preprocessing, workers) as loader:
         shape, crop = loader.first_shape(), dataclasses.asdict(preprocessing)
         identity = {"source": index.digest(), "crop": crop, "shape": list(shape)}
         arrays = records.layout(image=ArraySpec(shape, "uint8"))
         identity |= {"holdout": holdout} if holdout else {}
-        shards = Shards(folder, split, count=len(index), arrays=arrays, identity=identity)
-        held = None
-        if holdout:
-            held = Shards(folder, "test", count=len(index), arrays=arrays, identity=identity)
+
+        def of_split(name: str) -> Shards:
+            return Shards(
+                folder,
+                name,
+                count=len(index),
+                arrays=arrays,
+                identity=identity,
+                evidence=index.evidence,
+            )
+
+        shards, held = of_split(split), of_split("test") if holdout else None
         with shards.owned():
+            shards.forget_changed(loader.contents)
             if held is not None:
                 held.begin()
+                held.forget_changed(loader.contents)
             _write(shards, index, loader, shape, held=held, share=holdout)
             if held is not None:
                 _check_classes(index, shards, held)
@@ -136,15 +151,12 @@ def _draw(folder: epath.Path, split: str) -> None:
         parts = [looked[start : start + 256] for start in range(0, len(looked), 256)]
         labels = np.concatenate([source.read(part)["label"] for part in parts])
         rows = [looked[labels == label][:_SHOWN_IMAGES] for label in range(len(classes))]
-        names = [name for name, row in zip(classes, rows, strict=True) if len(row)]
+        names = [name for name, row in zip(classes, rows, strict=True) if len(row)][:_SHOWN_CLASSES]
         rows = [row for row in rows if len(row)][:_SHOWN_CLASSES]
     else:
         rows, names = np.split(looked[:100], range(10, len(looked[:100]), 10)), []
-    cells = np.zeros((len(rows), _SHOWN_IMAGES, *source.image_shape), np.uint8)
-    for cell, row in zip(cells, rows, strict=True):
-        cell[: len(row)] = source.read(row)["image"]
+    shown = pixels.padded_rows([source.read(row)["image"] for row in rows], _SHOWN_IMAGES)
     path = folder / f"{split}.preview.png"
-    shown = cells.reshape(-1, *source.image_shape)
     pixels.write_preview(path, shown, lambda images: images, _SHOWN_IMAGES, beside=names)
     log.info("wrote %s", path)
 
@@ -173,6 +185,8 @@ def _write(
                     if notice.reached():
                         raise notice.ending(kept(shards))
                     image = loaded.pixels
+                    for each in {writer, other}:
+                        each.content.add(image, loaded.reason)
                     if image is None:
                         writer.stats.skipped.append((index.names[loaded.number], loaded.reason))
                     else:
@@ -181,6 +195,28 @@ def _write(
                         out.add(label_of(index, loaded.number), image=image)
                         out.note(list(loaded.notes))
                     progress.advance()
+
+
+def numbered_as_other_splits(index: Index, folder: epath.Path, split: str) -> Index:
+    """Return an index whose classes are numbered as those of the data set's other splits.
+
+    Raises:
+      UserError: it has classes that they have not.
+    """
+    for other in records.splits(folder):
+        theirs = records.read_manifest(folder, other).classes
+        ours = index.classes
+        if other == split or index.labels is None or not theirs or theirs == ours:
+            continue
+        by_number = [tuple(map(str, range(len(names)))) == names for names in (theirs, ours)]
+        if by_number[1] and len(ours) <= len(theirs):
+            message = f"classes are numbers, taken for places in those of split {other}"
+            return dataclasses.replace(index, classes=theirs, messages=(*index.messages, message))
+        if by_number[0] and len(ours) == len(theirs):
+            continue
+        labels = numbered_by(theirs, index.labels, ours, split, other)
+        return dataclasses.replace(index, classes=theirs, labels=labels)
+    return index
 
 
 def progress_of(shards: Shards, missing: Sequence[int], what: str, unit: str) -> Progress:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class ShardStats:
       skipped: images that could not be read, with reasons.
       notes: how many were unusual, by kind; `remarks` in the JSON.
       sums: of numbers over examples, by name; lists, float64.
+      evidence: what was cheaply known of its images, see `Index.evidence`; "" in older ones.
+      content: digest of what its images were decoded to, see `Content`.
     """
 
     file: str = ""
@@ -57,12 +59,30 @@ class ShardStats:
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    evidence: str = ""
+    content: str = ""
 
     def add_sums(self, **values: np.ndarray) -> None:
         """Add arrays to the sums of their names."""
         for name, value in values.items():
             before = np.array(self.sums.get(name, 0.0), np.float64)
             self.sums[name] = (before + value).tolist()
+
+
+class Content:
+    """A digest of images as they are decoded, or of why they are not, in their order."""
+
+    def __init__(self):
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, array: np.ndarray | None, reason: str = "") -> None:
+        """Add an image or latent of any shape; None: it is broken."""
+        content = reason.encode() if array is None else np.ascontiguousarray(array).tobytes()
+        self._digest.update(len(content).to_bytes(8, "big") + content)
+
+    def hexdigest(self) -> str:
+        """Return the digest of those added."""
+        return self._digest.hexdigest()
 
 
 class Shards:
@@ -83,6 +103,7 @@ class Shards:
         arrays: Mapping[str, ArraySpec],
         identity: Mapping[str, Any],
         per_shard: int = 0,
+        evidence: Callable[[Sequence[int]], str] = lambda numbers: "",
     ):
         """Plan the shards.
 
@@ -93,6 +114,7 @@ class Shards:
           arrays: of a record, see `records.layout`.
           identity: JSON values by name of all that records depend on.
           per_shard: examples of a shard; 0: as many as `MOST_BYTES` hold.
+          evidence: returns what is cheaply known of the content of examples, by their numbers.
         """
         self.folder, self.count, self._split, self._arrays = folder, count, split, arrays
         self._per_shard = per_shard or max(1, MOST_BYTES // records.record_size(arrays))
@@ -102,6 +124,7 @@ class Shards:
             specs = {name: dataclasses.asdict(spec) for name, spec in arrays.items()}
             self._identity["arrays"] = specs
         self._stats_dir = folder / records.shard_stats_dir(split)
+        self._evidence = evidence
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
@@ -132,13 +155,47 @@ class Shards:
         if found.differences:
             raise UserError(
                 f"{self.folder} holds split {self._split} of other data "
-                f"({_in_words(found.differences)}): choose another --name, or delete it"
+                f"({_in_words(found.differences)}): choose another --name, or delete it to make it "
+                "anew"
             )
         files.make_directory(self._stats_dir, "data_dir")
         files.write_json(artifact.path, wanted)
         if files.is_local(self.folder):
             for partial in Path(self.folder).glob(f".{self._split}-*.partial"):
                 partial.unlink(missing_ok=True)
+
+    def forget_changed(self, contents: Callable[[Sequence[int]], str]) -> None:
+        """Forget finished shards whose images are others by now, so that they are made anew.
+
+        By evidence; where that is another one, as after copying a folder, by the images themselves.
+
+        Args:
+          contents: decodes examples, by their numbers, and returns the digest of their `Content`.
+        """
+        unknown = 0
+        for shard, stats in enumerate(self.stats()):
+            if stats is None or not stats.evidence:
+                unknown += stats is not None
+                continue
+            evidence = self._evidence(self.numbers(shard))
+            if stats.evidence == evidence:
+                continue
+            log.info(
+                "the source of shard %d of %d was touched since: its images are looked at again",
+                *(shard, self.total),
+            )
+            if contents(self.numbers(shard)) == stats.content:
+                stats.evidence = evidence
+                self._write_stats(shard, stats)
+            else:
+                log.warning("images of shard %d have changed since: it is made anew", shard)
+                self._stats_path(shard).unlink(missing_ok=True)
+        if unknown:
+            log.info(
+                "%d finished shards are of an earlier version: whether their images have changed "
+                "since is not known (delete %s to make all anew)",
+                *(unknown, self.folder),
+            )
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are not finished, ascending."""
@@ -180,7 +237,7 @@ class Shards:
             writer = ShardWriter(scratch, self._arrays)
             yield writer
             stats = writer.close()
-            stats.file = name
+            stats.file, stats.evidence = name, self._evidence(self.numbers(shard))
             if local:
                 os.replace(scratch, self.folder / name)
             else:
@@ -267,6 +324,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, arrays: Mapping[str, ArraySpec]):
         self._path, self.stats, self._arrays = path, ShardStats(), arrays
+        self.content = Content()
         self._last = b""
         self._writer: Any = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
 
@@ -298,6 +356,7 @@ class ShardWriter:
             self.stats.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         self.stats.size = self._path.stat().st_size
+        self.stats.content = self.content.hexdigest()
         return self.stats
 
     def abandon(self) -> None:
@@ -316,7 +375,7 @@ def _in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
                     what = name if key == "crop" else f"{key} {name}"
                     told.append(f"{what} {theirs.get(name)}, now {ours.get(name)}")
         elif key == "source":
-            told.append("its images have changed")
+            told.append("other images by name, label or size")
         elif key != "examples of a shard":  # it follows from the shape
             told.append(f"{key} {_short(theirs)}, now {_short(ours)}")
     return "; ".join(sorted(told)[:3]) or "an older format"

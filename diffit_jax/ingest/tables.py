@@ -1,111 +1,152 @@
-"""Tables of images: Parquet files, prepared tensorflow-datasets, and CIFAR-10's archives."""
+"""Tables of images: Parquet, Arrow, prepared tensorflow-datasets, and CIFAR-10's archives."""
 
 import contextlib
+import gzip
 import io
 import json
 import pickle
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from diffit_jax.errors import UserError
-from diffit_jax.ingest import locations
+from diffit_jax.errors import UserError, one_line
+from diffit_jax.ingest import labelling, locations
+from diffit_jax.ingest.labelling import Labels
 from diffit_jax.ingest.locations import Index
+from diffit_jax.runtime import files
 
-# --- Parquet
+# --- Parquet and Arrow
 
 
-def index_parquet(paths: Sequence[epath.Path], unlabelled: bool) -> Index:
+# What `datasets.Dataset.save_to_disk` writes, for one split and for several.
+SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
+_ClassNames = tuple[str, ...]
+
+
+def index_saved(folder: epath.Path, split: str, unlabelled: bool) -> Index:
+    """Index a data set that `datasets.Dataset.save_to_disk` wrote, of one split or several."""
+    if (folder / SAVED_SPLITS).exists():
+        splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if split not in splits:
+            raise UserError(
+                f"{folder} has no split {split!r}: use --split {' or '.join(splits) or 'none'}"
+            )
+        folder /= split
+    try:
+        state = json.loads((folder / SAVED_STATE).read_text())
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        features = json.loads((folder / "dataset_info.json").read_text()).get("features") or {}
+        classes = _label_feature(features)[1]
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {epath.Path(error.filename).name}: fetch it") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder}/{SAVED_STATE} is not as datasets.save_to_disk writes it "
+            f"({one_line(error, 80)}): save it again"
+        ) from error
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing or not names or state.get("_indices_data_files"):
+        what = f"{missing[0]} is not there" if missing else "it is a selection of other files"
+        raise UserError(f"{folder}: {what}: save it again by datasets.save_to_disk")
+    return index_tables([folder / name for name in names], unlabelled, classes)
+
+
+def index_tables(paths: Sequence[epath.Path], unlabelled: bool, classes: _ClassNames = ()) -> Index:
     """Index Hugging Face tables: a column of {bytes, path}, and a column of labels.
 
-    The metadata have the names of classes.
+    The metadata have the names of classes; if not, `classes` are.
     """
     try:
-        import pyarrow
-        import pyarrow.parquet as parquet
+        import pyarrow  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"{paths[0]} cannot be read without the library pyarrow: pip install pyarrow"
         ) from error
     rows: list[tuple[int, int, int]] = []
-    labels: list[np.ndarray] = []
-    classes: tuple[str, ...] = ()
-    label_column = None
+    values: list[Any] = []
+    described: list[tuple[str | None, _ClassNames]] = []
     # Positions of all rows; of the columns only labels are read here.
     for number, path in enumerate(paths):
         try:
             with path.open("rb") as file:
-                table = parquet.ParquetFile(file)
-                schema = table.schema_arrow
-                if locations.image_column(schema) is None:
-                    raise UserError(
-                        f"{path} has no column of images ({{bytes, path}}), only "
-                        f"{', '.join(schema.names)}: name another file"
-                    )
-                label_column, classes = _label_column(schema)
-                for group in range(table.num_row_groups):
-                    count = table.metadata.row_group(group).num_rows
+                table = locations.open_table(file, str(path))
+                described.append(_described(table.schema, path))
+                if described[-1] != described[0]:
+                    raise _disagreement(paths[0], path, described[0], described[-1])
+                for group, count in enumerate(table.counts):
                     rows += [(number, group, row) for row in range(count)]
-                if label_column:
-                    labels.append(table.read([label_column]).column(0).to_numpy())
-        except pyarrow.ArrowException as error:
+                    if described[0][0] and not unlabelled:
+                        values += table.read(group, described[0][0]).to_pylist()
+        except (UserError, PermissionError):
+            raise
+        except (OSError, *locations.TABLE_DAMAGED) as error:
             raise UserError(
-                f"{path} is not a whole Parquet file ({' '.join(str(error).split())[:100]}): fetch "
-                "it again"
+                f"{path} is not a whole table of images ({one_line(error, 100)}): fetch it again"
             ) from error
     # Rows have no names: file, row group and row stand for one.
     names = [f"{paths[file].name}:{group}:{row}" for file, group, row in rows]
-    found = np.concatenate(labels) if labels and not unlabelled else None
-    messages = []
-    if found is None and not unlabelled:
-        messages.append("no labels: its tables have no column of them")
-    elif found is not None and found.max() < 0:
-        messages.append("no labels: all are -1, as in test splits")
-        found = None
-    elif found is not None and found.min() < 0:
-        raise UserError(
-            f"{paths[0].parent} has rows without a label (-1) among others: say --unlabelled"
-        )
-    return _index_of(paths, rows, names, found, classes=classes, messages=messages)
-
-
-def _index_of(
-    paths: Sequence[epath.Path],
-    rows: Sequence[tuple[int, int, int]],
-    names: list[str],
-    labels: np.ndarray | None,
-    *,
-    classes: tuple[str, ...],
-    messages: Sequence[str],
-) -> Index:
-    if labels is None:
-        classes = ()
-    elif not classes:
-        classes = tuple(str(number) for number in range(int(labels.max()) + 1))
+    if not rows:
+        raise UserError(f"{paths[0]} has no rows: name another file")
+    labels, column = Labels(), described[0][0]
+    if column is None and not unlabelled:
+        labels = Labels(messages=("no labels: its tables have no column of them",))
+    elif not unlabelled:
+        known = described[0][1] or classes
+        labels = labelling.of_values(f"{paths[0]}, column {column}", values, names, known)
+    stamps = locations.stamps_of([locations.stamp_of_table(path) for path in paths])
+    places = np.array(rows, np.int64).reshape(-1, 3)
     return Index(
-        "table",
-        tuple(map(str, paths)),
-        np.array(rows, np.int64).reshape(-1, 3),
-        names,
-        None if labels is None else labels.astype(np.int32),
-        classes,
-        tuple(messages),
+        "table", tuple(map(str, paths)), places, names, *labels, stamps=stamps[places[:, 0]]
     )
 
 
-def _label_column(schema: Any) -> tuple[str | None, tuple[str, ...]]:
+def _disagreement(
+    first: epath.Path,
+    path: epath.Path,
+    theirs: tuple[str | None, _ClassNames],
+    ours: tuple[str | None, _ClassNames],
+) -> UserError:
+    if theirs[0] != ours[0]:
+        what = f"the column of labels is {ours[0] or 'not there'}, in {first.name} it is "
+        what += theirs[0] or "not there"
+    else:
+        what = f"the names of its {len(ours[1])} classes are not those of {first.name}"
+    return UserError(f"{path}: {what}: name files of one data set, or say --unlabelled")
+
+
+def _described(schema: Any, path: epath.Path) -> tuple[str | None, _ClassNames]:
+    """Return the column of labels, and names of classes, of a table; it must have images."""
+    if locations.image_column(schema) is None:
+        raise UserError(
+            f"{path} has no column of images ({{bytes, path}}), only "
+            f"{', '.join(schema.names)}: name another file"
+        )
+    return _label_column(schema)
+
+
+def _label_column(schema: Any) -> tuple[str | None, _ClassNames]:
     """Name of the column of labels, and the classes' names as far as the metadata have them."""
     features: Mapping[str, Any] = {}
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    for name, feature in features.items():
-        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel":
-            return name, tuple(feature.get("names") or ())
+    name, classes = _label_feature(features)
+    if name in schema.names:
+        return name, classes
     return next((name for name in ("label", "labels") if name in schema.names), None), ()
+
+
+def _label_feature(features: Any) -> tuple[str | None, _ClassNames]:
+    """Return the feature of labels among those of Hugging Face's metadata, and its names."""
+    for name, feature in features.items() if isinstance(features, Mapping) else ():
+        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel":
+            names = feature.get("names")
+            return name, tuple(map(str, names)) if isinstance(names, list) else ()
+    return None, ()
 
 
 # --- tensorflow-datasets
@@ -138,13 +179,16 @@ def index_tfds(folder: epath.Path, split: str, unlabelled: bool) -> Index:
         raise UserError(f"{folder} has no feature image, only {', '.join(features)}")
     source = locations.tfds_source(f"{folder}::{split}")
     count = len(source)
-    labels, classes = None, ()
-    if "label" in features and not unlabelled:
-        labels = np.array([source[index]["label"] for index in range(count)], np.int32)
-        classes = tuple(features["label"].names)
-    rows = np.stack([np.zeros(count, np.int64), np.arange(count), np.zeros(count, np.int64)], 1)
+    labels = Labels()
     names = [f"{split}:{index}" for index in range(count)]
-    return Index("tfds", (f"{folder}::{split}",), rows, names, labels, classes)
+    if "label" in features and not unlabelled:
+        values = [int(source[index]["label"]) for index in range(count)]
+        classes = getattr(features["label"], "names", None) or ()
+        labels = labelling.of_values(str(folder), values, names, classes)
+    rows = np.stack([np.zeros(count, np.int64), np.arange(count), np.zeros(count, np.int64)], 1)
+    sizes = sorted((entry.name, files.size(entry)) for entry in folder.iterdir())
+    stamps = np.repeat(locations.stamps_of([str(sizes)]), count)
+    return Index("tfds", (f"{folder}::{split}",), rows, names, *labels, stamps=stamps)
 
 
 # --- CIFAR-10
@@ -170,24 +214,27 @@ def cifar_files(path: epath.Path) -> dict[str, bytes] | None:
                     found[name] = part.read()
                 elif entry.isfile() and not found and entry.size > 10**8:
                     break  # some other, large archive
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a whole archive ({error}): fetch it again") from error
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
+        reason = one_line(error, 100)
+        raise UserError(f"{path} is not a whole archive ({reason}): fetch it again") from error
     return found or None
 
 
-def index_cifar(source: str, files: Mapping[str, bytes], split: str, unlabelled: bool) -> Index:
+def index_cifar(
+    source: str, batches_of: Mapping[str, bytes], split: str, unlabelled: bool
+) -> Index:
     """Index CIFAR-10's binary or Python archive: `train` has five batches, `test` one."""
     if split not in ("train", "test"):
         raise UserError(f"{source} has no split {split!r}: use --split train or test")
-    binary = any(name.endswith(".bin") for name in files)
+    binary = any(name.endswith(".bin") for name in batches_of)
     batches = [
         f"{name}.bin" if binary else name for name in (_TRAIN if split == "train" else _TEST)
     ]
-    missing = [name for name in batches if name not in files]
+    missing = [name for name in batches if name not in batches_of]
     if missing:
         raise UserError(f"{source} has no {', '.join(missing)}: fetch it again")
     read = _binary_batch if binary else _python_batch
-    parts = [read(files[name], f"{source}: {name}") for name in batches]
+    parts = [read(batches_of[name], f"{source}: {name}") for name in batches]
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if len(labels) == 0 or labels.max() > 9:
         raise UserError(f"{source} has labels beyond 9, which CIFAR-10 has not: fetch it again")
@@ -198,7 +245,7 @@ def index_cifar(source: str, files: Mapping[str, bytes], split: str, unlabelled:
         rows.astype(np.int64),
         [f"{split}:{index}" for index in range(len(labels))],
         None if unlabelled else labels.astype(np.int32),
-        () if unlabelled else _cifar_classes(files),
+        () if unlabelled else _cifar_classes(batches_of),
         pixels=np.ascontiguousarray(pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)),
     )
 

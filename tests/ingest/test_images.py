@@ -75,7 +75,7 @@ def test_the_same_images_are_the_same_data_in_every_container(tmp_path):
         assert index.classes == ("cat", "dog") and index.labels.tolist() == LABELS, kind
         contents = [locations.read(index.location(number)) for number in range(len(index))]
         assert contents == [PETS[name] for name in NAMES], kind
-        assert index.messages == ()
+        assert not [text for text in index.messages if not text.startswith("passed over")]
 
 
 def test_an_index_travels_to_other_processes(tmp_path):

@@ -50,4 +50,5 @@ def main() -> None:
     if values.pop("preprocessing") != Preprocessing():
         cli.fail("--crop, --size, --channels and --upright are for images, not for latents")
     values.pop("workers")
+    values.pop("tar_classes")
     import_latents.import_latents(**values)
