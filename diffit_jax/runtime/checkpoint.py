@@ -37,6 +37,9 @@ class Checkpoints:
     changed the parameters. One that has fewer of them than there are by now was followed by a
     finite loss of its own parameters. Where one is not there, as in checkpoints of other kinds,
     nothing speaks against it.
+
+    A fourth one, `sums`, has two sums of the bits of each array (see `sums_of`), compared when it
+    is restored: a bit that was flipped on a disk is noticed.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class Checkpoints:
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._metadata[step] = dict(metadata)
+        facts = {**metadata, "sums": sums_of(items)}
         with self._writing():
             if not self._manager.save(
-                step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(dict(metadata)))
+                step, args=ocp.args.Composite(**arguments, facts=ocp.args.JsonSave(facts))
             ):
                 raise UserError(
                     f"checkpoint {step} was not written: {self.directory} holds it or a newer one; "
@@ -291,7 +295,30 @@ class Checkpoints:
             )
         if restored["facts"]["step"] != step:
             raise ValueError(f"it is of step {restored['facts']['step']}")
-        return {name: restored[name] for name in abstract_items}
+        items = {name: restored[name] for name in abstract_items}
+        if "sums" not in restored["facts"]:
+            log.info("checkpoint %d is of an earlier version, without sums of its arrays", step)
+            return items
+        changed = _changed(items, restored["facts"]["sums"])
+        if changed:
+            raise ValueError(
+                f"{first_few(changed)} came back with other bits than were saved: a disk or memory "
+                "has flipped some"
+            )
+        return items
+
+
+def _changed(items: Mapping[str, Any], sums: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return the names of arrays with other sums than those that were saved.
+
+    Arrays that are restored as another dtype are not compared.
+    """
+    found = sums_of(items)
+    return [
+        name
+        for name, (dtype, *ours) in found.items()
+        if name in sums and sums[name][0] == dtype and list(sums[name][1:]) != ours
+    ]
 
 
 @functools.cache
@@ -367,6 +394,21 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()[:32]
 
 
+def sums_of(tree: Any) -> dict[str, list[Any]]:
+    """Return dtype and two sums of the bits of each array in a pytree, by its path.
+
+    Integer sums, the plain one and one weighted by position: any flipped bit changes the first, and
+    both are the same however an array is divided over devices and hosts. Made where the arrays lie,
+    by one program that reads each once.
+    """
+    leaves = [(name, leaf) for name, leaf in parallel.named(tree) if leaf.dtype.itemsize <= 4]
+    pairs = _of_each(_weighted_sums, leaves)
+    return {
+        name: [np.dtype(leaf.dtype).name, *pair]
+        for (name, leaf), pair in zip(leaves, pairs, strict=True)
+    }
+
+
 def not_finite(tree: Any) -> list[str]:
     """Name the arrays in a pytree that have a NaN or infinity, each with how many."""
     leaves = parallel.named(tree)
@@ -417,14 +459,30 @@ def _count_bad(leaf: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32)
 
 
-def _sums(leaf: jax.Array) -> jax.Array:
-    """Return two sums over all values of an array, each mixed with its index: (2,) uint32."""
-    unsigned = {2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
+def _bits_and_places(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the bits of each value, and its number in the order of memory, uint32."""
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
+    leaf = lax.convert_element_type(leaf, np.uint8) if leaf.dtype == bool else leaf
     bits = lax.convert_element_type(lax.bitcast_convert_type(leaf, unsigned), np.uint32)
     place = lax.full(leaf.shape, np.uint32(0))
     for axis, size in enumerate(leaf.shape):
         along = lax.broadcasted_iota(np.uint32, leaf.shape, axis)
         place = lax.add(lax.mul(place, np.uint32(size % 2**32)), along)
+    return bits, place
+
+
+def _weighted_sums(leaf: jax.Array) -> jax.Array:
+    """Return the sum of all bits of an array, and the sum weighted by odd numbers: (2,) uint32."""
+    bits, place = _bits_and_places(leaf)
+    weighted = lax.mul(bits, lax.add(lax.mul(place, np.uint32(2)), np.uint32(1)))
+    axes = tuple(range(leaf.ndim))
+    sums = [lax.reduce(each, np.uint32(0), lax.add, axes) for each in (bits, weighted)]
+    return lax.concatenate([lax.expand_dims(each, (0,)) for each in sums], 0)
+
+
+def _sums(leaf: jax.Array) -> jax.Array:
+    """Return two sums over all values of an array, each mixed with its index: (2,) uint32."""
+    bits, place = _bits_and_places(leaf)
     mixed = _mixed(lax.bitwise_xor(bits, _mixed(lax.add(place, np.uint32(1)))))
     again = _mixed(lax.add(mixed, np.uint32(0x9E3779B1)))
     axes = tuple(range(leaf.ndim))

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, foreign or not there."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from support.configs import small_config, small_latent_config
 from support.damage import data_files, truncate
@@ -15,7 +17,7 @@ from support.damage import data_files, truncate
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.run.state import abstract_state, items_of, restore_state
-from diffit_jax.runtime import parallel
+from diffit_jax.runtime import checkpoint, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.sampling.sample import sample
 from diffit_jax.training.train import train
@@ -263,3 +265,72 @@ def test_checkpoints_on_another_disk_can_be_set_aside(saved, tmp_path):
     assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
     assert (saved.parent / "checkpoints_damaged" / "4" / "tree").exists()
     shutil.rmtree(other, ignore_errors=True)
+
+
+def test_one_flipped_bit_in_the_data_is_noticed(saved, caplog):
+    """Wherever it is: the checkpoint's own data come back, or those of the one before."""
+    rng = np.random.default_rng(0)
+    files = [path for path in data_files(saved / "4") if path.stat().st_size]
+    assert files
+    older = 0
+    for _ in range(12):
+        path = files[rng.integers(len(files))]
+        content = path.read_bytes()
+        place = int(rng.integers(len(content)))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        step, items = Checkpoints(saved, keep=3).restore({"tree": abstract()})
+        np.testing.assert_array_equal(items["tree"]["a"], TREE["a"] + step)
+        np.testing.assert_array_equal(items["tree"]["b"]["c"], TREE["b"]["c"] + step)
+        older += step == 3
+        path.write_bytes(content)
+    assert older > 2  # some bits belong to nothing that is read
+
+
+def test_a_flipped_bit_that_the_library_does_not_see_is_named(saved, monkeypatch, caplog):
+    """By the array's name, with the last good checkpoint in its place."""
+    restore = ocp.CheckpointManager.restore
+
+    def flipped(self, step, **more):
+        found = restore(self, step, **more)
+        if step == 4 and "tree" in found:
+            array = np.array(found["tree"]["a"])
+            array.view(np.uint32)[1234] ^= 1 << 22
+            tree = found["tree"] | {"a": jnp.asarray(array)}
+            return {"tree": tree, "facts": found["facts"]}
+        return found
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", flipped)
+    step, _ = Checkpoints(saved, keep=3).restore({"tree": abstract()})
+    assert step == 3 and "tree/a came back with other bits than were saved" in caplog.text
+
+
+def test_a_checkpoint_without_sums_is_read_with_a_line(saved, caplog):
+    """Of an earlier version."""
+    caplog.set_level("INFO", logger="diffit_jax")
+    facts = next(path for path in (saved / "4" / "facts").rglob("*") if path.name == "metadata")
+    held = json.loads(facts.read_text())
+    assert held.pop("sums")["tree/b/c"][0] == "float32"
+    facts.write_text(json.dumps(held))
+    assert Checkpoints(saved, keep=3).restore({"tree": abstract()})[0] == 4
+    assert "checkpoint 4 is of an earlier version, without sums" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "bool"])
+def test_sums_of_bits_are_what_numpy_says(dtype):
+    """On one device and on two; of arrays of no axes and of several."""
+    rng = np.random.default_rng(0)
+    for shape in ((), (7,), (16, 5), (3, 8, 4)):
+        array = np.asarray(jnp.asarray(rng.normal(size=shape) * 50).astype(dtype))
+        unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize]
+        bits = np.ravel(array).view(unsigned).astype(object)
+        weights = 2 * np.arange(bits.size, dtype=object) + 1
+        expected = [dtype, int(bits.sum()) % 2**32, int((bits * weights).sum()) % 2**32]
+        assert checkpoint.sums_of({"x": jnp.asarray(array)}) == {"x": expected}
+        axis = next((n for n, size in enumerate(shape) if size % 2 == 0), None)
+        if axis is not None:
+            spec = jax.sharding.PartitionSpec(*[None] * axis, "data")
+            mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+            there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
+            assert checkpoint.sums_of({"x": there}) == {"x": expected}
