@@ -377,6 +377,23 @@ def gather(array: jax.Array) -> np.ndarray:
 _questions = itertools.count()  # of this process, see `PreemptionNotice.reached`
 
 
+_told = False  # whether a question was answered yes
+
+
+def is_to_end() -> bool:
+    """Whether to save and end now, in a block of `PreemptionNotice`.
+
+    All processes get the same answer to their n-th question, whoever asks in whichever loop; once
+    told, it stays so until the outermost block ends.
+    """
+    global _told
+    number = next(_questions)
+    if jax.process_count() == 1:
+        return interruption.noticed()
+    _told = multihost_utils.reached_preemption_sync_point(number) or _told
+    return _told
+
+
 class PreemptionNotice:
     """Tells when this run is to be interrupted: a signal to any process, or the platform's notice.
 
@@ -388,6 +405,9 @@ class PreemptionNotice:
         self._held = interruption.held(ctrl_c)
 
     def __enter__(self) -> "PreemptionNotice":
+        global _told
+        if not interruption.held_by():
+            _told = False
         self._held.__enter__()
         return self
 
@@ -395,14 +415,8 @@ class PreemptionNotice:
         self._held.__exit__(*error)
 
     def reached(self) -> bool:
-        """Ask whether to save and end now. Ask after every piece of work.
-
-        All processes get the same answer to their n-th question, whoever asks in whichever loop.
-        """
-        number = next(_questions)
-        if jax.process_count() == 1:
-            return interruption.noticed()
-        return multihost_utils.reached_preemption_sync_point(number)
+        """Ask whether to save and end now, see `is_to_end`. Ask after every piece of work."""
+        return is_to_end()
 
     def ending(self, what_is_kept: str) -> BaseException:
         """Return the exception to raise when everything is saved."""

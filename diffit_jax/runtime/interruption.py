@@ -31,6 +31,8 @@ _lock = threading.RLock()  # a handler may interrupt the main thread where it ha
 _end_lock = threading.Lock()
 _listening = False
 _holders = 0
+_holders_of_ctrl_c = 0
+_expendable = 0  # blocks in which nothing would be lost
 _noticed = threading.Event()
 _pressed = 0  # how often Ctrl-C was pressed while signals were held
 _forward: Callable[[], None] | None = None
@@ -81,12 +83,13 @@ def held(ctrl_c: bool = False) -> Iterator[None]:
     Args:
       ctrl_c: whether Ctrl-C is noted too; the second one raises `KeyboardInterrupt`.
     """
-    global _holders, _pressed
+    global _holders, _holders_of_ctrl_c, _pressed
     with _lock:
         if not _holders:
             _noticed.clear()
             _pressed = 0
         _holders += 1
+        _holders_of_ctrl_c += ctrl_c
     restored = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere nobody can listen
         # SIGTERM stays with whoever tells the other processes.
@@ -106,6 +109,30 @@ def held(ctrl_c: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
         with _lock:
             _holders -= 1
+            _holders_of_ctrl_c -= ctrl_c
+
+
+@contextlib.contextmanager
+def expendable() -> Iterator[None]:
+    """End at once after a signal in this block, held or not: all that there is has been saved.
+
+    For a compilation, say, which may take minutes and hears nothing.
+    """
+    global _expendable
+    with _lock:
+        _expendable += 1
+    try:
+        if _noticed.is_set() and not _pressed:
+            _on(signal.SIGTERM)
+        yield
+    finally:
+        with _lock:
+            _expendable -= 1
+
+
+def held_by() -> int:
+    """Return in how many blocks of `held` this is."""
+    return _holders
 
 
 def noticed() -> bool:
@@ -156,6 +183,10 @@ def _watch(heard: int) -> None:
             if number in ENDING:
                 _on(number)
             elif number == signal.SIGINT:
+                # Counted here: Python's handler waits for the main thread, and is called once
+                # for several signals.
+                if _holders_of_ctrl_c and signal.getsignal(signal.SIGINT) is _on_ctrl_c:
+                    _press()
                 threading.Thread(target=_end_after_ctrl_c, daemon=True).start()
 
 
@@ -165,7 +196,7 @@ def _on(number: int) -> None:
     ):  # SIGTERM is heard by whoever it is forwarded to
         _forward()
     with _lock:
-        if _holders or _forward is not None:
+        if _forward is not None or (_holders and not _expendable):
             _noticed.set()
             return
     end(
@@ -175,16 +206,25 @@ def _on(number: int) -> None:
 
 
 def _on_ctrl_c(*_) -> None:
+    """Handle Ctrl-C in the main thread, when it is back from whatever it does."""
+    if not _listening:
+        _press()
+    if _pressed > 1:
+        raise Interrupted("not waiting for the save under way; complete checkpoints are kept")
+
+
+def _press() -> None:
+    """Count a Ctrl-C, and answer the first one."""
     global _pressed
     _pressed += 1
     if _pressed > 1:
-        raise Interrupted("not waiting for the save under way; complete checkpoints are kept")
+        return
     _noticed.set()
     if _forward is not None:
         _forward()
-    print(
-        "interrupted: saving before the end (once more: end at once)", file=sys.stderr, flush=True
-    )
+    answer = "interrupted: saving before the end (once more: end at once)\n"
+    with contextlib.suppress(OSError):  # not by `print`: the main thread may be in the midst of it
+        os.write(2, answer.encode())
 
 
 def _end_after_ctrl_c() -> None:
@@ -193,5 +233,5 @@ def _end_after_ctrl_c() -> None:
     Python raises KeyboardInterrupt there, where it may be stuck in a compilation.
     """
     time.sleep(_PATIENCE_S)
-    if not (_holders and _pressed <= 1):
+    if _expendable or not (_holders and _pressed <= 1):
         end(EXIT_INTERRUPTED, "interrupted: run the same command again to go on")

@@ -19,7 +19,7 @@ from diffit_jax.data.sources import ClassSampling, Source, batches
 from diffit_jax.errors import one_line
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.models.model import training_flops
-from diffit_jax.runtime import distributed, parallel
+from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.runtime.backend import peak_flops
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.console import Progress
@@ -72,8 +72,11 @@ def run_loop(name: str, hooks: Hooks, stream: Iterator[Any], first: int, total: 
         batch = next(stream)
         for step in range(first + 1, total + 1):
             hooks.before(step)
-            # The devices begin with this update, and meanwhile the next batch is read.
-            hooks.update(batch)
+            # The devices begin with this update, and meanwhile the next batch is read. Until the
+            # first one is compiled nothing is lost if the process ends.
+            first_one = step == first + 1
+            with interruption.expendable() if first_one else contextlib.nullcontext():
+                hooks.update(batch)
             if step < total:
                 batch = next(stream)
             progress.advance()

@@ -48,6 +48,9 @@ from diffit_jax.training.step import compile_train_step, gradient_is_finite
 log = logging.getLogger(__name__)
 
 
+_DRAWN_BY_A_CPU = 4  # samples of a grid, at once
+
+
 class Monitors(NamedTuple):
     """What a run's weights are watched by while they are trained.
 
@@ -74,6 +77,8 @@ class Monitors(NamedTuple):
         wandb = experiment.training.wandb if distributed.is_primary() else ""
         distributed.primary_first(lambda: check_wandb(wandb))
         count = experiment.training.grid_images
+        if platforms.of_mesh(setup.mesh).decodes_one:  # small batches: a signal waits for one
+            count = min(count, _DRAWN_BY_A_CPU * setup.mesh.size)
         grid_sampler = sampler_without_autoguidance(experiment, setup.mesh, count)
         if experiment.evaluation.inception or experiment.evaluation.vae:
             evaluations = InTraining(setup, config.to_dict(), workdir)
@@ -206,7 +211,13 @@ class RunFiles:
         log.info("step %d: drawing a grid of %d samples", step, len(seeds))
         try:
             with backend.explain_oom("fewer training.grid_images take less"):
-                samples = sampler.draw(state.ema_variables, seeds, labels)
+                parts = []
+                for part in sampler.batches(state.ema_variables, seeds, labels):
+                    parts.append(part)
+                    if distributed.is_to_end():  # the loop saves and ends
+                        log.warning("step %d: the grid is left out, for the run is to end", step)
+                        return
+                samples = np.concatenate(parts)
                 finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
                 if evaluations and evaluations.decoder:
                     samples = space.from_model(samples)

@@ -266,3 +266,48 @@ def test_random_moments(tmp_path, latent_run):
         assert status == (0 if (tmp_path / "s.npz").exists() else 75), errors
         statuses.append(status)
     assert 75 in statuses
+
+
+IN_C = """
+import numpy, threading, time, os, signal
+from diffit_jax.runtime import interruption
+interruption.listen()
+
+def press():
+    for _ in range({count}):
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+array = numpy.random.rand({size}, {size})
+threading.Thread(target=press, daemon=True).start()
+with interruption.{block}:
+    numpy.linalg.svd(array)  # without the interpreter's lock, as a step of XLA is computed
+    print("back", interruption.pressed(), interruption.noticed())
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "status", "lines"),
+    [
+        (1, "held(ctrl_c=True)", 0, ["interrupted: saving before the end"]),
+        (2, "held(ctrl_c=True)", 130, ["interrupted: saving", "interrupted: run the same"]),
+        (5, "held(ctrl_c=True)", 130, ["interrupted: saving", "interrupted: run the same"]),
+        (1, "expendable()", 130, ["interrupted: run the same"]),
+    ],
+)
+def test_ctrl_c_is_counted_where_it_arrives(count, block, status, lines):
+    """While the main thread is in C, where Python's handlers are not called: the answer comes at
+    once, and the second one ends the process."""
+    began = time.monotonic()
+    code = IN_C.format(count=count, block=block, size=5000 if status else 900)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == status, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(said, lines, strict=True))
+    if status == 0:
+        assert done.stdout == "back 1 True\n"
+    else:
+        assert time.monotonic() - began < 10 and not done.stdout
