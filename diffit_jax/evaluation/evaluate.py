@@ -88,6 +88,13 @@ def evaluate(
     if len(drawn) > 1 and "fid" not in evaluator.metrics:
         raise UserError("of several --seeds the lowest FID counts: add fid to --metrics")
 
+    fewest, features = min(images.count for images in drawn), evaluator.extractor.sizes["mu"]
+    if "fid" in evaluator.metrics and (count or fewest) <= features:
+        log.warning(
+            "FID of %d samples in %d features is far above that of many: measure more than %d",
+            *(count or fewest, features, features),
+        )
+
     # --- Measure and compare, one set after the other. What is measured stays until all is:
     # interrupted, it is not measured again.
     places = [

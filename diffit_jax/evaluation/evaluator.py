@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +128,7 @@ class Evaluator:
         protocol = protocol_of(images, self.extractor, count)
         # Of earlier versions that measured alike the measured part is taken.
         alike = protocol | {"versions": {**protocol["versions"], "diffit_jax": MEASURES_SINCE}}
-        partial = PartialResult(place, json.dumps([alike, self.pooled], sort_keys=True))
+        partial = PartialResult.of(place, images, alike, self.pooled)
         measured = measure(
             images,
             self.extractor,
@@ -168,6 +168,12 @@ class Evaluator:
         if _OF_IMAGES & set(self.metrics):
             scores |= self._of_images(self._reference_features, samples.features)
         names = [*self.metrics, *(["kid_std"] if "kid" in self.metrics else [])]
+        bad = [name for name in names if not math.isfinite(scores[name])]
+        if bad:
+            raise UserError(
+                f"{', '.join(bad)} came out as {scores[bad[0]]}, which is no result: look at the "
+                "samples, the reference and the weights of the FID network"
+            )
         return {name: scores[name] for name in names}
 
     @functools.cached_property

@@ -4,6 +4,7 @@ An npz file is read as a stream.
 """
 
 import contextlib
+import json
 import zipfile
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
@@ -47,6 +48,15 @@ class Images(Protocol):
     @property
     def metadata(self) -> dict[str, Any]:
         """JSON values by name: where the images come from."""
+        ...
+
+    @property
+    def evidence(self) -> str:
+        """What is cheaply known of their content, so that others of their name are noticed."""
+        ...
+
+    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield images of ascending `numbers`, (n,) int, in parts (m, H, W, C) uint8."""
         ...
 
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
@@ -110,6 +120,16 @@ class NpzImages:
         """Yield (n, H, W, C) uint8 from image `start` on."""
         with self._reading("arr_0") as stream:
             yield from stream.parts(size, start)
+
+    @property
+    def evidence(self) -> str:
+        """The sums that the file itself has of its arrays."""
+        return npz.evidence(self._path)
+
+    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield images of ascending `numbers`, part by part."""
+        with self._reading("arr_0") as stream:
+            yield from _chosen(stream.parts(64), numbers)
 
     def has(self, name: str) -> bool:
         """Whether there is an array of a name."""
@@ -208,10 +228,17 @@ class NpzImages:
         raise UserError(f"--{self._flag} {self._path} {found}: wanted is an npz file {wanted}")
 
 
-class FileImages:
-    """The image files of a folder, zip or tar, as `prepare` reads them but not turned.
+def _chosen(parts: Iterator[np.ndarray], numbers: np.ndarray) -> Iterator[np.ndarray]:
+    start = 0
+    for part in parts:
+        yield part[numbers[(numbers >= start) & (numbers < start + len(part))] - start]
+        start += len(part)
 
-    In its order; colours as RGB.
+
+class FileImages:
+    """The image files of a folder, zip or tar, as `prepare` reads them.
+
+    In its order; colours as RGB; upright.
     """
 
     def __init__(self, path: epath.Path):
@@ -224,10 +251,7 @@ class FileImages:
             self._index = open_images(path, unlabelled=True, fewest=1)
         except UserError as error:
             raise UserError(f"--samples {error}") from error
-        self._loader, self._path = (
-            Loader(self._index, Preprocessing(upright=False), workers=0),
-            path,
-        )
+        self._loader, self._path = (Loader(self._index, Preprocessing(), workers=0), path)
         self.count, self.shape = len(self._index), self._pixels(0).shape
         self.metadata: dict[str, Any] = {"samples": str(path), "labels": "not in the files"}
 
@@ -244,6 +268,16 @@ class FileImages:
                         "have one size"
                     )
             yield np.stack(images)
+
+    @property
+    def evidence(self) -> str:
+        """Of all files, see `Index.evidence`."""
+        return self._index.evidence(range(self.count))
+
+    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield images of ascending `numbers`, one by one."""
+        for number in numbers.tolist():
+            yield self._pixels(number)[None]
 
     def _pixels(self, number: int) -> np.ndarray:
         (loaded,) = self._loader.load([number])
@@ -263,6 +297,17 @@ class DatasetImages:
         self._source = source
         self.count, self.shape = len(source), source.image_shape
         self.metadata: dict[str, Any] = {"samples": name, "labels": "of the data set"}
+
+    @property
+    def evidence(self) -> str:
+        """The hashes of its shards; of a data set that is no files its name says all."""
+        manifest = getattr(self._source, "manifest", None)
+        return json.dumps([shard.sha256 for shard in manifest.shards]) if manifest else ""
+
+    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield images of ascending `numbers`, part by part."""
+        for start in range(0, len(numbers), 64):
+            yield self._source.read(numbers[start : start + 64])["image"]
 
     @property
     def labelled(self) -> bool:
@@ -326,6 +371,15 @@ class DrawnImages:
             "seeds": in_short(request.seeds.tolist()),
             "request": RequestKey(request.identity(networks), networks.origin).as_json(),
         }
+
+    @property
+    def evidence(self) -> str:
+        """Nothing more than the request, which names the network by its content."""
+        return ""
+
+    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """Draw images of ascending `numbers`, part by part."""
+        yield from _chosen(self.batches(64), numbers)
 
     def labels(self) -> np.ndarray:
         """Return the labels of the samples, (N,) int64; raise `UserError` if there are none."""

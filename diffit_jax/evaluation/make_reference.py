@@ -1,10 +1,8 @@
 """The verb `make_reference`: from the images of a data set to what samples are compared with."""
 
 import json
-import tempfile
 import zipfile
 from collections.abc import Mapping
-from typing import IO
 
 import numpy as np
 from etils import epath
@@ -12,7 +10,7 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
 from diffit_jax.evaluation.images import DatasetImages, Images, NpzImages
-from diffit_jax.evaluation.measuring import measure, protocol_of
+from diffit_jax.evaluation.measuring import PartialResult, measure, protocol_of
 from diffit_jax.evaluation.reference import COVARIANCES
 from diffit_jax.runtime import backend, distributed, files, npz, parallel
 
@@ -66,33 +64,40 @@ def make_reference(
     distributed.on_primary(check_place)
     extractor = Extractor.load(inception, parallel.any_mesh(), resize, batch_per_device)
 
-    # --- Measure all images, and put some aside, since they come by once.
+    # --- Measure all images; interrupted, the same command resumes.
     chosen = np.unique(np.linspace(0, images.count - 1, kept).astype(np.int64))
-    with tempfile.TemporaryFile() as aside:
+    metadata = protocol_of(images, extractor, images.count)
+    partial = PartialResult.of(
+        output.with_name(f"{output.name}.begun.npz"), images, metadata, pooled=False
+    )
+    measured = measure(images, extractor, "reference", partial=partial)
+    digest = {"samples_digest": measured.digest.hex()}
+    arrays = {"protocol": np.array(json.dumps(metadata | digest))}
+    for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
+        arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
+        if not all(np.isfinite(arrays[each]).all() for each in (name, COVARIANCES[name])):
+            raise UserError(
+                f"the statistics of {images.metadata['samples']} are not finite: use other weights "
+                "of the FID network"
+            )
+    if isinstance(images, DatasetImages) and images.labelled:
+        arrays["arr_1"] = images.labels()[chosen]
 
-        def put_aside(start: int, part: np.ndarray) -> None:
-            inside = chosen[(chosen >= start) & (chosen < start + len(part))] - start
-            aside.write(np.ascontiguousarray(part[inside]).tobytes())
+    def write() -> None:
+        _write(output, arrays, images, chosen)
+        partial.done()
 
-        measured = measure(images, extractor, "reference", seen=put_aside)
-        metadata = protocol_of(images, extractor, measured.count)
-        digest = {"samples_digest": measured.digest.hex()}
-        arrays = {"protocol": np.array(json.dumps(metadata | digest))}
-        for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
-            arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
-        if isinstance(images, DatasetImages) and images.labelled:
-            arrays["arr_1"] = images.labels()[chosen]
-        distributed.on_primary(lambda: _write(output, arrays, aside, (len(chosen), *images.shape)))
+    distributed.on_primary(write)
     return output
 
 
 def _write(
-    output: epath.Path, arrays: Mapping[str, np.ndarray], images: IO[bytes], shape: tuple
+    output: epath.Path, arrays: Mapping[str, np.ndarray], images: Images, chosen: np.ndarray
 ) -> None:
-    """Write the npz: `arr_0` from a file of uint8 images, and arrays by name."""
-    images.seek(0)
+    """Write the npz: `arr_0` of the `chosen` images, (n,) int, and arrays by name."""
+    shape = (len(chosen), *images.shape)
     with files.writing(output) as file, zipfile.ZipFile(file, "w") as archive:
-        parts = iter(lambda: images.read(2**24), b"")
+        parts = (np.ascontiguousarray(part).tobytes() for part in images.some(chosen))
         npz.write_rows(archive, "arr_0", np.dtype(np.uint8), shape, parts)
         for name, array in arrays.items():
             npz.write(archive, name, array)

@@ -3,9 +3,10 @@
 import functools
 import hashlib
 import io
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -108,6 +109,13 @@ class PartialResult:
     def __init__(self, path: epath.Path, identity: str):
         self.path, self.identity = path, identity
 
+    @classmethod
+    def of(
+        cls, path: epath.Path, images: Images, protocol: Mapping[str, Any], pooled: bool
+    ) -> "PartialResult":
+        """Return the file of a measurement of these images, by a protocol, see `protocol_of`."""
+        return cls(path, json.dumps([protocol, pooled, images.evidence], sort_keys=True))
+
     def restore(self, measured: Measured) -> None:
         """Continue from the file, if every process sees it."""
         found = files.Artifact(
@@ -148,7 +156,6 @@ def measure(
     count: int | None = None,
     partial: PartialResult | None = None,
     max_seconds: float = 0.0,
-    seen: Callable[[int, np.ndarray], None] = lambda start, part: None,
 ) -> Measured:
     """Extract the features of images and accumulate what metrics need of them.
 
@@ -160,7 +167,6 @@ def measure(
       count: how many of the first images; None: all.
       partial: where to keep an interrupted measurement; None: it is lost.
       max_seconds: no more batches after so long; 0: never.
-      seen: called with the number of the first one and the images of each batch.
 
     Raises:
       interruption.Preempted, interruption.Interrupted: the measured part is kept.
@@ -175,7 +181,6 @@ def measure(
     with progress, notices as notice, distributed.lost_processes():
         for batch in images.batches(size, measured.count):
             part = batch[: count - measured.count]
-            seen(measured.count, part)
             measured.add(part, extractor(part))
             progress.advance(len(part))
             if measured.count == count:

@@ -175,4 +175,10 @@ def _statistics(
             f"--reference {path} has {name} {mean.shape} and {COVARIANCES[name]} {shape}, not of "
             f"the {size} features of this network: name one for it"
         )
+    for key, array in ((name, mean), (COVARIANCES[name], covariance)):
+        bad = array.size - np.count_nonzero(np.isfinite(array))
+        if bad:
+            raise UserError(
+                f"--reference {path} has {bad} numbers in {key} that are not finite: make it anew"
+            )
     return mean.astype(np.float64), covariance.astype(np.float64)

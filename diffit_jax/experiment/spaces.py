@@ -6,7 +6,7 @@ Shape suffixes: B batch, H, W, C height, width and channels of the network's inp
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -38,6 +38,15 @@ class Decode(Protocol):
 
     def __call__(self, latents: np.ndarray) -> np.ndarray:
         """Decode latents (n, h, w, c) float32 to images (n, H, W, C) uint8."""
+        ...
+
+    def checked(self, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Decode as a call does; return also (n,) bool, whose pixels were finite."""
+        ...
+
+    @property
+    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and scale of the latents, see `LatentSpace`."""
         ...
 
 
@@ -85,6 +94,10 @@ class Space(Protocol):
 
         Every process calls it.
         """
+        ...
+
+    def from_model_checked(self, x_BHWC: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Do as `from_model`; return also (n,) bool, which samples and pixels are finite."""
         ...
 
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -159,6 +172,10 @@ class PixelSpace:
         """Round samples (n, H, W, C) to uint8."""
         return np.asarray(pixels.to_pixels(x_BHWC, self.rounding))
 
+    def from_model_checked(self, x_BHWC: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Round samples (n, H, W, C) to uint8; return also (n,) bool, which are finite."""
+        return self.from_model(x_BHWC), _finite(x_BHWC)
+
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return the shape of a sample in a file: the network's."""
         return sample
@@ -179,6 +196,10 @@ class PixelSpace:
     def batch(self, size: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a batch of uint8 images (B, H, W, C) with labels (B,)."""
         return {"image": jax.ShapeDtypeStruct((size, *shape), jnp.uint8), **_labels(size)}
+
+
+def _finite(x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
+    return np.asarray(np.isfinite(np.asarray(x_BHWC)).reshape(len(x_BHWC), -1).all(axis=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +251,14 @@ class LatentSpace:
         """Decode samples (n, H, W, C) to images, or return them as they are."""
         return self.decode(np.asarray(x_BHWC)) if self.decode else np.asarray(x_BHWC)
 
+    def from_model_checked(self, x_BHWC: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Decode samples if there is a decoder; return also (n,) bool, which are finite."""
+        finite = _finite(x_BHWC)
+        if self.decode is None:
+            return np.asarray(x_BHWC), finite
+        images, decoded = self.decode.checked(np.asarray(x_BHWC))
+        return images, finite & decoded
+
     def shape(self, sample: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return the shape of a sample in a file: the network's, or a decoded image's."""
         return self.decode.shape_of(sample) if self.decode else sample
@@ -241,7 +270,24 @@ class LatentSpace:
                 f"--vae has latents of {decode.channels} channels, the network makes "
                 f"{sample[-1]}: name the autoencoder that it was trained with"
             )
+        self.check_scaling(*decode.scaling)
         return dataclasses.replace(self, decode=decode)
+
+    def check_scaling(self, mean: Sequence[float], scale: Sequence[float]) -> None:
+        """Raise `UserError` if an autoencoder's latents are scaled otherwise than these."""
+        theirs = {"latent_mean": mean, "latent_scale": scale}
+        for key, numbers in theirs.items():
+            ours = getattr(self, key)
+            alike = len(ours) == len(numbers) or 1 in (len(ours), len(numbers))
+            if not (alike and np.allclose(ours, numbers)):
+                given, listed = (
+                    ", ".join(f"{number:g}" for number in dict.fromkeys(each))
+                    for each in (numbers, ours)
+                )
+                raise UserError(
+                    f"--vae has {key} {given} (by its config), the network's latents have {listed} "
+                    f"(config key data.{key}): name the autoencoder that it was trained with"
+                )
 
     def preview(self, x_BHWC: np.ndarray) -> np.ndarray:
         """Return images (n, H', W', C) as they are, of latents the first channels as an image."""

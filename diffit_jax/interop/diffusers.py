@@ -7,6 +7,7 @@ before 2023 (`query`).
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +19,13 @@ import safetensors.numpy
 from etils import epath
 
 from diffit_jax import models
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf
 from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import files
+from diffit_jax.runtime.console import first_few
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 _DEFAULTS = {  # of AutoencoderKL's constructor, diffusers 0.42.1
@@ -47,6 +49,7 @@ _DEFAULTS = {  # of AutoencoderKL's constructor, diffusers 0.42.1
 # What another value of would make another network.
 _ONLY = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish")}
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_STATISTICS = ("shift_factor", "latents_mean", "latents_std")  # which may be null
 _CONV, _LINEAR, _SAME = (2, 3, 1, 0), (1, 0), None
 _KIND = "this autoencoder"
 _REMEDY = "name the files of diffusers' AutoencoderKL that belong to this config"
@@ -98,7 +101,7 @@ def load(
         def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
             return jax.device_put(array, sharding)
 
-        return module, tensors.read(file, leaves, place, str(weights_path))
+        return module, tensors.read(file, leaves, place, str(weights_path), remedy="use another")
 
 
 def save(folder: epath.PathLike, module: Autoencoder, variables: Mapping[str, Any]) -> None:
@@ -161,12 +164,18 @@ def read_config(path: epath.Path) -> Autoencoder:
     """
     try:
         given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON config ({error}): fetch it again") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): make it readable, or name another"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = one_line(error, 100)
+        raise UserError(f"{path} is not a JSON config ({reason}): fetch it again") from error
     if not isinstance(given, Mapping):
         raise UserError(f"{path} is not a JSON object: name the config of an autoencoder")
     # Refuse what would load and compute something else.
     config = _DEFAULTS | dict(given)
+    _check_values(path, config)
     for key, known in _ONLY.items():
         if config.get(key, known[0]) not in known:
             raise UserError(
@@ -199,6 +208,42 @@ def read_config(path: epath.Path) -> Autoencoder:
         latent_mean=mean,
         latent_scale=scale,
     )
+
+
+def _check_values(path: epath.Path, config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a key whose value cannot be: null, of another type, or no size."""
+    for key, default in _DEFAULTS.items():
+        value = config[key]
+        if key in _STATISTICS:
+            listed = value if isinstance(value, list) else [value]
+            wanted, good = "null or finite numbers", value is None or all(map(_is_number, listed))
+            good = good and (key != "latents_std" or value is None or min(listed) > 0)
+        elif isinstance(default, bool):
+            wanted, good = "true or false", isinstance(value, bool)
+        elif isinstance(default, str):
+            wanted, good = "a name", isinstance(value, str)
+        elif key == "scaling_factor":
+            wanted, good = "a positive number", _is_number(value) and value > 0
+        elif isinstance(default, int):
+            wanted, good = "a whole number of at least 1", _is_size(value)
+        else:
+            kind = _is_size if key == "block_out_channels" else lambda one: isinstance(one, str)
+            wanted = "a list of " + ("sizes" if key == "block_out_channels" else "names")
+            good = isinstance(value, list) and len(value) > 0 and all(map(kind, value))
+        if not good:
+            shown = json.dumps(value)
+            raise UserError(
+                f"{path} has {key} {shown:.40}, wanted is {wanted}: correct it, or leave the key "
+                "out where diffusers' default is meant"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
 
 
 def _scaling(
@@ -234,9 +279,25 @@ def _places(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     names = [f"{WEIGHTS}{end}" for end in (".safetensors", ".safetensors.index.json")]
     names.append(f"{WEIGHTS}.fp16.safetensors")
     weights = next((path / name for name in names if (path / name).exists()), None)
+    if weights is None:  # of another name: diffusers knows variants, and people rename
+        others = sorted(path.glob("*.safetensors"), key=str)
+        if len(others) > 1:
+            raise UserError(
+                f"autoencoder {path} has {first_few([other.name for other in others])}, and no "
+                f"{names[0]}: name the file instead of the folder"
+            )
+        weights = others[0] if others else None
     if not (path / CONFIG).exists() or weights is None:
         lacking = CONFIG if weights is not None else names[0]
-        raise UserError(f"autoencoder {path} has no {lacking}: name a folder as diffusers saves it")
+        pickled = sorted(
+            other.name for end in ("bin", "ckpt", "pth") for other in path.glob(f"*.{end}")
+        )
+        instead = f", but {pickled[0]}, a pickle: save it as safetensors, or" if pickled else ":"
+        if lacking == CONFIG:
+            instead = ":"
+        raise UserError(
+            f"autoencoder {path} has no {lacking}{instead} name a folder as diffusers saves it"
+        )
     return path / CONFIG, weights
 
 

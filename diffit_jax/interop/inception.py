@@ -73,7 +73,7 @@ def load(
         def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
             return jax.device_put(array, sharding)
 
-        return module, tensors.read(file, leaves, place, str(path))
+        return module, tensors.read(file, leaves, place, str(path), remedy="use other weights")
 
 
 def _random(sharding: jax.sharding.Sharding | None) -> tuple[Inception, dict[str, Any]]:

@@ -109,6 +109,8 @@ def read(
     place: Callable[[Leaf, np.ndarray], jax.Array],
     what: str,
     allow_nonfinite: bool = False,
+    *,
+    remedy: str = "use other weights, or say --allow_nonfinite",
 ) -> dict[str, Any]:
     """Read the arrays of a module as a tree, one at a time in host memory.
 
@@ -118,6 +120,7 @@ def read(
       place: (leaf, its float32 array) → the array on its devices.
       what: the file, for progress and messages.
       allow_nonfinite: whether there may be NaNs and infinities.
+      remedy: ends the message.
 
     Raises:
       UserError: there are; their tensors are named.
@@ -139,7 +142,7 @@ def read(
     if bad and not allow_nonfinite:
         raise UserError(
             f"weights {what} are not finite: there are NaNs or infinities in "
-            f"{first_few(bad)}; use other weights, or say --allow_nonfinite"
+            f"{first_few(bad)}; {remedy}"
         )
     return nested(flat)
 

@@ -80,7 +80,8 @@ def decode(
             def draw(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 latents = stream.rows(int(batch[0]), len(batch))  # batches come in their order
                 finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
-                return decoder(latents), np.asarray(finite)
+                images, decoded = decoder.checked(latents)
+                return images, finite & decoded
 
             draw_parts(sample_files, numbers, decoder.batch_size, draw, "decode")
             made = finish_files(sample_files, given, numbers)

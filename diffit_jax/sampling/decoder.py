@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -145,10 +146,12 @@ class LatentDecoder:
         self._decode = per_slice(self._pixels, mesh, size)
         self._rounding = rounding
 
-    def _pixels(self, variables: dict[str, Any], x_Bhwc: jax.Array) -> jax.Array:
+    def _pixels(self, variables: dict[str, Any], x_Bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
         decoded = self.module.apply(variables, self.module.unscaled(x_Bhwc), method="decode")
         assert isinstance(decoded, jax.Array)
-        return pixels.to_pixels(decoded, self._rounding)
+        # Rounded, what is not finite is black.
+        finite_B = jnp.isfinite(decoded).reshape(len(decoded), -1).all(axis=1)
+        return pixels.to_pixels(decoded, self._rounding), finite_B
 
     @property
     def channels(self) -> int:
@@ -177,15 +180,26 @@ class LatentDecoder:
         factor = self.module.factor
         return latent[0] * factor, latent[1] * factor, self.module.image_channels
 
-    @backend.reproducible_numerics()
+    @property
+    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and scale of the autoencoder's latents, see `Autoencoder`."""
+        return self.module.latent_mean, self.module.latent_scale
+
     def __call__(self, latents: np.ndarray) -> np.ndarray:
         """Decode latents (n, h, w, c) float32 of the latent network to images (n, H, W, C) uint8.
 
         Any number, the same on every process.
         """
+        return self.checked(latents)[0]
+
+    @backend.reproducible_numerics()
+    def checked(self, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Decode as a call does; return also (n,) bool, whose pixels were finite."""
         arrays = {"latent": np.asarray(latents, np.float32)}
 
         def decode(batch: dict[str, jax.Array]) -> Any:
             return self._decode(self.variables, batch["latent"])
 
-        return np.concatenate([*parallel.map_batches(decode, self._mesh, self.batch_size, arrays)])
+        parts = [*parallel.map_batches(decode, self._mesh, self.batch_size, arrays)]
+        images, finite = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return images, finite

@@ -336,7 +336,10 @@ class DiffiT:
         Raises:
           UserError: there is no autoencoder.
         """
-        images = self._decoder(np.asarray(latents, np.float32))
+        images, finite = self._decoder.checked(np.asarray(latents, np.float32))
+        if not finite.all():
+            bad = np.flatnonzero(~finite)[:10].tolist()
+            raise UserError(f"images of the latents {bad} are not finite: use another autoencoder")
         return Images.of(images, None, np.arange(len(images)), ())
 
     def attention(

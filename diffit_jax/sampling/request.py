@@ -499,6 +499,8 @@ class SampleRequest:
     def draw(self, networks: Networks, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Draw a batch of the samples as they are written to files, and which of them are finite.
 
+        (A decoder's pixels too, which are black else.)
+
         Args:
           networks: from `load`.
           batch: (n,) indices into the seeds, n at most the sampler's batch.
@@ -510,9 +512,7 @@ class SampleRequest:
         drawn = self.sampler.draw_batch(
             networks.variables, seeds, labels, networks.guide, self.scale
         )
-        finite = np.asarray(np.isfinite(drawn).reshape(len(drawn), -1).all(axis=1))
-        space = self.experiment.space
-        return space.from_model(drawn), finite
+        return self.experiment.space.from_model_checked(drawn)
 
     def follow(self, networks: Networks, batch: np.ndarray, frames: int) -> np.ndarray:
         """Draw samples, and return their estimates along the way as they are written to files.

@@ -431,3 +431,93 @@ def test_a_reference_knows_its_metrics(place):
     found = Reference.load(place / "reference.npz", {"mu": 256, "mu_s": 2023})
     assert found.chosen(None) == ALL[:-1]
     assert found.chosen(["kid", "fid", "kid"]) == ["kid", "fid"]
+
+
+def interrupted(monkeypatch, question, act):
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.PreemptionNotice, "reached", at_question(question))
+        with pytest.raises(interruption.Preempted, match="are measured and kept"):
+            act()
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_samples_that_were_replaced_meanwhile_are_measured_anew(place, tmp_path, monkeypatch, kind):
+    """Under the same name and of the same number: nothing of the others stays."""
+
+    def write(seed):
+        if kind == "npz":
+            np.savez(tmp_path / "s.npz", arr_0=images(19, seed))
+            return tmp_path / "s.npz"
+        for number, one in enumerate(images(19, seed)):
+            (tmp_path / "s").mkdir(exist_ok=True)
+            Image.fromarray(one).save(tmp_path / "s" / f"{number:02}.bmp")  # of equal sizes
+        return tmp_path / "s"
+
+    how = dict(metrics=["fid"], output=tmp_path / "m.json", batch_per_device=BATCH // 4)
+    interrupted(monkeypatch, 2, lambda: measured(place, write(0), **how))
+    found = measured(place, write(7), **how)
+    how["output"] = tmp_path / "alone.json"
+    assert found["metrics"] == measured(place, tmp_path / write(7).name, **how)["metrics"]
+
+
+def test_an_interrupted_reference_is_gone_on_with(place, tmp_path, monkeypatch):
+    """Equal to the bit, the images for precision and recall too."""
+    samples = open_samples(place / "data.npz")
+    (tmp_path / "inception.safetensors").symlink_to(place / "inception.safetensors")
+    interrupted(monkeypatch, 1, lambda: reference(tmp_path, samples, "r.npz", kept=12))
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["r.npz.begun.npz"]
+    reference(tmp_path, samples, "r.npz", kept=12)
+    with np.load(tmp_path / "r.npz") as ours, np.load(place / "reference.npz") as whole:
+        for name in whole.files:
+            np.testing.assert_array_equal(ours[name], whole[name])
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["r.npz"]
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma", "mu_s", "sigma_s"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_reference_that_is_not_finite_is_refused(place, tmp_path, name, bad):
+    with np.load(place / "reference.npz") as file:
+        arrays = dict(file)
+    arrays[name].flat[3] = bad
+    np.savez(tmp_path / "r.npz", **arrays)
+    with pytest.raises(UserError, match=rf"has 1 numbers in {name} that are not finite"):
+        measured(place, against=tmp_path / "r.npz", output=tmp_path / "m.json")
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_a_score_that_is_no_number_is_no_result(place, tmp_path, monkeypatch):
+    call = Extractor.__call__
+
+    def broken(self, batch):
+        features = call(self, batch)
+        return features._replace(pool=features.pool * np.nan)
+
+    monkeypatch.setattr(Extractor, "__call__", broken)
+    with pytest.raises(UserError, match=r"fid came out as nan|not finite"):
+        measured(place, metrics=["fid"], output=tmp_path / "m.json")
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_fid_of_few_samples_is_said_to_be_high(place, tmp_path, caplog):
+    measured(place, metrics=["fid"], output=tmp_path / "m.json")
+    assert "FID of 19 samples in 256 features is far above that of many" in caplog.text
+
+
+def test_folders_are_measured_by_the_rules_of_prepare(place, tmp_path):
+    """On white where transparent, upright by EXIF, without a Mac's shadows of files."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (tmp_path / "x").mkdir()
+    for number, one in enumerate(images(12, 0)):
+        layered = np.dstack([one, np.zeros(one.shape[:2], np.uint8)])
+        Image.fromarray(layered).save(tmp_path / "x" / f"{number:02}.png")
+    Image.fromarray(images(1, 3)[0]).save(tmp_path / "x/z.tif", exif=exif)
+    (tmp_path / "x/._00.png").write_bytes(b"of a Mac")
+    (tmp_path / "x/again").symlink_to(".")
+    with pytest.raises(UserError, match=r"--samples .*again is a folder within itself"):
+        open_samples(tmp_path / "x")
+    (tmp_path / "x/again").unlink()
+    found = open_samples(tmp_path / "x")
+    every = np.concatenate([*found.batches(5)])
+    assert (every[:12] == 255).all() and len(every) == 13
+    np.testing.assert_array_equal(every[12], images(1, 3)[0][::-1, ::-1])

@@ -1,5 +1,7 @@
 """Autoencoders as diffusers saves them."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -101,3 +103,53 @@ def test_no_autoencoder_there(tmp_path):
     for path in (tmp_path / "empty", tmp_path / "none"):
         with pytest.raises(UserError, match="name a folder as diffusers saves it"):
             diffusers.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("scaling_factor", None, "a positive number"),
+        ("scaling_factor", 0, "a positive number"),
+        ("scaling_factor", "0.18", "a positive number"),
+        ("block_out_channels", None, "a list of sizes"),
+        ("block_out_channels", [], "a list of sizes"),
+        ("block_out_channels", [32, "64"], "a list of sizes"),
+        ("down_block_types", None, "a list of names"),
+        ("layers_per_block", None, "a whole number"),
+        ("latent_channels", 4.0, "a whole number"),
+        ("latent_channels", -4, "a whole number"),
+        ("norm_num_groups", True, "a whole number"),
+        ("use_quant_conv", None, "true or false"),
+        ("act_fn", None, "a name"),
+        ("latents_std", [1, 0, 1, 1], "null or finite numbers"),
+        ("latents_mean", ["a"] * 4, "null or finite numbers"),
+        ("shift_factor", "x", "null or finite numbers"),
+    ],
+)
+def test_values_that_cannot_be_are_named_by_their_key(tmp_path, key, value, wanted):
+    with pytest.raises(UserError, match=rf"config.json has {key} .*, wanted is {wanted}"):
+        diffusers.load(save_vae(tmp_path / "vae", **{key: value}))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", "null", '{"a": NaN'])
+def test_a_config_that_is_none_gets_one_line(tmp_path, content):
+    folder = save_vae(tmp_path / "vae")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is not a JSON"):
+        diffusers.load(folder)
+
+
+def test_weights_under_other_names(tmp_path, variables):
+    """The one safetensors file is taken; a pickle alone is named."""
+    folder = save_vae(tmp_path / "vae")
+    weights = next(folder.glob("*.safetensors"))
+    weights.rename(folder / "vae-ft-ema.safetensors")
+    diffusers.load(folder)
+    shutil.copy(folder / "vae-ft-ema.safetensors", folder / "other.safetensors")
+    with pytest.raises(UserError, match=r"has other.safetensors, vae-ft-ema.safetensors, and no"):
+        diffusers.load(folder)
+    for name in ("other", "vae-ft-ema"):
+        (folder / f"{name}.safetensors").unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"but diffusion_pytorch_model.bin, a pickle: save it as"):
+        diffusers.load(folder)

@@ -1,15 +1,19 @@
 """Images of a latent run, by an autoencoder, and more images of samples."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from support.configs import small_config
 from support.fid import VAE, save_vae
 
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.spaces import LatentSpace
 from diffit_jax.interop import diffusers
+from diffit_jax.sampling.decode import decode
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.sample import sample
 
@@ -107,3 +111,51 @@ def test_a_grid_by_class_of_a_model_without_classes(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(UserError, match="unconditional: leave out --grid"):
         sample(tmp_path, seeds=range(2), by_class=True)
+
+
+def scaled(folder, factors=(), **config):
+    """The autoencoder with another config, and tensors multiplied by factors."""
+    save_vae(folder, **config)
+    weights = next(folder.glob("*.safetensors"))
+    tensors = load_file(weights)
+    for name, factor in factors:
+        tensors[name] = tensors[name] * np.float32(factor)
+    weights.unlink()  # a link to the golden one
+    save_file(tensors, weights)
+    return folder
+
+
+def test_images_that_are_not_finite_are_named(latent_run, tmp_path):
+    """Of latents that are, by weights that are: black they would pass as images."""
+    vae = scaled(tmp_path / "vae", [("decoder.conv_in.weight", 1e22)])
+    path = tmp_path / "s.npz"
+    with pytest.raises(UserError, match=r"some of its samples are not finite \(2, of seeds 0-1\)"):
+        sample(latent_run[0], seeds=range(2), output=path, decoding=Decoding(vae))
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["not_finite"] == {"count": 2, "seeds": [0, 1]}
+    latents = sample(latent_run[0], seeds=range(2), output=tmp_path / "l.npz")
+    with pytest.raises(UserError, match="not finite"):
+        decode(latents, decoding=Decoding(vae), output=tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(scaling_factor=0.13025), "latent_scale 0.13025 .*latents have 0.18215"),
+        (dict(shift_factor=0.1), "latent_mean 0.1 .*latents have 0 "),
+        (
+            dict(latents_mean=[0.0] * 4, latents_std=[1.0, 2.0, 1.0, 1.0]),
+            "latent_scale 1, 0.5 .*latents have 0.18215",
+        ),
+    ],
+)
+def test_an_autoencoder_of_another_scale_is_refused(latent_run, tmp_path, config, message):
+    vae = scaled(tmp_path / "vae", **config)
+    with pytest.raises(UserError, match=rf"--vae has {message}"):
+        sample(latent_run[0], seeds=range(2), output=tmp_path / "s.npz", decoding=Decoding(vae))
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_one_scale_may_be_written_for_each_channel(latent_run, tmp_path):
+    vae = scaled(tmp_path / "vae", latents_mean=[0.0] * 4, latents_std=[1 / 0.18215] * 4)
+    sample(latent_run[0], seeds=range(2), output=tmp_path / "s.npz", decoding=Decoding(vae))
