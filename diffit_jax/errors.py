@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class CannotWrite(UserError):
+    """A file that could not be written, with a library's threads still at it perhaps."""
+
+
 class OutOfMemory(UserError):
     """A program that does not fit the devices' memory, or the host's."""
 

@@ -24,7 +24,7 @@ from diffit_jax.cli.parsing import define_config as define_config
 from diffit_jax.cli.parsing import define_positional as define_positional
 from diffit_jax.cli.parsing import fail, group
 from diffit_jax.cli.parsing import when_parsed as when_parsed
-from diffit_jax.errors import OutOfMemory, UserError
+from diffit_jax.errors import CannotWrite, OutOfMemory, UserError
 from diffit_jax.runtime import interruption
 
 if TYPE_CHECKING:
@@ -281,7 +281,8 @@ def run(
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Plain())
         logging.getLogger("diffit_jax").handlers = [handler]
-        absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file that it touches
+        # Orbax reports every file that it touches, and each error once more where it is raised.
+        absl_logging.set_verbosity(absl_logging.FATAL)
         try:
             _import_jax()
             _cache_programs()
@@ -294,7 +295,7 @@ def run(
                     distributed.initialize(cluster())
                 backend.devices()  # that there are none is said before anything else
             main()
-            sys.stdout.flush()
+            _flush()
             if takes_devices():
                 # At the end jax waits a minute for the others, and then ends all: what the first
                 # one still has to write or to send takes longer.
@@ -331,18 +332,16 @@ def _end_with(error: BaseException) -> NoReturn:
     """End the command as an error or an interruption asks for; raise other errors again."""
     try:
         raise error
+    except CannotWrite as error:  # a library's threads have more to say of it
+        interruption.end(1, f"error: {error}")
     except UserError as error:
         fail(str(error) + _preflight_command(error))
     except BrokenPipeError:
         _stop_printing()
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno in (
-            errno.ENOSPC,
-            errno.EIO,
-            errno.EBADF,
-        ):  # `print`, to a file on a full disk, say
-            fail(f"the output could not be printed ({error.strerror}); what was asked for is done")
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            fail(f"the output could not be written ({error.strerror}): make room, or look at it")
         raise
     except MemoryError:
         fail("the host's memory ran out: ask for less at once, or use a machine with more")
@@ -358,6 +357,16 @@ def _end_with(error: BaseException) -> NoReturn:
         interruption.finished(interruption.EXIT_INTERRUPTED)
         print(line, file=sys.stderr, flush=True)
         sys.exit(interruption.EXIT_INTERRUPTED)
+
+
+def _flush() -> None:
+    """Print what is buffered: to a file on a full disk, say."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        fail(f"the output could not be printed ({error.strerror}); what was asked for is done")
 
 
 def _stop_printing() -> None:

@@ -110,11 +110,15 @@ def read(split: str, data_dir: str = "") -> tuple[np.ndarray, np.ndarray]:
 def _prepared_builder(tfds: Any, data_dir: str) -> Any:
     """Return the data set's builder, prepared unless it is there."""
     try:
-        builder = _builder(tfds)(data_dir=data_dir or None, file_format="array_record")
+        make = functools.partial(
+            _builder(tfds), data_dir=data_dir or None, file_format="array_record"
+        )
+        builder = make()
         if not builder.data_path.exists():
             files.make_directory(builder.data_path.parents[1], "data_dir")
             folder = files.make_directory(builder.data_path.parent, "data_dir")
             with files.owned(folder, "the preparation of data set digits in", wait=True):
+                builder = make()  # it reads what is there: another process may have prepared it
                 builder.download_and_prepare()
         return builder
     except OSError as error:

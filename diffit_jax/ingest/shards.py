@@ -258,6 +258,7 @@ class Shards:
             with contextlib.suppress(Exception):
                 if writer is not None:
                     writer.abandon()
+            with contextlib.suppress(Exception):  # on a full disk the one before may fail
                 scratch.unlink(missing_ok=True)
 
     def finish(

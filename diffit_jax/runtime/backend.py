@@ -56,6 +56,14 @@ def devices() -> list[jax.Device]:
         ) from error
 
 
+_TRANSFER_GUARDS = (
+    "jax_transfer_guard",
+    "jax_transfer_guard_host_to_device",
+    "jax_transfer_guard_device_to_device",
+    "jax_transfer_guard_device_to_host",
+)
+
+
 @contextlib.contextmanager
 def reproducible_numerics() -> Iterator[None]:
     """Compute the same numbers whatever modes of jax the environment has switched on.
@@ -73,6 +81,10 @@ def reproducible_numerics() -> Iterator[None]:
         "JAX_NUMPY_RANK_PROMOTION": config.jax_numpy_rank_promotion == "raise",
         "JAX_RANDOM_SEED_OFFSET": bool(getattr(config, "jax_random_seed_offset", 0)),
         "JAX_NO_EXECUTION": bool(getattr(config, "jax_no_execution", False)),
+        **{
+            name.upper(): str(getattr(config, name, None)).startswith("disallow")
+            for name in _TRANSFER_GUARDS
+        },
     }
     for name, switched_on in modes.items():
         if switched_on:

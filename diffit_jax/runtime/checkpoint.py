@@ -19,7 +19,7 @@ from etils import epath
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffit_jax.errors import UserError
+from diffit_jax.errors import CannotWrite, UserError
 from diffit_jax.runtime import distributed, files, parallel
 from diffit_jax.runtime.console import first_few
 
@@ -153,7 +153,7 @@ class Checkpoints:
                 raise
             good = self.steps() if self.directory.exists() else []
             last = f"checkpoint {good[-1]} is the last good one" if good else "there is none yet"
-            raise UserError(
+            raise CannotWrite(
                 f"a checkpoint could not be written to {self.directory} ({_first_line(error)}): "
                 f"{remedy}; {last}"
             ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from diffit_jax.errors import UserError
 
@@ -168,6 +168,8 @@ def load(file: str, kind: Kind = CONFIG) -> ConfigDict:
     except Exception as error:
         raise _mistake(path, error, flag) from error
     if isinstance(config, ConfigDict):
+        if isinstance(config, FrozenConfigDict):  # no key of which could be overridden
+            return ConfigDict(config.to_dict())
         return config
     if isinstance(config, Mapping):
         return ConfigDict(dict(config), convert_dict=kind is CONFIG)

@@ -3,6 +3,7 @@
 On local disks and `gs://` alike.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -72,7 +74,15 @@ def resolve(path: epath.PathLike, flag: str) -> epath.Path:
             )
         text = expanded
     try:
-        return epath.Path(Path(text).absolute())
+        absolute = str(Path(text).absolute())
+        encoding = codecs.lookup(sys.getfilesystemencoding()).name
+        # Libraries in C++ write names in UTF-8, whatever Python does: there would be two places.
+        if encoding != "utf-8" and not absolute.isascii():
+            raise UserError(
+                f"{flag} {absolute!a} has letters beyond ASCII, and file names are in "
+                f"{encoding} here: set the variable LC_ALL to C.UTF-8"
+            )
+        return epath.Path(absolute)
     except OSError as error:  # the current directory is gone
         raise UserError(
             f"{flag} {text} is relative to a directory that is not there ({error.strerror}): write "
@@ -240,7 +250,8 @@ def writing(path: epath.PathLike) -> Iterator[Any]:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(
-                f"{path} cannot be written ({error.strerror or error}): choose another place"
+                f"{path} cannot be written ({error.strerror or error}): "
+                f"{_make_room(error, 'choose another place')}"
             ) from error
         raise
 
@@ -337,13 +348,21 @@ def make_directory(path: epath.PathLike, flag: str) -> epath.Path:
     probe = path / f".writable-{secrets.token_hex(4)}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
+        probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
         raise UserError(
-            f"{flag} {path} cannot be written ({error.strerror or error}): choose another directory"
+            f"{flag} {path} cannot be written ({error.strerror or error}): "
+            f"{_make_room(error, 'choose another directory')}"
         ) from error
     return path
+
+
+def _make_room(error: OSError, otherwise: str) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "make room, or choose another place" if full else otherwise
 
 
 NAME = ".owner"
@@ -368,10 +387,16 @@ def owned(directory: epath.PathLike, what: str, wait: bool = False) -> Iterator[
     """
     path = epath.Path(directory) / NAME
     release = None
-    if is_local(path):
-        release = _flock(Path(path), f"{what} {directory}", wait)
-    if release is None:
-        release = _heartbeat(path, f"{what} {directory}", wait)
+    try:
+        if is_local(path):
+            release = _flock(Path(path), f"{what} {directory}", wait)
+        if release is None:
+            release = _heartbeat(path, f"{what} {directory}", wait)
+    except OSError as error:
+        raise UserError(
+            f"{what} {directory} cannot be written ({error.strerror or error}): "
+            f"{_make_room(error, 'choose another place')}"
+        ) from error
     try:
         yield
     finally:
@@ -412,8 +437,13 @@ def _flock(path: Path, what: str, wait: bool) -> Any:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
         os.close(descriptor)  # the last owner has just removed it
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+    except OSError:
+        os.unlink(path)
+        os.close(descriptor)
+        raise
 
     def release() -> None:
         with contextlib.suppress(OSError):

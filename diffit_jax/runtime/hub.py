@@ -117,6 +117,11 @@ def _fetch(text: str, flag: str, wanted: Sequence[str]) -> str:
             f"{flag} {text} cannot be fetched without the library huggingface_hub: pip install "
             "huggingface_hub"
         ) from error
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    if endpoint and not re.match(r"https?://[^/]", endpoint):
+        raise UserError(
+            f"the variable HF_ENDPOINT is {endpoint!r}, which is no address: write https://HOST"
+        )
     # A file, or those of a folder that the caller needs.
     common = {
         "repo_id": address.repository,
@@ -208,7 +213,14 @@ def _told(error: Exception, address: Address, library: Any) -> str | None:
     if told is None and isinstance(error, OSError):
         remedy = files.remedy_for_writing(error) or "try again later"
         return f" cannot be fetched ({one_line(error, 120)}): {remedy}"
+    if told is None and type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES:
+        return (
+            f" cannot be fetched ({type(error).__name__}: {one_line(error, 120)}): try again later"
+        )
     return told
+
+
+_NETWORK_LIBRARIES = ("huggingface_hub", "requests", "urllib3", "httpx", "httpx2", "httpcore")
 
 
 def _is_file(path: str) -> bool:

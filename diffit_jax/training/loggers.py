@@ -214,7 +214,17 @@ def check_wandb(project: str) -> None:
             f"config key training.wandb is {project!r}, but wandb is not installed: "
             'pip install wandb, or set it to ""'
         ) from error
-    if not _offline() and not wandb.login(prompt=False):
+    if _offline():
+        return
+    try:
+        there = wandb.login(prompt=False)
+    except Exception as error:  # a key of another length, a network that is not there
+        log.warning(
+            "wandb: %s (%s); training begins all the same",
+            *(type(error).__name__, one_line(error, 160)),
+        )
+        return
+    if not there:
         raise UserError(
             f"config key training.wandb is {project!r}, but there is no key for wandb: run `wandb "
             "login`, set WANDB_API_KEY, or log here only with WANDB_MODE=offline"
@@ -222,7 +232,8 @@ def check_wandb(project: str) -> None:
 
 
 def _offline() -> bool:
-    return os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
+    off = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+    return off or os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
 
 
 def flat(config: ConfigDict) -> dict[str, bool | int | float | str]:

@@ -277,10 +277,6 @@ class Tracer:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._steps and self._first is None:
-            log.warning(
-                "no trace was written: steps %d-%d were not among those of this run", *self._steps
-            )
         self._stop()
 
     def before(self, step: int) -> None:
@@ -300,7 +296,11 @@ class Tracer:
             self._stop()
 
     def _stop(self) -> None:
-        if self._steps and self._first is not None:
+        if self._steps and self._first is None:
+            log.warning(
+                "no trace was written: steps %d-%d were not among those of this run", *self._steps
+            )
+        elif self._steps:
             try:
                 jax.profiler.stop_trace()
                 log.info(
