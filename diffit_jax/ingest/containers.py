@@ -14,7 +14,6 @@ import posixpath
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
@@ -26,7 +25,7 @@ from diffit_jax.ingest import labelling, locations
 from diffit_jax.ingest.decoding import HEAD, SUFFIXES, is_image
 from diffit_jax.ingest.labelling import DATASET_JSON, Labels
 from diffit_jax.ingest.locations import Index
-from diffit_jax.runtime import files
+from diffit_jax.runtime import files, npz
 from diffit_jax.runtime.console import first_few
 
 _DEEP = 20  # folders in folders
@@ -112,7 +111,7 @@ def index_zip(path: epath.Path, unlabelled: bool) -> Index:
                     passed[_suffix(name)] += 1
     except UserError:
         raise
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error) as error:
+    except (*npz.DAMAGED, OverflowError) as error:
         raise UserError(
             f"{path} is not a whole zip file ({one_line(error, 120)}): fetch it again"
         ) from error

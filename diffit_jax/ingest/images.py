@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import records
-from diffit_jax.errors import UserError
+from diffit_jax.errors import UserError, one_line
 from diffit_jax.ingest import containers, locations, tables
 from diffit_jax.ingest.decoding import DecodeError, Preprocessing, decode, frame
 from diffit_jax.ingest.locations import Index, Location
@@ -344,7 +344,8 @@ def _load_chunk(tasks: Sequence[_Task], preprocessing: Preprocessing) -> list[Lo
 def _load(task: _Task, preprocessing: Preprocessing) -> Loaded:
     number, name, location = task
     try:
-        content = location if isinstance(location, np.ndarray) else locations.read(location)
+        is_array = isinstance(location, np.ndarray)
+        content = location if is_array else locations.read(location, name)
         if isinstance(content, np.ndarray):
             pixels, notes = frame(content, preprocessing)
         else:
@@ -355,8 +356,8 @@ def _load(task: _Task, preprocessing: Preprocessing) -> Loaded:
         return Loaded(number, None, error.strerror or type(error).__name__)
     except OSError as error:  # a disk or network that fails would make every image a broken one
         raise UserError(
-            f"{name} cannot be read ({error.strerror or error}): look at the disk or network, then "
-            "run the same command again"
+            f"{name} cannot be read ({error.strerror or one_line(error, 120)}): look at the disk "
+            "or network, then run the same command again"
         ) from error
     return Loaded(number, pixels, notes=notes)
 

@@ -30,6 +30,7 @@ _READ_AGAIN, _ROWS_READ_AGAIN = 64, 4  # images of an index whose bytes are evid
 _OPTIONAL = ("labels", "pixels", "stamps")  # arrays of an index
 _MOST_BYTES = 2**30  # of an unpacked image file
 _ENDS = 2**16  # bytes at both ends of a table that stand for it
+_DESCRIPTOR = 8  # bytes behind a zip's entry: a signature, which may be missing, and its checksum
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's entry, APPNOTE.TXT 4.3.7
 
 
@@ -214,12 +215,15 @@ def stamp_of_table(path: epath.Path) -> str:
     return f"{size} {hashlib.sha256(ends).hexdigest()}"
 
 
-def read(location: Location) -> bytes | np.ndarray:
+def read(location: Location, name: str = "") -> bytes | np.ndarray:
     """Read the bytes of an image file; of other kinds perhaps (H, W, C) uint8.
+
+    `name`: its name in the index, to be compared with that in a zip's entry; "": it is not.
 
     Raises:
       OSError: the file cannot be read.
       DecodeError: its content cannot be unpacked.
+      UserError: a zip whose directory has another name for its entry than the entry.
     """
     if location.kind == "file":
         return epath.Path(location.path).read_bytes()
@@ -232,21 +236,41 @@ def read(location: Location) -> bytes | np.ndarray:
         return records.read_record(location.path, location.first)[records.IMAGE]
     if location.kind == "range":
         return _range(location.path, location.first, location.second)
-    return _zip_entry(location)
+    return _zip_entry(location, name)
 
 
-def _zip_entry(location: Location) -> bytes:
+def _zip_entry(location: Location, name: str) -> bytes:
     # The header is of unknown length: with a name and an extra field, which are short.
-    content = _range(location.path, location.first, location.second + _LOCAL_HEADER.size + 2**10)
+    around = _LOCAL_HEADER.size + 2**10 + _DESCRIPTOR
+    content = _range(location.path, location.first, location.second + around)
     if len(content) < _LOCAL_HEADER.size or content[:4] != b"PK\3\4":
         raise DecodeError("its entry in the zip is damaged")
-    _, _, flags, method, *_, name, extra = _LOCAL_HEADER.unpack(content[: _LOCAL_HEADER.size])
+    _, _, flags, method, _, _, crc, *_, length, extra = _LOCAL_HEADER.unpack(
+        content[: _LOCAL_HEADER.size]
+    )
     if flags & 1:
         raise DecodeError("it is encrypted")
-    start = _LOCAL_HEADER.size + name + extra
-    packed = content[start : start + location.second]
+    start = _LOCAL_HEADER.size + length + extra
+    raw = content[_LOCAL_HEADER.size : _LOCAL_HEADER.size + length]
+    theirs = raw.decode("utf-8" if flags & 0x800 else "cp437", errors="replace")
+    if name and theirs.replace("\\", "/") != name:
+        raise UserError(
+            f"{location.path} is not a whole zip file (its directory has {name!r:.80} for "
+            f"{theirs!r:.80}): fetch it again"
+        )
+    packed = content[start : start + location.second + _DESCRIPTOR]
     if len(packed) < location.second:
-        packed = _range(location.path, location.first + start, location.second)
+        packed = _range(location.path, location.first + start, location.second + _DESCRIPTOR)
+    packed, behind = packed[: location.second], packed[location.second :]
+    if flags & 8:  # written as a stream: the checksum follows
+        crc = int.from_bytes(behind.removeprefix(b"PK\7\10")[:4], "little")
+    content = _unpacked(packed, method)
+    if zlib.crc32(content) != crc:
+        raise DecodeError("its entry in the zip is damaged (another checksum)")
+    return content
+
+
+def _unpacked(packed: bytes, method: int) -> bytes:
     if method == 0:
         return packed
     if method != 8:
@@ -275,7 +299,10 @@ def _range(path: str, start: int, size: int) -> bytes:
 
 def _row(location: Location) -> bytes:
     path = location.path
-    content = _row_group(path, location.first, files.version(path))[location.second]
+    cells = _row_group(path, location.first, files.version(path))
+    if location.second >= len(cells):
+        raise DecodeError("its row group is damaged (it has fewer rows than the file says)")
+    content = cells[location.second]
     if not content:
         raise DecodeError("empty file")
     return content
@@ -288,6 +315,10 @@ def _row_group(path: str, group: int, version: tuple[int, ...]) -> Sequence[byte
         with epath.Path(path).open("rb") as file:
             table = open_table(file, path)
             cells = table.read(group, image_column(table.schema))
+    except OSError as error:
+        if error.errno is not None:  # not of the table's content, which has none
+            raise
+        raise DecodeError(f"its row group is damaged ({one_line(error, 80)})") from error
     except TABLE_DAMAGED as error:
         raise DecodeError(f"its row group is damaged ({one_line(error, 80)})") from error
     return cells.field("bytes").to_pylist()

@@ -6,6 +6,7 @@ before 2023 (`query`).
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from diffit_jax import models
 from diffit_jax.errors import UserError, one_line
 from diffit_jax.interop import tensors
 from diffit_jax.interop.tensors import Leaf
-from diffit_jax.interop.weight_files import WeightFiles
+from diffit_jax.interop.weight_files import DIGEST, NO_DIGEST, WeightFiles
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.runtime import files
 from diffit_jax.runtime.console import first_few
@@ -124,7 +125,9 @@ def save(folder: epath.PathLike, module: Autoencoder, variables: Mapping[str, An
         if name.endswith(("quant_conv.weight", "conv_shortcut.weight")):  # 1×1 convolutions there
             array = array[..., None, None]
         arrays[name] = np.ascontiguousarray(array)
-    content = safetensors.numpy.save(arrays, {"format": "pt"})
+    content = safetensors.numpy.save(arrays, {"format": "pt", DIGEST: NO_DIGEST})
+    digest = hashlib.sha256(content[8:]).hexdigest()
+    content = content.replace(NO_DIGEST.encode(), digest.encode(), 1)
     files.write_bytes(folder / f"{WEIGHTS}.safetensors", content)
     config = json.dumps(_config_of(module), indent=2) + "\n"
     files.write_bytes(folder / CONFIG, config.encode())

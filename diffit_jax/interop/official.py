@@ -13,11 +13,12 @@ taken.
 
 import collections
 import copy
+import hashlib
 import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import tensors
 from diffit_jax.interop.parametrisation import to_released
 from diffit_jax.interop.tensors import Leaf
-from diffit_jax.interop.weight_files import WeightFiles
+from diffit_jax.interop.weight_files import DIGEST, NO_DIGEST, WeightFiles
 from diffit_jax.models.diffit.attention import relative_position_index
 from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.runtime import files
@@ -194,7 +195,8 @@ def save(
       variables: `params` and `constants` of the network.
       index_buffers: also write the int64 buffer `relative_position_index` of every block, which the
         released code derives itself but asks for when it loads strictly.
-      metadata: JSON values by name that the file carries, see `weight_files.read_metadata`.
+      metadata: JSON values by name that the file carries, see `weight_files.read_metadata`; a
+        digest of its tensors is among them.
 
     Raises:
       UserError: an unconditional module, or one with another switch, which the released code does
@@ -213,7 +215,17 @@ def save(
         )
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for _ in range(module.depth if index_buffers else 0):
+            yield relative_position_index(module.grid).astype(np.int64).tobytes()
+        for leaf in leaves_of(module):
+            array = np.asarray(tensors.at(variables, leaf.path), np.float32)
+            for layer in array if leaf.stacked else array[None]:
+                yield leaf.to_theirs(layer).data
+
     carried = {name: json.dumps(value) for name, value in (metadata or {}).items()}
+    carried[DIGEST] = NO_DIGEST
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **carried}}
     offset = 0
     entries = entries_of(module, index_buffers)
@@ -227,6 +239,10 @@ def save(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(text)
+    for part in parts():
+        digest.update(part)
+    text = text.replace(NO_DIGEST.encode(), digest.hexdigest().encode(), 1)
 
     # The library's writer wants all tensors in memory at once.
     with (
@@ -236,14 +252,9 @@ def save(
         ) as progress,
     ):
         file.write(len(text).to_bytes(8, "little") + text)
-        for _ in range(module.depth if index_buffers else 0):
-            file.write(relative_position_index(module.grid).astype(np.int64).tobytes())
+        for part in parts():
+            file.write(part)
             progress.advance()
-        for leaf in leaves_of(module):
-            array = np.asarray(tensors.at(variables, leaf.path), np.float32)
-            for layer in array if leaf.stacked else array[None]:
-                file.write(leaf.to_theirs(layer).data)
-                progress.advance()
 
 
 def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any, tuple[int, ...]]]:

@@ -45,6 +45,7 @@ DAMAGED = (
     EOFError,
     ValueError,
     IndexError,
+    RuntimeError,  # encrypted, or packed in a way that zipfile does not know
     AttributeError,
     TypeError,
     OverflowError,
@@ -203,7 +204,7 @@ class TorchFile:
                 content = self._file.read(size)
             if len(content) != size:
                 raise ValueError(f"{name} has {len(content)} of {size} bytes")
-        except (zipfile.BadZipFile, KeyError, EOFError, ValueError, OSError) as error:
+        except (*DAMAGED, OSError) as error:
             self._refuse(error)
         flat = np.frombuffer(content, dtype.newbyteorder("<") if dtype.kind != "V" else dtype)
         strides = [stride * dtype.itemsize for stride in tensor.strides]

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import json
 import logging
 import re
@@ -31,6 +32,22 @@ _BOOKKEEPING = {
     "ema_decay",
     "initted",
 }
+
+
+# Of a file that this package wrote: SHA-256 of all behind its first 8 bytes, in hexadecimal, with
+# `NO_DIGEST` in its own place.
+DIGEST, NO_DIGEST = "diffit_jax_sha256", "0" * 64
+
+
+def digest_of(path: epath.Path, stored: str) -> str:
+    """Return the digest of a safetensors file in which `stored` stands for it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest.update(header.replace(stored.encode(), NO_DIGEST.encode()))
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class WeightFiles:
@@ -138,7 +155,14 @@ def _open(path: epath.Path) -> Any:
     try:
         with path.open("rb") as file:
             start = file.read(512)
-        return safe_open(path, framework="numpy")
+        opened = safe_open(path, framework="numpy")
+        digest = (opened.metadata() or {}).get(DIGEST)
+        if digest is not None and digest != digest_of(path, digest):
+            raise UserError(
+                f"weights {path} have changed since they were written (their digest is another): "
+                "fetch or convert them again"
+            )
+        return opened
     except OSError as error:
         raise UserError(
             f"weights {path} cannot be read ({error.strerror or error}): name a safetensors file"

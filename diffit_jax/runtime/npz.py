@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,16 @@ import numpy as np
 from etils import epath
 
 # Exceptions of reading a damaged npz file, besides `OSError`.
-DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError)
+DAMAGED = (
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    AttributeError,
+    IndexError,
+    struct.error,
+    RuntimeError,  # encrypted, or (NotImplementedError) packed in a way that is not known
+)
 
 
 class NpzArray:
@@ -104,6 +114,8 @@ def evidence(path: epath.Path) -> str:
 def has(path: epath.Path, name: str) -> bool:
     """Whether a file has an array; errors as of `reading`."""
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            archive.open(entry).close()  # its name there has to be that of the directory
         return f"{name}.npy" in archive.namelist()
 
 
