@@ -95,12 +95,17 @@ def index_zip(path: epath.Path, unlabelled: bool) -> Index:
     passed = Passed()
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            _check_count(file, len(archive.infolist()))
             for entry in archive.infolist():
                 name = entry.filename.replace("\\", "/")
-                if entry.is_dir() or name.endswith("/") or _concealed(name):
-                    continue
-                if stat.S_ISLNK(entry.external_attr >> 16):
+                linked = stat.S_ISLNK(entry.external_attr >> 16)
+                left_out = entry.is_dir() or name.endswith("/") or _concealed(name) or linked
+                if left_out or (name.endswith(".json") and not name.endswith(DATASET_JSON)):
+                    archive.open(entry).close()  # is that its name where it lies, too?
+                if linked and not is_image("", lambda entry=entry: _head_of(archive, entry)):
                     passed["symbolic links"] += 1
+                elif left_out and not linked:
+                    continue
                 elif name.rpartition("/")[2] == DATASET_JSON:
                     labels = labelling.read_dataset_json(archive.read(entry), f"{path}/{name}")
                     tables[name] = labels
@@ -128,6 +133,17 @@ def index_zip(path: epath.Path, unlabelled: bool) -> Index:
         unlabelled=unlabelled,
         passed=passed,
     )
+
+
+def _check_count(file: IO[bytes], found: int) -> None:
+    """Raise `BadZipFile` unless a zip says at its end that it has so many entries."""
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - 2**16 - 22))
+    tail = file.read()
+    end = tail[tail.rfind(b"PK\5\6") :]  # APPNOTE.TXT 4.3.16
+    said = int.from_bytes(end[10:12], "little")
+    if said not in (found, 0xFFFF):  # that one is: see the zip64 record
+        raise zipfile.BadZipFile(f"its directory has {found} of {said} entries")
 
 
 def index_tars(paths: Sequence[epath.Path], unlabelled: bool, tar_classes: bool) -> Index:

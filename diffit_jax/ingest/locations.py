@@ -244,7 +244,10 @@ def _zip_entry(location: Location, name: str) -> bytes:
     around = _LOCAL_HEADER.size + 2**10 + _DESCRIPTOR
     content = _range(location.path, location.first, location.second + around)
     if len(content) < _LOCAL_HEADER.size or content[:4] != b"PK\3\4":
-        raise DecodeError("its entry in the zip is damaged")
+        raise UserError(
+            f"{location.path} is not a whole zip file (there is no entry {name!r:.80} where its "
+            "directory has it): fetch it again"
+        )
     _, _, flags, method, _, _, crc, *_, length, extra = _LOCAL_HEADER.unpack(
         content[: _LOCAL_HEADER.size]
     )

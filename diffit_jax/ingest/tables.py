@@ -82,6 +82,8 @@ def index_tables(paths: Sequence[epath.Path], unlabelled: bool, classes: _ClassN
                     rows += [(number, group, row) for row in range(count)]
                     if described[0][0] and not unlabelled:
                         values += table.read(group, described[0][0]).to_pylist()
+                        if len(values) != len(rows):
+                            raise ValueError(f"row group {group} has not {count} labels")
         except (UserError, PermissionError):
             raise
         except (OSError, *locations.TABLE_DAMAGED) as error:

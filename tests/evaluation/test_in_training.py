@@ -31,6 +31,7 @@ from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions
+from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.training.held_out import SEED, HeldOutLoss, open_held_out
 from diffit_jax.training.step import example_keys
 from diffit_jax.training.train import train
@@ -288,3 +289,20 @@ def test_a_data_set_without_a_test_split_has_no_held_out_loss():
     config.evaluation = ConfigDict(dict(loss_steps=2))
     with pytest.raises(UserError, match=r"evaluation\.loss_steps needs a test split: data set"):
         open_held_out(build(config))
+
+
+def test_a_signal_in_a_grid_leaves_the_grid_out(tmp_path, monkeypatch):
+    """It is heard after the first of two batches; the loop saves one step later, and ends."""
+    config = small_config()
+    config.training.update(grid_images=9, grid_steps=2, checkpoint_steps=100, total_steps=6)
+    batches, draw = [], Sampler.draw_batch
+
+    def signalled(self, *arguments):
+        batches.append(self.batch_size)
+        interruption._noticed.set()
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Sampler, "draw_batch", signalled)
+    with pytest.raises(interruption.Preempted, match="checkpoint 3 of 6 steps is saved"):
+        train(config, workdir=tmp_path / "run")
+    assert len(batches) == 1 and batches[0] < 9 and not list((tmp_path / "run/grids").glob("*.png"))
