@@ -58,6 +58,8 @@ class Platform:
       decodes_one: whether an autoencoder works through examples one by one: on a CPU more would not
         be faster, and sums would come in another order; convolutions in a loop are over fifteen
         times as slow there.
+      sums_by_slices: whether sums over the bits of a large array are taken slice by slice: where a
+        cast of bits is written to memory before its sum is taken.
       core_flops: of training, by a core of the host, where that is what computes: 9 to 11e9 on two
         cores of 2.25 GHz, by networks here; 0: not known, another device computes.
     """
@@ -76,6 +78,7 @@ class Platform:
     skips_by_branch: bool = False
     once: dict[str, Any] | None = None
     decodes_one: bool = False
+    sums_by_slices: bool = False
     core_flops: float = 0
 
 
@@ -87,6 +90,7 @@ PLATFORMS = {
         skips_by_branch=True,
         once={"xla_backend_optimization_level": 1},
         decodes_one=True,
+        sums_by_slices=True,
         core_flops=1e10,
     ),
     "gpu": Platform(

@@ -19,6 +19,7 @@ from etils import epath
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from diffit_jax import platforms
 from diffit_jax.errors import CannotWrite, UserError
 from diffit_jax.runtime import distributed, files, parallel
 from diffit_jax.runtime.console import first_few
@@ -377,7 +378,12 @@ def _quiet_cleanup() -> Iterator[None]:
 
 # --- Digests of arrays, computed on their devices.
 
-_SMALL = 2**20  # bytes
+_SMALL, _SLICE = 2**20, 2**19  # bytes
+
+
+def _by_slices(array: jax.Array) -> bool:
+    device = next(iter(array.sharding.device_set))
+    return platforms.of(device.platform).sums_by_slices
 
 
 def fingerprint(tree: Any) -> str:
@@ -402,7 +408,7 @@ def sums_of(tree: Any) -> dict[str, list[Any]]:
     by one program that reads each once.
     """
     leaves = [(name, leaf) for name, leaf in parallel.named(tree) if leaf.dtype.itemsize <= 4]
-    pairs = _of_each(_weighted_sums, leaves)
+    pairs = _of_each(_weighted_sums, leaves, _weighted_sums_by_slices)
     return {
         name: [np.dtype(leaf.dtype).name, *pair]
         for (name, leaf), pair in zip(leaves, pairs, strict=True)
@@ -421,9 +427,15 @@ def not_finite(tree: Any) -> list[str]:
 
 
 def _of_each(
-    function: Callable[[jax.Array], jax.Array], leaves: list[tuple[str, jax.Array]]
+    function: Callable[[jax.Array], jax.Array],
+    leaves: list[tuple[str, jax.Array]],
+    of_large: Callable[[jax.Array], jax.Array] | None = None,
 ) -> list[Any]:
-    """Apply a function to each array in one program; return the results on every process's host."""
+    """Apply a function to each array in one program; return the results on every process's host.
+
+    `of_large`: the same function for arrays of several axes that are large, where the platform
+    works by slices.
+    """
     # Small arrays of one shape, of which networks have hundreds, are computed together: one by one
     # they take ten seconds to compile. To stack large ones would take memory.
     alike: dict[Any, list[int]] = {}
@@ -437,20 +449,27 @@ def _of_each(
     first = leaves[0][1]
     if isinstance(first, jax.Array) and isinstance(first.sharding, NamedSharding):
         all_hosts = NamedSharding(first.sharding.mesh, PartitionSpec())
-    results = np.asarray(_program(function, all_hosts)(groups).addressable_data(0))
+    sliced = of_large if isinstance(first, jax.Array) and _by_slices(first) else None
+    results = np.asarray(_program(function, sliced, all_hosts)(groups).addressable_data(0))
     order = [place for places in alike.values() for place in places]
     return results[np.argsort(order)].tolist()
 
 
 @functools.lru_cache(maxsize=16)
 def _program(
-    function: Callable[[jax.Array], jax.Array], all_hosts: NamedSharding | None
+    function: Callable[[jax.Array], jax.Array],
+    of_large: Callable[[jax.Array], jax.Array] | None,
+    all_hosts: NamedSharding | None,
 ) -> Callable:
+    def of_group(group: list[jax.Array]) -> jax.Array:
+        large = group[0].size * group[0].dtype.itemsize > _SMALL and group[0].ndim > 1
+        if large and of_large:  # it is alone
+            return of_large(group[0])[None]
+        stack = lax.concatenate([lax.expand_dims(leaf, (0,)) for leaf in group], 0)
+        return jax.vmap(function)(stack)
+
     def of_groups(groups: list[list[jax.Array]]) -> jax.Array:
-        stacks = [
-            lax.concatenate([lax.expand_dims(leaf, (0,)) for leaf in group], 0) for group in groups
-        ]
-        return jnp.concatenate([jax.vmap(function)(stack) for stack in stacks])
+        return jnp.concatenate([of_group(group) for group in groups])
 
     return jax.jit(of_groups, out_shardings=all_hosts)
 
@@ -459,30 +478,73 @@ def _count_bad(leaf: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(leaf), dtype=jnp.uint32)
 
 
-def _bits_and_places(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the bits of each value, and its number in the order of memory, uint32."""
+def _bits(leaf: jax.Array) -> jax.Array:
+    """Return the bits of each value, uint32."""
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
     leaf = lax.convert_element_type(leaf, np.uint8) if leaf.dtype == bool else leaf
-    bits = lax.convert_element_type(lax.bitcast_convert_type(leaf, unsigned), np.uint32)
-    place = lax.full(leaf.shape, np.uint32(0))
-    for axis, size in enumerate(leaf.shape):
-        along = lax.broadcasted_iota(np.uint32, leaf.shape, axis)
+    return lax.convert_element_type(lax.bitcast_convert_type(leaf, unsigned), np.uint32)
+
+
+def _places(shape: tuple[int, ...], axes: int) -> jax.Array:
+    """Return the number of each value's place along the first axes, in the order of memory."""
+    place = lax.full(shape, np.uint32(0))
+    for axis, size in enumerate(shape[:axes]):
+        along = lax.broadcasted_iota(np.uint32, shape, axis)
         place = lax.add(lax.mul(place, np.uint32(size % 2**32)), along)
-    return bits, place
+    return place
 
 
 def _weighted_sums(leaf: jax.Array) -> jax.Array:
-    """Return the sum of all bits of an array, and the sum weighted by odd numbers: (2,) uint32."""
-    bits, place = _bits_and_places(leaf)
-    weighted = lax.mul(bits, lax.add(lax.mul(place, np.uint32(2)), np.uint32(1)))
-    axes = tuple(range(leaf.ndim))
-    sums = [lax.reduce(each, np.uint32(0), lax.add, axes) for each in (bits, weighted)]
+    """Return the sum of all bits of an array, and the sum weighted by odd numbers: (2,) uint32.
+
+    The weights are 2 place + 1.
+    """
+    leaf = leaf.reshape(1, -1) if leaf.ndim < 2 else leaf
+    leading = tuple(range(leaf.ndim - 1))
+    bits, rows = _bits(leaf), _places(leaf.shape, leaf.ndim - 1)
+    plain_C, by_row_C = (
+        lax.reduce(each, np.uint32(0), lax.add, leading) for each in (bits, lax.mul(bits, rows))
+    )
+    return _of_columns(plain_C, by_row_C)
+
+
+def _weighted_sums_by_slices(leaf: jax.Array) -> jax.Array:
+    """Return `_weighted_sums` of a large array on a CPU, in slices that its cache holds.
+
+    There XLA would write the bits of all of it to memory first: five times as slow.
+    """
+    columns = leaf.shape[-1]
+    rows = leaf.size // columns
+    most = max(1, _SLICE // (columns * leaf.dtype.itemsize))
+    size = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
+
+    def add(sums: tuple[jax.Array, jax.Array, jax.Array], slice_RC: jax.Array) -> Any:
+        plain_C, by_row_C, first = sums
+        bits = _bits(slice_RC)
+        sum_C, weighted_C = (
+            lax.reduce(each, np.uint32(0), lax.add, (0,))
+            for each in (bits, lax.mul(bits, lax.broadcasted_iota(np.uint32, bits.shape, 0)))
+        )
+        return (plain_C + sum_C, by_row_C + weighted_C + sum_C * first, first + size), None
+
+    zeros_C = jnp.zeros(columns, np.uint32)
+    start = zeros_C, zeros_C, jnp.zeros((), np.uint32)
+    (plain_C, by_row_C, _), _ = lax.scan(add, start, leaf.reshape(-1, size, columns))
+    return _of_columns(plain_C, by_row_C)
+
+
+def _of_columns(plain_C: jax.Array, by_row_C: jax.Array) -> jax.Array:
+    """Return the two sums of an array, given those of its columns, and those weighted by rows."""
+    (columns,) = plain_C.shape
+    odd_C = lax.broadcasted_iota(np.uint32, (columns,), 0) * np.uint32(2) + np.uint32(1)
+    weighted_C = plain_C * odd_C + by_row_C * np.uint32(2 * columns % 2**32)
+    sums = [lax.reduce(each, np.uint32(0), lax.add, (0,)) for each in (plain_C, weighted_C)]
     return lax.concatenate([lax.expand_dims(each, (0,)) for each in sums], 0)
 
 
 def _sums(leaf: jax.Array) -> jax.Array:
     """Return two sums over all values of an array, each mixed with its index: (2,) uint32."""
-    bits, place = _bits_and_places(leaf)
+    bits, place = _bits(leaf), _places(leaf.shape, leaf.ndim)
     mixed = _mixed(lax.bitwise_xor(bits, _mixed(lax.add(place, np.uint32(1)))))
     again = _mixed(lax.add(mixed, np.uint32(0x9E3779B1)))
     axes = tuple(range(leaf.ndim))
