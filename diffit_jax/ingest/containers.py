@@ -475,20 +475,19 @@ def _walk(
                 f"{folder} is a folder within itself, or more than {_DEEP} folders deep: delete "
                 "the link that leads back up"
             )
-        found = list(os.scandir(folder) if local else folder.iterdir())
+        found = list(locations.listed(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror or error})") from error
     for entry in found:
         if _hidden(entry.name):
             continue
-        if entry.is_dir():
+        if entry.kind == "folder":
             below = folder / entry.name
             yield from _walk(below, f"{prefix}{entry.name}/", passed, (*above, identity))
-        elif local and not entry.is_file():  # never opened: a pipe would be waited for
-            lost = entry.is_symlink()
-            passed[_LINK if lost else _PIPE] += 1
+        elif entry.kind != "file":  # never opened: a pipe would be waited for
+            passed[_LINK if entry.kind == "lost link" else _PIPE] += 1
         elif is_image(entry.name, lambda entry=entry: _head(folder / entry.name)):
-            yield prefix + entry.name, locations.stamp_of_file(folder / entry.name)
+            yield prefix + entry.name, entry.stamp()
         elif entry.name != DATASET_JSON:
             passed[_suffix(entry.name)] += 1
 

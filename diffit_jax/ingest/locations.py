@@ -14,7 +14,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -203,7 +203,43 @@ def stamp_of_file(path: epath.PathLike) -> str:
     import fsspec
 
     system, name = fsspec.core.url_to_fs(os.fspath(path))
-    known = system.info(name)  # of the listing that found it
+    return _stamp_in_bucket(system.info(name))
+
+
+class Listed(NamedTuple):
+    """An entry of a folder.
+
+    Attributes:
+      name: without the folder.
+      kind: "file", "folder", "lost link" or "other": a pipe or device.
+      stamp: returns what `stamp_of_file` does.
+    """
+
+    name: str
+    kind: str
+    stamp: Callable[[], str]
+
+
+def listed(folder: epath.Path) -> Iterator[Listed]:
+    """Yield the entries of a folder; in a bucket with one question for all. Raises `OSError`."""
+    if files.is_local(folder):
+        for entry in os.scandir(folder):
+            kind = "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+            if kind == "other" and entry.is_symlink():
+                kind = "lost link"
+            yield Listed(entry.name, kind, functools.partial(stamp_of_file, folder / entry.name))
+        return
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(os.fspath(folder))
+    for known in system.ls(path, detail=True):
+        name = known["name"].rstrip("/").rpartition("/")[2]
+        kind = "folder" if known["type"] == "directory" else "file"
+        if name and known["name"].strip("/") != path.strip("/"):  # some list the folder itself
+            yield Listed(name, kind, functools.partial(_stamp_in_bucket, known))
+
+
+def _stamp_in_bucket(known: Mapping[str, Any]) -> str:
     kinds = ("size", "generation", "md5Hash", "etag", "ETag", "mtime", "created")
     return " ".join(str(known.get(kind)) for kind in kinds)
 

@@ -122,7 +122,7 @@ def expendable() -> Iterator[None]:
     with _lock:
         _expendable += 1
     try:
-        if _noticed.is_set() and not _pressed:
+        if _listening and _noticed.is_set() and not _pressed:
             _on(signal.SIGTERM)
         yield
     finally:
@@ -222,9 +222,12 @@ def _press() -> None:
     _noticed.set()
     if _forward is not None:
         _forward()
-    answer = "interrupted: saving before the end (once more: end at once)\n"
+    answer = "interrupted: saving before the end (once more: end at once)"
+    if not _listening:  # in a notebook, whose stderr is its own
+        print(answer, file=sys.stderr, flush=True)
+        return
     with contextlib.suppress(OSError):  # not by `print`: the main thread may be in the midst of it
-        os.write(2, answer.encode())
+        os.write(2, f"{answer}\n".encode())
 
 
 def _end_after_ctrl_c() -> None:

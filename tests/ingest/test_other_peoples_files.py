@@ -454,3 +454,25 @@ def test_the_hubs_tables_still_name_their_classes(tmp_path):
     pytest.importorskip("pyarrow")
     write_parquet(tmp_path / "a.parquet", PETS, [0, 1] * 6, ["tabby", "hound"])
     assert open_images(tmp_path / "a.parquet").classes == ("tabby", "hound")
+
+
+def test_a_bucket_is_asked_once_for_a_folder(monkeypatch):
+    """For names, kinds and what tells a file from a later one of its name."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for name, content in PETS.items():
+        system.pipe_file(f"/listed/{name}", content)
+    asked, ls = [], type(system).ls
+    monkeypatch.setattr(
+        type(system), "ls", lambda self, path, **more: asked.append(path) or ls(self, path, **more)
+    )
+    monkeypatch.setattr(type(system), "info", lambda *_, **__: pytest.fail("asked for one file"))
+    cats = {entry.name: entry for entry in locations.listed("memory://listed/cat")}
+    assert sorted(cats) == [name[4:] for name in NAMES[:6]] and asked == ["/listed/cat"]
+    first = cats["00.png"].stamp()
+    assert all(entry.kind == "file" and entry.stamp() for entry in cats.values())
+    assert {entry.kind for entry in locations.listed("memory://listed")} == {"folder"}
+    system.pipe_file("/listed/cat/00.png", PETS["dog/01.png"])
+    again = {entry.name: entry.stamp() for entry in locations.listed("memory://listed/cat")}
+    assert again["00.png"] != first and again["02.png"] == cats["02.png"].stamp()
