@@ -138,7 +138,9 @@ def _near(path: Any) -> str:
     """Name what lies where a path would, with the most similar name."""
     folder = Path(path).parent
     if not folder.is_dir():
-        return f"there is no folder {folder}"
+        pattern = any(mark in str(folder) for mark in "*?")
+        hint = " (only the last part of a path may be a pattern)" if pattern else ""
+        return f"there is no folder {folder}{hint}"
     close = difflib.get_close_matches(path.name, os.listdir(folder), n=1)
     return f"did you mean {folder / close[0]}?" if close else "name one that is"
 

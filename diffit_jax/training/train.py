@@ -288,7 +288,7 @@ class RunFiles:
 @backend.reproducible_numerics()
 @backend.explain_oom(backend.TRAINING_OOM_HINT)
 def train(
-    config: ConfigDict,
+    config: ConfigDict | Mapping[str, Any],
     *,
     workdir: epath.PathLike,
     profile_steps: tuple[int, int] | None = None,
@@ -322,6 +322,7 @@ def train(
     """
     # --- Check everything before the first thing is written.
     workdir = files.resolve(workdir, "workdir")
+    config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
     setup = setup_experiment(config, devices, objective=objective)
     source = distributed.primary_first(lambda: open_training_data(setup.experiment))
     monitors = Monitors.open(setup, config, workdir, source)

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -476,3 +477,13 @@ def test_a_bucket_is_asked_once_for_a_folder(monkeypatch):
     system.pipe_file("/listed/cat/00.png", PETS["dog/01.png"])
     again = {entry.name: entry.stamp() for entry in locations.listed("memory://listed/cat")}
     assert again["00.png"] != first and again["02.png"] == cats["02.png"].stamp()
+
+
+def test_a_broken_block_of_exif_costs_no_image():
+    """As `--noupright` reads it; the rest of the file is whole."""
+    whole = encoded(image(3, 8, 8))
+    for block in (b"garbage", b"MM\0*\0\0\xff\xff", b"II*\0\x08\0\0\0\xff\xff\x12\x01"):
+        chunk = len(block).to_bytes(4, "big") + b"eXIf" + block
+        chunk += zlib.crc32(b"eXIf" + block).to_bytes(4, "big")
+        pixels, _ = decode(whole[:33] + chunk + whole[33:], Preprocessing())
+        np.testing.assert_array_equal(pixels, image(3, 8, 8))

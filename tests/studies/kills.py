@@ -1,15 +1,16 @@
 """SIGKILL at random moments of a command, which is then given again: python tests/studies/kills.py
-[COUNT [SEED]].
+[COUNT [SEED [SIGNAL]]].
 
 Of each of six commands COUNT runs are killed once, at a uniformly random moment of their time, and
 continued; what they wrote is compared with that of a run that was left alone, byte for byte
-(checkpoints: array for array)."""
+(checkpoints: array for array). With SIGNAL TERM or INT it also prints how long the end took."""
 
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,7 +80,8 @@ def finish(process):
         raise SystemExit(f"status {process.returncode}: {errors.decode()[-600:]}")
 
 
-def main(count, seed):
+def main(count, seed, name_of_signal="KILL"):
+    number_of_signal = signal.Signals[f"SIG{name_of_signal}"]
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
@@ -101,24 +103,30 @@ def main(count, seed):
                 shutil.copy(work / "sample_alone.npz", work / "samples.npz")
             if verb == "make_reference":
                 shutil.copy(work / "make_reference_alone.npz", work / "reference.npz")
-            same = 0
+            same, ends, statuses = 0, [], set()
             for number in range(count):
                 name, moment = f"{verb}_{number}", float(rng.uniform(0.3, 1)) * seconds
                 process = start(verb, arguments, work, name)
                 try:
                     process.wait(moment)
                 except subprocess.TimeoutExpired:
-                    process.kill()
+                    process.send_signal(number_of_signal)
+                asked = time.monotonic()
                 process.communicate()
+                ends.append(time.monotonic() - asked)
+                statuses.add(process.returncode)
                 if process.returncode:
                     finish(start(verb, arguments, work, name))
                 same += digest(work, name) == whole
             worst += same < count
             print(
-                f"{verb:16}{seconds:6.1f} s alone; {same} of {count} equal to the bit", flush=True
+                f"{verb:16}{seconds:6.1f} s alone; {same} of {count} equal to the bit; ended after "
+                f"{max(ends):.1f} s at most, with {sorted(statuses)}",
+                flush=True,
             )
     return int(worst > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(int(text) for text in (*sys.argv[1:], *("5", "0")[len(sys.argv) - 1 :]))))
+    given = [*sys.argv[1:], *("5", "0", "KILL")[len(sys.argv) - 1 :]]
+    sys.exit(main(int(given[0]), int(given[1]), given[2]))
