@@ -168,7 +168,10 @@ def index_tars(paths: Sequence[epath.Path], unlabelled: bool, tar_classes: bool)
     # A tar of each class: its name is the folder. But shards are numbered, and those of
     # WebDataset have texts beside the images.
     companions = any(scan.companions for scan in found)
-    is_shards = several and flat and (companions or labelling.are_shards(stems))
+    # Or each has a folder of its own, named like it perhaps.
+    tops = [{name.partition("/")[0] for name in scan.members} for scan in found]
+    alone = all(len(top) == 1 for top in tops) and len(set().union(*tops)) == len(tops)
+    is_shards = several and (flat or alone) and (companions or labelling.are_shards(stems))
     unlabelled |= is_shards and not tar_classes
     messages = ()
     if is_shards and not tar_classes:

@@ -149,6 +149,9 @@ def of_folders(source: str, names: Sequence[str], whole: bool) -> Labels:
             f"{source} has {len(loose)} images beside its folders ({first_few(loose)}), whose "
             "class is not known: move them into a folder, or say --unlabelled"
         )
+    if all(_is_in_its_part(name) for name in inside):
+        why = "its folders are numbered parts of one set, by the names of the images in them"
+        return Labels(messages=(f"no labels: {why}",))
     folders = [name.partition("/")[0] for name in inside]
     classes = tuple(sorted(set(folders)))
     if set(classes) <= _SPLITS:
@@ -163,6 +166,17 @@ def of_folders(source: str, names: Sequence[str], whole: bool) -> Labels:
         )
     numbers_of = {name: number for number, name in enumerate(classes)}
     return Labels(np.array([numbers_of[name] for name in folders], np.int32), classes)
+
+
+def _is_in_its_part(name: str) -> bool:
+    """Whether an image lies in the part of a set that its number says.
+
+    As EDM's tool (`00012/img00012345.png`) and img2dataset (`00012/000123456.jpg`) divide one.
+    """
+    folder, _, rest = name.partition("/")
+    number = re.search(r"\d+", rest.rpartition("/")[2])
+    within = number is not None and len(number[0]) > len(folder)
+    return within and re.fullmatch(r"\d{4,}", folder) is not None and number[0].startswith(folder)
 
 
 def common_folder(names: Sequence[str]) -> str:

@@ -487,3 +487,28 @@ def test_a_broken_block_of_exif_costs_no_image():
         chunk += zlib.crc32(b"eXIf" + block).to_bytes(4, "big")
         pixels, _ = decode(whole[:33] + chunk + whole[33:], Preprocessing())
         np.testing.assert_array_equal(pixels, image(3, 8, 8))
+
+
+@pytest.mark.parametrize("form", ["0000{0}/img0000{0}{1:03}.png", "0000{0}/0000{0}{1:04}.png"])
+def test_numbered_parts_of_a_set_are_no_classes(tmp_path, form):
+    """EDM's layout without its `dataset.json`, and what img2dataset writes as files, or as tars
+    with a folder each."""
+    parts = [{form.format(p, n): PETS[NAMES[n]] for n in range(6)} for p in range(3)]
+    contents_ = {name: content for part in parts for name, content in part.items()}
+    folder = write_folder(tmp_path / "x", contents_)
+    write_zip(tmp_path / "x.zip", {f"set/{name}": one for name, one in contents_.items()})
+    for source in (folder, tmp_path / "x.zip"):
+        index = open_images(source)
+        assert index.labels is None and "numbered parts of one set" in said(index)
+    (tmp_path / "tars").mkdir()
+    for number, part in enumerate(parts):
+        (tmp_path / "tars" / f"0000{number}.tar").write_bytes(tar_bytes(part))
+    assert open_images(tmp_path / "tars").labels is None
+
+
+def test_numbered_folders_of_classes_stay_classes(tmp_path):
+    """Of digits, and of class numbers with zeros in front."""
+    for form in ("{0}/{1}.png", "0000{0}/{1:05}.png", "0000{0}/n0144_{1}.png"):
+        parts = {form.format(p, n + 20): PETS[NAMES[n]] for p in range(3) for n in range(6)}
+        index = open_images(write_folder(tmp_path / str(len(form)) / "x", parts))
+        assert len(index.classes) == 3, form
