@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -343,7 +344,11 @@ def _end_with(error: BaseException) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
-            fail(f"the output could not be written ({error.strerror}): make room, or look at it")
+            if _was_printing(error):
+                fail(_unprinted(error))
+            fail(
+                f"a file could not be written ({error.strerror}): make room, or choose another place"
+            )
         raise
     except MemoryError:
         fail("the host's memory ran out: ask for less at once, or use a machine with more")
@@ -368,7 +373,18 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        fail(f"the output could not be printed ({error.strerror}); what was asked for is done")
+        fail(_unprinted(error))
+
+
+def _unprinted(error: OSError) -> str:
+    return f"the output could not be printed ({error.strerror}); what was asked for is done"
+
+
+def _was_printing(error: BaseException) -> bool:
+    """Whether an error came from printing a result: from a command, not from what it called."""
+    names = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [name for name in names if Path(__file__).parents[1] in Path(name).parents]
+    return bool(ours) and _COMMANDS in Path(ours[-1]).parents
 
 
 def _stop_printing() -> None:

@@ -1,5 +1,6 @@
 """Streams images through the feature network and accumulates what the metrics need; resumable."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -55,8 +56,7 @@ class Measured:
 
     def add(self, images: np.ndarray, features: Features) -> None:
         """Add the next images (n, H, W, C) uint8 and their features."""
-        for image in images:
-            self.digest = hashlib.sha256(self.digest + image.tobytes()).digest()
+        self.digest = _chained(self.digest, images)
         self.pool.add(features.pool)
         self.spatial.add(features.spatial)
         self.inception_score.add(features.logits)
@@ -98,23 +98,32 @@ class Measured:
             self._pooled = [state["features"]]
 
 
+def _chained(digest: bytes, images: np.ndarray) -> bytes:
+    """Return the digest of images so far and the next ones, (n, H, W, C) uint8."""
+    for image in images:
+        digest = hashlib.sha256(digest + image.tobytes()).digest()
+    return digest
+
+
 class PartialResult:
     """The file that keeps what is measured so far, so that the same command goes on there.
 
     Attributes:
       path: of the file.
       identity: of what is measured and how, as text; that of another one is not taken.
+      images: what is measured, or None.
     """
 
-    def __init__(self, path: epath.Path, identity: str):
-        self.path, self.identity = path, identity
+    def __init__(self, path: epath.Path, identity: str, images: Images | None = None):
+        self.path, self.identity, self.images = path, identity, images
 
     @classmethod
     def of(
         cls, path: epath.Path, images: Images, protocol: Mapping[str, Any], pooled: bool
     ) -> "PartialResult":
         """Return the file of a measurement of these images, by a protocol, see `protocol_of`."""
-        return cls(path, json.dumps([protocol, pooled, images.evidence], sort_keys=True))
+        identity = json.dumps([protocol, pooled, images.evidence], sort_keys=True)
+        return cls(path, identity, images)
 
     def restore(self, measured: Measured) -> None:
         """Continue from the file, if every process sees it."""
@@ -124,8 +133,31 @@ class PartialResult:
             of=lambda arrays: {"identity": str(arrays.get("identity"))},
             read=_arrays_in,
         ).inspect()
-        if distributed.all_hosts(found.state == "done"):
-            measured.restore({k: v for k, v in found.content.items() if k != "identity"})
+        state = {k: v for k, v in found.content.items() if k != "identity"}
+        usable = found.state == "done" or self._are_the_same(found.content)
+        if distributed.all_hosts(usable):
+            measured.restore(state)
+
+    def _are_the_same(self, content: Mapping[str, Any]) -> bool:
+        """Whether other evidence, or none as of earlier versions, is of the same images after all.
+
+        The images that were measured are read again, and their digest is compared.
+        """
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            theirs, ours = json.loads(str(content["identity"])), json.loads(self.identity)
+            if self.images is None or theirs[:2] != ours[:2]:
+                return False
+            if not self.images.evidence:  # the protocol says all
+                return True
+            kept, again = Measured(theirs[1]), bytes(32)
+            kept.restore({k: v for k, v in content.items() if k != "identity"})
+            left = kept.count
+            for batch in self.images.batches(64):
+                again = _chained(again, batch[:left])
+                left -= len(batch[:left])
+                if not left:
+                    return again == kept.digest
+        return False
 
     def save(self, measured: Measured) -> None:
         """Write the file, on the first process."""

@@ -521,3 +521,27 @@ def test_folders_are_measured_by_the_rules_of_prepare(place, tmp_path):
     every = np.concatenate([*found.batches(5)])
     assert (every[:12] == 255).all() and len(every) == 13
     np.testing.assert_array_equal(every[12], images(1, 3)[0][::-1, ::-1])
+
+
+def test_samples_that_were_only_touched_are_not_measured_anew(place, tmp_path, monkeypatch):
+    """Written again, copied: the images measured before are read and compared, not measured."""
+    how = dict(metrics=["fid"], output=tmp_path / "m.json", batch_per_device=BATCH // 4)
+    folder = tmp_path / "s"
+    folder.mkdir()
+
+    def write():
+        for number, one in enumerate(images(19, 0)):
+            (folder / f"{number:02}.bmp").unlink(missing_ok=True)
+            Image.fromarray(one).save(folder / f"{number:02}.bmp")
+
+    write()
+    interrupted(monkeypatch, 2, lambda: measured(place, folder, **how))
+    write()
+    calls, call = [], Extractor.__call__
+    monkeypatch.setattr(
+        Extractor, "__call__", lambda self, batch: calls.append(len(batch)) or call(self, batch)
+    )
+    found = measured(place, folder, **how)
+    assert 0 < sum(calls) < 19
+    alone = measured(place, metrics=["fid"], output=tmp_path / "alone.json")["metrics"]["fid"]
+    assert found["metrics"]["fid"] == pytest.approx(alone, rel=1e-5)  # in batches of other sizes

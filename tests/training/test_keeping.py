@@ -163,7 +163,7 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 395137867968 bytes."
         )
 
-    monkeypatch.setattr(train_verb.Sampler, "draw", full)
+    monkeypatch.setattr(train_verb.Sampler, "draw_batch", full)
     assert int(train(small_latent_config(), workdir=tmp_path / "other").step) == 6
     assert (
         "00000006.png could not be drawn: memory ran out (" in caplog.text
