@@ -346,9 +346,7 @@ def _end_with(error: BaseException) -> NoReturn:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
             if _was_printing(error):
                 fail(_unprinted(error))
-            fail(
-                f"a file could not be written ({error.strerror}): make room, or choose another place"
-            )
+            fail(f"a file could not be written ({error.strerror}): make room for it")
         raise
     except MemoryError:
         fail("the host's memory ran out: ask for less at once, or use a machine with more")
