@@ -58,6 +58,8 @@ class Platform:
       decodes_one: whether an autoencoder works through examples one by one: on a CPU more would not
         be faster, and sums would come in another order; convolutions in a loop are over fifteen
         times as slow there.
+      grid_per_device: samples of a grid that a device draws at once, so that a signal is heard
+        soon; 0: as many as `sampling.batch_per_device` says.
       sums_by_slices: whether sums over the bits of a large array are taken slice by slice: where a
         cast of bits is written to memory before its sum is taken.
       core_flops: of training, by a core of the host, where that is what computes: 9 to 11e9 on two
@@ -78,6 +80,7 @@ class Platform:
     skips_by_branch: bool = False
     once: dict[str, Any] | None = None
     decodes_one: bool = False
+    grid_per_device: int = 0
     sums_by_slices: bool = False
     core_flops: float = 0
 
@@ -90,6 +93,7 @@ PLATFORMS = {
         skips_by_branch=True,
         once={"xla_backend_optimization_level": 1},
         decodes_one=True,
+        grid_per_device=4,
         sums_by_slices=True,
         core_flops=1e10,
     ),

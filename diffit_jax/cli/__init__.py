@@ -137,11 +137,11 @@ def _is_there(path: Any) -> bool:
 
 def _near(path: Any) -> str:
     """Name what lies where a path would, with the most similar name."""
+    from diffit_jax.runtime import hub
+
     folder = Path(path).parent
     if not folder.is_dir():
-        pattern = any(mark in str(folder) for mark in "*?")
-        hint = " (only the last part of a path may be a pattern)" if pattern else ""
-        return f"there is no folder {folder}{hint}"
+        return f"there is no folder {folder}{hub.pattern_hint(folder)}"
     close = difflib.get_close_matches(path.name, os.listdir(folder), n=1)
     return f"did you mean {folder / close[0]}?" if close else "name one that is"
 
@@ -298,7 +298,7 @@ def run(
                     distributed.initialize(cluster())
                 backend.devices()  # that there are none is said before anything else
             main()
-            _flush()
+            sys.stdout.flush()
             if takes_devices():
                 # At the end jax waits a minute for the others, and then ends all: what the first
                 # one still has to write or to send takes longer.
@@ -345,7 +345,8 @@ def _end_with(error: BaseException) -> NoReturn:
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
             if _was_printing(error):
-                fail(_unprinted(error))
+                done = "what was asked for is done"
+                fail(f"the output could not be printed ({error.strerror}); {done}")
             fail(f"a file could not be written ({error.strerror}): make room for it")
         raise
     except MemoryError:
@@ -364,25 +365,11 @@ def _end_with(error: BaseException) -> NoReturn:
         sys.exit(interruption.EXIT_INTERRUPTED)
 
 
-def _flush() -> None:
-    """Print what is buffered: to a file on a full disk, say."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        fail(_unprinted(error))
-
-
-def _unprinted(error: OSError) -> str:
-    return f"the output could not be printed ({error.strerror}); what was asked for is done"
-
-
 def _was_printing(error: BaseException) -> bool:
-    """Whether an error came from printing a result: from a command, not from what it called."""
+    """Whether an error came from printing a result: from the commands, not from what they call."""
     names = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     ours = [name for name in names if Path(__file__).parents[1] in Path(name).parents]
-    return bool(ours) and _COMMANDS in Path(ours[-1]).parents
+    return bool(ours) and Path(__file__).parent in Path(ours[-1]).parents
 
 
 def _stop_printing() -> None:

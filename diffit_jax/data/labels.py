@@ -42,6 +42,11 @@ def synonyms_of(classes: Sequence[str]) -> list[list[str]]:
     return [[*known.get(name, ()), name] for name in classes]
 
 
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Whether names of classes are nothing but their numbers."""
+    return all(name == str(number) for number, name in enumerate(classes))
+
+
 def name_of(names: Sequence[Sequence[str]]) -> Callable[[int], str]:
     """Return the function from a label to the first of its class's `names`; to its number if none.
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import records
-from diffit_jax.data.labels import CLASS_SAMPLING
+from diffit_jax.data.labels import CLASS_SAMPLING, are_numbers
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files, hub
 
@@ -240,8 +240,7 @@ def _check_same_classes(
     name: str, split: str, ours: records.Manifest, train: records.Manifest
 ) -> None:
     """Raise `UserError` if a split's labels stand for other classes than those trained on."""
-    numbers = [tuple(map(str, range(len(each.classes)))) == each.classes for each in (ours, train)]
-    if any(numbers) or not ours.classes or not train.classes:
+    if are_numbers(ours.classes) or are_numbers(train.classes):  # or there are none
         return
     for label, (one, other) in enumerate(zip(ours.classes, train.classes, strict=False)):
         if one != other:

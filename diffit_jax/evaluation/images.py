@@ -55,10 +55,6 @@ class Images(Protocol):
         """What is cheaply known of their content, so that others of their name are noticed."""
         ...
 
-    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield images of ascending `numbers`, (n,) int, in parts (m, H, W, C) uint8."""
-        ...
-
     def batches(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield batches (n, H, W, C) uint8 in order from image `start` on.
 
@@ -127,9 +123,11 @@ class NpzImages:
         return npz.evidence(self._path)
 
     def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield images of ascending `numbers`, part by part."""
-        with self._reading("arr_0") as stream:
-            yield from _chosen(stream.parts(64), numbers)
+        """Yield images of ascending `numbers`, (n,) int, in parts (m, H, W, C) uint8."""
+        start = 0
+        for part in self.batches(64):
+            yield part[numbers[(numbers >= start) & (numbers < start + len(part))] - start]
+            start += len(part)
 
     def has(self, name: str) -> bool:
         """Whether there is an array of a name."""
@@ -228,13 +226,6 @@ class NpzImages:
         raise UserError(f"--{self._flag} {self._path} {found}: wanted is an npz file {wanted}")
 
 
-def _chosen(parts: Iterator[np.ndarray], numbers: np.ndarray) -> Iterator[np.ndarray]:
-    start = 0
-    for part in parts:
-        yield part[numbers[(numbers >= start) & (numbers < start + len(part))] - start]
-        start += len(part)
-
-
 class FileImages:
     """The image files of a folder, zip or tar, as `prepare` reads them.
 
@@ -327,6 +318,10 @@ class DatasetImages:
             yield self._source.read(np.arange(begin, stop))["image"]
 
 
+# Images that lie somewhere, so that some of them can be read again.
+StoredImages = NpzImages | FileImages | DatasetImages
+
+
 def labels_of(images: Images) -> np.ndarray:
     """Return the labels of images, (N,) int64.
 
@@ -376,10 +371,6 @@ class DrawnImages:
     def evidence(self) -> str:
         """Nothing more than the request, which names the network by its content."""
         return ""
-
-    def some(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
-        """Draw images of ascending `numbers`, part by part."""
-        yield from _chosen(self.batches(64), numbers)
 
     def labels(self) -> np.ndarray:
         """Return the labels of the samples, (N,) int64; raise `UserError` if there are none."""

@@ -9,7 +9,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
-from diffit_jax.evaluation.images import DatasetImages, Images, NpzImages
+from diffit_jax.evaluation.images import DatasetImages, NpzImages, StoredImages
 from diffit_jax.evaluation.measuring import PartialResult, measure, protocol_of
 from diffit_jax.evaluation.reference import COVARIANCES
 from diffit_jax.runtime import backend, distributed, files, npz, parallel
@@ -20,7 +20,7 @@ IMAGES = 10_000  # in a reference, for precision and recall, as in ADM's
 @backend.reproducible_numerics()
 @backend.explain_oom("lower --batch_per_device")
 def make_reference(
-    images: Images,
+    images: StoredImages,
     *,
     output: epath.PathLike,
     inception: epath.PathLike,
@@ -92,7 +92,7 @@ def make_reference(
 
 
 def _write(
-    output: epath.Path, arrays: Mapping[str, np.ndarray], images: Images, chosen: np.ndarray
+    output: epath.Path, arrays: Mapping[str, np.ndarray], images: StoredImages, chosen: np.ndarray
 ) -> None:
     """Write the npz: `arr_0` of the `chosen` images, (n,) int, and arrays by name."""
     shape = (len(chosen), *images.shape)

@@ -147,7 +147,7 @@ class PartialResult:
             theirs, ours = json.loads(str(content["identity"])), json.loads(self.identity)
             if self.images is None or theirs[:2] != ours[:2]:
                 return False
-            if not self.images.evidence:  # the protocol says all
+            if not ours[2]:  # the protocol says all
                 return True
             kept, again = Measured(theirs[1]), bytes(32)
             kept.restore({k: v for k, v in content.items() if k != "identity"})

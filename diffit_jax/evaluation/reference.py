@@ -66,8 +66,9 @@ class Reference:
         try:
             digest = files.sha256(path)
             wanted = (*COVARIANCES, *COVARIANCES.values(), "protocol")
-            held = {name: npz.read(path, name) for name in wanted if npz.has(path, name)}
-            with_images = npz.has(path, "arr_0")
+            there = npz.names(path)
+            held = {name: npz.read(path, name) for name in wanted if name in there}
+            with_images = "arr_0" in there
         except OSError as error:
             raise UserError(
                 f"--reference {path} cannot be read ({error.strerror or error}): name an npz file"

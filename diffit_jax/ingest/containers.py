@@ -69,7 +69,8 @@ def index_folder(folder: epath.Path, unlabelled: bool) -> Index:
         path = folder / DATASET_JSON
         labels = labelling.read_dataset_json(path.read_bytes(), str(path))
     classes = {name.partition("/")[0] for name in names if "/" in name}
-    others = {entry.name for entry in folder.iterdir() if entry.is_dir()} - classes
+    entries = locations.listed(folder)
+    others = {entry.name for entry in entries if entry.kind == "folder"} - classes
     empty = [name for name in others if not _hidden(name)]
     if empty and classes and labels is None and not unlabelled:
         raise UserError(
@@ -98,14 +99,15 @@ def index_zip(path: epath.Path, unlabelled: bool) -> Index:
             _check_count(file, len(archive.infolist()))
             for entry in archive.infolist():
                 name = entry.filename.replace("\\", "/")
-                linked = stat.S_ISLNK(entry.external_attr >> 16)
-                left_out = entry.is_dir() or name.endswith("/") or _concealed(name) or linked
-                if left_out or (name.endswith(".json") and not name.endswith(DATASET_JSON)):
+                is_link = stat.S_ISLNK(entry.external_attr >> 16)
+                left_out = entry.is_dir() or name.endswith("/") or _concealed(name)
+                other_json = name.endswith(".json") and not name.endswith(DATASET_JSON)
+                if left_out or is_link or other_json:
                     archive.open(entry).close()  # is that its name where it lies, too?
-                if linked and not is_image("", lambda entry=entry: _head_of(archive, entry)):
-                    passed["symbolic links"] += 1
-                elif left_out and not linked:
+                if left_out:
                     continue
+                if is_link and not is_image("", lambda entry=entry: _head_of(archive, entry)):
+                    passed["symbolic links"] += 1
                 elif name.rpartition("/")[2] == DATASET_JSON:
                     labels = labelling.read_dataset_json(archive.read(entry), f"{path}/{name}")
                     tables[name] = labels
@@ -245,16 +247,16 @@ def index_members(
         labels = labelling.of_dataset_json(source, names, given)
     else:
         labels = labelling.of_folders(source, names, whole)
-    return Index(
-        kind,
-        files,
-        np.array([member[1:4] for member in ordered], np.int64),
-        names,
-        labels.labels,
-        labels.classes,
-        (*messages, *labels.messages, *_said(passed)),
-        stamps=locations.stamps_of([member.stamp for member in ordered]),
-    )
+    said = (*messages, *labels.messages, *_said(passed))
+    return _index(kind, files, ordered, names, labels._replace(messages=said))
+
+
+def _index(
+    kind: str, files: tuple[str, ...], members: Sequence[Member], names: list[str], labels: Labels
+) -> Index:
+    places = np.array([member[1:4] for member in members], np.int64)
+    stamps = locations.stamps_of([member.stamp for member in members])
+    return Index(kind, files, places, names, *labels, stamps=stamps)
 
 
 def _index_webdataset(
@@ -292,16 +294,8 @@ def _index_webdataset(
         for member in images.values()
     ]
     labels = labelling.of_values(f"{source}: .cls", values, names)
-    return Index(
-        "range",
-        files,
-        np.array([member[1:4] for member in images.values()], np.int64),
-        names,
-        labels.labels,
-        labels.classes,
-        (*labels.messages, *_said(passed)),
-        stamps=locations.stamps_of([member.stamp for member in images.values()]),
-    )
+    labels = labels._replace(messages=(*labels.messages, *_said(passed)))
+    return _index("range", files, [*images.values()], names, labels)
 
 
 # --- Tars
@@ -328,7 +322,7 @@ class _Scan:
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
     inner: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
     links: dict[str, str] = dataclasses.field(default_factory=dict)
-    samples: Passed = dataclasses.field(default_factory=Passed)
+    samples: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     passed: Passed = dataclasses.field(default_factory=Passed)
 
     @property
@@ -504,7 +498,7 @@ def _head_of(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(entry) as file:
             return file.read(HEAD)
-    except (RuntimeError, NotImplementedError):  # encrypted, or of a method that is not known
+    except RuntimeError:  # encrypted, or (NotImplementedError) of a method that is not known
         return b""
 
 

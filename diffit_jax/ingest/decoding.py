@@ -18,22 +18,22 @@ from diffit_jax.errors import UserError, one_line
 
 CROPS = ("none", "center", "adm", "resize")
 # Of files that are taken for images whatever they hold: what does not decode is named.
-SUFFIXES = tuple(
-    re.findall(
-        r"\S+",
-        ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm "
-        ".avif .jp2 .j2k .tga",
-    )
+# fmt: off
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".tga",
 )
+# fmt: on
 # Of files that are none, so that a million of them need not be opened.
-_OTHERS = tuple(
-    re.findall(
-        r"\S+",
-        ".json .jsonl .txt .cls .csv .tsv .md .html .xml .yaml .yml .npy .npz .py .pkl .pickle "
-        ".pt .pth .safetensors .parquet .arrow .tfrecord .zip .tar .gz .tgz .bz2 .xz .7z .rar "
-        ".mp4 .mov .mp3 .wav .flac .pdf .log .lock .crc .idx .db .ini .sha256 .md5",
-    )
+# fmt: off
+_OTHERS = (
+    ".json", ".jsonl", ".txt", ".cls", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml",
+    ".npy", ".npz", ".py", ".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".parquet", ".arrow",
+    ".tfrecord", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".mp4", ".mov",
+    ".mp3", ".wav", ".flac", ".pdf", ".log", ".lock", ".crc", ".idx", ".db", ".ini", ".sha256",
+    ".md5",
 )
+# fmt: on
 HEAD = 16  # bytes by which `is_image` knows an image
 _FIRST_BYTES = (
     b"\xff\xd8\xff",  # JPEG

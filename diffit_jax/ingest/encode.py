@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +28,7 @@ from diffit_jax.ingest.prepare import (
     numbered_as_other_splits,
     progress_of,
     report,
+    shards_of,
     source_metadata,
 )
 from diffit_jax.ingest.shards import Shards
@@ -147,17 +147,11 @@ def encode(
             "stored": encoding.stored,
             "autoencoder": encoder.identity(),
         }
-        shards = Shards(
-            folder,
-            split,
-            count=len(index),
-            arrays=arrays,
-            identity=identity,
-            evidence=index.evidence,
-        )
+        how = {"arrays": arrays, "identity": identity, "contents": loader.contents}
+        shards = shards_of(index, folder, split, **how)
         distributed.primary_first(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.primary_context(lambda: files.owned(folder, "data set")):
-            distributed.on_primary(lambda: _begin(shards, loader))
+            distributed.on_primary(shards.begin)
             _write(
                 shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image
             )
@@ -179,11 +173,6 @@ def encode(
     return manifest
 
 
-def _begin(shards: Shards, loader: Loader) -> None:
-    shards.begin()
-    shards.forget_changed(loader.contents)
-
-
 def _indexed(
     place: epath.Path, split: str, index_file: epath.Path, *, unlabelled: bool, tar_classes: bool
 ) -> Index:
@@ -191,8 +180,11 @@ def _indexed(
 
     A tar of ImageNet's size has 1.3 million headers.
     """
-    about = f"{place} {split} {unlabelled} {tar_classes} {_stamp(place)}"
-    if index_file.exists():
+    # Nothing tells a folder from what it was: its index is for other processes alone.
+    is_file = place.exists() and not place.is_dir()
+    stamp = stamp_of_file(place) if is_file else ""
+    about = f"{place} {split} {unlabelled} {tar_classes} {stamp}"
+    if is_file and index_file.exists():
         with contextlib.suppress(OSError, KeyError, *npz.DAMAGED):
             index = Index.from_bytes(index_file.read_bytes())
             if index.about == about:
@@ -200,20 +192,10 @@ def _indexed(
     index = open_images(place, split, unlabelled, tar_classes=tar_classes)
     index = numbered_as_other_splits(index, index_file.parent, split)
     index = dataclasses.replace(index, about=about)
-    if jax.process_count() > 1 or len(index) > _MANY:
+    if jax.process_count() > 1 or (is_file and len(index) > _MANY):
         files.make_directory(index_file.parent, "data_dir")
         files.write_bytes(index_file, index.to_bytes())
     return index
-
-
-def _stamp(place: epath.Path) -> str:
-    """Return what tells a source that is a file from another one of its name.
-
-    Of folders nothing does: their index is not kept.
-    """
-    if place.is_dir() or not place.exists():
-        return secrets.token_hex(8)
-    return stamp_of_file(place)
 
 
 def _check_image(index: Index, image: tuple[int, ...], encoder: ImageEncoder) -> None:

@@ -25,7 +25,7 @@ from diffit_jax.ingest import containers, locations, tables
 from diffit_jax.ingest.decoding import DecodeError, Preprocessing, decode, frame
 from diffit_jax.ingest.locations import Index, Location
 from diffit_jax.ingest.shards import Content
-from diffit_jax.runtime import files, interruption
+from diffit_jax.runtime import files, hub, interruption
 
 FEWEST = 10  # images of a data set: with fewer a wrong folder was named
 _CHUNK, _CHUNK_BYTES = 256, 2**21  # images that a process decodes at once, at most
@@ -80,12 +80,8 @@ def _open(path: epath.Path, asked: _Asked) -> Index:
         if not found and glob.has_magic(path.name):
             raise UserError(f"there is no file {path}: correct the pattern")
         if not found:
-            upper = (
-                " (only the last part of a path may be a pattern)"
-                if any(mark in str(path.parent) for mark in "*?")
-                else ""
-            )
-            raise UserError(f"there is no {path}{upper}: name a folder, or an archive of images")
+            hint = hub.pattern_hint(path.parent)
+            raise UserError(f"there is no {path}{hint}: name a folder, or an archive of images")
         if not exists and len(found) == 1:
             return _open(found[0], asked)
         if exists and path.name.endswith((".tar.gz", ".tgz")):

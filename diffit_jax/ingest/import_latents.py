@@ -1,9 +1,9 @@
 """The verb `prepare --latents`: from latents that others made to a data set to train on."""
 
+import functools
 import io
 import logging
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,17 +15,18 @@ from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError, one_line
 from diffit_jax.ingest import containers, labelling, latent_statistics
-from diffit_jax.ingest.locations import stamp_of_file
+from diffit_jax.ingest.locations import listed
 from diffit_jax.ingest.prepare import (
     kept,
     label_of,
     numbered_as_other_splits,
     progress_of,
     report,
+    shards_of,
     source_metadata,
 )
 from diffit_jax.ingest.shards import Content, Shards
-from diffit_jax.runtime import distributed, hub
+from diffit_jax.runtime import distributed, hub, npz
 from diffit_jax.runtime.console import Progress
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ def import_latents(
             raise UserError(
                 f"--source {source} has no labels in dataset.json: fetch it, or say --unlabelled"
             )
-        stamp = source_files.stamp
-        members = [containers.Member(each, 0, 0, 0, stamp(each)) for each in names]
+        stamps = source_files.stamps
+        members = [containers.Member(each, 0, 0, 0, stamps[each]()) for each in names]
         index = containers.index_members(
             str(source), "npy", files=(), members=members, given=given, unlabelled=unlabelled
         )
@@ -94,9 +95,6 @@ def import_latents(
         shape = (1, *moments.shape)
         digest = {"source": index.digest(), "means": means.tolist(), "shape": list(shape)}
         arrays = records.layout(moments=ArraySpec(shape, "float32"))
-        shards = Shards(
-            folder, split, count=len(index), arrays=arrays, identity=digest, evidence=index.evidence
-        )
 
         def contents(numbers: Sequence[int]) -> str:
             content = Content()
@@ -104,8 +102,9 @@ def import_latents(
                 content.add(_read_one(read, index.names[number]))
             return content.hexdigest()
 
+        how = {"arrays": arrays, "identity": digest, "contents": contents}
+        shards = shards_of(index, folder, split, **how)
         with shards.owned():
-            shards.forget_changed(contents)
             _write(shards, index, read, shape)
             manifest = shards.finish(
                 index.classes,
@@ -143,28 +142,32 @@ def _write(shards: Shards, index: Any, read: Callable[[str], bytes], shape: Any)
 
 
 class _LatentFiles:
-    """The latents of a folder or zip, as (names, a function that reads one, dataset.json)."""
+    """The latents of a folder or zip, as (names, a function that reads one, dataset.json).
+
+    Attributes:
+      stamps: by name, returns what is known of a latent's content without reading it.
+    """
 
     def __init__(self, path: epath.Path):
         self._path, self._archive = path, None
+        self.stamps: dict[str, Callable[[], str]] = {}
 
     def __enter__(self) -> tuple[list[str], Callable[[str], bytes], bytes | None]:
         path, labels = self._path, labelling.DATASET_JSON
         if path.is_dir():
-            names = [
-                f"{part.name}/{file.name}"
-                for part in path.iterdir()
-                if part.is_dir()
-                for file in part.iterdir()
-                if self._is_latent(file.name)
-            ]
-            names += [file.name for file in path.iterdir() if self._is_latent(file.name)]
+            for entry in listed(path):
+                within = listed(path / entry.name) if entry.kind == "folder" else ()
+                inner = {f"{entry.name}/{file.name}": file for file in within}
+                for name, file in (inner or {entry.name: entry}).items():
+                    if self._is_latent(file.name):
+                        self.stamps[name] = file.stamp
+            names = [*self.stamps]
             found = (path / labels).read_bytes() if (path / labels).exists() else None
             return self._checked(names), lambda name: (path / name).read_bytes(), found
         try:
             self._file = path.open("rb")
             self._archive = zipfile.ZipFile(self._file)
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except npz.DAMAGED as error:
             reason = one_line(error, 100)
             raise UserError(f"--source {path} is no folder and no whole zip ({reason})") from error
         except OSError as error:
@@ -173,6 +176,8 @@ class _LatentFiles:
             ) from error
         every = self._archive.namelist()
         names = [name for name in every if self._is_latent(name.rpartition("/")[2])]
+        for name in names:
+            self.stamps[name] = functools.partial("{:08x}".format, self._archive.getinfo(name).CRC)
         found = self._archive.read(labels) if labels in every else None
         return self._checked(names), self._archive.read, found
 
@@ -180,12 +185,6 @@ class _LatentFiles:
         if self._archive is not None:
             self._archive.close()
             self._file.close()
-
-    def stamp(self, name: str) -> str:
-        """Return what is known of a latent's content without reading it."""
-        if self._archive is not None:
-            return f"{self._archive.getinfo(name).CRC:08x}"
-        return stamp_of_file(self._path / name)
 
     @staticmethod
     def _is_latent(name: str) -> bool:
@@ -204,7 +203,7 @@ def _read_one(read: Callable[[str], bytes], name: str) -> np.ndarray:
     """Read mean and log variance, (h, w, 2c) float32."""
     try:
         array = np.load(io.BytesIO(read(name)), allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, TypeError, *npz.DAMAGED) as error:
         raise UserError(f"{name} is no whole npy file ({error}): fetch it again") from error
     if array.ndim != 3 or array.shape[0] % 2 or not np.isfinite(array).all():
         raise UserError(

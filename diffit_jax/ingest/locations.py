@@ -197,9 +197,9 @@ def stamps_of(texts: Sequence[str]) -> np.ndarray:
 
 def stamp_of_file(path: epath.PathLike) -> str:
     """Return what is known of a file's content without reading it; another one has another."""
-    if files.is_local(path):
-        facts = os.stat(path)
-        return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    if files.is_local(path):  # a device has another number after a restart
+        _, *facts = files.version(path)
+        return " ".join(map(str, facts))
     import fsspec
 
     system, name = fsspec.core.url_to_fs(os.fspath(path))
@@ -350,20 +350,9 @@ def _row(location: Location) -> bytes:
 @functools.lru_cache(maxsize=2)
 def _row_group(path: str, group: int, version: tuple[int, ...]) -> Sequence[bytes | None]:
     """Read the images of a row group (of Arrow: of a batch): they are asked for in turn."""
-    try:
-        with epath.Path(path).open("rb") as file:
-            table = open_table(file, path)
-            cells = table.read(group, image_column(table.schema))
-    except OSError as error:
-        if error.errno is not None:  # not of the table's content, which has none
-            raise
-        raise DecodeError(f"its row group is damaged ({one_line(error, 80)})") from error
-    except TABLE_DAMAGED as error:
-        raise DecodeError(f"its row group is damaged ({one_line(error, 80)})") from error
-    return cells.field("bytes").to_pylist()
-
-
-TABLE_DAMAGED = (ValueError, NotImplementedError, KeyError, IndexError, TypeError, AttributeError)
+    with opened_table(path) as table:
+        cells = table.read(group, image_column(table.schema))
+        return cells.field("bytes").to_pylist()
 
 
 class Table(Protocol):
@@ -419,9 +408,25 @@ class _Arrow:
         return self._batches[group].column(column)
 
 
-def open_table(file: IO[bytes], path: str) -> Table:
-    """Open a Parquet or (by its name) Arrow file; raises `OSError` or one of `TABLE_DAMAGED`."""
-    return _Arrow(file, path) if path.endswith(".arrow") else _Parquet(file)
+@contextlib.contextmanager
+def opened_table(path: str) -> Iterator[Table]:
+    """Open a Parquet or (by its name) Arrow file for the length of the block.
+
+    Raises:
+      OSError: the file cannot be read.
+      DecodeError: in the block too, what pyarrow says of a damaged one.
+    """
+    import pyarrow
+
+    try:
+        with epath.Path(path).open("rb") as file:
+            yield _Arrow(file, path) if path.endswith(".arrow") else _Parquet(file)
+    except UserError:
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the table
+            raise
+        raise DecodeError(f"its table is damaged ({one_line(error, 100)})") from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import pixels, records
+from diffit_jax.data.labels import are_numbers
 from diffit_jax.data.records import ArraySpec, Manifest
 from diffit_jax.data.sources import folder_to_write
 from diffit_jax.errors import UserError
@@ -79,23 +80,12 @@ def prepare(
         identity = {"source": index.digest(), "crop": crop, "shape": list(shape)}
         arrays = records.layout(image=ArraySpec(shape, "uint8"))
         identity |= {"holdout": holdout} if holdout else {}
-
-        def of_split(name: str) -> Shards:
-            return Shards(
-                folder,
-                name,
-                count=len(index),
-                arrays=arrays,
-                identity=identity,
-                evidence=index.evidence,
-            )
-
-        shards, held = of_split(split), of_split("test") if holdout else None
+        how = {"arrays": arrays, "identity": identity, "contents": loader.contents}
+        shards = shards_of(index, folder, split, **how)
+        held = shards_of(index, folder, "test", **how) if holdout else None
         with shards.owned():
-            shards.forget_changed(loader.contents)
             if held is not None:
                 held.begin()
-                held.forget_changed(loader.contents)
             _write(shards, index, loader, shape, held=held, share=holdout)
             if held is not None:
                 _check_classes(index, shards, held)
@@ -110,6 +100,11 @@ def prepare(
     if preview:
         _draw(folder, split)
     return manifest
+
+
+def shards_of(index: Index, folder: epath.Path, split: str, **how: Any) -> Shards:
+    """Return the shards of an index's examples; `how`: see `Shards`."""
+    return Shards(folder, split, count=len(index), evidence=index.evidence, **how)
 
 
 def is_held_out(pixels: np.ndarray, share: float) -> bool:
@@ -208,11 +203,10 @@ def numbered_as_other_splits(index: Index, folder: epath.Path, split: str) -> In
         ours = index.classes
         if other == split or index.labels is None or not theirs or theirs == ours:
             continue
-        by_number = [tuple(map(str, range(len(names)))) == names for names in (theirs, ours)]
-        if by_number[1] and len(ours) <= len(theirs):
+        if are_numbers(ours) and len(ours) <= len(theirs):
             message = f"classes are numbers, taken for places in those of split {other}"
             return dataclasses.replace(index, classes=theirs, messages=(*index.messages, message))
-        if by_number[0] and len(ours) == len(theirs):
+        if are_numbers(theirs) and len(ours) == len(theirs):
             continue
         labels = numbered_by(theirs, index.labels, ours, split, other)
         return dataclasses.replace(index, classes=theirs, labels=labels)

@@ -104,6 +104,7 @@ class Shards:
         identity: Mapping[str, Any],
         per_shard: int = 0,
         evidence: Callable[[Sequence[int]], str] = lambda numbers: "",
+        contents: Callable[[Sequence[int]], str] = lambda numbers: "",
     ):
         """Plan the shards.
 
@@ -115,6 +116,7 @@ class Shards:
           identity: JSON values by name of all that records depend on.
           per_shard: examples of a shard; 0: as many as `MOST_BYTES` hold.
           evidence: returns what is cheaply known of the content of examples, by their numbers.
+          contents: decodes examples, by their numbers, and returns the digest of their `Content`.
         """
         self.folder, self.count, self._split, self._arrays = folder, count, split, arrays
         self._per_shard = per_shard or max(1, MOST_BYTES // records.record_size(arrays))
@@ -124,7 +126,7 @@ class Shards:
             specs = {name: dataclasses.asdict(spec) for name, spec in arrays.items()}
             self._identity["arrays"] = specs
         self._stats_dir = folder / records.shard_stats_dir(split)
-        self._evidence = evidence
+        self._evidence, self._contents = evidence, contents
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
@@ -139,7 +141,9 @@ class Shards:
             yield
 
     def begin(self) -> None:
-        """Make the folder, or check that it belongs to the same data; remove half-written shards.
+        """Make the folder, or check that it belongs to the same data.
+
+        Half-written shards are removed, and those whose images have changed are forgotten.
 
         Raises:
           UserError: another data set is there, or the folder cannot be written.
@@ -163,14 +167,12 @@ class Shards:
         if files.is_local(self.folder):
             for partial in Path(self.folder).glob(f".{self._split}-*.partial"):
                 partial.unlink(missing_ok=True)
+        self._forget_changed()
 
-    def forget_changed(self, contents: Callable[[Sequence[int]], str]) -> None:
+    def _forget_changed(self) -> None:
         """Forget finished shards whose images are others by now, so that they are made anew.
 
         By evidence; where that is another one, as after copying a folder, by the images themselves.
-
-        Args:
-          contents: decodes examples, by their numbers, and returns the digest of their `Content`.
         """
         unknown = 0
         for shard, stats in enumerate(self.stats()):
@@ -184,7 +186,7 @@ class Shards:
                 "the source of shard %d of %d was touched since: its images are looked at again",
                 *(shard, self.total),
             )
-            if contents(self.numbers(shard)) == stats.content:
+            if self._contents(self.numbers(shard)) == stats.content:
                 stats.evidence = evidence
                 self._write_stats(shard, stats)
             else:

@@ -16,6 +16,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError, one_line
 from diffit_jax.ingest import labelling, locations
+from diffit_jax.ingest.decoding import DecodeError
 from diffit_jax.ingest.labelling import Labels
 from diffit_jax.ingest.locations import Index
 from diffit_jax.runtime import files
@@ -73,8 +74,7 @@ def index_tables(paths: Sequence[epath.Path], unlabelled: bool, classes: _ClassN
     # Positions of all rows; of the columns only labels are read here.
     for number, path in enumerate(paths):
         try:
-            with path.open("rb") as file:
-                table = locations.open_table(file, str(path))
+            with locations.opened_table(str(path)) as table:
                 described.append(_described(table.schema, path))
                 if described[-1] != described[0]:
                     raise _disagreement(paths[0], path, described[0], described[-1])
@@ -84,11 +84,9 @@ def index_tables(paths: Sequence[epath.Path], unlabelled: bool, classes: _ClassN
                         values += table.read(group, described[0][0]).to_pylist()
                         if len(values) != len(rows):
                             raise ValueError(f"row group {group} has not {count} labels")
-        except (UserError, PermissionError):
-            raise
-        except (OSError, *locations.TABLE_DAMAGED) as error:
+        except DecodeError as error:
             raise UserError(
-                f"{path} is not a whole table of images ({one_line(error, 100)}): fetch it again"
+                f"{path} is not a whole table of images ({error}): fetch it again"
             ) from error
     # Rows have no names: file, row group and row stand for one.
     names = [f"{paths[file].name}:{group}:{row}" for file, group, row in rows]

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -39,8 +40,12 @@ _BOOKKEEPING = {
 DIGEST, NO_DIGEST = "diffit_jax_sha256", "0" * 64
 
 
-def digest_of(path: epath.Path, stored: str) -> str:
-    """Return the digest of a safetensors file in which `stored` stands for it."""
+@functools.lru_cache(maxsize=16)  # a command opens its weights several times
+def digest_of(path: epath.Path, stored: str, version: tuple[int, ...]) -> str:
+    """Return the digest of a safetensors file in which `stored` stands for it.
+
+    `version`: of the file, see `files.version`.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
@@ -157,7 +162,7 @@ def _open(path: epath.Path) -> Any:
             start = file.read(512)
         opened = safe_open(path, framework="numpy")
         digest = (opened.metadata() or {}).get(DIGEST)
-        if digest is not None and digest != digest_of(path, digest):
+        if digest is not None and digest != digest_of(path, digest, files.version(path)):
             raise UserError(
                 f"weights {path} have changed since they were written (their digest is another): "
                 "fetch or convert them again"

@@ -381,11 +381,6 @@ def _quiet_cleanup() -> Iterator[None]:
 _SMALL, _SLICE = 2**20, 2**19  # bytes
 
 
-def _by_slices(array: jax.Array) -> bool:
-    device = next(iter(array.sharding.device_set))
-    return platforms.of(device.platform).sums_by_slices
-
-
 def fingerprint(tree: Any) -> str:
     """Digest names, shapes and values of a pytree of arrays.
 
@@ -453,6 +448,11 @@ def _of_each(
     results = np.asarray(_program(function, sliced, all_hosts)(groups).addressable_data(0))
     order = [place for places in alike.values() for place in places]
     return results[np.argsort(order)].tolist()
+
+
+def _by_slices(array: jax.Array) -> bool:
+    device = next(iter(array.sharding.device_set))
+    return platforms.of(device.platform).sums_by_slices
 
 
 @functools.lru_cache(maxsize=16)

@@ -167,9 +167,9 @@ def load(file: str, kind: Kind = CONFIG) -> ConfigDict:
         config = make() if argument is None else make(argument)
     except Exception as error:
         raise _mistake(path, error, flag) from error
+    if isinstance(config, FrozenConfigDict):  # no key of which could be overridden
+        return ConfigDict(config.to_dict())
     if isinstance(config, ConfigDict):
-        if isinstance(config, FrozenConfigDict):  # no key of which could be overridden
-            return ConfigDict(config.to_dict())
         return config
     if isinstance(config, Mapping):
         return ConfigDict(dict(config), convert_dict=kind is CONFIG)

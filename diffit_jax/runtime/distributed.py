@@ -406,7 +406,7 @@ class PreemptionNotice:
 
     def __enter__(self) -> "PreemptionNotice":
         global _told
-        if not interruption.held_by():
+        if not interruption.is_held():
             _told = False
         self._held.__enter__()
         return self

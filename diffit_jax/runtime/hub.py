@@ -98,6 +98,12 @@ def local(path: epath.PathLike, flag: str, wanted: Sequence[str] = ("*",)) -> ep
     return epath.Path(_fetch(os.fspath(path), flag, wanted))
 
 
+def pattern_hint(folder: epath.PathLike) -> str:
+    """Return what is to be said of a folder that is not there, where it has a pattern; or ""."""
+    marked = any(mark in os.fspath(folder) for mark in "*?")
+    return " (only the last part of a path may be a pattern)" if marked else ""
+
+
 def output_directory(path: epath.PathLike, found: epath.Path) -> epath.Path:
     """Return where results of an input go by default: next to it, but not in the hub's cache.
 

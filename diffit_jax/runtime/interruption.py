@@ -130,9 +130,9 @@ def expendable() -> Iterator[None]:
             _expendable -= 1
 
 
-def held_by() -> int:
-    """Return in how many blocks of `held` this is."""
-    return _holders
+def is_held() -> bool:
+    """Whether this is in a block of `held`."""
+    return _holders > 0
 
 
 def noticed() -> bool:

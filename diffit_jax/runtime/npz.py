@@ -111,12 +111,17 @@ def evidence(path: epath.Path) -> str:
         return " ".join(f"{each.filename} {each.file_size} {each.CRC:08x}" for each in entries)
 
 
-def has(path: epath.Path, name: str) -> bool:
-    """Whether a file has an array; errors as of `reading`."""
+def names(path: epath.Path) -> set[str]:
+    """Return the names of a file's arrays; errors as of `reading`."""
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             archive.open(entry).close()  # its name there has to be that of the directory
-        return f"{name}.npy" in archive.namelist()
+        return {each.removesuffix(".npy") for each in archive.namelist()}
+
+
+def has(path: epath.Path, name: str) -> bool:
+    """Whether a file has an array; errors as of `reading`."""
+    return name in names(path)
 
 
 def read(path: epath.Path, name: str) -> np.ndarray:

@@ -48,9 +48,6 @@ from diffit_jax.training.step import compile_train_step, gradient_is_finite
 log = logging.getLogger(__name__)
 
 
-_DRAWN_BY_A_CPU = 4  # samples of a grid, at once
-
-
 class Monitors(NamedTuple):
     """What a run's weights are watched by while they are trained.
 
@@ -77,8 +74,8 @@ class Monitors(NamedTuple):
         wandb = experiment.training.wandb if distributed.is_primary() else ""
         distributed.primary_first(lambda: check_wandb(wandb))
         count = experiment.training.grid_images
-        if platforms.of_mesh(setup.mesh).decodes_one:  # small batches: a signal waits for one
-            count = min(count, _DRAWN_BY_A_CPU * setup.mesh.size)
+        at_once = platforms.of_mesh(setup.mesh).grid_per_device * setup.mesh.size
+        count = min(count, at_once or count)
         grid_sampler = sampler_without_autoguidance(experiment, setup.mesh, count)
         if experiment.evaluation.inception or experiment.evaluation.vae:
             evaluations = InTraining(setup, config.to_dict(), workdir)

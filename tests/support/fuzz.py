@@ -16,6 +16,7 @@ import zipfile
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from support.golden import GOLDEN
 from support.images import encoded, image, pets, tar_bytes, write_folder, write_parquet, write_zip
 
 from diffit_jax.data import records
@@ -113,10 +114,9 @@ def contents(folder):
         images = np.stack([image(n, 8, 8) for n in range(12)])
         save(folder / name, arr_0=images, arr_1=np.arange(12) % 3)
     np.savez(folder / "r.npz", mu=np.arange(6.0), sigma=np.eye(6), protocol=np.array('{"a": 1}'))
-    torch = epath.Path(__file__).parents[1] / "golden"
     prepare(write_folder(folder / "pics", PETS), name="d", data_dir=folder, workers=0)
     (shard,) = (folder / "d").glob("*.array_record")
-    small_vae = (torch / "vae_small.config.json").read_bytes()
+    small_vae = (GOLDEN / "vae_small.config.json").read_bytes()
     header = 8 + int.from_bytes(ours[:8], "little")
     run = json.dumps({"model": {"name": "x", "depth": 2}, "seed": 0, "training": {}}).encode()
     png, jpeg = encoded(image(3, 16, 16)), encoded(image(3, 16, 16), "jpeg")
@@ -127,7 +127,7 @@ def contents(folder):
     def file(name):
         return (folder / name).read_bytes()
 
-    pths = {name: (torch / name).read_bytes() for name in ("torch_zip.pth", "torch_legacy.pth")}
+    pths = {name: (GOLDEN / name).read_bytes() for name in ("torch_zip.pth", "torch_legacy.pth")}
     return {
         "zip, stored": ("x.zip", file("stored.zip"), of_source, in_zip(file("stored.zip"))),
         "zip, deflated": ("x.zip", file("packed.zip"), of_source, in_zip(file("packed.zip"))),
