@@ -2,12 +2,14 @@
 
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.general_sampler import General
 from diffit_jax.diffusion.guidance import GUIDANCE
 from diffit_jax.diffusion.preconditioning import IDDPM, VE, VP
 from diffit_jax.diffusion.samplers import DDIM, Ancestral, DPMSolver, Euler, Heun
+from diffit_jax.diffusion.sde import SDE
 
-PROCESSES = {"edm": EDM, "ddpm": DDPM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+PROCESSES = {"edm": EDM, "ddpm": DDPM, "vp": VP, "ve": VE, "iddpm": IDDPM, "flow": Flow}
 SAMPLERS = {
     "ddpm": Ancestral,
     "ddim": DDIM,
@@ -15,6 +17,7 @@ SAMPLERS = {
     "heun": Heun,
     "dpm_solver": DPMSolver,
     "general": General,
+    "sde": SDE,
 }
 
 __all__ = ["GUIDANCE", "PROCESSES", "SAMPLERS"]

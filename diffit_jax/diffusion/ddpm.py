@@ -293,8 +293,11 @@ class DDPM(Process, limits.Section, name="process"):
         timesteps = jnp.asarray(schedule.timesteps, jnp.float32)
         timestep_B = jnp.interp(jnp.log(sigma_B), levels, timesteps)
         sigma = sigma_B[:, None, None, None]
-        y_BHWC = network(x_BHWC / jnp.sqrt(1 + sigma**2), timestep_B, conditioning)
-        return x_BHWC - sigma * y_BHWC[..., : x_BHWC.shape[-1]].astype(jnp.float32)
+        found = network(x_BHWC / jnp.sqrt(1 + sigma**2), timestep_B, conditioning)
+        channels = x_BHWC.shape[-1]
+        return jax.tree.map(
+            lambda y_BHWC: x_BHWC - sigma * y_BHWC[..., :channels].astype(jnp.float32), found
+        )
 
 
 def _row(table: np.ndarray, k_B: jax.Array) -> jax.Array:

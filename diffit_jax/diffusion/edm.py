@@ -72,12 +72,13 @@ class Preconditioned(Process):
           conditioning: passed on to the network.
 
         Returns:
-          (B, H, W, C) float32 estimate of the clean images, whatever the network computes in.
+          (B, H, W, C) float32 estimate of the clean images, whatever the network computes in; of
+          a network that returns a tuple of outputs, a tuple of such.
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
 
-        f_BHWC = network(_per_image(c_in) * x_BHWC, c_noise, conditioning)
-        return _combined(c_skip, x_BHWC, c_out, f_BHWC)
+        found = network(_per_image(c_in) * x_BHWC, c_noise, conditioning)
+        return jax.tree.map(lambda f_BHWC: _combined(c_skip, x_BHWC, c_out, f_BHWC), found)
 
     def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
         """Draw sigma and noise n ~ N(0, sigma²), EDM Eq. 8; see `Process.noise`."""
@@ -145,8 +146,9 @@ def _per_image(c_B: jax.Array) -> jax.Array:
 def _combined(
     c_skip: jax.Array, x_BHWC: jax.Array, c_out: jax.Array, f_BHWC: jax.Array
 ) -> jax.Array:
-    """Return c_skip x + c_out F, float32; of F's channels the first C count."""
-    f_BHWC = f_BHWC.astype(jnp.float32)[..., : x_BHWC.shape[-1]]
+    """Return c_skip x + c_out F, in x's dtype (float32); of F's channels the first C count."""
+    dtype = jnp.promote_types(jnp.float32, x_BHWC.dtype)
+    f_BHWC = f_BHWC.astype(dtype)[..., : x_BHWC.shape[-1]]
     return _per_image(c_skip) * x_BHWC + _per_image(c_out) * f_BHWC
 
 

@@ -15,33 +15,30 @@ Shape suffixes: B batch, H, W, C height, width and channels; E evaluations.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.edm import sampling_grid
+from diffit_jax.diffusion.flow import HIGHEST_SIGMA, Flow
 from diffit_jax.diffusion.guidance import Guided
+from diffit_jax.diffusion.loop import SamplerOutput
 from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
-from diffit_jax.diffusion.samplers import (
-    Carry,
-    DenoiserSampler,
-    SamplerOutput,
-    StepsOfGrid,
-    StochasticMixin,
-    at_level,
-    frame_indices,
-    sampling_loop,
-    tree_map,
-)
-from diffit_jax.diffusion.types import Conditioning, Denoiser, Noise, Process
+from diffit_jax.diffusion.runge_kutta import Row, evaluated, integrate, velocity_steps
+from diffit_jax.diffusion.samplers import DenoiserSampler, StepsOfGrid, StochasticMixin
+from diffit_jax.diffusion.types import Conditioning, Network, Noise, Process
 from diffit_jax.errors import UserError
-from diffit_jax.limits import GridPower, above, at_least, one_of
+from diffit_jax.limits import LATER, GridPower, above, at_least, one_of
 
 # From and to which noise level a grid goes by itself; "vp": those of `VP` from `time_min` on.
-RANGES = {"edm": EDM_RANGE, "vp": None, "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
+RANGES = {
+    "edm": EDM_RANGE,
+    "vp": None,
+    "ve": (0.02, 100.0),
+    "iddpm": (0.002, 81.0),
+    "flow": (0.0, HIGHEST_SIGMA),
+}
 _IDDPM = (1000, 0.001, 0.008)  # M, C1 and C2 of the grid "iddpm"
 
 
@@ -73,18 +70,24 @@ class General(StochasticMixin, DenoiserSampler):
       solver: "heun" (of second order, see `alpha`; 2N - 1 evaluations) or "euler" (N).
       alpha: where in a step the second slope is taken: 1 Heun, 1/2 midpoint, 2/3 Ralston.
       grid: of noise levels: "edm" (even in sigma^(1/rho)), "vp" (even in the time of VP), "ve"
-        (even in ln sigma) or "iddpm" (levels of improved DDPM's cosine schedule).
+        (even in ln sigma), "iddpm" (levels of improved DDPM's cosine schedule) or "flow" (even in
+        the time of the process flow, before it is shifted).
       sigma_min: lowest noise level of the grid; 0: its own, within what the network knows.
       sigma_max: highest noise level of the grid; 0: likewise.
       rho: of the grid "edm".
       schedule: sigma(t): "linear" (t), "vp" (√(exp(½ beta_d t² + beta_min t) - 1), fitted to the
-        ends of the grid) or "ve" (√t).
+        ends of the grid), "ve" (√t) or "flow" (that of the process flow, with its scaling alpha(t):
+        steps follow its velocities, as those of the samplers "heun" and "euler" do).
       scaling: s(t): "none" (1) or "vp" (1 / √(1 + sigma²)).
       time_min: ε_s, the earliest time of the grid and the schedule "vp".
       churn_amount: S_churn, spread over the steps; 0: none.
       churn_sigma_low: S_min, the lowest noise level with churn.
       churn_sigma_high: S_max, the highest noise level with churn.
       churn_noise: S_noise, standard deviation of the fresh noise relative to its nominal value.
+      shift: of the grid "flow", in place of `process.sampling_shift`; 0: that.
+      correct_last: whether the last step has a second evaluation too (2N evaluations), as SiT's
+        "heun2" and "midpoint" have; at the clean end with `alpha` 1, where velocities alone are
+        known.
     """
 
     name: ClassVar[str] = "general"
@@ -96,17 +99,49 @@ class General(StochasticMixin, DenoiserSampler):
     sigma_min: Annotated[float, at_least(0)] = 0.0
     sigma_max: Annotated[float, at_least(0)] = 0.0
     rho: GridPower = 7.0
-    schedule: Annotated[str, one_of("linear", "vp", "ve")] = "linear"
+    schedule: Annotated[str, one_of("linear", "vp", "ve", "flow")] = "linear"
     scaling: Annotated[str, one_of("none", "vp")] = "none"
     time_min: Annotated[float, above(0, below=1)] = 1e-3
     churn_amount: Annotated[float, at_least(0)] = 0.0
     churn_sigma_low: Annotated[float, at_least(0)] = 0.0
     churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
     churn_noise: Annotated[float, at_least(0)] = 1.0
+    shift: Annotated[float, at_least(0), LATER] = 0.0
+    correct_last: Annotated[bool, LATER] = False
 
     def check(self, process: Process) -> None:
-        """Raise `UserError` if the process does not have the grid's noise levels."""
+        """Raise `UserError` if the process does not have the grid's noise levels, or the path."""
+        for key in ("grid", "schedule"):
+            if getattr(self, key) == "flow" and not isinstance(process, Flow):
+                raise UserError(
+                    f"config key sampling.sampler.{key} is flow, which needs the process flow: use "
+                    "another one"
+                )
+        along_flow = self.schedule == "flow"
+        if along_flow and self.scaling != "none":
+            raise UserError(
+                f"config key sampling.sampler.scaling is {self.scaling}, but the schedule flow has "
+                "its own: set it to none"
+            )
+        if self.shift and self.grid != "flow":
+            raise UserError(
+                f"config key sampling.sampler.shift is {self.shift:g}, which only the grid flow "
+                "has: set it to 0"
+            )
+        by_velocity = along_flow and getattr(process, "prediction", "") == "velocity"
+        at_end = self.solver == "heun" and self.alpha == 1
+        if self.correct_last and at_end and not by_velocity:
+            raise UserError(
+                "config key sampling.sampler.correct_last evaluates at the clean end, where only "
+                "velocities are known: set alpha below 1, or schedule to flow with such a network"
+            )
         self.levels(process)
+
+    def model_fn(self, process: Process, network: Network) -> Network:
+        """Return the process's denoiser; along a flow's path, its velocity."""
+        if self.schedule == "flow":
+            return evaluated(process, network)
+        return super().model_fn(process, network)
 
     # --- The table
 
@@ -153,6 +188,8 @@ class General(StochasticMixin, DenoiserSampler):
         """
         low, high = self.ends(process)
         fraction = np.arange(self.num_steps) / (self.num_steps - 1)
+        if self.grid == "flow" and isinstance(process, Flow):
+            return self._flow_levels(process, low, high)
         if self.grid == "edm":
             sigma = sampling_grid(low, high, self.rho, self.num_steps)[:-1]
         elif self.grid == "vp":
@@ -166,6 +203,17 @@ class General(StochasticMixin, DenoiserSampler):
                 levels[np.rint((len(levels) - 1) * fraction).astype(int)] if len(levels) else levels
             )
         return known_levels(process, sigma)
+
+    def _flow_levels(self, process: Flow, low: float, high: float) -> np.ndarray:
+        """Return levels even in the (shifted) time of a flow, as `levels`."""
+        if not (self.sigma_min or self.sigma_max):
+            sigma = process.sigma_of(process.sampling_times(self.num_steps, self.shift)[:-1])
+            return np.minimum(sigma, HIGHEST_SIGMA * process.sigma_data)
+        shift = self.shift or process.sampling_shift
+        first, last = process.shifted(process.time_of(np.array([high, low])), 1 / shift)
+        count = self.num_steps - (1 if self.sigma_min else 0)  # from the lowest level to 0
+        even = np.linspace(first, last, count + 1)[: self.num_steps]
+        return process.sigma_of(process.shifted(even, shift))
 
     def draw(
         self,
@@ -185,11 +233,14 @@ class General(StochasticMixin, DenoiserSampler):
             d' = f(x', t̂ + alpha h)
             x = x̂ + h ((1 - 1/(2 alpha)) d + 1/(2 alpha) d')
 
-        The last step, and each of "euler", is x̂ + h d. Arguments as of `SamplingMethod.draw`.
+        The last step (without `correct_last`), and each of "euler", is x̂ + h d. Along the path of
+        a flow, f is its velocity. Arguments as of `SamplingMethod.draw`.
 
         Returns:
           x (B, H, W, C) at σ = 0, or a pytree like `noise(0)`, and the frames.
         """
+        if self.schedule == "flow" and isinstance(process, Flow):
+            return self._draw_flow(process, guided, noise, conditioning, frames)
         path = self.path(process)
         t = np.append(path.time(self.levels(process)), 0.0)
         sigma = path.sigma(t[:-1])
@@ -198,64 +249,74 @@ class General(StochasticMixin, DenoiserSampler):
         h = t[1:] - t_hat
         of_second = 1 / (2 * self.alpha)
 
-        # A row for each evaluation: its level, how x gets there, and the step after it.
-        #   x_start = stretch x + fresh noise          (of a correction: that of its prediction)
-        #   slope = of_x x - of_denoised D(shrink x; level)
-        #   x = x_start + by_first first_slope + by_slope slope
-        def row(at: float, predicts: bool, stretch: float, fresh: float, *by: float) -> list[float]:
-            sigma, slope, _, scale, scale_slope = (f(np.array([at]))[0] for f in path)
-            of_x, of_denoised = slope / sigma + scale_slope / scale, slope * scale / sigma
-            return [predicts, stretch, fresh, 1 / scale, sigma, of_x, of_denoised, *by]
-
-        rows: list[list[float]] = []
+        rows: list[Row] = []
         for step in range(self.num_steps):
             here, hat = t[step : step + 1], t_hat[step : step + 1]
             stretch = (path.scale(hat) / path.scale(here))[0]
             added = np.maximum(path.sigma(hat) ** 2 - path.sigma(here) ** 2, 0.0)
             fresh = (np.sqrt(added) * path.scale(hat) * self.churn_noise)[0]
-            second = self.solver == "heun" and step < self.num_steps - 1
+            begins = {"stretch": stretch, "fresh": fresh}
+            second = self.solver == "heun" and (step < self.num_steps - 1 or self.correct_last)
             first = self.alpha * h[step] if second else h[step]
-            rows.append(row(hat[0], True, stretch, fresh, 0.0, first))
+            rows.append(_denoiser_row(path, hat[0], first, **begins))
             if second:
-                at = hat[0] + self.alpha * h[step]
-                rows.append(
-                    row(at, False, 1.0, 0.0, h[step] * (1 - of_second), h[step] * of_second)
-                )
-        evaluations = 2 if self.solver == "heun" else 1
+                at, share = hat[0] + self.alpha * h[step], h[step] * of_second
+                by = {"by_first": h[step] * (1 - of_second), "predicts": 0.0}
+                rows.append(_denoiser_row(path, at, share, **by))
+        return integrate(
+            guided,
+            rows,
+            noise,
+            conditioning,
+            start=(path.sigma(t[:1]) * path.scale(t[:1]))[0],
+            step_sigma=sigma,
+            evaluations=2 if self.solver == "heun" else 1,
+            frames=frames,
+        )
 
-        x = noise(0)
-        dtype = jax.tree.leaves(x)[0].dtype
-        table = jnp.asarray(rows, dtype)
+    def _draw_flow(
+        self, process: Flow, guided: Guided, noise: Noise, conditioning: Conditioning, frames: int
+    ) -> SamplerOutput:
+        """Draw samples along a flow's own path, by its velocities."""
+        if self.grid == "flow" and not (self.sigma_min or self.sigma_max):
+            t = process.sampling_times(self.num_steps, self.shift)
+        else:
+            t = np.append(process.time_of(self.levels(process)), process.interval()[0])
+        sigma = process.sigma_of(t[:-1])
+        lifted = self.churned(sigma)
+        moved = []
+        for here, now, new in zip(t[:-1].tolist(), sigma.tolist(), lifted.tolist(), strict=True):
+            if not new > now:
+                moved.append((here, 1.0, 0.0))
+                continue
+            hat = process.time_of(np.array(new))
+            of_hat, of_here = (process.interpolant.at(np.array(each)).alpha for each in (hat, here))
+            added = math.sqrt(new**2 - now**2) * of_hat * self.churn_noise
+            moved.append((float(hat), float(of_hat / of_here), float(added)))
+        return integrate(
+            guided,
+            velocity_steps(
+                process,
+                t,
+                second=self.solver == "heun",
+                alpha=self.alpha,
+                correct_last=self.correct_last,
+                moved=moved,
+            ),
+            noise,
+            conditioning,
+            start=process.sigma_data * process.start_std,
+            step_sigma=sigma,
+            evaluations=2 if self.solver == "heun" else 1,
+            frames=frames,
+        )
 
-        def body(index: jax.Array, carry: Carry, network: Denoiser) -> tuple[Carry, Any]:
-            x, start, first_slope = carry
-            predicts, stretch, fresh, shrink, level, of_x, of_denoised, by_first, by_slope = table[
-                index
-            ]
-            x = tree_map(lambda x: stretch * x, x)
-            if self.churn_amount:
-                x = tree_map(lambda x, z: x + fresh * z, x, noise(index // evaluations + 1))
-            start = tree_map(lambda x, start: jnp.where(predicts == 1, x, start), x, start)
-            shrunk = tree_map(lambda x: shrink * x, x)
-            denoised = network(shrunk, at_level(x, level), conditioning)
-            slope = tree_map(lambda x, clean: of_x * x - of_denoised * clean, x, denoised)
-            x = tree_map(
-                lambda start, one, two: start + by_first * one + by_slope * two,
-                start,
-                first_slope,
-                slope,
-            )
-            return (x, start, slope), denoised
 
-        first = t[:1]
-        scale = jnp.asarray((path.sigma(first) * path.scale(first))[0], dtype)
-        x = tree_map(lambda x: x * scale, x)
-        carry = x, x, tree_map(jnp.zeros_like, x)
-        step_sigma = np.repeat(sigma, evaluations)[: len(rows)]
-        seen = frame_indices(self.num_steps, frames, evaluations)
-        levels = np.array(rows)[:, 4]
-        carry, kept = sampling_loop(guided, body, carry, levels, seen, step_sigma=step_sigma)
-        return SamplerOutput(carry[0], kept)
+def _denoiser_row(path: Path, t: float, by_slope: float, **further: float) -> Row:
+    """Return the row of an evaluation of the denoiser D(x / s; σ) at time t."""
+    sigma, slope, _, scale, scale_slope = (function(np.array([t]))[0] for function in path)
+    of_x, of_denoised = slope / sigma + scale_slope / scale, slope * scale / sigma
+    return Row(sigma, sigma, of_x, -of_denoised, by_slope, shrink=1 / scale)._replace(**further)
 
 
 def _schedule(

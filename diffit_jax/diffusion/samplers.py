@@ -17,7 +17,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,31 +25,25 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM, Prediction
+from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.guidance import Guided
+from diffit_jax.diffusion.loop import (
+    Carry,
+    SamplerOutput,
+    at_level,
+    frame_indices,
+    sampling_loop,
+    tree_map,
+)
+from diffit_jax.diffusion.runge_kutta import evaluated, follow_velocity
 from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.diffusion.types import Conditioning, Denoiser, Network, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import at_least
 
-T = TypeVar("T", bound=tuple)
-Carry = tuple[Any, ...]  # of a sampler's loop
-tree_map = jax.tree.map
 Steps = Annotated[int, at_least(1, le=100_000)]
 Rounding = Callable[[np.ndarray], np.ndarray]  # of noise levels, float64
 StepsOfGrid = Annotated[int, at_least(2, le=100_000)]  # the grid has two ends
-
-
-class SamplerOutput(NamedTuple):
-    """What a sampler makes.
-
-    Attributes:
-      samples: (B, H, W, C) float32 (or a pytree), in the units of the training data and not
-        clipped.
-      frames: the same with F in front: the clean samples as they were estimated at F of its steps.
-    """
-
-    samples: Any
-    frames: Any
 
 
 class SamplingMethod(Protocol):
@@ -135,68 +129,6 @@ def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple) and all(isinstance(size, int) for size in node)
 
 
-def at_level(x: Any, level: jax.Array) -> jax.Array:
-    """Return the same noise level for each of the samples x, (B,)."""
-    return jnp.full(len(jax.tree.leaves(x)[0]), level)
-
-
-def frame_indices(steps: int, frames: int, evaluations: int = 1) -> np.ndarray:
-    """Return which evaluations of a sampler are kept as frames, (F,) int.
-
-    They begin F of its steps, from the first step to the last at equal distances.
-
-    Args:
-      steps: of the sampler.
-      frames: F.
-      evaluations: of each step.
-    """
-    return np.rint(np.linspace(0, steps - 1, frames)).astype(np.int64) * evaluations
-
-
-def sampling_loop(
-    guided: Guided,
-    body: Callable[[jax.Array, T, Network], tuple[T, Any]],
-    carry: T,
-    sigma: np.ndarray,
-    frame_indices: np.ndarray,
-    *,
-    step_sigma: np.ndarray | None = None,
-) -> tuple[T, Any]:
-    """Run a sampler's loop: `carry, denoised = body(e, carry, network)` for each evaluation e.
-
-    Args:
-      guided: the evaluations and their guidance.
-      body: calls `network`, which is guided as e asks for, once.
-      carry: tuple that the loop starts from; its first entry is x, like `denoised`.
-      sigma: (E,) static noise levels of the evaluations, see `Guided.scales`.
-      frame_indices: (F,) static, evaluations whose `denoised` is kept.
-      step_sigma: (E,) static noise levels of the starts of their steps; None: the same.
-
-    Returns:
-      The last carry, and the kept frames, (F, …) each. The program has one loop for each segment
-      of evaluations with, or without, guidance.
-    """
-    empty = jax.tree.map(lambda leaf: jnp.zeros((len(frame_indices), *leaf.shape)), carry[0])
-    state = carry, empty if len(frame_indices) else None  # nothing is carried along for no frames
-    for segment in guided.segments(sigma, step_sigma):
-
-        def step(index: jax.Array, state: tuple, network: Any = segment.network) -> tuple:
-            carry, frames = state
-            carry, denoised = body(index, carry, network(index))
-            if frames is not None:
-                here = jnp.asarray(frame_indices) == index
-                frames = jax.tree.map(
-                    lambda kept, new: jnp.where(here.reshape(-1, *(1,) * new.ndim), new, kept),
-                    frames,
-                    denoised,
-                )
-            return carry, frames
-
-        state = jax.lax.fori_loop(segment.start, segment.stop, step, state)
-    carry, frames = state
-    return carry, empty if frames is None else frames
-
-
 class DenoiserSampler(limits.Section, name="sampling.sampler"):
     """Base class of samplers that evaluate the process's denoiser, in N steps."""
 
@@ -232,6 +164,7 @@ class _GridSampler(DenoiserSampler):
     """Base class of samplers down the process's own grid, which define `solve`."""
 
     def check(self, process: Process) -> None:
+        """Raise `UserError` if the process has no grid of so many steps."""
         process.sigmas(self.num_steps)
 
     def draw(
@@ -272,8 +205,36 @@ class _GridSampler(DenoiserSampler):
         raise NotImplementedError
 
 
+class _InTimeOfFlow(_GridSampler):
+    """Base class of samplers that take steps in time, by velocities, where the process is a flow.
+
+    Steps even in t are not even in sigma, which is infinite at t = 1: Heun's method down the noise
+    levels would be far off there.
+    """
+
+    second: ClassVar[bool]  # whether steps have a second evaluation
+
+    def model_fn(self, process: Process, network: Network) -> Network:
+        """Return a flow's velocity, or the process's denoiser."""
+        return evaluated(process, network)
+
+    def draw(
+        self,
+        process: Process,
+        guided: Guided,
+        noise: Noise,
+        conditioning: Conditioning,
+        frames: int = 0,
+    ) -> SamplerOutput:
+        """Draw samples by `solve`, of a flow by steps in its time."""
+        if not isinstance(process, Flow):
+            return super().draw(process, guided, noise, conditioning, frames)
+        given = process, guided, noise, conditioning, self.num_steps
+        return follow_velocity(*given, second=self.second, frames=frames)
+
+
 @dataclasses.dataclass(frozen=True)
-class Heun(StochasticMixin, _GridSampler):
+class Heun(StochasticMixin, _InTimeOfFlow):
     """EDM's sampler (Algorithm 2): Heun's method down the noise levels, then an Euler step to zero.
 
     2N - 1 evaluations. Its lines, for t_i = sigmas[i], eps of standard deviation S_noise:
@@ -290,6 +251,8 @@ class Heun(StochasticMixin, _GridSampler):
     It is deterministic unless it churns: then fresh noise is added wherever
     churn_sigma_low <= sigma <= churn_sigma_high.
 
+    Of a flow it follows the velocity instead, in steps even in its (shifted) time, without churn.
+
     Attributes:
       num_steps: N, the steps from noise to a sample.
       churn_amount: S_churn, spread over the steps; 0: none.
@@ -299,12 +262,22 @@ class Heun(StochasticMixin, _GridSampler):
     """
 
     name: ClassVar[str] = "heun"
+    second: ClassVar[bool] = True
 
     num_steps: StepsOfGrid
     churn_amount: Annotated[float, at_least(0)] = 0.0
     churn_sigma_low: Annotated[float, at_least(0)] = 0.0
     churn_sigma_high: Annotated[float, at_least(0, infinite=True)] = math.inf
     churn_noise: Annotated[float, at_least(0)] = 1.0
+
+    def check(self, process: Process) -> None:
+        """Raise `UserError` if the process has no such grid, or is a flow that would churn."""
+        super().check(process)
+        if self.churn_amount and isinstance(process, Flow):
+            raise UserError(
+                "config key sampling.sampler.churn_amount is of steps in sigma, and heun steps in "
+                "the time of a flow: use the sampler sde, or general"
+            )
 
     def solve(
         self,
@@ -427,14 +400,16 @@ class DPMSolver(_GridSampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler(DPMSolver):
+class Euler(_InTimeOfFlow, DPMSolver):
     """Euler's method down the noise levels: DPM-Solver++ of first order, and DDIM.
 
-    One evaluation per step.
+    One evaluation per step. Of a flow it follows the velocity, in steps even in its (shifted) time:
+    on the linear path that is the same on its noise levels.
     """
 
     name: ClassVar[str] = "euler"
     order: ClassVar[int] = 1
+    second: ClassVar[bool] = False
 
 
 # (prediction of step k, x_k, k, noise z) → x_{k-1}

@@ -35,10 +35,10 @@ class Noised(NamedTuple):
     Attributes:
       x_BHWC: what the network sees, float32.
       level_B: (B,) the network's noise level.
-      target_BHWC: what the loss compares with: the clean data, or their noise.
+      target_BHWC: what the loss compares with: the clean data, their noise, or a velocity.
       weight_B: (B,) of each example's loss; `DDPM` has none.
       draws: what was drawn to make them, by name: `noise` (B, H, W, C), and `sigma` (B,) with
-        `noisy`, data plus noise, or `step` (B,) with `clean`.
+        `noisy`, data plus noise, or `step` or `time` (B,) with `clean`.
     """
 
     x_BHWC: jax.Array
@@ -106,6 +106,8 @@ class Process(Protocol):
     ) -> jax.Array:
         """Evaluate the network as a `Denoiser` D(x; sigma), (B, H, W, C) float32.
 
+        A network that returns a tuple of outputs makes a tuple of estimates.
+
         Args:
           network: called once.
           x_BHWC: (B, H, W, C) float32 clean data plus noise of standard deviation sigma.
@@ -128,5 +130,8 @@ class Process(Protocol):
         ...
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """Return the time t / T, in [0, 1), of a discrete schedule with noise level sigma, (n,)."""
+        """Return the time with noise level sigma, (n,): of a flow, or t / T in [0, 1).
+
+        The latter of a discrete schedule with T steps.
+        """
         ...
