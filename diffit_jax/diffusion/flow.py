@@ -148,9 +148,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
         """Return the time t with noise level sigma (infinity: 1), shaped like it, float64."""
         sigma = np.asarray(sigma, np.float64) / self.sigma_data
-        known = np.where(np.isinf(sigma), 1.0, sigma)
-        found = np.minimum(self.interpolant.time(known, np.ones_like(known)), 1.0)
-        return np.where(np.isinf(sigma), 1.0, found)
+        return np.minimum(self.interpolant.time(sigma, np.ones_like(sigma)), 1.0)
 
     def sigma_of(self, t: np.ndarray) -> np.ndarray:
         """Return the noise level at times in [0, 1] (perhaps infinity), shaped like t, float64."""
@@ -158,22 +156,17 @@ class Flow(Preconditioned, limits.Section, name="process"):
         with np.errstate(divide="ignore"):
             return self.sigma_data * place.noise / place.alpha
 
-    def told(self, t: Any, sigma: Any) -> Any:
-        """Return what the network is told at times t or, if they are None, noise levels sigma."""
+    def told(self, sigma: jax.Array) -> jax.Array:
+        """Return what the network is told at noise levels (infinity: t = 1), shaped like them."""
         if self.clock == "timesteps":
             schedule = _TIMESTEPS.schedule_for()
             levels = jnp.asarray(np.log(schedule.sqrt_recipm1_alphas_cumprod), sigma.dtype)
             return jnp.interp(jnp.log(sigma), levels, jnp.asarray(schedule.timesteps, sigma.dtype))
-        if t is not None:
-            return t if self.clock == "t" else 1 - t
-        scaled = sigma / self.sigma_data
-        t = self.interpolant.time(scaled, jnp.ones_like(scaled))
-        if self.clock == "t":
-            return t
-        if self.path == "vp":
-            return 1 - t
-        # Near the noise 1 - t would be a difference of near numbers.
-        return self.interpolant.time(1 / scaled, jnp.ones_like(scaled))
+        scaled, ones = sigma / self.sigma_data, jnp.ones_like(sigma)
+        if self.clock == "u" and self.path != "vp":  # near the noise no difference of near numbers
+            return self.interpolant.time(ones, scaled)
+        t = self.interpolant.time(scaled, ones)
+        return 1 - t if self.clock == "u" else t
 
     # --- Training
 
@@ -231,7 +224,10 @@ class Flow(Preconditioned, limits.Section, name="process"):
             target = -velocity if self.clock == "u" else velocity
         else:
             target = -noise_BHWC if self.prediction == "score" else noise_BHWC
-        sees, level_B = self._seen(z_BHWC * self.sigma_data, t_B)
+        sees, level_B = z_BHWC, t_B if self.clock == "t" else 1 - t_B
+        if self.clock == "timesteps":
+            sigma_B = self.sigma_data * (place.noise / place.alpha)[:, 0, 0, 0]
+            sees, level_B = self._seen(z_BHWC * self.sigma_data, sigma_B)
         draws = {"time": t_B, "noise": noise_BHWC, "clean": x_BHWC}
         return Noised(sees, level_B, target, self.weight(t_B), draws)
 
@@ -299,22 +295,23 @@ class Flow(Preconditioned, limits.Section, name="process"):
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Return (c_skip, c_out, c_in, c_noise) in the form of EDM Table 1, shaped like `sigma`."""
         scaled = sigma / self.sigma_data
-        alpha, c_skip, c_out = self.interpolant.by_sigma(scaled)
-        told, c_in = self.told(None, sigma), alpha / self.sigma_data
+        place = self.interpolant.by_sigma(scaled)
+        told, c_in = self.told(sigma), place.alpha / self.sigma_data
         if self.clock == "timesteps":
             c_in = 1 / jnp.sqrt(1 + sigma**2)
         if self.prediction == "noise":
             return jnp.ones_like(sigma), -sigma, c_in, told
         if self.prediction == "score":
-            return jnp.ones_like(sigma), sigma * scaled * alpha, c_in, told
-        sign = -1 if self.clock == "u" else 1
-        return c_skip, sign * self.sigma_data * c_out, c_in, told
+            return jnp.ones_like(sigma), sigma * place.noise, c_in, told
+        c_out = (-1 if self.clock == "u" else 1) * self.sigma_data * place.noise / place.turn
+        return -place.noise_slope * place.alpha / place.turn, c_out, c_in, told
 
     def loss_weight(self, sigma: jax.Array) -> jax.Array:
-        """Return lambda(sigma): lambda mean (D - x)² is the loss without direction."""
+        """Return lambda(sigma), shaped like it: lambda mean (D - x)² is the loss but direction."""
         scaled = sigma / self.sigma_data
-        _, _, c_out = self.interpolant.by_sigma(scaled)
-        out = self.sigma_data * c_out if self.prediction == "velocity" else sigma
+        place = self.interpolant.by_sigma(scaled)
+        by_velocity = self.prediction == "velocity"
+        out = self.sigma_data * place.noise / place.turn if by_velocity else sigma
         time = self.interpolant.time(scaled, jnp.ones_like(scaled))
         return self.weight(time) / out**2
 
@@ -332,22 +329,25 @@ class Flow(Preconditioned, limits.Section, name="process"):
         return float(np.hypot(place.alpha, place.noise))
 
     def velocity(
-        self, network: Network, x_BHWC: jax.Array, t_B: jax.Array, conditioning: Conditioning
+        self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
     ) -> Any:
         """Compute dx/dt of x = d z, the slope that samplers follow, float32.
+
+        As `denoise` it is told the noise level: in float32 1 - t would be wrong near the noise.
 
         Args:
           network: called once.
           x_BHWC: (B, H, W, C) float32 d z, alpha times clean data plus d s times noise.
-          t_B: (B,) times within the interval of sampling.
+          sigma_B: (B,) noise levels of times within the interval of sampling; infinity is t = 1.
           conditioning: passed on to the network.
 
         Returns:
           (B, H, W, C), or a tuple of such where the network returns a tuple of outputs.
         """
         channels = x_BHWC.shape[-1]
-        sees, told_B = self._seen(x_BHWC, t_B)
-        place = Place(*(_per_image(each) for each in self.interpolant.at(t_B)))
+        sees, told_B = self._seen(x_BHWC, sigma_B)
+        place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
+        place = Place(*(_per_image(each) for each in place))
 
         def of_output(f_BHWC: jax.Array) -> jax.Array:
             f_BHWC = self.sigma_data * f_BHWC.astype(x_BHWC.dtype)[..., :channels]
@@ -359,14 +359,13 @@ class Flow(Preconditioned, limits.Section, name="process"):
 
         return jax.tree.map(of_output, network(sees, told_B, conditioning))
 
-    def _seen(self, x_BHWC: jax.Array, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return what the network sees of x = d z at times t, and what it is told."""
+    def _seen(self, x_BHWC: jax.Array, sigma_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return what the network sees of x = d z at noise levels, and what it is told."""
         if self.clock != "timesteps":
-            return x_BHWC / self.sigma_data, self.told(t_B, None)
-        place = self.interpolant.at(t_B)
-        noise_B = self.sigma_data * place.noise
-        size_B = jnp.sqrt(place.alpha**2 + noise_B**2)
-        return x_BHWC / _per_image(size_B), self.told(None, noise_B / place.alpha)
+            return x_BHWC / self.sigma_data, self.told(sigma_B)
+        place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
+        size_B = jnp.hypot(place.alpha, self.sigma_data * place.noise)
+        return x_BHWC / _per_image(size_B), self.told(sigma_B)
 
 
 def _per_image(c_B: jax.Array) -> jax.Array:

@@ -25,9 +25,9 @@ from diffit_jax.diffusion.flow import HIGHEST_SIGMA, Flow
 from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.loop import SamplerOutput
 from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
-from diffit_jax.diffusion.runge_kutta import Row, evaluated, integrate, velocity_steps
+from diffit_jax.diffusion.runge_kutta import Row, integrate, velocity_steps
 from diffit_jax.diffusion.samplers import DenoiserSampler, StepsOfGrid, StochasticMixin
-from diffit_jax.diffusion.types import Conditioning, Network, Noise, Process
+from diffit_jax.diffusion.types import Conditioning, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import LATER, GridPower, above, at_least, one_of
 
@@ -137,11 +137,9 @@ class General(StochasticMixin, DenoiserSampler):
             )
         self.levels(process)
 
-    def model_fn(self, process: Process, network: Network) -> Network:
-        """Return the process's denoiser; along a flow's path, its velocity."""
-        if self.schedule == "flow":
-            return evaluated(process, network)
-        return super().model_fn(process, network)
+    def follows_velocity(self, process: Process) -> bool:
+        """Whether it goes along a flow's path."""
+        return self.schedule == "flow"
 
     # --- The table
 

@@ -47,8 +47,8 @@ class Unguided:
     channels: ClassVar[int] = 0
 
     def scales(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
-        """Return 1 for each evaluation, (E,) float32; arguments as in `Constant.scales`."""
-        return np.ones(len(time), np.float32)
+        """Return 1 for each evaluation, (E,); arguments as in `Constant.scales`."""
+        return np.ones(len(time))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +104,11 @@ class Constant(limits.Section, name="sampling.guidance"):
             that an interval treats both evaluations of a Heun step alike, as its authors do).
 
         Returns:
-          (E,) float32.
+          (E,) float64; whether they are near 1 is decided in float32.
         """
-        scales = np.asarray(self._scales(time, step_sigma)).astype(np.float32)
-        return np.where(np.abs(scales - 1) <= self.skip_tolerance, np.float32(1), scales)
+        scales = np.asarray(self._scales(time, step_sigma), np.float64)
+        near = np.abs(scales.astype(np.float32) - 1) <= self.skip_tolerance
+        return np.where(near, 1.0, scales)
 
     def weights(self, time: np.ndarray, step_sigma: np.ndarray) -> np.ndarray:
         """Return how much of `scale` reaches each evaluation, (E,) float32 in [0, 1].
@@ -121,18 +122,18 @@ class Constant(limits.Section, name="sampling.guidance"):
         return np.full(len(time), self.scale)
 
     def label_scales(self, time: np.ndarray) -> np.ndarray:
-        """Return the scale of a second guidance, by labels, at each evaluation, (E,) float32.
+        """Return the scale of a second guidance, by labels, at each evaluation, (E,).
 
         `time` as in `scales`.
         """
-        return np.ones(len(time), np.float32)
+        return np.ones(len(time))
 
     def zeros(self, step_sigma: np.ndarray) -> np.ndarray:
         """Return which evaluations count as 0, and are not run, (E,) bool; as in `scales`."""
         return np.zeros(len(step_sigma), bool)
 
     def other(self, plain: jax.Array, other: jax.Array) -> jax.Array:
-        """Return what the plain evaluation is compared with, (B, H, W, channels)."""
+        """Return what the plain evaluation is compared with; all (B, H, W, C) of the C guided."""
         return other
 
 
@@ -237,7 +238,7 @@ class CFGZero(Constant):
         return number < round(self.zero_share * (number[-1] + 1))
 
     def other(self, plain: jax.Array, other: jax.Array) -> jax.Array:
-        """Return the projection of the plain evaluation on the one without a label."""
+        """Return the projection of the plain evaluation on the other, (B, H, W, C) all."""
         axes = tuple(range(1, plain.ndim))
         product = jnp.sum(plain * other, axes, keepdims=True)
         square = jnp.sum(other**2, axes, keepdims=True)
@@ -283,11 +284,10 @@ class Internal(Constant):
         return abs(self.label_scale - 1) > self.skip_tolerance
 
     def label_scales(self, time: np.ndarray) -> np.ndarray:
-        """Return `label_scale` within its interval, (E,) float32."""
+        """Return `label_scale` within its interval, (E,)."""
         if not self.needs_labels:
-            return np.ones(len(time), np.float32)
-        inside = _within(time, self.label_t_low, self.label_t_high)
-        return np.where(inside, self.label_scale, 1.0).astype(np.float32)
+            return np.ones(len(time))
+        return np.where(_within(time, self.label_t_low, self.label_t_high), self.label_scale, 1.0)
 
 
 def _within(time: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -369,7 +369,7 @@ class Guided:
     mixed_by_label: Callable[..., Any] | None = None
 
     def scales(self, sigma: np.ndarray, step_sigma: np.ndarray | None = None) -> np.ndarray:
-        """Return the settings' scale at each evaluation of a grid, (E,) float32.
+        """Return the settings' scale at each evaluation of a grid, (E,).
 
         Args:
           sigma: (E,) noise levels of the evaluations.
@@ -393,7 +393,7 @@ class Guided:
         """Divide a sampler's (E,) evaluations where guidance begins or ends; see `scales`."""
         scales, guidance = self.scales(sigma, step_sigma), self.guidance
         time, starts = self._places(sigma, step_sigma)
-        table, by_label = jnp.asarray(scales), np.ones(len(sigma), np.float32)
+        table, by_label = jnp.asarray(scales), np.ones(len(sigma))
         zero = np.zeros(len(sigma), bool)
         if isinstance(guidance, Constant):
             by_label, zero = guidance.label_scales(time), guidance.zeros(starts)

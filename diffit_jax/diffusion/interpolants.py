@@ -48,15 +48,12 @@ class Interpolant:
         """Return the factors and their derivatives at times in [0, 1]."""
         raise NotImplementedError
 
-    def time(self, noise: Any, alpha: Any) -> Any:
-        """Return the time at which s / alpha = noise / alpha; alpha may be 0."""
+    def by_sigma(self, sigma: Any) -> Place:
+        """Return the same at noise levels, 0 and infinity included, exact near both."""
         raise NotImplementedError
 
-    def by_sigma(self, sigma: Any) -> tuple[Any, Any, Any]:
-        """Return (alpha, c_skip, c_out) at noise levels > 0, of a velocity network of unit data.
-
-        D(y; sigma) = c_skip y + c_out v(alpha y), without a difference of near numbers.
-        """
+    def time(self, noise: Any, alpha: Any) -> Any:
+        """Return the time at which s / alpha = noise / alpha; either may be 0, or one infinity."""
         raise NotImplementedError
 
     def diffusion(self, t: Any) -> Any:
@@ -68,15 +65,18 @@ class _Linear(Interpolant):
     """alpha = 1 - t, s = t: rectified flow."""
 
     def at(self, t: Any) -> Place:
-        ones = _math(t).ones_like(t)
-        return Place(1 - t, t, -ones, ones)
+        return self._place(1 - t, t)
+
+    def by_sigma(self, sigma: Any) -> Place:
+        return self._place(1 / (1 + sigma), self.time(sigma, _math(sigma).ones_like(sigma)))
+
+    def _place(self, alpha: Any, noise: Any) -> Place:
+        ones = _math(noise).ones_like(noise)
+        return Place(alpha, noise, -ones, ones)
 
     def time(self, noise: Any, alpha: Any) -> Any:
-        return noise / (noise + alpha)
-
-    def by_sigma(self, sigma: Any) -> tuple[Any, Any, Any]:
-        alpha = 1 / (1 + sigma)
-        return alpha, alpha, -sigma / (1 + sigma)
+        with np.errstate(divide="ignore"):
+            return 1 / (1 + alpha / noise)
 
     def diffusion(self, t: Any) -> Any:
         return t / (1 - t)
@@ -86,16 +86,19 @@ class _Cosine(Interpolant):
     """alpha = cos(π t / 2), s = sin(π t / 2): SiT's GVP."""
 
     def at(self, t: Any) -> Place:
-        xp, turn = _math(t), math.pi / 2
-        alpha, noise = xp.sin(turn * (1 - t)), xp.sin(turn * t)
-        return Place(alpha, noise, -turn * noise, turn * alpha)
+        xp = _math(t)
+        return self._place(xp.sin(math.pi / 2 * (1 - t)), xp.sin(math.pi / 2 * t))
+
+    def by_sigma(self, sigma: Any) -> Place:
+        xp = _math(sigma)
+        with np.errstate(divide="ignore"):
+            return self._place(1 / xp.sqrt(1 + sigma**2), 1 / xp.sqrt(1 + sigma**-2.0))
+
+    def _place(self, alpha: Any, noise: Any) -> Place:
+        return Place(alpha, noise, -math.pi / 2 * noise, math.pi / 2 * alpha)
 
     def time(self, noise: Any, alpha: Any) -> Any:
         return 2 / math.pi * _math(noise).arctan2(noise, alpha)
-
-    def by_sigma(self, sigma: Any) -> tuple[Any, Any, Any]:
-        alpha = 1 / _math(sigma).sqrt(1 + sigma**2)
-        return alpha, alpha**2, -2 / math.pi * sigma * alpha
 
     def diffusion(self, t: Any) -> Any:
         return math.pi / 2 * _math(t).tan(math.pi / 2 * t)
@@ -110,7 +113,14 @@ class _VP(Interpolant):
     def at(self, t: Any) -> Place:
         xp = _math(t)
         log = -(self.beta_d * t**2 / 4 + self.beta_min * t / 2)
-        alpha, noise = xp.exp(log), xp.sqrt(-xp.expm1(2 * log))
+        return self._place(xp.exp(log), xp.sqrt(-xp.expm1(2 * log)), t)
+
+    def by_sigma(self, sigma: Any) -> Place:
+        xp = _math(sigma)
+        alpha = 1 / xp.sqrt(1 + sigma**2)
+        return self._place(alpha, sigma * alpha, self.time(sigma, xp.ones_like(sigma)))
+
+    def _place(self, alpha: Any, noise: Any, t: Any) -> Place:
         slope = -alpha * (self.beta_d * t + self.beta_min) / 2
         return Place(alpha, noise, slope, -alpha * slope / noise)
 
@@ -119,11 +129,6 @@ class _VP(Interpolant):
         log = xp.log1p((noise / alpha) ** 2)
         root = xp.sqrt(self.beta_min**2 + 2 * self.beta_d * log)
         return 2 * log / (root + self.beta_min)
-
-    def by_sigma(self, sigma: Any) -> tuple[Any, Any, Any]:
-        alpha = 1 / _math(sigma).sqrt(1 + sigma**2)
-        beta = self.beta_d * self.time(sigma, _math(sigma).ones_like(sigma)) + self.beta_min
-        return alpha, alpha**2, -2 * sigma**2 * alpha / beta
 
     def diffusion(self, t: Any) -> Any:
         return (self.beta_min + self.beta_d * t) / 2

@@ -5,7 +5,6 @@ Everything but x is known beforehand: it is made in float64, and becomes the tab
 Shape suffixes: B batch, H, W, C height, width and channels; E evaluations.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from diffit_jax.diffusion.loop import (
     sampling_loop,
     tree_map,
 )
-from diffit_jax.diffusion.types import Conditioning, Network, Noise, Process
+from diffit_jax.diffusion.types import Conditioning, Network, Noise
 
 
 class Row(NamedTuple):
@@ -118,7 +117,7 @@ def velocity_row(process: Flow, t: float, by_slope: float, **further: float) -> 
     """Return the row of an evaluation of a flow's velocity at time t, whose slope is dx/dt."""
     place, sigma = process.interpolant.at(np.array(t)), process.sigma_of(np.array(t))
     shows = -place.noise_slope / place.turn, place.noise / place.turn
-    row = Row(float(sigma), t, 0.0, 1.0, by_slope, shows_x=shows[0], shows_y=shows[1])
+    row = Row(float(sigma), float(sigma), 0.0, 1.0, by_slope, shows_x=shows[0], shows_y=shows[1])
     return row._replace(**further)
 
 
@@ -182,9 +181,3 @@ def follow_velocity(
         evaluations=2 if second else 1,
         frames=frames,
     )
-
-
-def evaluated(process: Process, network: Network) -> Network:
-    """Return what a sampler that steps in time evaluates: a flow's velocity, else the denoiser."""
-    of = process.velocity if isinstance(process, Flow) else process.denoise
-    return functools.partial(of, network)

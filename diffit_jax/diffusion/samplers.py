@@ -35,7 +35,7 @@ from diffit_jax.diffusion.loop import (
     sampling_loop,
     tree_map,
 )
-from diffit_jax.diffusion.runge_kutta import evaluated, follow_velocity
+from diffit_jax.diffusion.runge_kutta import follow_velocity
 from diffit_jax.diffusion.schedule import Schedule
 from diffit_jax.diffusion.types import Conditioning, Denoiser, Network, Noise, Process
 from diffit_jax.errors import UserError
@@ -64,10 +64,14 @@ class SamplingMethod(Protocol):
         """Return how many steps the sampler takes with a process."""
         ...
 
+    def follows_velocity(self, process: Process) -> bool:
+        """Whether the sampler evaluates the velocity of a flow, which steps in time follow."""
+        ...
+
     def model_fn(self, process: Process, network: Network) -> Network:
         """Return the function that the sampler evaluates, and that is guided.
 
-        The network itself, or the process's denoiser.
+        The network itself, the process's denoiser, or a flow's velocity.
         """
         ...
 
@@ -130,7 +134,7 @@ def _is_shape(node: Any) -> bool:
 
 
 class DenoiserSampler(limits.Section, name="sampling.sampler"):
-    """Base class of samplers that evaluate the process's denoiser, in N steps."""
+    """Base class of samplers that evaluate the process's denoiser, or velocity, in N steps."""
 
     num_steps: int
 
@@ -138,8 +142,14 @@ class DenoiserSampler(limits.Section, name="sampling.sampler"):
         """Return how many steps the sampler takes: `num_steps`, for every process."""
         return self.num_steps
 
-    def model_fn(self, process: Process, network: Network) -> Denoiser:
-        """Return the process's denoiser."""
+    def follows_velocity(self, process: Process) -> bool:
+        """Whether the sampler evaluates the velocity of a flow: not by itself."""
+        return False
+
+    def model_fn(self, process: Process, network: Network) -> Network:
+        """Return the process's denoiser, or its velocity."""
+        if isinstance(process, Flow) and self.follows_velocity(process):
+            return functools.partial(process.velocity, network)
         return functools.partial(process.denoise, network)
 
 
@@ -214,9 +224,9 @@ class _InTimeOfFlow(_GridSampler):
 
     second: ClassVar[bool]  # whether steps have a second evaluation
 
-    def model_fn(self, process: Process, network: Network) -> Network:
-        """Return a flow's velocity, or the process's denoiser."""
-        return evaluated(process, network)
+    def follows_velocity(self, process: Process) -> bool:
+        """Whether the process is a flow."""
+        return isinstance(process, Flow)
 
     def draw(
         self,
@@ -453,6 +463,10 @@ class Ancestral(limits.Section, name="sampling.sampler"):
     def steps(self, process: DDPM) -> int:
         """Return K."""
         return len(self.schedule(process))
+
+    def follows_velocity(self, process: Process) -> bool:
+        """Whether the sampler evaluates the velocity of a flow: never."""
+        return False
 
     def model_fn(self, process: Process, network: Network) -> Network:
         """Return the network itself."""

@@ -18,13 +18,12 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from diffit_jax import limits
 from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.loop import SamplerOutput
-from diffit_jax.diffusion.runge_kutta import Row, evaluated, integrate, velocity_row
-from diffit_jax.diffusion.samplers import StepsOfGrid
-from diffit_jax.diffusion.types import Conditioning, Network, Noise, Process
+from diffit_jax.diffusion.runge_kutta import Row, integrate, velocity_row
+from diffit_jax.diffusion.samplers import DenoiserSampler, StepsOfGrid
+from diffit_jax.diffusion.types import Conditioning, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import above, at_least, one_of
 
@@ -38,7 +37,7 @@ DIFFUSIONS: dict[str, Callable[[Flow, float], float]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SDE(limits.Section, name="sampling.sampler"):
+class SDE(DenoiserSampler):
     """SiT's stochastic samplers, for the process flow; REPA's is `diffusion` "linear".
 
     Steps are even in the (shifted) time from noise to `last_size`; then one more, without noise.
@@ -74,13 +73,13 @@ class SDE(limits.Section, name="sampling.sampler"):
                 "config key sampling.sampler.name is sde, which needs the process flow: use euler, "
                 "heun, dpm_solver or general"
             )
-        t = self.times(process)
-        if not np.all(np.diff(t) < 0):
+        low, high = process.interval()
+        if self.last != "none" and not low < self.last_size < high:
             raise UserError(
                 f"config key sampling.sampler.last_size is {self.last_size:g}, which lies outside "
-                f"of the times {t[0]:g} to {process.interval()[0]:g} of the process: choose one "
-                "between"
+                f"of the times t of the process, {low:g} to {high:g}: choose one between"
             )
+        t = self.times(process)
         with np.errstate(divide="ignore"):
             first = self.weight(process, float(t[0]))
         if not first < 1e6:
@@ -89,13 +88,9 @@ class SDE(limits.Section, name="sampling.sampler"):
                 f"the start of the path {process.path}: use sigma, linear or decreasing"
             )
 
-    def steps(self, process: Process) -> int:
-        """Return N."""
-        return self.num_steps
-
-    def model_fn(self, process: Process, network: Network) -> Network:
-        """Return the velocity of the flow."""
-        return evaluated(process, network)
+    def follows_velocity(self, process: Process) -> bool:
+        """Whether it evaluates the velocity: always."""
+        return True
 
     def times(self, process: Flow) -> np.ndarray:
         """Return the times of the stochastic steps, (n + 1,) float64 descending."""

@@ -18,6 +18,7 @@ from diffit_jax import limits
 from diffit_jax.data import augment
 from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion import PROCESSES
+from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import catalogue, sections
@@ -185,7 +186,7 @@ def completed(config: ConfigDict) -> tuple[ConfigDict, set[str]]:
 def _choose(config: ConfigDict, section: str, name: str) -> None:
     """Change the class of a section in `CHOICES`.
 
-    A sampler or guidance of another kind keeps the settings that the two have in common.
+    A process, sampler or guidance of another kind keeps the settings that the two have in common.
     """
     key, choices = CHOICES[section]
     node = _node(config, section)
@@ -193,7 +194,7 @@ def _choose(config: ConfigDict, section: str, name: str) -> None:
         return
     with config.unlocked():
         node[key] = name
-        if section.startswith("sampling."):
+        if section != "model":
             known = keys_of(section, choices[name])
             for other in [other for other in node if other != key and other not in known]:
                 del node[other]
@@ -356,10 +357,32 @@ def _check_augmentation(experiment: Experiment) -> None:
         )
 
 
+def _check_guidance(experiment: Experiment) -> None:
+    """Raise `UserError` for a guidance that process, sampler or model cannot take."""
+    model, guidance = experiment.model, experiment.sampling.guidance
+    process, sampler = experiment.process, experiment.sampling.sampler
+    if guidance.of_flow and not isinstance(process, Flow):
+        raise UserError(
+            f"config key sampling.guidance.kind is {guidance.kind}, which needs the process flow: "
+            "use constant or interval"
+        )
+    if guidance.of_flow == "velocity" and not sampler.follows_velocity(process):
+        raise UserError(
+            f"config key sampling.guidance.kind is {guidance.kind}, which compares velocities: use "
+            "the sampler euler, heun, sde, or general with the schedule flow"
+        )
+    if guidance.needs_inner and not model.has_inner_head:
+        raise UserError(
+            f"config key sampling.guidance.kind is {guidance.kind}, but the network has no inner "
+            "head: train one with model.inner_head (latent_diffit), or choose another guidance"
+        )
+
+
 def _check_sampling(experiment: Experiment) -> None:
     """Raise `UserError` if the experiment cannot be sampled as its section `sampling` says."""
     model, guidance = experiment.model, experiment.sampling.guidance
     experiment.sampling.sampler.check(experiment.process)
+    _check_guidance(experiment)
     if guidance.channels > model.sample_shape[-1]:
         raise UserError(
             f"config key sampling.guidance.channels is {guidance.channels}: the model has only "

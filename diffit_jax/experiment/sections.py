@@ -142,6 +142,7 @@ class Training(limits.Section, name="training"):
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints at multiples of this stay for good; 0: none.
       grid_images: images in a sample grid.
+      inner_weight: of the loss of a network's inner head (`model.inner_head`), beside its own.
       wandb: project at Weights & Biases, or entity/project, to which scores and images are logged
         too; empty: none.
     """
@@ -158,6 +159,7 @@ class Training(limits.Section, name="training"):
     max_bad_steps: Annotated[Count, RESUMABLE] = 20
     checkpoint_minutes: Annotated[float, at_least(0), RESUMABLE] = 0.0
     keep_every_steps: Annotated[CountOrZero, RESUMABLE] = 0
+    inner_weight: Annotated[float, at_least(0), LATER] = 0.5
     wandb: Annotated[str, RESUMABLE] = ""
 
 

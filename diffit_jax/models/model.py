@@ -64,6 +64,11 @@ class Model(nn.Module, kw_only=True):
         return 0
 
     @property
+    def has_inner_head(self) -> bool:
+        """Whether the network returns the output of an inner head beside its own."""
+        return False
+
+    @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the subtrees of parameters whose leading axis counts layers."""
         return ()
@@ -170,8 +175,8 @@ def as_network(
         kernels have a backward pass only.
       capture: number of a block, from 0 (in the U: of the encoder), after which tokens are
         captured: the function returns (y_BHWC, tokens).
-      inner: whether to return the output of a model's inner head too: (y_BHWC, y_inner). A model
-        that has one always returns both; otherwise callers see y_BHWC alone.
+      inner: whether to return the output of a model's inner head too: (y_BHWC, y_inner), before
+        tokens. A model that has one always returns both; otherwise callers see y_BHWC alone.
     """
     if forward_mode:
         model = model.with_xla_attention()
@@ -179,7 +184,9 @@ def as_network(
 
     def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
         found: Any = model.apply(variables, x_BHWC, noise_level_B, conditioning, **settings)
-        return found[0] if isinstance(found, tuple) and not (inner or settings) else found
+        if not model.has_inner_head or inner:
+            return found
+        return found[0] if capture is None else (found[0], found[2])
 
     return network
 
@@ -202,9 +209,10 @@ def measured_network(
 
     def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
         with measured_by(statistics):
-            y_BHWC, found = model.apply(
+            y, found = model.apply(
                 variables, x_BHWC, noise_level_B, conditioning, mutable=["statistics"]
             )
+        y_BHWC: Any = y[0] if model.has_inner_head else y
         return y_BHWC, _by_layer(model, dict(found).get("statistics", {}))
 
     return network

@@ -13,9 +13,9 @@ import jax
 
 from diffit_jax import models
 from diffit_jax.diffusion import guidance
-from diffit_jax.diffusion.types import Process
 from diffit_jax.experiment.config import Experiment
 
+INNER = "inner"  # name of the loss of a model's inner head
 AVERAGE = "average"  # name, in `uses`, of the network's variables with the averaged parameters
 
 
@@ -31,9 +31,10 @@ class Objective:
     uses: tuple[str, ...] = ()
     frozen: Mapping[str, Any] = {}
 
-    def terms(self, process: Process) -> tuple[str, ...]:
-        """Return the names of what it reports besides the loss."""
-        return process.loss_terms
+    def terms(self, experiment: Experiment) -> tuple[str, ...]:
+        """Return the names of what it reports besides the loss, in training."""
+        inner = (INNER,) if experiment.model.has_inner_head else ()
+        return (*experiment.process.loss_terms, *inner)
 
     def init(self, experiment: Experiment, key: jax.Array) -> Any:
         """Initialise parameters of its own (a projection head); {} if it has none.
@@ -85,11 +86,16 @@ class Objective:
             conditioning = {**conditioning, **labels}
         if model.dropout and training:
             conditioning = {**conditioning, "dropout_key": _numbered(key_B, 3)}
-        network = models.as_network(model, variables)
+        process = experiment.process
+        with_inner = training and model.has_inner_head
+        network = models.as_network(model, variables, inner=with_inner)
         # `Process.loss`, spelled out for those who write another one.
-        noised = experiment.process.noise(x_BHWC, loss_key_B)
+        noised = process.noise(x_BHWC, loss_key_B)
         y_BHWC = network(noised.x_BHWC, noised.level_B, conditioning)
-        return experiment.process.loss_of(noised, y_BHWC)
+        if not with_inner:
+            return process.loss_of(noised, y_BHWC)
+        (loss_B, terms), (inner_B, _) = (process.loss_of(noised, each) for each in y_BHWC)
+        return loss_B + experiment.training.inner_weight * inner_B, {**terms, INNER: inner_B}
 
 
 DENOISING = Objective()

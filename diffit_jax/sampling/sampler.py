@@ -107,12 +107,17 @@ class _Program:
         plain, guiding = model_fn(self.model, variables), None
         if guide is not None and self.guide_model is not None:
             guiding = model_fn(self.guide_model, guide)
+        with_inner = None
+        if self.model.has_inner_head:
+            network = models.as_network(self.model, variables, inner=True)
+            with_inner = method.model_fn(process, network)
         guided = guidance.apply_guidance(
             self.guidance,
             plain,
             process.time_of,
             null_label=num_classes or None,
             guide=guiding,
+            with_inner=with_inner,
             scale=scale,
         )
         noise = samplers.seeded_noise(batch["seed"], self.model.sample_shape)

@@ -37,7 +37,7 @@ from diffit_jax.limits import Count, at_least, one_of
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import setup_experiment
 from diffit_jax.runtime import config_files, distributed, files
-from diffit_jax.sampling.request import Run
+from diffit_jax.sampling.request import Run, SamplingOptions
 from diffit_jax.sampling.sample import sample
 from diffit_jax.training.held_out import HeldOutLoss, open_held_out
 from diffit_jax.training.train import train
@@ -49,10 +49,8 @@ KIND = config_files.Kind(
 )
 RESULTS, RUNS = "results", "runs"
 # What a table shows of a metric, in its order.
-_FIGURES = {
-    "frechet": ("frechet", "classifier_accuracy", "held_out_loss"),
-    "fid": ("fid", "held_out_loss"),
-}
+_FIGURES = {"frechet": ("frechet", "classifier_accuracy"), "fid": ("fid",)}
+_LOSS = "held_out_loss"
 _TITLES = {
     "frechet": "Fréchet distance, pixels",
     "classifier_accuracy": "accuracy",
@@ -72,6 +70,8 @@ class Ablation(limits.Section):
       overrides: of all rows: the budget.
       seeds: of the config; each is a run.
       samples: drawn of each run, of the seeds 0, 1, 2 …
+      steps: numbers of steps of the sampler with which all samples are drawn and measured; empty:
+        the config's.
       metric: "frechet" in pixels, for a small data set with a test split, or "fid".
       paper: what the paper has for rows, numbers by row.
     """
@@ -82,6 +82,7 @@ class Ablation(limits.Section):
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: Annotated[Sequence[Annotated[int, at_least(0)]], at_least(1)] = (0, 1, 2)
     samples: Count = 50_000
+    steps: Sequence[Count] = ()
     metric: Annotated[str, one_of(*_FIGURES)] = "fid"
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -206,20 +207,26 @@ def _run(
     run = Run(directory)
     setup = setup_experiment(config, devices, to_train=False)
     figures: dict[str, float] = {}
-    if ablation.metric == "frechet":
-        samples = sample(run, seeds=range(ablation.samples))
-        data = setup.experiment.data
-        scores = score(samples, dataset=data.name, data_dir=data.data_dir, overwrite=True)
-        figures = {name: scores[name] for name in ("frechet", "classifier_accuracy")}
-    elif comparison is not None:
-        figures = dict(evaluate(run, comparison=comparison, count=ablation.samples)["metrics"])
+    for steps in ablation.steps or (0,):
+        options = SamplingOptions(overrides={"sampler.num_steps": steps} if steps else {})
+        if ablation.metric == "frechet":
+            samples = sample(run, seeds=range(ablation.samples), overrides=options.overrides)
+            data = setup.experiment.data
+            scores = score(samples, dataset=data.name, data_dir=data.data_dir, overwrite=True)
+            found = {name: scores[name] for name in ("frechet", "classifier_accuracy")}
+        else:
+            assert comparison is not None
+            output = directory / f"evaluation-{steps}.json" if steps else None
+            asked: Any = {"count": ablation.samples, "options": options, "output": output}
+            found = dict(evaluate(run, comparison=comparison, **asked)["metrics"])
+        figures |= {_of_steps(name, steps): value for name, value in found.items()}
     try:
         source = distributed.primary_first(lambda: open_held_out(setup.experiment))
     except UserError as error:
         log.info("no held-out loss: %s", error)
     else:
         variables, _ = run.load(setup)
-        figures["held_out_loss"] = HeldOutLoss(setup, source)({"ema": variables})["ema"]
+        figures[_LOSS] = HeldOutLoss(setup, source)({"ema": variables})["ema"]
     return {
         "row": place[0],
         "seed": place[1],
@@ -236,6 +243,16 @@ def _run(
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _of_steps(name: str, steps: int) -> str:
+    """Return the name of a figure of samples drawn in so many steps; 0: the config's."""
+    return f"{name}@{steps}" if steps else name
+
+
+def _title(name: str) -> str:
+    name, _, steps = name.partition("@")
+    return _TITLES[name] + (f", {steps} steps" if steps else "")
 
 
 def digest(config: ConfigDict) -> str:
@@ -341,7 +358,7 @@ def table(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> str:
     """Format results as a table in Markdown: means and their standard errors over seeds."""
     figures = _figures_in(ablation, results)
     paper = ["paper"] if ablation.paper else []
-    heads = ["", *(_TITLES[name] for name in figures), "seeds", *paper]
+    heads = ["", *map(_title, figures), "seeds", *paper]
     lines = [heads, ["---"] * len(heads)]
     for row in ablation.rows:
         of_row = [result["figures"] for result in results if result["row"] == row]
@@ -354,7 +371,10 @@ def table(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> str:
 def _figures_in(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the figures that a table shows and some result has."""
     of_results = {name for result in results for name in result["figures"]}
-    return [name for name in _FIGURES[ablation.metric] if name in of_results]
+    drawn = [
+        _of_steps(name, n) for name in _FIGURES[ablation.metric] for n in ablation.steps or (0,)
+    ]
+    return [name for name in (*drawn, _LOSS) if name in of_results]
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
@@ -411,7 +431,7 @@ def _picture(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> bytes:
             axes.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
             error = standard_error(values)
             axes.errorbar(np.mean(values), place, xerr=error, fmt="o", color="C0", capsize=3)
-        axes.set_xlabel(_TITLES[name])
+        axes.set_xlabel(_title(name))
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)

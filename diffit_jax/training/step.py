@@ -12,7 +12,6 @@ from clu import metrics
 from jax.sharding import Mesh
 
 from diffit_jax import platforms
-from diffit_jax.diffusion.types import Process
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import EMA
 from diffit_jax.run.objective import AVERAGE, DENOISING, Objective
@@ -36,13 +35,15 @@ def _metrics_of(terms: tuple[str, ...]) -> type[metrics.Collection]:
     return metrics.Collection.create(**averages, **last)
 
 
-def step_metrics(process: Process, objective: Objective = DENOISING) -> type[metrics.Collection]:
-    """Return the class of metrics of a process and objective (clu).
+def step_metrics(
+    experiment: Experiment, objective: Objective = DENOISING
+) -> type[metrics.Collection]:
+    """Return the class of metrics of an experiment and objective (clu).
 
     Means over the updates since the last report (of learning rate and counts the last value), kept
     on the device until then.
     """
-    return _metrics_of(objective.terms(process))
+    return _metrics_of(objective.terms(experiment))
 
 
 def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
@@ -147,7 +148,7 @@ def make_train_step(
 
         # --- What the log shows: averages are over updates that were made; counts are of the last.
         counts = {"skipped": state.skipped, "skipped_in_row": state.consecutive_skipped}
-        measured = step_metrics(experiment.process, objective).single_from_model_output(
+        measured = step_metrics(experiment, objective).single_from_model_output(
             loss=loss,
             **terms,
             gradient_norm=norm,
@@ -264,7 +265,7 @@ def compile_train_step(
     started = time.monotonic()
     lowered = lower_train_step(setup, state, batch)
     distributed.check_agreement({"program": lowered.as_text})
-    empty = step_metrics(setup.experiment.process, setup.objective).empty()
+    empty = step_metrics(setup.experiment, setup.objective).empty()
     collected = jax.device_put(empty, parallel.replicated(setup.mesh))
     step, seconds = lowered.compile(), time.monotonic() - started
     distributed.barrier()  # see `distributed.call_after_barrier`
@@ -277,7 +278,7 @@ def lower_train_step(setup: Setup, state: TrainState, batch: Batch) -> jax.stage
     State and batch may be shapes with shardings.
     """
     experiment, mesh, objective = setup.experiment, setup.mesh, setup.objective
-    empty = step_metrics(experiment.process, objective).empty
+    empty = step_metrics(experiment, objective).empty
     collected = parallel.abstract(mesh, jax.eval_shape(empty))
     platform, parameters = platforms.of_mesh(mesh), jax.tree.leaves(setup.state.params)
     large = sum(leaf.size for leaf in parameters) >= platform.donates_from

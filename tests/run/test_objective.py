@@ -23,8 +23,8 @@ class Projection(Objective):
     """A linear head that guesses an image's mean grey from the network's output, and a teacher's
     weight beside it."""
 
-    def terms(self, process):
-        return (*process.loss_terms, "projection")
+    def terms(self, experiment):
+        return (*experiment.process.loss_terms, "projection")
 
     def init(self, experiment, key):
         size = np.prod(experiment.model.sample_shape)
@@ -95,9 +95,7 @@ class OfAverage(Objective):
             for each in (variables, frozen[AVERAGE])
         )
         error_B = ((ours - teachers) ** 2).mean((1, 2, 3))
-        return error_B + 0.0 * more["update"], dict.fromkeys(
-            self.terms(experiment.process), error_B
-        )
+        return error_B + 0.0 * more["update"], dict.fromkeys(self.terms(experiment), error_B)
 
 
 def test_a_teacher_that_is_the_average(tmp_path):

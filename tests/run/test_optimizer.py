@@ -135,7 +135,7 @@ def run_steps(config, batches_of, objective=DENOISING):
     experiment, mesh = build(config), parallel.make_mesh()
     state = create_state(experiment, mesh)
     step = jax.jit(make_train_step(experiment, objective))
-    collected = step_metrics(experiment.process, objective).empty()
+    collected = step_metrics(experiment, objective).empty()
     for batch in batches_of:
         state, collected = step(
             state, collected, parallel.put_batch(mesh, batch, len(batch["label"])), {}

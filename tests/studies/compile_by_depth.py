@@ -32,7 +32,7 @@ def compile_seconds(depth: int, batch_size: int) -> float:
     experiment = build(config)
     mesh = parallel.make_mesh()
     state = abstract_state(experiment, mesh)
-    collected = parallel.abstract(mesh, jax.eval_shape(step_metrics(experiment.process).empty))
+    collected = parallel.abstract(mesh, jax.eval_shape(step_metrics(experiment).empty))
     shapes = {
         "latent": ((batch_size, *experiment.model.sample_shape), jnp.float32),
         "label": ((batch_size,), jnp.int32),

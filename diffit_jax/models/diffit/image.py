@@ -229,7 +229,8 @@ class ImageDiffiT(TimeConditioned):
             if key_B is not None:  # each stage its own
                 key_B = jax.vmap(lambda key: jax.random.fold_in(key, number))(key_B)
             inside = name == "encoder" and capture in range(firsts[stage], firsts[stage + 1])
-            carried, kept = repeat_block(
+            wanted = [capture - firsts[stage]] if capture is not None and inside else []
+            carried, found = repeat_block(
                 block,
                 carried,
                 time_BT,
@@ -237,8 +238,9 @@ class ImageDiffiT(TimeConditioned):
                 unroll=self.scan_unroll,
                 remat=self.remat,
                 dropout_key_B=key_B,
-                capture=capture - firsts[stage] if capture is not None and inside else None,
+                captures=wanted,
             )
+            kept = next(iter(found.values()), None)
             if time_in == "token":
                 carried, kept = carried[0], kept if kept is None else kept[0]
             captured.append(kept)

@@ -6,13 +6,14 @@ a patch.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
-from diffit_jax.limits import Count, CountOrZero, Side, Width
+from diffit_jax.limits import LATER, Count, CountOrZero, Side, Width
 from diffit_jax.models.diffit.attention import choose_backend, xla_only
 from diffit_jax.models.diffit.blocks import (
     DiffiTBlock,
@@ -61,6 +62,8 @@ class LatentDiffiT(TimeConditioned):
       learn_sigma: whether the output has twice the channels of the input: epsilon and the
         variance's interpolation.
       slim_tmsa: leave out the parameters that can never change the output, see `TMSA`.
+      inner_head: after how many blocks a second last layer reads the tokens, for internal guidance
+        (2512.24176 has 8 of 28); 0: none. Its output is returned beside the network's own.
     """
 
     input_size: Side = 32
@@ -72,6 +75,7 @@ class LatentDiffiT(TimeConditioned):
     mlp_ratio: Count = 4
     learn_sigma: bool = True
     slim_tmsa: bool = False
+    inner_head: Annotated[CountOrZero, LATER] = 0
     num_classes: CountOrZero = dataclasses.field(default=1000, kw_only=True)
 
     @property
@@ -83,6 +87,11 @@ class LatentDiffiT(TimeConditioned):
     def output_channels(self) -> int:
         """Channels of what the network returns."""
         return self.input_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def has_inner_head(self) -> bool:
+        """Whether the network returns an inner head's output too."""
+        return bool(self.inner_head)
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -117,6 +126,12 @@ class LatentDiffiT(TimeConditioned):
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads} "
                 "and of 4: change hidden_size or num_heads"
             )
+        if self.inner_head >= self.depth:
+            raise UserError(
+                f"config key model.inner_head is {self.inner_head}, but the network has "
+                f"{self.depth} blocks, and the last layer is behind them: use 1 to "
+                f"{self.depth - 1}, or 0 for none"
+            )
         if self.time_in == "bias":
             offsets = (2 * self.grid - 1) ** 2
             added = self.depth * self.num_heads * offsets * self.hidden_size
@@ -138,7 +153,7 @@ class LatentDiffiT(TimeConditioned):
         noise_level_B: jax.Array,
         conditioning: Mapping[str, jax.Array],
         capture: int | None = None,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    ) -> jax.Array | tuple[jax.Array, ...]:
         """Evaluate the network.
 
         Args:
@@ -150,8 +165,8 @@ class LatentDiffiT(TimeConditioned):
           capture: number of a block, from 0, whose tokens are wanted too.
 
         Returns:
-          (B, input_size, input_size, output_channels) float32; with `capture` also (B, L, C) of the
-          model's dtype.
+          (B, input_size, input_size, output_channels) float32; with an inner head its output too,
+          of the same shape; with `capture` last (B, L, C) of the model's dtype.
         """
         self.check_sizes()
         check_capture(capture, self.depth)
@@ -208,18 +223,27 @@ class LatentDiffiT(TimeConditioned):
             unroll=self.scan_unroll,
             remat=self.remat,
             dropout_key_B=conditioning.get("dropout_key") if self.dropout else None,
-            capture=capture,
+            captures=[block for block in (self.inner_head - 1, capture) if block not in (-1, None)],
         )
-        x_BLC = x_BNLC[:, 0, : grid * grid]
 
-        exact = at_least_float32(self.dtype)
-        x_BLC = nn.silu(layer_norm(exact, affine=False, name="final_norm")(x_BLC))
+        outputs = [self._last_layer(x_BNLC, "final")]
+        if self.inner_head:
+            outputs.append(self._last_layer(captured[self.inner_head - 1], "inner_final"))
+        if capture is not None:
+            outputs.append(captured[capture][:, 0, : grid * grid])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _last_layer(self, x_BNLC: jax.Array, name: str) -> jax.Array:
+        """Map tokens to what the network returns, (B, input_size, input_size, output_channels)."""
+        grid, patch, exact = self.grid, self.patch_size, at_least_float32(self.dtype)
+        x_BLC = x_BNLC[:, 0, : grid * grid]
+        x_BLC = nn.silu(layer_norm(exact, affine=False, name=f"{name}_norm")(x_BLC))
         last = Dense(
             features=patch * patch * self.output_channels,
             dtype=exact,
             kernel_init=nn.initializers.zeros_init(),
-            name="final",
+            name=name,
         )
-        x = last(x_BLC).reshape(batch, grid, grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-        y_BHWC = x.reshape(batch, self.input_size, self.input_size, self.output_channels)
-        return y_BHWC if captured is None else (y_BHWC, captured[:, 0, : grid * grid])
+        x = last(x_BLC).reshape(-1, grid, grid, patch, patch, self.output_channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(-1, self.input_size, self.input_size, self.output_channels)
