@@ -1,11 +1,11 @@
-"""Ten updates and some samples of two small models on one mesh after the other; run by
+"""Ten updates and some samples of small models on one mesh after the other; run by
 test_parallel.py in a process of its own.
 
 python tests/mesh_worker.py OUTPUT DEVICES
 NAME=data,fsdp,tensor,accumulation,devices[,only|,save|,resume|,half] …
 
-With one of these there is no image run. With "save" the latent one leaves a checkpoint after half
-of the updates, beside OUTPUT; with "resume" it goes on from there, without samples; with "half" it
+With one of these there is only the latent run. With "save" it leaves a checkpoint after half of the
+updates, beside OUTPUT; with "resume" it goes on from there, without samples; with "half" it
 ends after half of the updates (of many processes on few cores, a step takes a second).
 
 CLUSTER=host:port,processes,number in the environment makes it one of several processes, each with
@@ -24,7 +24,7 @@ os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_
 
 import jax
 import numpy as np
-from support.configs import small_config, small_latent_config
+from support.configs import small_config, small_flow_config, small_latent_config
 from support.pods import arranged
 
 from diffit_jax.data.sources import batches
@@ -56,6 +56,7 @@ CONFIGS = {
         model__augment_labels=9,
         augmentation={"probability": 0.3},
     ),
+    "flow": small_flow_config(),
     "latent": small_latent_config(model__hidden_size=32, model__num_heads=4),
 }
 
@@ -129,7 +130,7 @@ def main() -> None:
             int, [*sizes, last] if last.isdigit() else sizes
         )
         for kind, config in CONFIGS.items():
-            if kind == "image" and not last.isdigit():
+            if kind != "latent" and not last.isdigit():
                 continue
             chosen = {"steps": STEPS // 2} if last == "half" else option
             outcome = run(

@@ -5,11 +5,7 @@ minutes on two CPU cores. Each is sampled by a first-order method with one evalu
 four numbers of steps. Table: configs/RECIPES.md.
 """
 
-FLOW = {
-    "process.name": "flow",
-    "process.sigma_data": 0.75,
-    "sampling.sampler.name": "euler",
-}
+FLOW = {"process.name": "flow", "process.sigma_data": 0.75, "sampling.sampler.name": "euler"}
 LOGIT_NORMAL = {**FLOW, "process.times": "logit_normal"}
 DIRECTION = {**LOGIT_NORMAL, "process.direction_weight": 1.0}
 

@@ -103,6 +103,16 @@ class Flow(Preconditioned, limits.Section, name="process"):
     # --- Times
 
     @property
+    def clocks(self) -> str:
+        """What a time is, and what the network is told, for people."""
+        told = {
+            "t": "t",
+            "u": "u = 1 - t, 0 at noise and 1 at data",
+            "timesteps": "DDPM's timesteps 0…999 of equal noise levels",
+        }
+        return f"t is 0 at data and 1 at noise; the network is told {told[self.clock]}"
+
+    @property
     def interpolant(self) -> Interpolant:
         """The path."""
         return INTERPOLANTS[self.path]

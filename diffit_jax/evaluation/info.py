@@ -12,6 +12,7 @@ from etils import epath
 from diffit_jax import models
 from diffit_jax.data import records
 from diffit_jax.data.sources import data_folder
+from diffit_jax.diffusion.flow import Flow
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluate import table
 from diffit_jax.evaluation.reference import COVARIANCES
@@ -24,7 +25,7 @@ from diffit_jax.run import workdir as workdirs
 from diffit_jax.runtime import files, hub, npz
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.console import first_few, in_short
-from diffit_jax.sampling.request import CLASSES_CARRIED, CONFIG_CARRIED, layout_of
+from diffit_jax.sampling.weights import CLASSES_CARRIED, CONFIG_CARRIED, layout_of
 
 
 def info(path: epath.PathLike) -> list[str]:
@@ -86,6 +87,8 @@ def _run(folder: epath.Path, config: Mapping[str, Any]) -> Iterator[str]:
     yield from _classes([names[0] for names in workdirs.read_classes(folder, config)])
     yield from _model(experiment.model)
     yield f"  process: {_settings(config['process'])}"
+    if isinstance(experiment.process, Flow):
+        yield f"    {experiment.process.clocks}"
     yield f"  sampler: {_settings(config['sampling']['sampler'])}"
     yield f"  guidance: {_settings(config['sampling'].get('guidance', {'kind': 'none'}))}"
     evaluations = sorted((folder / workdirs.EVALUATIONS).glob("*.json"))

@@ -67,6 +67,12 @@ _TENSORS = {
     "final_layer.linear.weight": ("params/final/kernel", _LINEAR),
     "final_layer.linear.bias": ("params/final/bias", _SAME),
 }
+# Of a network with an inner head, which the released code does not have; with the number of blocks
+# before it.
+_INNER = {
+    "inner_layer_{inner}.linear.weight": ("params/inner_final/kernel", _LINEAR),
+    "inner_layer_{inner}.linear.bias": ("params/inner_final/bias", _SAME),
+}
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
 # What a file says: the sizes, that it is in the released parametrisation, and where time enters.
 # All other attributes are the config's.
@@ -81,6 +87,7 @@ SIZES = (
     "num_classes",
     "learn_sigma",
     "slim_tmsa",
+    "inner_head",
     "time_in",
     "time_embedding",
 )
@@ -272,8 +279,17 @@ def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any
 
 
 def _open(path: epath.PathLike) -> WeightFiles:
-    names = (re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, _INDEX))
-    return WeightFiles(path, "|".join(names))
+    names = [re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, _INDEX)]
+    return WeightFiles(path, "|".join([*names, _INNER_NAME]))
+
+
+_INNER_NAME = r"inner_layer_(?:\d{1,4})\.linear\.(?:weight|bias)"
+
+
+def _table(inner_head: int) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Return the tensors of a network with, or (0) without, an inner head."""
+    inner = _INNER if inner_head else {}
+    return _TENSORS | {name.format(inner=inner_head): ours for name, ours in inner.items()}
 
 
 def _read_module(path: epath.PathLike) -> LatentDiffiT:
@@ -299,7 +315,7 @@ def leaves_of(module: LatentDiffiT) -> list[Leaf]:
         "blocks.{}.attn.proj.weight": (width, width),
         "blocks.{}.mlp.fc1.weight": (hidden, width),
     }
-    return tensors.leaves_of(_TENSORS, shapes, module.depth, theirs)
+    return tensors.leaves_of(_table(module.inner_head), shapes, module.depth, theirs)
 
 
 def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
@@ -309,7 +325,9 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     """
     shapes = file.shapes
     depth = _depth(shapes)
-    known = set(tensors.names_of(_TENSORS, depth))
+    heads = [name for name in sorted(shapes) if re.fullmatch(_INNER_NAME, name)]
+    inner_head = int(re.findall(r"\d+", heads[0])[0]) if heads else 0
+    known = set(tensors.names_of(_table(inner_head), depth))
     missing = [f"missing {name}" for name in tensors.in_order(known - shapes.keys())]
     extra = [
         f"extra {name}"
@@ -383,6 +401,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         mlp_ratio=hidden // width,
         num_classes=classes,
         learn_sigma=outputs != patch * patch * channels,
+        inner_head=inner_head,
     )
 
 

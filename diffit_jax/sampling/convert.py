@@ -27,11 +27,13 @@ from diffit_jax.run.state import (
 )
 from diffit_jax.runtime import backend, files, hub, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
-from diffit_jax.sampling.request import (
+from diffit_jax.sampling.request import restore_variables
+from diffit_jax.sampling.weights import (
     CLASSES_CARRIED,
     CONFIG_CARRIED,
+    check_process,
     layout_of,
-    restore_variables,
+    process_of,
 )
 
 
@@ -54,7 +56,8 @@ def weights_to_workdir(
       weights: as in `official.load`, or `songunet.load`, with which `input_size`, `slim` and
         `num_classes` do not go.
       workdir: directory to write, local or `gs://`.
-      config: config of the run; its model takes the sizes of the file.
+      config: config of the run; its model takes the sizes of the file. With the process flow, a
+        network of ADM's or DiT's recipe becomes one, see `flow_config`.
       input_size: side of the latents, if not that of the file.
       slim: whether to leave out the parameters of TMSA that have no effect.
       allow_nonfinite: whether the file may have NaNs and infinities.
@@ -75,10 +78,18 @@ def weights_to_workdir(
             f"weights {weights} are not of a latent DiffiT: leave out --parametrisation, "
             "--input_size and --num_classes"
         )
+    into_flow = becomes_flow(weights, config)
+    if into_flow:
+        config = flow_config(config)
+        change["learn_sigma"] = False
+    else:
+        check_process(weights, config)
     config = layout.fit_config(config, weights, **change)
     experiment = setup_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
     _, variables = layout.load(weights, allow_nonfinite=allow_nonfinite, **size)
+    if into_flow:
+        variables = _without_variance(variables, experiment.model)
     if num_classes is not None:
         variables = _with_new_labels(variables, num_classes, weights)
     if slim:
@@ -211,6 +222,53 @@ def workdir_to_workdir(
     classes = files.read_json(workdir / workdirs.CLASSES_FILE, list) or ()
     _write(target, config, setup.experiment, state)
     workdirs.write_classes(target, classes)
+
+
+def becomes_flow(weights: epath.PathLike, config: Mapping[str, Any]) -> bool:
+    """Return whether weights predict noise at DDPM's timesteps, and a config has the process flow.
+
+    Raises:
+      UserError: they do, on another schedule than a flow knows.
+    """
+    theirs, ours = process_of(weights), config.get("process", {})
+    if theirs.get("name") != "ddpm" or ours.get("name") != "flow":
+        return False
+    for key, known in (("schedule", "linear"), ("num_timesteps", 1000), ("respacing", "")):
+        if theirs.get(key, known) != known:
+            raise UserError(
+                f"weights {weights} are of a network with process.{key} {theirs[key]}: a flow can "
+                f"be made of one with {known or 'none'} alone"
+            )
+    return True
+
+
+def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a flow whose network predicts noise and is told DDPM's timesteps.
+
+    At equal noise levels it is the denoiser that it was; its loss is that of velocities.
+    """
+    process = dict(config["process"]) | {
+        "prediction": "noise",
+        "clock": "timesteps",
+        "weighting": "velocity",
+        "direction_weight": 0.0,
+    }
+    return {**config, "process": process}
+
+
+def _without_variance(variables: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return the variables of a network with a learned variance without what predicts it."""
+    final = variables["params"]["final"]
+    outputs = model.patch_size**2 * model.input_channels
+    if final["bias"].size == outputs:
+        return dict(variables)
+
+    def of_noise(leaf: jax.Array) -> jax.Array:
+        by_channel = leaf.reshape(*leaf.shape[:-1], -1, 2, model.input_channels)
+        return by_channel[..., 0, :].reshape(*leaf.shape[:-1], outputs)
+
+    params = variables["params"] | {"final": jax.tree.map(of_noise, final)}
+    return {**variables, "params": params}
 
 
 def _with_new_labels(

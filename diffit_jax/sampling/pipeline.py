@@ -285,7 +285,8 @@ class DiffiT:
         Args:
           x: (N, H, W, C) float32 clean samples, in the network's units (images: [-1, 1]), plus
             noise of standard deviation sigma.
-          sigma: one noise level, or N.
+          sigma: one noise level, or N. Of a flow `process.sigma_of(t)`, with t from 0, data, to 1,
+            noise: on the linear path sigma_data t / (1 - t).
           labels: indices or names of classes, given out in turn; None: no label.
 
         Returns:

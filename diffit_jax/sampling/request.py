@@ -7,29 +7,33 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from diffit_jax.data.labels import give_out, name_of, parse_labels, synonyms_of
+from diffit_jax.data.labels import give_out, name_of, parse_labels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import CHOICES, Sampling
-from diffit_jax.interop import official, songunet, weight_files
 from diffit_jax.run import power_ema
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import Setup, items_of, setup_experiment
-from diffit_jax.runtime import backend, checkpoint, config_files, distributed, files, hub, parallel
+from diffit_jax.runtime import backend, checkpoint, distributed, files, parallel
 from diffit_jax.runtime.console import Progress, first_few, in_short
 from diffit_jax.sampling.decoder import Decoding, LatentDecoder
 from diffit_jax.sampling.sampler import Sampler, Variables, default_labels
+from diffit_jax.sampling.weights import (
+    CLASSES_CARRIED,
+    CONFIG_CARRIED,
+    Weights,
+    config_for_weights,
+    layout_of,
+)
+
+__all__ = ["CLASSES_CARRIED", "CONFIG_CARRIED", "Weights", "config_for_weights", "layout_of"]
 
 log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 160
-# What a file that `convert` has written carries of its run: its config, and the names of classes.
-CONFIG_CARRIED, CLASSES_CARRIED = "diffit_jax_config", "diffit_jax_classes"
 
 
 def default_name(kind: str, shape: Sequence[int], differences: Mapping[str, Any]) -> str:
@@ -113,44 +117,6 @@ class Run:
         """Return where weights of a step are from, JSON values by name."""
         of = {"workdir": str(self.directory), "checkpoint": step, "ema_length": self._ema_length}
         return of | ({"raw": True} if self._raw else {})
-
-
-class Weights:
-    """A network in a file of released weights, with a config whose `model` has the file's sizes."""
-
-    config_file = None
-    differences: Mapping[str, Any] = {}
-
-    def __init__(
-        self, path: epath.PathLike, config: Mapping[str, Any], allow_nonfinite: bool = False
-    ):
-        """Read the names and shapes of the tensors.
-
-        Args:
-          path: of the file.
-          config: for everything but the sizes of the model.
-          allow_nonfinite: whether the tensors may have NaNs or infinities.
-        """
-        self._path, self._allow_nonfinite = hub.local(path, "weights"), allow_nonfinite
-        self.name = f"weights {self._path}"
-        self.directory = hub.output_directory(path, self._path)
-        self._layout = layout_of(self._path)
-        self.config = self._layout.fit_config(config, self._path)
-        carried = weight_files.read_metadata(self._path, CLASSES_CARRIED)
-        self.classes = synonyms_of(carried) if carried else workdirs.read_classes(None, self.config)
-
-    def load(self, setup: Setup) -> tuple[Variables, dict[str, Any]]:
-        """Load (variables, their origin)."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.variables)
-        _, variables = self._layout.load(
-            self._path, sharding=shardings, allow_nonfinite=self._allow_nonfinite
-        )
-        return variables, {"weights": str(self._path)}
-
-
-def layout_of(weights: epath.PathLike) -> Any:
-    """Return the module of `interop` that reads a file of weights: `official` or `songunet`."""
-    return songunet if songunet.is_song_unet(weights) else official
 
 
 def restore_variables(
@@ -283,32 +249,6 @@ def open_guide(experiment: Experiment, workdir: str) -> tuple[Run, Setup]:
             "run like the main one"
         )
     return run, guide
-
-
-def config_for_weights(
-    config: ConfigDict | None, weights: str, input_size: int | None = None
-) -> dict[str, Any]:
-    """Return the config for weights: the one given, that of the file, or of its size in `configs/`.
-
-    Args:
-      config: as it is given, None if it is not.
-      weights: file of weights.
-      input_size: side of the latents, if not that of the file.
-    """
-    if config is not None:
-        return config.to_dict()
-    carried = weight_files.read_metadata(weights, CONFIG_CARRIED)
-    if carried is not None and input_size is None:
-        return carried
-    if layout_of(weights) is songunet:
-        file = config_files.own("cifar10_songunet.py", "--config")
-        log.info("sampling as %s says, by the layers of the file; --config names another", file)
-        return config_files.load(f"{file}:{songunet.process_of(weights)}").to_dict()
-    size = official.read_input_size(weights) if input_size is None else input_size
-    name = "imagenet256_latent" if size <= 32 else "imagenet512_latent"
-    log.info("sampling as configs/%s.py says, by the size of %s; --config names another", name,
-             epath.Path(weights).name)  # fmt: skip
-    return config_files.load(str(config_files.own(f"{name}.py", "--config"))).to_dict()
 
 
 class Networks(NamedTuple):

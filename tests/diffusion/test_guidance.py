@@ -9,12 +9,16 @@ from diffit_jax.diffusion import SAMPLERS as METHODS
 from diffit_jax.diffusion import samplers
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
+from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.guidance import (
     GUIDANCE,
     Autoguidance,
+    CFGZero,
     Constant,
+    Internal,
     Interval,
     PowerCosine,
+    TimeInterval,
     Unguided,
     apply_guidance,
     drop_labels,
@@ -188,6 +192,139 @@ def test_skipping_changes_no_more_than_the_skipped_guidance(sampler):
     assert np.abs(exact - skipped).max() < 1e-3 * np.abs(exact).max()
 
 
+# --- Of velocities, and of an inner head: against float64 numpy.
+
+CFG = dict(rtol=1e-5, atol=1e-5)
+
+
+def inner_too(x, level, conditioning):
+    """A network's output and that of its inner head."""
+    y = evaluate(x, level, conditioning)
+    return y, 0.7 * y + jnp.cos(y)
+
+
+def projected(plain, other):
+    """plain's share along other, of each example: a = <v_c, v_u> / |v_u|²."""
+    plain, other = np.asarray(plain, np.float64), np.asarray(other, np.float64)
+    products = [
+        (one * two).sum() / (two * two).sum() for one, two in zip(plain, other, strict=True)
+    ]
+    return np.array(products)[:, None, None, None] * other
+
+
+@pytest.mark.parametrize("channels", [0, 1, 3])
+@pytest.mark.parametrize("scale", [0.5, 1.5, 4.0])
+def test_cfg_zero_is_the_formula(arguments, scale, channels):
+    """v = a v_u + scale (v_c - a v_u), a over the guided channels of each example."""
+    x, level, conditioning = arguments
+    guided = apply_guidance(CFGZero(scale, channels=channels), evaluate, np.zeros_like, NULL)
+    found = guided.mixed(x, level, conditioning, scale)
+    main, count = np.asarray(evaluate(x, level, conditioning), np.float64), channels or 4
+    uncond = evaluate(x, level, {"label": jnp.full(4, NULL)})
+    along = projected(main[..., :count], uncond[..., :count])
+    expected = along + scale * (main[..., :count] - along)
+    np.testing.assert_allclose(found[..., :count], expected, **CFG)
+    np.testing.assert_array_equal(found[..., count:], main[..., count:].astype(np.float32))
+    # Of a network that returns 0, as it does before its first update, it is plain guidance.
+    nothing = apply_guidance(CFGZero(scale), lambda x, *_: 0 * x, np.zeros_like, NULL)
+    np.testing.assert_array_equal(nothing.mixed(x, level, conditioning, scale), 0 * x)
+
+
+@pytest.mark.parametrize(("steps", "still"), [(10, 0), (18, 1), (50, 2)])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_cfg_zero_stands_still_at_first(sampler, steps, still):
+    """In 4 % of the steps, rounded, the network is not evaluated; then at the time of its step."""
+    times = []
+
+    def velocity(x, told, conditioning):
+        jax.debug.callback(lambda t: times.append(float(t)), told[0])
+        return x + conditioning["label"][:, None, None, None]
+
+    flow, method = Flow(), METHODS[sampler](num_steps=steps)
+    evaluation = method.model_fn(flow, velocity)
+    guided = apply_guidance(CFGZero(2.0), evaluation, flow.time_of, NULL)
+    noise = samplers.seeded_noise(jnp.arange(BATCH, dtype=jnp.uint32), (2, 2, 4))
+    labels = {"label": jnp.array([1, 2])}
+    jax.jit(lambda: method.draw(flow, guided, noise, labels).samples)()
+    jax.effects_barrier()
+    evaluations = 1 if sampler == "euler" else 2
+    assert len(times) == steps * evaluations - (sampler == "heun") - still * evaluations
+    np.testing.assert_allclose(max(times), 1 - still / steps, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+@pytest.mark.parametrize("scale", [0.5, 1.4])
+def test_internal_guidance_is_the_formula(arguments, scale, channels):
+    """v = v_i + scale (v_f - v_i) by one evaluation; and guidance by labels of what that gives."""
+    x, level, conditioning = arguments
+    calls = []
+
+    def counted(x, level, conditioning):
+        calls.append(len(x))
+        return inner_too(x, level, conditioning)
+
+    def within(labels):
+        outer, inner = (np.asarray(y, np.float64) for y in inner_too(x, level, {"label": labels}))
+        mixed = inner + scale * (outer - inner)
+        return np.concatenate([mixed[..., :count], outer[..., count:]], axis=-1), outer
+
+    count, by_label = channels or 4, 1.35
+    guidance = Internal(scale, channels=channels, label_scale=by_label)
+    guided = apply_guidance(guidance, evaluate, np.zeros_like, NULL, with_inner=counted)
+    found = guided.mixed(x, level, conditioning, scale)
+    with_label, outer = within(conditioning["label"])
+    assert calls == [4]
+    np.testing.assert_allclose(found, with_label, **CFG)
+    without, _ = within(jnp.full(4, NULL))
+    expected = without + by_label * (with_label - without)
+    found = guided.mixed_by_label(x, level, conditioning, scale, by_label)
+    assert calls == [4, 8]
+    np.testing.assert_allclose(found[..., :count], expected[..., :count], **CFG)
+    np.testing.assert_allclose(found[..., count:], outer[..., count:], **CFG)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_solver", "sde"])
+def test_where_along_a_flow_guidance_acts(sampler):
+    """In the steps that start within an interval of t, its ends included."""
+    sizes = []
+
+    def network(x, told, conditioning):
+        jax.debug.callback(lambda _: sizes.append(len(x)), x[0, 0, 0, 0])
+        y = x + conditioning["label"][:, None, None, None]
+        return y, 0.9 * y
+
+    flow, method = Flow(), METHODS[sampler](num_steps=10)
+    plain = method.model_fn(flow, lambda *given: network(*given)[0])
+    noise = samplers.seeded_noise(jnp.arange(BATCH, dtype=jnp.uint32), (2, 2, 4))
+    labels = {"label": jnp.array([1, 2])}
+    times = flow.sampling_times(10)[:-1]
+    if sampler == "sde":
+        times = method.times(flow)
+    repeats = 2 if sampler == "heun" else 1
+    expected = [
+        2 * BATCH if 0.3 <= round(t, 9) <= 0.7 else BATCH for t in np.repeat(times, repeats)
+    ]
+    for guidance in (
+        TimeInterval(2.0, t_low=0.3, t_high=0.7),
+        Internal(1.4, label_scale=1.35, label_t_low=0.3, label_t_high=0.7),
+        Internal(1.0, label_scale=1.35, label_t_low=0.3, label_t_high=0.7),
+    ):
+        sizes.clear()
+        guided = apply_guidance(
+            guidance, plain, flow.time_of, NULL, with_inner=method.model_fn(flow, network)
+        )
+        jax.jit(lambda guided=guided: method.draw(flow, guided, noise, labels).samples)()
+        jax.effects_barrier()
+        assert sizes == expected[: len(sizes)] and len(sizes) == 10 * repeats - (sampler == "heun")
+    sizes.clear()
+    guided = apply_guidance(
+        Internal(1.4), plain, flow.time_of, None, with_inner=method.model_fn(flow, network)
+    )
+    jax.jit(lambda: method.draw(flow, guided, noise, labels).samples)()
+    jax.effects_barrier()
+    assert set(sizes) == {BATCH}  # one evaluation
+
+
 def test_guidance_of_no_use_is_no_guidance():
     for guidance in (Constant(1.0), Unguided(), Constant(1.0005)):
         assert (
@@ -205,6 +342,13 @@ def test_guidance_of_no_use_is_no_guidance():
             dict(kind="interval", scale=2, sigma_low=3, sigma_high=2),
             "guidance.sigma_low 3 must lie between 0 and",
         ),
+        (dict(kind="time_interval", scale=2, t_low=0.7, t_high=0.3), "guidance.t_low 0.7 must lie"),
+        (dict(kind="time_interval", scale=2, t_high=1.5), "guidance.t_high is 1.5: it must be"),
+        (
+            dict(kind="internal", scale=2, label_t_low=1, label_t_high=0),
+            "guidance.label_t_low 1 must",
+        ),
+        (dict(kind="cfg_zero", scale=2, zero_share=1.0), "guidance.zero_share is 1.0"),
         (
             dict(kind="constant", scale=1, channels=-1),
             r"guidance\.channels is -1: it must be at least 0",

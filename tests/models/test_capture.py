@@ -95,27 +95,45 @@ def test_each_layer_may_have_a_time_token_of_its_own():
     np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6)
 
 
-class WithInnerHead(LatentDiffiT):
-    """The latent network with a second, shallower output, made of the tokens of block 0."""
-
-    @nn.compact
-    def __call__(self, x_BHWC, noise_level_B, conditioning, capture=None):
-        y_BHWC, tokens = super().__call__(x_BHWC, noise_level_B, conditioning, capture=0)
-        patches = nn.Dense(16, name="inner")(tokens).reshape(-1, 4, 4, 2, 2, 4)
-        return y_BHWC, patches.transpose(0, 1, 3, 2, 4, 5).reshape(x_BHWC.shape)
+SIZES = dict(hidden_size=16, depth=3, num_heads=2, num_classes=0, learn_sigma=False)
 
 
-def test_an_inner_head_is_seen_by_who_asks_for_it():
-    """A process sees y alone: it denoises as with the plain network of these variables."""
-    sizes = dict(hidden_size=16, depth=2, num_heads=2, num_classes=0, learn_sigma=False)
-    plain, model = LatentDiffiT(8, **sizes), WithInnerHead(8, **sizes)
+@pytest.mark.parametrize("capture", [None, 0, 1, 2])
+def test_an_inner_head_is_a_last_layer_after_some_blocks(capture):
+    """It is the output of the network with so many blocks and that last layer; with tokens of any
+    block beside it. A process sees the outer output alone, as of the plain network."""
+    plain, model = LatentDiffiT(8, **SIZES), LatentDiffiT(8, inner_head=2, **SIZES)
     variables, (x, level, _) = random_variables(model), inputs(model)
-    y, inner = models.as_network(model, variables, inner=True)(x, level, {})
-    assert inner.shape == x.shape and not np.allclose(inner, y)
-    params = {name: leaf for name, leaf in variables["params"].items() if name != "inner"}
+    network = models.as_network(model, variables, inner=True, capture=capture)
+    y, inner, *tokens = network(x, level, {})
+    params = dict(variables["params"])
+    head = params.pop("inner_final")
+    first = jax.tree.map(lambda leaf: leaf[:2], params["blocks"])
+    shallow = {**variables, "params": params | {"blocks": first, "final": head}}
+    cut = {**variables, "params": params}
+    expected = models.as_network(plain.clone(depth=2), shallow)(x, level, {})
+    np.testing.assert_allclose(inner, expected, rtol=1e-4, atol=1e-4)
+    outer = models.as_network(plain, cut, capture=capture)(x, level, {})
+    outer, theirs = (outer, []) if capture is None else (outer[0], [outer[1]])
+    for ours, other in zip([y, *tokens], [outer, *theirs], strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-4)
+    alone = models.as_network(model, variables, capture=capture)(x, level, {})
+    for ours, other in zip(jax.tree.leaves(alone), [y, *tokens], strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-6)
     sigma = jnp.array([0.5, 2.0])
-    ours, theirs = (
-        EDM().denoise(models.as_network(m, v), x, sigma, {})
-        for m, v in ((model, variables), (plain, {**variables, "params": params}))
+    denoised, by_inner = EDM().denoise(
+        models.as_network(model, variables, inner=True), x, sigma, {}
     )
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, network in (
+        (denoised, models.as_network(plain, cut)),
+        (by_inner, models.as_network(plain.clone(depth=2), shallow)),
+    ):
+        np.testing.assert_allclose(ours, EDM().denoise(network, x, sigma, {}), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [3, 28])
+def test_there_is_no_inner_head_behind_the_last_block(place):
+    with pytest.raises(
+        UserError, match=f"model.inner_head is {place}, but the network has 3 blocks"
+    ):
+        LatentDiffiT(8, inner_head=place, **SIZES).check()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.configs import small_config, small_latent_config
+from support.configs import small_config, small_flow_config, small_latent_config
 
 from diffit_jax import models
 from diffit_jax.data.sources import ShuffledBatches
@@ -230,14 +230,14 @@ def test_too_many_bad_batches_end_the_run(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
-def test_accumulation_is_the_whole_batch():
-    config = small_latent_config()
+@pytest.mark.parametrize("make", [small_latent_config, small_flow_config])
+def test_accumulation_is_the_whole_batch(make):
+    config = make()
     whole, values = run_steps(config, synthetic(config, 2))
-    parts, part_values = run_steps(
-        small_latent_config(training__accumulation=4), synthetic(config, 2)
-    )
-    np.testing.assert_allclose(part_values["loss"], values["loss"], rtol=1e-5)
-    np.testing.assert_allclose(part_values["mse"], values["mse"], rtol=1e-5)
+    parts, part_values = run_steps(make(training__accumulation=4), synthetic(config, 2))
+    terms = ("mse",) if make is small_latent_config else ("direction", "inner")
+    for name in ("loss", *terms):
+        np.testing.assert_allclose(part_values[name], values[name], rtol=1e-5)
     for ours, theirs in zip(
         jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True
     ):

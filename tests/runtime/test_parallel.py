@@ -94,7 +94,12 @@ def mesh_runs(mesh_folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "latent") for name in MESHES if name != "one"), ("mixed", "image")]
+    ("name", "kind"),
+    [
+        *((name, "latent") for name in MESHES if name != "one"),
+        ("mixed", "image"),
+        ("mixed", "flow"),
+    ],
 )
 def test_ten_updates_and_samples_are_the_same_on_every_mesh(mesh_runs, name, kind):
     assert_same_run(part(mesh_runs, name), part(mesh_runs, "one"), kind)

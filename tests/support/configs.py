@@ -84,6 +84,19 @@ def small_latent_config(**overrides) -> ConfigDict:
     return _override(config, overrides)
 
 
+def small_flow_config(**overrides) -> ConfigDict:
+    """The same as a flow with an inner head, all its losses, and guidance of both kinds."""
+    config = small_latent_config(model__learn_sigma=False, model__inner_head=1)
+    config.process = ConfigDict(
+        {"name": "flow", "times": "logit_normal", "direction_weight": 1.0, "shift": 1.5}
+    )
+    config.sampling.sampler = ConfigDict({"name": "sde", "num_steps": 4})
+    config.sampling.guidance = ConfigDict(
+        {"kind": "internal", "scale": 1.4, "label_scale": 1.35, "label_t_high": 0.7}
+    )
+    return _override(config, overrides)
+
+
 def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
     for key, value in overrides.items():
         *parents, name = key.split("__")

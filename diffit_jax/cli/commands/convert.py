@@ -2,6 +2,8 @@
 
 released file → work directory, to sample from or to train on (--num_classes 37: on other data):
     diffit convert --weights diffit_256.safetensors --to_workdir runs/imagenet256
+the same as a flow, to fine-tune (at equal noise levels it is the network that it was):
+    diffit convert --weights diffit_256.safetensors --config imagenet256_flow --to_workdir runs/flow
 work directory → a file that the released code loads (averages of the newest checkpoint):
     diffit convert --workdir runs/imagenet256 --to_weights diffit.safetensors
 work directory → one with the other parametrisation of TMSA, optimizer state and all:
