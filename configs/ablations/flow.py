@@ -32,6 +32,7 @@ def get_ablation() -> dict:
                 "process.variance": "fixed_large",
                 "process.loss_type": "mse",
                 "sampling.sampler.name": "ddim",
+                "sampling.sampler.clip_denoised": True,  # as ADM's code does
             },
             "flow, uniform times": FLOW,
             "flow, logit-normal times": LOGIT_NORMAL,

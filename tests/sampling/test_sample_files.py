@@ -18,7 +18,7 @@ from diffit_jax.interop import official
 from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.runtime.console import in_short, parse_numbers
 from diffit_jax.sampling import sample as sample_files
-from diffit_jax.sampling.request import Run, Weights, default_name
+from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions, Weights, default_name
 from diffit_jax.sampling.sample import sample, segments
 from diffit_jax.sampling.sampler import Sampler
 from diffit_jax.training.train import train
@@ -217,6 +217,19 @@ def test_settings_of_training_do_not_matter_to_a_request(mine):
     (mine / "config.json").write_text(json.dumps(config))
     before = os.stat(path).st_mtime_ns
     assert sample(mine, seeds=range(2)) == path and os.stat(path).st_mtime_ns == before
+
+
+def test_settings_that_came_later_are_left_out_where_they_change_nothing(mine):
+    """Samples of an earlier version, whose records lack them, stay the same request."""
+
+    def settings(**given):
+        options = SamplingOptions(overrides={"sampler": "general", **given})
+        return SampleRequest.make(Run(mine), seeds=[0], options=options).settings()
+
+    assert "sampling.sampler.correct_last" not in settings()
+    assert settings()["sampling.sampler.alpha"] == 1.0
+    changed = settings(**{"sampler.correct_last": True, "sampler.alpha": 0.5})
+    assert changed["sampling.sampler.correct_last"] is True
 
 
 def test_weights_are_known_by_what_they_hold(tmp_path):

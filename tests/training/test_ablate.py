@@ -24,6 +24,7 @@ def write(folder, **changes):
         overrides={"training.total_steps": 2},
         seeds=(0, 1),
         samples=360,
+        steps=(2, 3),
         metric="frechet",
         paper={"mlp (T6)": 3.81},
     )
@@ -62,7 +63,9 @@ def one_result(tmp_path_factory):
 def test_a_row_is_trained_sampled_and_measured(one_result, monkeypatch):
     folder, ablation, result = one_result
     assert result["row"] == "mlp (T6)" and result["seed"] == 1
-    assert set(result["figures"]) == {"frechet", "classifier_accuracy", "held_out_loss"}
+    drawn = {f"{name}@{steps}" for name in ("frechet", "classifier_accuracy") for steps in (2, 3)}
+    assert set(result["figures"]) == {*drawn, "held_out_loss"}
+    assert result["figures"]["frechet@2"] != result["figures"]["frechet@3"]
     assert all(math.isfinite(value) for value in result["figures"].values())
     assert result["config_sha256"] == ablate.digest(ablation.config_of("mlp (T6)", 1))
     assert result["versions"].keys() >= {"jax", "flax", "numpy", "python"} and "commit" in result
@@ -76,11 +79,11 @@ def test_results_of_many_machines_merge(one_result, tmp_path):
     folder, ablation, result = one_result
 
     def line(row, seed, distance):
-        figures = result["figures"] | {"frechet": distance}
+        figures = result["figures"] | {"frechet@2": distance}
         digest = ablate.digest(ablation.config_of(row, seed))
         return result | {"row": row, "seed": seed, "figures": figures, "config_sha256": digest}
 
-    own = result["figures"]["frechet"]
+    own = result["figures"]["frechet@2"]
     others = [line("as it is", 0, 2.0), line("as it is", 1, 4.0), line("mlp (T6)", 0, own + 2)]
     theirs = tmp_path / "theirs.jsonl"
     theirs.write_text("".join(json.dumps(one) + "\n" for one in [*others, result]))
@@ -94,14 +97,16 @@ def test_results_of_many_machines_merge(one_result, tmp_path):
     text = table(ablation, found)
     # Of 2 and 4: mean 3, standard deviation √2, error 1.
     assert "| as it is | 3.0 ± 1.0 |" in text and f"| {own + 1:.1f} ± 1.0 |" in text
-    assert text.splitlines()[0].endswith("| seeds | paper |") and "| 2 | 3.81 |" in text
+    heads = text.splitlines()[0]
+    assert heads.endswith("| seeds | paper |") and "| 2 | 3.81 |" in text
+    assert "| Fréchet distance, pixels, 2 steps | Fréchet distance, pixels, 3 steps |" in heads
     path = write_table(ablation, found, tmp_path / "out")
     assert path.read_text() == f"# Small\n\n{text}" and (tmp_path / "out" / "table.png").exists()
     again = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert [json.loads(one) for one in again] == found
 
     for change, message in (
-        ({"figures": {"frechet": 9.0}}, "has other figures of row 'mlp"),
+        ({"figures": {"frechet@2": 9.0}}, "has other figures of row 'mlp"),
         ({"config_sha256": "0"}, "a result of another config of row"),
         ({"row": "nobody"}, "which this ablation does not have"),
         ({"figures": 3}, "is no result of an ablation"),
@@ -127,6 +132,7 @@ def test_standard_error():
         (dict(rows={"a": {}, "b": {"model.window": 3}}), "row 'b': stage 0 is 8 pixels wide"),
         (dict(rows={"a b": {}, "a (b)": {"model.window": 2}}), "two rows have the same letters"),
         (dict(paper={"nobody": 1.0}), "paper has 'nobody', which is no row"),
+        (dict(steps=(5, 0)), "steps has 0: each must be at least 1"),
         (dict(metric="fod"), "metric is 'fod': use frechet, fid"),
         (dict(seeds=()), "seeds"),
         (dict(title=None), "the key title is missing"),

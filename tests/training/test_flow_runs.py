@@ -17,6 +17,7 @@ from diffit_jax.evaluation.info import info
 from diffit_jax.experiment.config import build
 from diffit_jax.interop import official
 from diffit_jax.run.state import setup_experiment
+from diffit_jax.sampling.analysis import analyse
 from diffit_jax.sampling.convert import weights_to_workdir, workdir_to_weights
 from diffit_jax.sampling.request import Run, Weights
 from diffit_jax.sampling.sample import sample
@@ -28,7 +29,7 @@ from diffit_jax.training.train import train
 def flow_run(tmp_path_factory):
     """(workdir, final state) of a run of six updates."""
     workdir = tmp_path_factory.mktemp("flow")
-    return workdir, train(small_flow_config(), workdir=workdir)
+    return workdir, train(small_flow_config(training__grid_steps=0), workdir=workdir)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,9 @@ def test_what_a_run_says_of_its_clock(flow_run):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flow_run, tmp_path):
-    train(small_flow_config(training__total_steps=3), workdir=tmp_path)
-    assert_equal_trees(train(small_flow_config(), workdir=tmp_path), flow_run[1])
+    plain = {"training__grid_steps": 0}
+    train(small_flow_config(training__total_steps=3, **plain), workdir=tmp_path)
+    assert_equal_trees(train(small_flow_config(**plain), workdir=tmp_path), flow_run[1])
 
 
 SETTINGS = {
@@ -65,20 +67,29 @@ SETTINGS = {
         "sampler": "heun", "guidance": "time_interval", "guidance.t_high": 0.7
     },
     "along the path": {"sampler": "general", "sampler.grid": "flow", "sampler.schedule": "flow",
-                       "sampler.shift": 2.0, "guidance": "constant"},
-    "on EDM's levels": {"sampler": "general", "guidance": "interval"},
+                       "sampler.shift": 2.0, "guidance": "interval"},
     "dpm_solver, within": {"sampler": "dpm_solver", "guidance": "internal"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_sampler_and_guidance_draws(flow_run, name, tmp_path):
-    """And a sample is a function of its seed: alone it is what it is among others."""
+    """And a sample is a function of its seed: among others it is the same."""
     given = {"overrides": SETTINGS[name], "overwrite": True}
     four = np.load(sample(flow_run[0], seeds=range(4), output=tmp_path / "4.npz", **given))["arr_0"]
-    one = np.load(sample(flow_run[0], seeds=[2], output=tmp_path / "1.npz", **given))["arr_0"]
+    others = [2, 9, 7, 8]
+    again = np.load(sample(flow_run[0], seeds=others, output=tmp_path / "o.npz", **given))["arr_0"]
     assert np.isfinite(four).all() and four.std() > 0.1
-    np.testing.assert_allclose(one[0], four[2], rtol=0, atol=1e-5 * np.abs(four).max())
+    np.testing.assert_allclose(again[0], four[2], rtol=0, atol=1e-5 * np.abs(four).max())
+
+
+def test_attention_is_followed_from_all_noise(flow_run):
+    """Down the noise levels of steps even in t: the first stands for an infinite one."""
+    run = Run(flow_run[0])
+    setup = setup_experiment(run.config, to_train=False)
+    found = analyse.follow(setup, run.load(setup)[0], images=2, steps=3)
+    np.testing.assert_allclose(found.sigmas[0], 1e6)
+    assert np.isfinite(found.denoised).all() and len(found.layers) == 2
 
 
 def test_weights_carry_the_inner_head_and_the_process(flow_run, weights, tmp_path):
@@ -192,7 +203,7 @@ def test_a_flow_begins_as_the_network_that_it_is_made_of(latent_run, released, t
         other = before.process.denoise(models.as_network(before.model, theirs), x, sigma_B, label)
         np.testing.assert_allclose(ours, other, rtol=0, atol=1e-5 * np.abs(other).max())
     changed = copy.deepcopy(run.config)
-    changed["training"]["total_steps"] = 2
+    changed["training"] |= {"total_steps": 2, "grid_steps": 0}
     state = train(changed, workdir=tmp_path / "flow")
     assert int(state.step) == 2
     drawn = sample(tmp_path / "flow", seeds=[0], overrides={"sampler": "heun"})
@@ -210,9 +221,10 @@ def test_networks_that_no_flow_can_be_made_of(released, weights, tmp_path):
     config = small_flow_config().to_dict()
     with pytest.raises(UserError, match="are of the process ddpm, and the config has flow"):
         Weights(released, config)  # sampled, not converted
-    cosine = small_latent_config(process={"name": "ddpm", "schedule": "cosine"})
-    train(cosine, workdir=tmp_path / "cosine")
-    workdir_to_weights(tmp_path / "cosine", weights=tmp_path / "cosine.safetensors")
+    module, variables = official.load(released)
+    cosine = small_latent_config(process={"name": "ddpm", "schedule": "cosine"}).to_dict()
+    carried = {"diffit_jax_config": cosine}
+    official.save(tmp_path / "cosine.safetensors", module, variables, metadata=carried)
     asked = ["--weights", str(tmp_path / "cosine.safetensors"), "--to_workdir", str(tmp_path / "x")]
     result = launch("convert", *asked, config=small_flow_config(), tmp_path=tmp_path)
     assert_one_line_error(result, "process.schedule cosine: a flow can be made of one with linear")
