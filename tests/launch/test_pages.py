@@ -32,6 +32,7 @@ PAGES = (
     "configs/DATA.md",
     "configs/EVALUATION.md",
     "configs/ABLATIONS.md",
+    "configs/RECIPES.md",
     "configs/REPRODUCE.md",
     "launch/PERFORMANCE.md",
 )
