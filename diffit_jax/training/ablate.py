@@ -419,10 +419,14 @@ def _picture(ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     names = _figures_in(ablation, results)
-    height = 1.2 + 0.35 * len(ablation.rows)
-    figure = Figure(figsize=(3.6 * max(len(names), 1) + 1.5, height), layout="constrained")
-    panels = figure.subplots(1, max(len(names), 1), sharey=True, squeeze=False)[0]
+    across = min(max(len(names), 1), 4)
+    down = -(-max(len(names), 1) // across)
+    height = down * (1.0 + 0.35 * len(ablation.rows)) + 0.2
+    figure = Figure(figsize=(3.6 * across + 1.5, height), layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
     rows = list(ablation.rows)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
     for axes, name in zip(panels, names, strict=False):
         for place, row in enumerate(rows):
             values = [one["figures"][name] for one in results if one["row"] == row]
