@@ -298,7 +298,8 @@ def _chosen(
     for key in given:
         if key not in fields:
             raise UserError(f"--{section}.{key} has no effect with {section} {name}: leave it out")
-    kept: dict[str, Any] = {key: getattr(old, key) for key in fields if hasattr(old, key)}
+    had = {field.name for field in dataclasses.fields(old)}  # attributes may be methods
+    kept: dict[str, Any] = {key: getattr(old, key) for key in fields if key in had}
     one, other = getattr(chosen, "alternatives", ("", ""))
     if one in given and other in given:
         raise UserError(

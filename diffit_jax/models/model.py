@@ -205,14 +205,14 @@ def measured_network(
       A function `(x_BHWC, noise_level_B, conditioning) -> (y_BHWC, statistics by layer)`: names of
       layers with their number in brackets, in the order of their use as far as names tell it.
     """
-    model = model.clone(remat="none")
+    # Without an inner head, which would cut the stack in two.
+    model = model.clone(remat="none", **({"inner_head": 0} if model.has_inner_head else {}))
 
     def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
         with measured_by(statistics):
-            y, found = model.apply(
+            y_BHWC, found = model.apply(
                 variables, x_BHWC, noise_level_B, conditioning, mutable=["statistics"]
             )
-        y_BHWC: Any = y[0] if model.has_inner_head else y
         return y_BHWC, _by_layer(model, dict(found).get("statistics", {}))
 
     return network

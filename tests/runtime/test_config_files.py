@@ -173,7 +173,7 @@ def test_another_sampler_or_guidance_keeps_what_they_share(tmp_path):
         ("training.batch_size.x=3", r"x is unknown: training\.batch_size is not a section"),
         ("sampling.num_steps=3", r"did you mean sampling\.sampler\.num_steps\?"),
         ("sampling.guidance_scale=3", r"did you mean sampling\.guidance\.scale\?"),
-        ("sampling.batch_size=3", r"batch_size is unknown: known are batch_per_device"),
+        ("sampling.images=3", r"images is unknown: known are batch_per_device"),
     ],
 )
 def test_unknown_keys_say_what_is_meant(tmp_path, argument, message):
