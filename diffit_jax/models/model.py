@@ -206,7 +206,8 @@ def measured_network(
       layers with their number in brackets, in the order of their use as far as names tell it.
     """
     # Without an inner head, which would cut the stack in two.
-    model = model.clone(remat="none", **({"inner_head": 0} if model.has_inner_head else {}))
+    settings: dict[str, Any] = {"inner_head": 0} if model.has_inner_head else {}
+    model = model.clone(remat="none", **settings)
 
     def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
         with measured_by(statistics):
