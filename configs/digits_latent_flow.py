@@ -10,18 +10,8 @@ def get_config() -> ConfigDict:
     """Return the config."""
     config = run_path(str(Path(__file__).with_name("digits_latent.py")))["get_config"]()
     config.model.learn_sigma = False  # a velocity alone
+    flow = run_path(str(Path(__file__).with_name("digits_flow.py")))["get_config"]()
     with config.unlocked():
-        config.process = ConfigDict(
-            dict(
-                name="flow",
-                path="linear",
-                prediction="velocity",
-                clock="t",  # 0 data, 1 noise
-                times="logit_normal",
-                time_mean=0.0,
-                time_std=1.0,
-                sigma_data=0.75,  # standard deviation of the digits in [-1, 1]
-            )
-        )
+        config.process = flow.process  # the same data
         config.sampling.sampler = ConfigDict(dict(name="heun", num_steps=25))
     return config

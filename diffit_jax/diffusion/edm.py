@@ -55,6 +55,10 @@ class Preconditioned(Process):
         """Draw a noise level to train at, a float32 scalar."""
         raise NotImplementedError
 
+    def draw_level(self, key: jax.Array) -> jax.Array:
+        """Draw what `noised_at` takes, a float32 scalar: sigma; of a flow, its time."""
+        return self.draw_sigma(key)
+
     def loss_weight(self, sigma: jax.Array) -> jax.Array:
         """Return lambda(sigma) > 0, shaped like `sigma`."""
         raise NotImplementedError
@@ -77,22 +81,22 @@ class Preconditioned(Process):
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
 
-        found = network(_per_image(c_in) * x_BHWC, c_noise, conditioning)
+        found = network(per_image(c_in) * x_BHWC, c_noise, conditioning)
         return jax.tree.map(lambda f_BHWC: _combined(c_skip, x_BHWC, c_out, f_BHWC), found)
 
     def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
         """Draw sigma and noise n ~ N(0, sigma²), EDM Eq. 8; see `Process.noise`."""
-        sigma_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        sigma_B = jax.vmap(self.draw_sigma)(sigma_key_B)
+        level_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+        level_B = jax.vmap(self.draw_level)(level_key_B)
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
-        return self.noised_at(x_BHWC, sigma_B, noise_BHWC)
+        return self.noised_at(x_BHWC, level_B, noise_BHWC)
 
     def noised_at(self, x_BHWC: jax.Array, sigma_B: jax.Array, noise_BHWC: jax.Array) -> Noised:
         """Compute `noise` at given noise levels (B,), with given standard normal noise."""
-        noisy = x_BHWC + _per_image(sigma_B) * noise_BHWC
+        noisy = x_BHWC + per_image(sigma_B) * noise_BHWC
         _, _, c_in, c_noise = self.preconditioning(sigma_B)
         draws = {"sigma": sigma_B, "noise": noise_BHWC, "noisy": noisy}
-        return Noised(_per_image(c_in) * noisy, c_noise, x_BHWC, self.loss_weight(sigma_B), draws)
+        return Noised(per_image(c_in) * noisy, c_noise, x_BHWC, self.loss_weight(sigma_B), draws)
 
     def loss_of(self, noised: Noised, y_BHWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Compute lambda(sigma) ‖D(x + n; sigma) - x‖², EDM Eq. 8.
@@ -138,8 +142,8 @@ class Preconditioned(Process):
         return Schedule.make("linear", 1000).timestep_of(sigma) / 1000
 
 
-def _per_image(c_B: jax.Array) -> jax.Array:
-    """Reshape (B,) numbers to multiply images."""
+def per_image(c_B: jax.Array) -> jax.Array:
+    """Reshape (B,) numbers to multiply images, (B, 1, 1, 1)."""
     return c_B[:, None, None, None]
 
 
@@ -149,7 +153,7 @@ def _combined(
     """Return c_skip x + c_out F, in x's dtype (float32); of F's channels the first C count."""
     dtype = jnp.promote_types(jnp.float32, x_BHWC.dtype)
     f_BHWC = f_BHWC.astype(dtype)[..., : x_BHWC.shape[-1]]
-    return _per_image(c_skip) * x_BHWC + _per_image(c_out) * f_BHWC
+    return per_image(c_skip) * x_BHWC + per_image(c_out) * f_BHWC
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM
-from diffit_jax.diffusion.edm import Preconditioned
+from diffit_jax.diffusion.edm import Preconditioned, per_image
 from diffit_jax.diffusion.interpolants import INTERPOLANTS, Interpolant, Place
 from diffit_jax.diffusion.types import Conditioning, Network, Noised
 from diffit_jax.errors import UserError
@@ -214,12 +214,9 @@ class Flow(Preconditioned, limits.Section, name="process"):
         place = self.interpolant.at(self.draw_time(key))
         return self.sigma_data * place.noise / jnp.maximum(place.alpha, 1 / HIGHEST_SIGMA)
 
-    def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
-        """Draw times and noise; see `Process.noise`."""
-        time_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        t_B = jax.vmap(self.draw_time)(time_key_B)
-        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, x_BHWC.shape[1:]))(noise_key_B)
-        return self.noised_at(x_BHWC, t_B, noise_BHWC)
+    def draw_level(self, key: jax.Array) -> jax.Array:
+        """Draw a time to train at, which `noised_at` takes, a float32 scalar."""
+        return self.draw_time(key)
 
     def noised_at(self, x_BHWC: jax.Array, t_B: jax.Array, noise_BHWC: jax.Array) -> Noised:
         """Compute `noise` at given times t (B,), with given standard normal noise.
@@ -227,7 +224,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
         The target is what the network shall return (minus the noise, for a score).
         """
         clean_BHWC = x_BHWC / self.sigma_data
-        place = Place(*(_per_image(each) for each in self.interpolant.at(t_B)))
+        place = Place(*(per_image(each) for each in self.interpolant.at(t_B)))
         z_BHWC = place.alpha * clean_BHWC + place.noise * noise_BHWC
         if self.prediction == "velocity":
             velocity = place.alpha_slope * clean_BHWC + place.noise_slope * noise_BHWC
@@ -262,7 +259,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
         """
         f_BHWC = y_BHWC.astype(noised.target_BHWC.dtype)[..., : noised.target_BHWC.shape[-1]]
         if self.prediction == "score":
-            f_BHWC = f_BHWC * _per_image(self.interpolant.at(noised.draws["time"]).noise)
+            f_BHWC = f_BHWC * per_image(self.interpolant.at(noised.draws["time"]).noise)
         error_B = jnp.mean((f_BHWC - noised.target_BHWC) ** 2, axis=(1, 2, 3))
         loss_B = noised.weight_B * error_B
         if not self.direction_weight:
@@ -329,14 +326,14 @@ class Flow(Preconditioned, limits.Section, name="process"):
 
     @property
     def start_std(self) -> float:
-        """Standard deviation of the noise that samplers start from, relative to `sigma_data`.
+        """Standard deviation of the noise that samplers start from.
 
-        1, as in SiT, at whatever time they start; for timesteps that of data and noise there.
+        `sigma_data` (1, as in SiT) at whatever time; for timesteps that of data and noise there.
         """
         if self.clock != "timesteps":
-            return 1.0
+            return self.sigma_data
         place = self.interpolant.at(np.array(self.interval()[1]))
-        return float(np.hypot(place.alpha, place.noise))
+        return self.sigma_data * float(np.hypot(place.alpha, place.noise))
 
     def velocity(
         self, network: Network, x_BHWC: jax.Array, sigma_B: jax.Array, conditioning: Conditioning
@@ -357,7 +354,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
         channels = x_BHWC.shape[-1]
         sees, told_B = self._seen(x_BHWC, sigma_B)
         place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
-        place = Place(*(_per_image(each) for each in place))
+        place = Place(*(per_image(each) for each in place))
 
         def of_output(f_BHWC: jax.Array) -> jax.Array:
             f_BHWC = self.sigma_data * f_BHWC.astype(x_BHWC.dtype)[..., :channels]
@@ -375,12 +372,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
             return x_BHWC / self.sigma_data, self.told(sigma_B)
         place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
         size_B = jnp.hypot(place.alpha, self.sigma_data * place.noise)
-        return x_BHWC / _per_image(size_B), self.told(sigma_B)
-
-
-def _per_image(c_B: jax.Array) -> jax.Array:
-    """Reshape (B,) numbers to multiply images."""
-    return c_B[:, None, None, None]
+        return x_BHWC / per_image(size_B), self.told(sigma_B)
 
 
 def _cosine(one_BHWC: jax.Array, other_BHWC: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ Shape suffixes: B batch, H, W, C height, width and channels; E evaluations.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from diffit_jax.diffusion.flow import HIGHEST_SIGMA, Flow
 from diffit_jax.diffusion.guidance import Guided
 from diffit_jax.diffusion.loop import SamplerOutput
 from diffit_jax.diffusion.preconditioning import EDM_RANGE, VP, cosine_levels, known_levels
-from diffit_jax.diffusion.runge_kutta import Row, integrate, velocity_steps
+from diffit_jax.diffusion.runge_kutta import Row, follow_velocity, integrate, runge_kutta_steps
 from diffit_jax.diffusion.samplers import DenoiserSampler, StepsOfGrid, StochasticMixin
 from diffit_jax.diffusion.types import Conditioning, Noise, Process
 from diffit_jax.errors import UserError
@@ -244,23 +245,15 @@ class General(StochasticMixin, DenoiserSampler):
         sigma = path.sigma(t[:-1])
         lifted = process.round_sigma(self.churned(sigma))
         t_hat = np.where(lifted > sigma, path.time(lifted), t[:-1])
-        h = t[1:] - t_hat
-        of_second = 1 / (2 * self.alpha)
-
-        rows: list[Row] = []
-        for step in range(self.num_steps):
-            here, hat = t[step : step + 1], t_hat[step : step + 1]
-            stretch = (path.scale(hat) / path.scale(here))[0]
-            added = np.maximum(path.sigma(hat) ** 2 - path.sigma(here) ** 2, 0.0)
-            fresh = (np.sqrt(added) * path.scale(hat) * self.churn_noise)[0]
-            begins = {"stretch": stretch, "fresh": fresh}
-            second = self.solver == "heun" and (step < self.num_steps - 1 or self.correct_last)
-            first = self.alpha * h[step] if second else h[step]
-            rows.append(_denoiser_row(path, hat[0], first, **begins))
-            if second:
-                at, share = hat[0] + self.alpha * h[step], h[step] * of_second
-                by = {"by_first": h[step] * (1 - of_second), "predicts": 0.0}
-                rows.append(_denoiser_row(path, at, share, **by))
+        added = np.maximum(path.sigma(t_hat) ** 2 - path.sigma(t[:-1]) ** 2, 0.0)
+        fresh = np.sqrt(added) * path.scale(t_hat) * self.churn_noise
+        stretch = path.scale(t_hat) / path.scale(t[:-1])
+        rows = runge_kutta_steps(
+            functools.partial(_denoiser_row, path),
+            t,
+            moved=list(zip(t_hat, stretch, fresh, strict=True)),
+            **self._method(),
+        )
         return integrate(
             guided,
             rows,
@@ -291,23 +284,13 @@ class General(StochasticMixin, DenoiserSampler):
             of_hat, of_here = (process.interpolant.at(np.array(each)).alpha for each in (hat, here))
             added = math.sqrt(new**2 - now**2) * of_hat * self.churn_noise
             moved.append((float(hat), float(of_hat / of_here), float(added)))
-        return integrate(
-            guided,
-            velocity_steps(
-                process,
-                t,
-                second=self.solver == "heun",
-                alpha=self.alpha,
-                correct_last=self.correct_last,
-                moved=moved,
-            ),
-            noise,
-            conditioning,
-            start=process.sigma_data * process.start_std,
-            step_sigma=sigma,
-            evaluations=2 if self.solver == "heun" else 1,
-            frames=frames,
-        )
+        given = process, guided, noise, conditioning, t
+        return follow_velocity(*given, frames=frames, moved=moved, **self._method())
+
+    def _method(self) -> dict[str, Any]:
+        """Return the settings of `runge_kutta_steps`."""
+        second = self.solver == "heun"
+        return {"second": second, "alpha": self.alpha, "correct_last": self.correct_last}
 
 
 def _denoiser_row(path: Path, t: float, by_slope: float, **further: float) -> Row:

@@ -391,8 +391,8 @@ class Guided:
         self, sigma: np.ndarray, step_sigma: np.ndarray | None = None
     ) -> Iterator[Segment]:
         """Divide a sampler's (E,) evaluations where guidance begins or ends; see `scales`."""
-        scales, guidance = self.scales(sigma, step_sigma), self.guidance
-        time, starts = self._places(sigma, step_sigma)
+        guidance, (time, starts) = self.guidance, self._places(sigma, step_sigma)
+        scales = guidance.scales(time, starts)
         table, by_label = jnp.asarray(scales), np.ones(len(sigma))
         zero = np.zeros(len(sigma), bool)
         if isinstance(guidance, Constant):

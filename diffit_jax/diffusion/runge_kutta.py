@@ -5,7 +5,8 @@ Everything but x is known beforehand: it is made in float64, and becomes the tab
 Shape suffixes: B batch, H, W, C height, width and channels; E evaluations.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,8 +122,8 @@ def velocity_row(process: Flow, t: float, by_slope: float, **further: float) -> 
     return row._replace(**further)
 
 
-def velocity_steps(
-    process: Flow,
+def runge_kutta_steps(
+    row: Callable[..., Row],
     t: np.ndarray,
     *,
     second: bool,
@@ -130,10 +131,10 @@ def velocity_steps(
     correct_last: bool = False,
     moved: Sequence[tuple[float, float, float]] | None = None,
 ) -> list[Row]:
-    """Return the table of steps in time with a flow's velocities.
+    """Return the table of steps in time.
 
     Args:
-      process: the flow.
+      row: `(t, by_slope, **further)` → the row of an evaluation at time t, like `velocity_row`.
       t: (N + 1,) times, descending.
       second: whether steps have a second evaluation, after the share `alpha` of the step: 1 Heun,
         1/2 midpoint.
@@ -141,18 +142,15 @@ def velocity_steps(
       correct_last: whether the last step has one too.
       moved: for each step (time t̂ that it starts at, instead of t; stretch; fresh), see `Row`.
     """
-    rows, count = [], len(t) - 1
+    rows, count, share = [], len(t) - 1, 1 / (2 * alpha)
     for step in range(count):
         here, stretch, fresh = (t[step], 1.0, 0.0) if moved is None else moved[step]
-        h, begins = t[step + 1] - here, {"stretch": stretch, "fresh": fresh}
-        if not second or (step == count - 1 and not correct_last):
-            rows.append(velocity_row(process, here, h, **begins))
-            continue
-        rows.append(velocity_row(process, here, alpha * h, **begins))
-        share = 1 / (2 * alpha)
-        at = t[step + 1] if alpha == 1 else here + alpha * h
-        by = {"by_first": h * (1 - share), "predicts": 0.0}
-        rows.append(velocity_row(process, at, h * share, **by))
+        h = t[step + 1] - here
+        twice = second and (step < count - 1 or correct_last)
+        rows.append(row(here, alpha * h if twice else h, stretch=stretch, fresh=fresh))
+        if twice:
+            by = {"by_first": h * (1 - share), "predicts": 0.0}
+            rows.append(row(here + alpha * h, h * share, **by))
     return rows
 
 
@@ -161,22 +159,24 @@ def follow_velocity(
     guided: Guided,
     noise: Noise,
     conditioning: Conditioning,
-    num_steps: int,
+    t: np.ndarray,
     *,
     second: bool,
     frames: int = 0,
+    **steps: Any,
 ) -> SamplerOutput:
-    """Draw samples by N steps even in the (shifted) time of a flow.
+    """Draw samples by steps in the time of a flow, (N + 1,) times `t`, descending.
 
-    `second`: Heun's steps, 2N - 1 evaluations, the last one Euler's; else Euler's, N.
+    `second`: Heun's steps, 2N - 1 evaluations, the last one Euler's; else Euler's, N. Further
+    settings as of `runge_kutta_steps`.
     """
-    t = process.sampling_times(num_steps)
+    row = functools.partial(velocity_row, process)
     return integrate(
         guided,
-        velocity_steps(process, t, second=second),
+        runge_kutta_steps(row, t, second=second, **steps),
         noise,
         conditioning,
-        start=process.sigma_data * process.start_std,
+        start=process.start_std,
         step_sigma=process.sigma_of(t[:-1]),
         evaluations=2 if second else 1,
         frames=frames,

@@ -239,7 +239,7 @@ class _InTimeOfFlow(_GridSampler):
         """Draw samples by `solve`, of a flow by steps in its time."""
         if not isinstance(process, Flow):
             return super().draw(process, guided, noise, conditioning, frames)
-        given = process, guided, noise, conditioning, self.num_steps
+        given = process, guided, noise, conditioning, process.sampling_times(self.num_steps)
         return follow_velocity(*given, second=self.second, frames=frames)
 
 

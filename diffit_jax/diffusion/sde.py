@@ -28,11 +28,12 @@ from diffit_jax.errors import UserError
 from diffit_jax.limits import above, at_least, one_of
 
 # Half of what the paper writes: there the noise is √w dW.
-DIFFUSIONS: dict[str, Callable[[Flow, float], float]] = {
-    "sigma": lambda process, t: float(process.interpolant.at(np.array(t)).noise),
-    "linear": lambda process, t: t,
-    "increasing_decreasing": lambda process, t: math.sin(math.pi * t) ** 2,
-    "sbdm": lambda process, t: float(process.interpolant.diffusion(np.array(t))),
+DIFFUSIONS: dict[str, Callable[[Flow, float, float], float]] = {
+    "sigma": lambda process, t, n: n * float(process.interpolant.at(np.array(t)).noise),
+    "linear": lambda process, t, n: n * t,
+    "decreasing": lambda process, t, n: (n * math.cos(math.pi * (1 - t)) + 1) ** 2 / 4,
+    "increasing_decreasing": lambda process, t, n: n * math.sin(math.pi * t) ** 2,
+    "sbdm": lambda process, t, n: n * float(process.interpolant.diffusion(np.array(t))),
 }
 
 
@@ -60,7 +61,7 @@ class SDE(DenoiserSampler):
 
     num_steps: StepsOfGrid
     solver: Annotated[str, one_of("euler", "heun")] = "euler"
-    diffusion: Annotated[str, one_of(*DIFFUSIONS, "decreasing")] = "sigma"
+    diffusion: Annotated[str, one_of(*DIFFUSIONS)] = "sigma"
     diffusion_norm: Annotated[float, above(0)] = 1.0
     last: Annotated[str, one_of("mean", "tweedie", "euler", "none")] = "mean"
     last_size: Annotated[float, above(0, below=1)] = 0.04
@@ -100,9 +101,7 @@ class SDE(DenoiserSampler):
 
     def weight(self, process: Flow, t: float) -> float:
         """Return w at a time."""
-        if self.diffusion == "decreasing":
-            return (self.diffusion_norm * math.cos(math.pi * (1 - t)) + 1) ** 2 / 4
-        return self.diffusion_norm * DIFFUSIONS[self.diffusion](process, t)
+        return DIFFUSIONS[self.diffusion](process, t, self.diffusion_norm)
 
     def draw(
         self,
@@ -142,7 +141,7 @@ class SDE(DenoiserSampler):
             rows,
             noise,
             conditioning,
-            start=scale * process.start_std,
+            start=process.start_std,
             step_sigma=process.sigma_of(np.array(starts)),
             evaluations=2 if self.solver == "heun" else 1,
             frames=frames,

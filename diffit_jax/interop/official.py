@@ -73,6 +73,7 @@ _INNER = {
     "inner_layer_{inner}.linear.weight": ("params/inner_final/kernel", _LINEAR),
     "inner_layer_{inner}.linear.bias": ("params/inner_final/bias", _SAME),
 }
+_INNER_NAME = "|".join(re.escape(name).replace(r"\{inner\}", r"\d{1,4}") for name in _INNER)
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
 # What a file says: the sizes, that it is in the released parametrisation, and where time enters.
 # All other attributes are the config's.
@@ -281,9 +282,6 @@ def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any
 def _open(path: epath.PathLike) -> WeightFiles:
     names = [re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, _INDEX)]
     return WeightFiles(path, "|".join([*names, _INNER_NAME]))
-
-
-_INNER_NAME = r"inner_layer_(?:\d{1,4})\.linear\.(?:weight|bias)"
 
 
 def _table(inner_head: int) -> dict[str, tuple[str, tuple[int, ...] | None]]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from diffit_jax import limits
 from diffit_jax.data.labels import give_out, name_of, parse_labels
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
@@ -527,11 +526,8 @@ def _makes_samples(sampling: Sampling) -> dict[str, Any]:
     for section, classes in CHOICES.items():
         value = getattr(sampling, section)
         settings[section] = next(name for name, cls in classes.items() if cls is type(value))
-        later = {one.name: one.default for one in dataclasses.fields(value)
-                 if limits.is_later(one.type)}  # fmt: skip
-        for name, setting in dataclasses.asdict(value).items():
-            usual = name in later and setting == later[name]  # samples before it are known without
-            if name != "workdir" and not usual:
+        for name, setting in workdirs.identifying_settings(section, value).items():
+            if name != "workdir":
                 settings[f"{section}.{name}"] = setting
     return settings
 

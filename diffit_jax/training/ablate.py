@@ -208,17 +208,23 @@ def _run(
     setup = setup_experiment(config, devices, to_train=False)
     figures: dict[str, float] = {}
     for steps in ablation.steps or (0,):
-        options = SamplingOptions(overrides={"sampler.num_steps": steps} if steps else {})
+        overrides = {"sampler.num_steps": steps} if steps else {}
         if ablation.metric == "frechet":
-            samples = sample(run, seeds=range(ablation.samples), overrides=options.overrides)
+            samples = sample(run, seeds=range(ablation.samples), overrides=overrides)
             data = setup.experiment.data
             scores = score(samples, dataset=data.name, data_dir=data.data_dir, overwrite=True)
             found = {name: scores[name] for name in ("frechet", "classifier_accuracy")}
         else:
             assert comparison is not None
             output = directory / f"evaluation-{steps}.json" if steps else None
-            asked: Any = {"count": ablation.samples, "options": options, "output": output}
-            found = dict(evaluate(run, comparison=comparison, **asked)["metrics"])
+            evaluated = evaluate(
+                run,
+                comparison=comparison,
+                options=SamplingOptions(overrides=overrides),
+                count=ablation.samples,
+                output=output,
+            )
+            found = dict(evaluated["metrics"])
         figures |= {_of_steps(name, steps): value for name, value in found.items()}
     try:
         source = distributed.primary_first(lambda: open_held_out(setup.experiment))
