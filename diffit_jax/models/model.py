@@ -4,6 +4,7 @@ Variables are made (`init_variables`), bound (`as_network`) and found out about 
 before use, multiply-adds).
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from diffit_jax import limits, platforms
 from diffit_jax.limits import RESUMABLE, Count, CountOrZero, Dtype, fraction, one_of
 from diffit_jax.models import placement
 from diffit_jax.models.diffit.attention import BACKENDS, Statistics, measured_by
+from diffit_jax.models.diffit.attention import forward_mode as forward_mode_of_attention
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 
 
@@ -67,6 +69,16 @@ class Model(nn.Module, kw_only=True):
     def has_inner_head(self) -> bool:
         """Whether the network returns the output of an inner head beside its own."""
         return False
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the network is told a second time, the one that a flow map goes to."""
+        return False
+
+    @property
+    def guidance_in(self) -> Any:
+        """How it is told the guidance of a flow map, "none": it is not."""
+        return "none"
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -171,19 +183,19 @@ def as_network(
     Args:
       model: the network.
       variables: of the network.
-      forward_mode: whether `jax.jvp` is to go through it: attention is then computed by XLA, since
-        kernels have a backward pass only.
+      forward_mode: whether `jax.jvp` is to go through it: attention then has a derivative in this
+        direction (by the TPU kernel where it is used, else by XLA), and perhaps none for `grad`.
       capture: number of a block, from 0 (in the U: of the encoder), after which tokens are
         captured: the function returns (y_BHWC, tokens).
       inner: whether to return the output of a model's inner head too: (y_BHWC, y_inner), before
         tokens. A model that has one always returns both; otherwise callers see y_BHWC alone.
     """
-    if forward_mode:
-        model = model.with_xla_attention()
+    mode = forward_mode_of_attention if forward_mode else contextlib.nullcontext
     settings: dict[str, Any] = {} if capture is None else {"capture": capture}
 
     def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> Any:
-        found: Any = model.apply(variables, x_BHWC, noise_level_B, conditioning, **settings)
+        with mode():
+            found: Any = model.apply(variables, x_BHWC, noise_level_B, conditioning, **settings)
         if not model.has_inner_head or inner:
             return found
         return found[0] if capture is None else (found[0], found[2])

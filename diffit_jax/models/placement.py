@@ -34,6 +34,7 @@ class Placement:
         by itself.
       platform: "tpu", "cpu" …; None: that of jax's default device.
       cores: of a chip that share a program.
+      batch_shards: parts into which the batch of an activation is divided.
     """
 
     activation: Callable[[jax.Array], jax.Array] = lambda x: x
@@ -41,6 +42,7 @@ class Placement:
     per_shard: Callable[[Callable], Callable] = lambda function: function
     platform: str | None = None
     cores: int = 1
+    batch_shards: int = 1
 
 
 _NOWHERE = Placement()
@@ -214,6 +216,12 @@ def per_shard(function: Callable) -> Callable:
 def platform() -> str:
     """Return the platform that the network is traced for, see `platforms.of`."""
     return _current.get().platform or jax.default_backend()
+
+
+def divisible(count: int) -> int:
+    """Return the next number of examples, from `count` on, that the devices divide."""
+    shards = _current.get().batch_shards
+    return -(-count // shards) * shards
 
 
 def cores() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.diffit import attention_kernel
+from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
 from diffit_jax.preflight.cost import Kernel
 from diffit_jax.runtime.backend import chip_of
 
@@ -55,7 +55,7 @@ def kernel_cycles(kernel: Kernel, topology: str) -> float | None:
     )
 
 
-KERNELS = ("tmsa_forward", "tmsa_backward")
+KERNELS = ("tmsa_forward", "tmsa_backward", "tmsa_tangent")
 _known: dict[tuple, dict] = {}
 
 
@@ -105,7 +105,7 @@ def _bundles(folder: Path, name: str) -> int:
 
 
 def _compile(topology: str, dtype: str, *sizes: str) -> None:
-    """Compile both kernels; without what runs once a head if the last argument is "steps"."""
+    """Compile all kernels; without what runs once a head if the last argument is "steps"."""
     from unittest import mock
 
     import jax
@@ -126,15 +126,16 @@ def _compile(topology: str, dtype: str, *sizes: str) -> None:
     window = round(tokens**0.5)
     strip = jax.ShapeDtypeStruct((2, window, 2 * tokens), jnp.float32, sharding=whole)
 
-    def both(q, k, v, strip, gradient):
+    def kernels(q, k, v, strip, gradient):
         out, pullback = jax.vjp(attention_kernel.attention, q, k, v, strip)
-        return out, pullback(gradient)
+        tangent = attention_tangent_kernel.with_tangent((q, k, v), strip, [gradient] * 3)
+        return out, pullback(gradient), tangent
 
     with contextlib.ExitStack() as stack:
         if sizes[3] == "steps":
             nothing = mock.patch.object(pallas, "when", lambda _: lambda _: None)
             stack.enter_context(nothing)
-        jax.jit(both).lower(q, q, q, strip, q).compile()
+        jax.jit(kernels).lower(q, q, q, strip, q).compile()
 
 
 if __name__ == "__main__":

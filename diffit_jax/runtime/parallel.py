@@ -278,6 +278,7 @@ def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
         platform=mesh.devices.flat[0].platform,
         # TPU devices alone say so.
         cores=getattr(mesh.devices.flat[0], "num_cores", None) or 1,
+        batch_shards=mesh.shape[DATA] * mesh.shape[FSDP],
     )
     with use_placement(value):
         yield

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.trees import random_like
 
 from diffit_jax import models
 from diffit_jax.models.diffit.image import ImageDiffiT
@@ -33,12 +34,6 @@ NETWORKS = {
         dtype=jnp.float64,
     ),
 }
-
-
-def random_like(tree, seed):
-    """Values of the size of trained ones everywhere, also where a fresh network has zeros."""
-    draws = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(draws.normal(size=leaf.shape) * 0.3), tree)
 
 
 @pytest.fixture(params=NETWORKS, scope="module")

@@ -13,7 +13,7 @@ equations above):
 
   * Whatever is the same for every key (x_t W_kt, and any key bias) adds a constant to each row of
     logits, which the softmax ignores. It can never change the output, so it is never computed and
-    its gradient is exactly zero.
+    its gradient is exactly zero. (Not so where keys are normalised, `qk_norm`: there it is.)
   * The weights of a row sum to one, so whatever is the same for every value passes straight
     through: TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
 
@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax import platforms
 from diffit_jax.errors import UserError
-from diffit_jax.models.diffit import attention_kernel
+from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
 from diffit_jax.models.placement import (
     FSDP,
     TENSOR,
@@ -202,7 +202,8 @@ def _softmax_attention(
         strip = attention_kernel.bias_strip(table, window)
         interpret = not platforms.of(platform()).compiles_kernel
         target = attention_kernel.Target(cores(), interpret)
-        return attention_kernel.attention(q, k, v, strip, target)
+        kernel = attention_tangent_kernel if _forward_mode.get() else attention_kernel
+        return kernel.attention(q, k, v, strip, target)
     bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     return jax.nn.dot_product_attention(
@@ -299,6 +300,19 @@ def measured_by(statistics: Statistics) -> Iterator[None]:
         _statistics.reset(token)
 
 
+_forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Let attention that is traced in this block have a derivative for `jax.jvp`, none for grad."""
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
+
+
 def keeps_weights(module: nn.Module) -> bool:
     """Whether attention weights are to be kept or measured, for which XLA computes them."""
     return any(module.is_mutable_collection(name) for name in ("intermediates", "statistics"))
@@ -330,6 +344,9 @@ class TMSA(nn.Module):
       extra_tokens: number E of tokens outside the grid, behind the L of each window.
       position_bias: whether there is a bias table.
       gains: factors on the initial values of the projection in and of that out.
+      qk_norm: whether q and k, with time's parts and all biases, are divided by the root of their
+        mean square over a head's channels, in float32, and multiplied by learned `q_scale` and
+        `k_scale` (D,). Then the key's part of time has an effect.
     """
 
     num_heads: int
@@ -342,6 +359,7 @@ class TMSA(nn.Module):
     extra_tokens: int = 0
     position_bias: bool = True
     gains: tuple[float, float] = (1.0, 1.0)
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
@@ -375,14 +393,20 @@ class TMSA(nn.Module):
             return jnp.expand_dims(of_head, (1, 4 if tokens_last else 3))
 
         # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
-        # bias: both would cancel in the softmax (top of this file).
+        # bias: both would cancel in the softmax (top of this file), unless keys are normalised.
         q, k, v = (
             jnp.einsum(f"bnlc,chd->bnh{head}", x_BNLC, spatial_kernel[:, index])
             for index in range(3)
         )
         # Eq. 3 and 5, the part of the time token, with both biases.
         q_time, v_time = same_for_all_tokens(query), same_for_all_tokens(value)
-        q, k, v = (checkpoint_name(x, "qkv") for x in ((q + q_time) * scale, k, v))
+        q = q + q_time
+        if self.qk_norm:
+            q, k = (
+                self._normed(q, "q_scale", head),
+                self._normed(k + same_for_all_tokens(1), "k_scale", head),
+            )
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q * scale, k, v))
         if self.is_mutable_collection("statistics"):
             self._measure((q, k, v), time_BT, time, bias_table)
 
@@ -390,6 +414,16 @@ class TMSA(nn.Module):
         # for every token, is added behind them.
         out = self._attend(q, k, v, bias_table, backend) + v_time
         return self._project_out(out, head, channels)
+
+    def _normed(self, x: jax.Array, name: str, head: str) -> jax.Array:
+        """Divide by the root mean square of each head's channels, where `head` has its "d"."""
+        axis, exact = head.index("d") - 2, at_least_float32(self.dtype)
+        ones, shape = nn.initializers.ones_init(), (x.shape[axis],)
+        factor = param(self, name, ones, shape, decays=False).value
+        x_exact = x.astype(exact)
+        size = jax.lax.rsqrt(jnp.mean(x_exact**2, axis, keepdims=True) + 1e-6)
+        factor = factor[:, None] if axis == -2 else factor
+        return (x_exact * size * factor).astype(self.dtype)
 
     def _input_projections(
         self, channels: int, time_width: int
@@ -434,6 +468,11 @@ class TMSA(nn.Module):
         statistics = _statistics.get()
         if statistics is None:
             return
+        if self.qk_norm:
+            raise UserError(
+                "attention over time is measured of queries and keys that are sums; of a network "
+                "with model.qk_norm it is not"
+            )
         exact = at_least_float32(self.dtype)
         q, k, v = (x.astype(exact) for x in qkv)
 
@@ -486,7 +525,8 @@ class TMSA(nn.Module):
             return "xla"
         asked = self.backend, platform(), self.window, head_width, self.dtype
         reason = xla_only("token") if self.extra_tokens else xla_only(self.time_in)
-        return choose_backend(*asked, obstacle=reason)[0]
+        chosen = choose_backend(*asked, obstacle=reason)[0]
+        return "xla" if chosen == "cudnn" and _forward_mode.get() else chosen
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias_table: jax.Array, backend: str
@@ -497,7 +537,7 @@ class TMSA(nn.Module):
         """
         if backend == "xla":
             bias = self._bias(bias_table)
-            kept = keeps_weights(self) or bias_table.ndim == 3
+            kept = keeps_weights(self) or bias_table.ndim == 3 or _forward_mode.get()
             if self.backend == "auto" and platforms.of(platform()).own_attention and not kept:
                 return _reverse_attention(q, k, v, bias)
             weights = nn.softmax(_logits(q, k) + bias)

@@ -133,6 +133,7 @@ class DiffiTBlock(nn.Module):
       time_in: where the time token enters, a name in `conditioning.TIME_IN`.
       extra_tokens: number E of tokens outside the grid behind each window's, see
         `with_extra_tokens`; with "token" the network makes them.
+      qk_norm: as in `TMSA`.
     """
 
     num_heads: int
@@ -147,6 +148,7 @@ class DiffiTBlock(nn.Module):
     remat: str = "none"
     time_in: str = "tmsa"
     extra_tokens: int = 0
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -181,6 +183,7 @@ class DiffiTBlock(nn.Module):
             tile=self.tile,
             time_in=self.time_in,
             extra_tokens=self.extra_tokens,
+            qk_norm=self.qk_norm,
             name="attention",
         )
         attended = checkpoint_name(attention(into_attention(normed), time_BT), "attention_out")
@@ -220,7 +223,8 @@ class DiffiTResBlock(nn.Module):
     """Eq. 9-10: `x̂ = Conv3×3(Swish(GN(x)))`, then `DiffiTBlock(x̂, x_t) + x`, on an image.
 
     Attributes:
-      num_heads, window, mlp_ratio, dtype, dropout, attention, remat, time_in: as in `DiffiTBlock`.
+      num_heads, window, mlp_ratio, dtype, dropout, attention, remat, time_in, qk_norm: as in
+        `DiffiTBlock`.
       conv: whether Eq. 9 has its convolution; else x̂ = Swish(GN(x)).
     """
 
@@ -233,6 +237,7 @@ class DiffiTResBlock(nn.Module):
     remat: str = "none"
     time_in: str = "tmsa"
     conv: bool = True
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -271,6 +276,7 @@ class DiffiTResBlock(nn.Module):
             remat=self.remat,
             time_in=self.time_in,
             extra_tokens=0 if extra_BNEC is None else extra_BNEC.shape[2],
+            qk_norm=self.qk_norm,
             name="transformer",
         )
         tokens = partition(hidden, tile)

@@ -1,8 +1,11 @@
 """The conditioning of a DiffiT: noise level, label and augmentation → the time token x_t.
 
-Shape suffixes: B batch, L tokens, C channels, T width of the time token.
+And of a flow map: the time to go to, and guidance.
+
+Shape suffixes: B batch, L tokens, C channels, T width of the time token, N blocks.
 """
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.errors import UserError
-from diffit_jax.limits import LATER, one_of
+from diffit_jax.limits import LATER, CountOrZero, one_of
 from diffit_jax.models.diffit.attention import xla_only
 from diffit_jax.models.model import Model
 from diffit_jax.models.placement import FSDP, Dense, Embed, at_least_float32, param
@@ -19,6 +22,11 @@ from diffit_jax.models.placement import FSDP, Dense, Embed, at_least_float32, pa
 # Where a block takes in the time token, see `blocks.DiffiTBlock`.
 TIME_IN = ("tmsa", "bias", "mlp", "token", "adaln", "add")
 EMBEDDINGS = ("positional", "fourier")
+# How a network is told the time to go to, and the guidance, of a flow map.
+END_TIME_IN = ("none", "blocks", "sum", "tokens")
+GUIDANCE_IN = ("none", "sum", "tokens")
+# Tokens of iMF for each number, those of guidance being 1 - 1 / scale and both ends of its times.
+TOKENS = {"duration": 4, "guidance_scale": 4, "guidance_low": 2, "guidance_high": 2}
 
 
 class TimeConditioned(Model, kw_only=True):
@@ -29,19 +37,113 @@ class TimeConditioned(Model, kw_only=True):
         compares with it: "bias" (images only), "mlp", "token", "adaln", "add".
       time_embedding: of the noise level: "positional", or "fourier" for levels of order 1, see
         `TimeToken`.
+      end_time_in: how a flow map is told the time r to go to: "none"; "blocks", the blocks from
+        `end_time_from` on get the time token of r in the place of that of t (DMF; no parameters);
+        "sum", an embedding of t - r is added to the time token (MeanFlow); or "tokens", it makes
+        four tokens outside the grid (iMF; latent_diffit).
+      end_time_from: number of the first block that is told r, from 0, in the order of use.
+      guidance_in: how a flow map is told its guidance: "none", "sum" or "tokens", as above.
+      qk_norm: whether each head's queries and keys are normalised (by their root mean square, with
+        learned scales) before they are multiplied, see `TMSA`.
     """
 
     time_in: Annotated[str, one_of(*TIME_IN), LATER] = "tmsa"
     time_embedding: Annotated[str, one_of(*EMBEDDINGS), LATER] = "positional"
+    end_time_in: Annotated[str, one_of(*END_TIME_IN), LATER] = "none"
+    end_time_from: Annotated[CountOrZero, LATER] = 0
+    guidance_in: Annotated[str, one_of(*GUIDANCE_IN), LATER] = "none"
+    qk_norm: Annotated[bool, LATER] = False
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are, in all stacks together."""
+        raise NotImplementedError
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it is told a second time; then times are embedded in float32."""
+        return self.end_time_in != "none"
+
+    @property
+    def own_tokens(self) -> tuple[str, ...]:
+        """Numbers that the network is told by tokens outside the grid, names in `TOKENS`."""
+        names = ("duration",) if self.end_time_in == "tokens" else ()
+        return names + (tuple(TOKENS)[1:] if self.guidance_in == "tokens" else ())
 
     def check_sizes(self) -> None:
         """Raise `UserError` if an attention is asked for that cannot take time in there."""
-        reason = xla_only(self.time_in)
+        reason, key = xla_only(self.time_in), f"model.time_in is {self.time_in!r}"
+        if self.own_tokens:
+            asked = self.end_time_in == "tokens"
+            key = f"model.{'end_time_in' if asked else 'guidance_in'} is 'tokens'"
+            reason = xla_only("token")
         if reason and self.attention not in ("auto", "xla"):
             raise UserError(
-                f"config key model.attention is {self.attention!r}, but model.time_in is "
-                f"{self.time_in!r}: {reason}; set model.attention to auto or xla"
+                f"config key model.attention is {self.attention!r}, but {key}: {reason}; set "
+                "model.attention to auto or xla"
             )
+        if self.end_time_in == "blocks" and not 0 < self.end_time_from < self.blocks:
+            raise UserError(
+                f"config key model.end_time_from is {self.end_time_from}, but the network has "
+                f"{self.blocks} blocks, of which the first ones are told t: use 1 to "
+                f"{self.blocks - 1}"
+            )
+        if self.end_time_in == "blocks" and self.time_in == "token":
+            raise UserError(
+                "config key model.end_time_in is 'blocks', which tells blocks different times, but "
+                "model.time_in 'token' has one token for all: set end_time_in to sum"
+            )
+        if self.end_time_in != "blocks" and self.end_time_from:
+            raise UserError(
+                f"config key model.end_time_from is {self.end_time_from}, but model.end_time_in is "
+                f"{self.end_time_in!r}: set it to 0, or end_time_in to blocks"
+            )
+
+    def time_token(
+        self,
+        module: "TimeToken",
+        noise_level_B: jax.Array,
+        label_B: jax.Array | None,
+        conditioning: Mapping[str, jax.Array],
+    ) -> jax.Array:
+        """Make the time token of all blocks, (B, T), or of each block, (N, B, T).
+
+        Args:
+          module: that makes it of one time.
+          noise_level_B: (B,) the time t.
+          label_B: (B,) labels, or None.
+          conditioning: `augment`; of a flow map `end_time` (B,) and `guidance` (B, 3), absent where
+            r = t, and where there is no guidance.
+        """
+        augment = conditioning.get("augment")
+        token = module(noise_level_B, label_B, augment)
+        if self.end_time_in == "blocks" and "end_time" in conditioning:
+            end_BT = module(conditioning["end_time"], label_B, augment)
+            first = self.end_time_from
+            token = jnp.stack([token] * first + [end_BT] * (self.blocks - first))
+        for name, number_B in self.told_numbers(noise_level_B, conditioning).items():
+            if name not in self.own_tokens:
+                embed = TimeToken(module.width, dtype=module.dtype, name=f"time_{name}")
+                token = token + embed(number_B)
+        return token
+
+    def told_numbers(
+        self, noise_level_B: jax.Array, conditioning: Mapping[str, jax.Array]
+    ) -> Mapping[str, jax.Array]:
+        """Return what else than a time the network is told, (B,) each, names in `TOKENS`.
+
+        Of order 1, with slopes of at most 1. Arguments as of `time_token`.
+        """
+        numbers = {}
+        if self.end_time_in in ("sum", "tokens"):
+            numbers["duration"] = noise_level_B - conditioning.get("end_time", noise_level_B)
+        if self.guidance_in != "none":
+            zeros_B = jnp.zeros_like(noise_level_B)
+            none_B3 = jnp.stack([zeros_B + 1, zeros_B, zeros_B + 1], axis=-1)
+            scale_B, low_B, high_B = conditioning.get("guidance", none_B3).T
+            values = 1 - 1 / scale_B, low_B, high_B
+            numbers |= dict(zip(tuple(TOKENS)[1:], values, strict=True))
+        return numbers
 
 
 def sinusoidal_embedding(
@@ -172,3 +274,25 @@ class TimeToken(nn.Module):
             if augment_BA is not None:
                 token_BT = token_BT + augment_BA.astype(self.dtype) @ kernel.ready(self.dtype)
         return token_BT
+
+
+class NumberTokens(nn.Module):
+    """A number → tokens outside the grid: its embedding, plus a learned vector for each token.
+
+    Attributes:
+      width: channels C of a token.
+      count: how many tokens.
+      dtype: dtype of the matrix products.
+    """
+
+    width: int
+    count: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, number_B: jax.Array) -> jax.Array:
+        """Map numbers of order 1, (B,), to (B, count, C)."""
+        embedded_BC = TimeToken(self.width, dtype=self.dtype, name="embedding")(number_B)
+        init, shape = nn.initializers.normal(0.02), (self.count, self.width)
+        place = param(self, "place", init, shape, (None, FSDP), decays=False).ready(self.dtype)
+        return embedded_BC[:, None] + place

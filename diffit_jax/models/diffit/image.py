@@ -103,6 +103,12 @@ class ImageDiffiT(TimeConditioned):
         )
 
     @property
+    def blocks(self) -> int:
+        """How many blocks there are, up and down the U."""
+        down = sum(self.num_blocks)
+        return down + (sum(self.num_blocks[:-1]) if self.decoder == "unet" else 0)
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """Pixels along a side of each stage."""
         stages = range(len(self.channels))
@@ -156,6 +162,11 @@ class ImageDiffiT(TimeConditioned):
                 )
 
     def _check_switches(self) -> None:
+        if self.own_tokens:
+            raise UserError(
+                "model.end_time_in and model.guidance_in 'tokens' add tokens to a window of the "
+                "whole grid, latent_diffit's: use sum, or blocks for the time"
+            )
         if self.encoder == "single" and (self.decoder != "mla" or len(set(self.channels)) > 1):
             raise UserError(
                 "model.encoder 'single' has one resolution: set model.decoder to mla, and give "
@@ -184,7 +195,8 @@ class ImageDiffiT(TimeConditioned):
           noise_level_B: (B,) EDM's `c_noise`, or a timestep.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
             does an absent key. `augment`: (B, augment_labels) float32, 0 where nothing was done, as
-            is an absent key. `dropout_key`: (B,) keys, in training.
+            is an absent key. `dropout_key`: (B,) keys, in training. Of a flow map `end_time` and
+            `guidance`, see `TimeConditioned`.
           capture: number of a block of the encoder, from 0, whose output is wanted too.
 
         Returns:
@@ -194,18 +206,17 @@ class ImageDiffiT(TimeConditioned):
         check_capture(capture, sum(self.num_blocks))
         label_B = conditioning.get("label") if self.num_classes else None
         # The time token, once for all blocks.
-        time_BT = nn.silu(
-            TimeToken(
-                self.time_width,
-                self.num_classes,
-                augment_labels=self.augment_labels,
-                dtype=self.dtype,
-                embedding=self.time_embedding,
-                name="time",
-            )(noise_level_B, label_B, conditioning.get("augment"))
+        embed = TimeToken(
+            self.time_width,
+            self.num_classes,
+            augment_labels=self.augment_labels,
+            dtype=at_least_float32(self.dtype) if self.is_map else self.dtype,
+            embedding=self.time_embedding,
+            name="time",
         )
+        time_BT = nn.silu(self.time_token(embed, noise_level_B, label_B, conditioning))
         dropout_key_B = conditioning.get("dropout_key") if self.dropout else None
-        run_number, captured = itertools.count(), []
+        run_number, captured, blocks_run = itertools.count(), [], []
 
         def run_stage(name: str, x: jax.Array, stage: int) -> jax.Array:
             has_tmsa = self.tmsa_half in ("both", name)
@@ -220,8 +231,12 @@ class ImageDiffiT(TimeConditioned):
                 remat=self.remat,
                 time_in=time_in,
                 conv=self.resblock_conv,
+                qk_norm=self.qk_norm,
                 name=f"{name}_{stage}",
             )
+            first, count = sum(blocks_run), self.num_blocks[stage]
+            blocks_run.append(count)
+            of_stage = time_BT[first : first + count] if time_BT.ndim == 3 else time_BT
             carried: Any = x
             if time_in == "token":  # one for each window, which keeps it through the stage
                 carried = x, self._time_tokens(time_BT, stage, f"{name}_{stage}_token")
@@ -233,8 +248,8 @@ class ImageDiffiT(TimeConditioned):
             carried, found = repeat_block(
                 block,
                 carried,
-                time_BT,
-                self.num_blocks[stage],
+                of_stage,
+                count,
                 unroll=self.scan_unroll,
                 remat=self.remat,
                 dropout_key_B=key_B,

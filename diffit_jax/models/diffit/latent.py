@@ -22,7 +22,13 @@ from diffit_jax.models.diffit.blocks import (
     repeat_block,
     with_extra_tokens,
 )
-from diffit_jax.models.diffit.conditioning import TimeConditioned, TimeToken, position_embedding
+from diffit_jax.models.diffit.conditioning import (
+    TOKENS,
+    NumberTokens,
+    TimeConditioned,
+    TimeToken,
+    position_embedding,
+)
 from diffit_jax.models.placement import Dense, at_least_float32
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
@@ -99,6 +105,11 @@ class LatentDiffiT(TimeConditioned):
         return ("blocks",)
 
     @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return self.depth
+
+    @property
     def grid(self) -> int:
         """Tokens along each side; attention sees the whole grid."""
         return self.input_size // self.patch_size
@@ -111,7 +122,8 @@ class LatentDiffiT(TimeConditioned):
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for a window of all tokens, see `Model.attention_backend`."""
         asked = self.attention, platform, self.grid, self.heads[1], self.dtype
-        return choose_backend(*asked, obstacle=xla_only(self.time_in))
+        time_in = "token" if self.own_tokens else self.time_in
+        return choose_backend(*asked, obstacle=xla_only(time_in))
 
     def check_sizes(self) -> None:
         """Raise `UserError` if the sizes, or the switches, do not fit together."""
@@ -140,6 +152,11 @@ class LatentDiffiT(TimeConditioned):
                 f"each of {offsets:,} offsets, every head and block: image_diffit has it, with its "
                 "small windows"
             )
+        if self.slim_tmsa and self.qk_norm:
+            raise UserError(
+                "config key model.slim_tmsa leaves out the key's share of time, which has an "
+                "effect with model.qk_norm: set either to False"
+            )
         if self.slim_tmsa and self.time_in != "tmsa":
             raise UserError(
                 f"model.slim_tmsa leaves out parameters of time_in 'tmsa', and model.time_in is "
@@ -161,7 +178,8 @@ class LatentDiffiT(TimeConditioned):
           noise_level_B: (B,) the timestep 0…999 of the original schedule (or EDM's `c_noise`), used
             as it is.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
-            does an absent key. `dropout_key`: (B,) keys, in training.
+            does an absent key. `dropout_key`: (B,) keys, in training. Of a flow map `end_time` and
+            `guidance`, see `TimeConditioned`.
           capture: number of a block, from 0, whose tokens are wanted too.
 
         Returns:
@@ -172,13 +190,15 @@ class LatentDiffiT(TimeConditioned):
         check_capture(capture, self.depth)
         batch, grid, patch = len(x_BHWC), self.grid, self.patch_size
         label_B = conditioning.get("label") if self.num_classes else None
-        time_BT = TimeToken(
+        dtype = at_least_float32(self.dtype) if self.is_map else self.dtype
+        embed = TimeToken(
             self.hidden_size,
             self.num_classes,
-            dtype=self.dtype,
+            dtype=dtype,
             embedding=self.time_embedding,
             name="time",
-        )(noise_level_B, label_B)
+        )
+        time_BT = self.time_token(embed, noise_level_B, label_B, conditioning)
         if self.time_in == "adaln":
             time_BT = nn.silu(time_BT)  # DiT's; all else takes the token as it is
 
@@ -201,6 +221,10 @@ class LatentDiffiT(TimeConditioned):
         if self.time_in == "token":
             token_BC = Dense(self.hidden_size, self.dtype, name="time_token")(time_BT)
             x_BNLC = with_extra_tokens(x_BNLC, token_BC[:, None])
+        numbers = self.told_numbers(noise_level_B, conditioning)
+        for name in self.own_tokens:
+            tokens_BEC = NumberTokens(self.hidden_size, TOKENS[name], dtype, name=f"{name}_tokens")
+            x_BNLC = with_extra_tokens(x_BNLC, tokens_BEC(numbers[name]))
         block = DiffiTBlock(
             self.num_heads,
             grid,
@@ -213,6 +237,7 @@ class LatentDiffiT(TimeConditioned):
             remat=self.remat,
             time_in=self.time_in,
             extra_tokens=x_BNLC.shape[2] - grid * grid,
+            qk_norm=self.qk_norm,
             name="blocks",
         )
         x_BNLC, captured = repeat_block(
