@@ -24,7 +24,7 @@ os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_
 
 import jax
 import numpy as np
-from support.configs import small_config, small_flow_config, small_latent_config
+from support.configs import small_config, small_flow_config, small_latent_config, small_map_config
 from support.pods import arranged
 
 from diffit_jax.data.sources import batches
@@ -57,6 +57,7 @@ CONFIGS = {
         augmentation={"probability": 0.3},
     ),
     "flow": small_flow_config(),
+    "map": small_map_config(),
     "latent": small_latent_config(model__hidden_size=32, model__num_heads=4),
 }
 
@@ -132,6 +133,8 @@ def main() -> None:
         for kind, config in CONFIGS.items():
             if kind != "latent" and not last.isdigit():
                 continue
+            if kind in ("flow", "map") and name not in ("one", "mixed"):
+                continue  # their networks are the latent one's
             chosen = {"steps": STEPS // 2} if last == "half" else option
             outcome = run(
                 config,

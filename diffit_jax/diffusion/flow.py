@@ -180,10 +180,10 @@ class Flow(Preconditioned, limits.Section, name="process"):
 
     # --- Training
 
-    def times_of(self, draws: Any) -> Any:
+    def times_of(self, draws: Any, mean: float | None = None) -> Any:
         """Return times of training: of draws uniform in [0, 1), or normal for the two normal ones.
 
-        Shaped like the draws.
+        Shaped like the draws. `mean` stands in place of `time_mean`.
         """
         low, high = self.interval(training=True)
         xp: Any = jnp if isinstance(draws, jax.Array) else np
@@ -196,7 +196,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
                 xp.sin(math.pi / 2 * draws), xp.cos(math.pi / 2 * draws)
             )
         else:
-            normal = self.time_mean + self.time_std * draws
+            normal = (self.time_mean if mean is None else mean) + self.time_std * draws
             path = "linear" if self.times == "logit_normal" else self.path
             sigma = xp.exp(normal)
             t = INTERPOLANTS[path].time(sigma, xp.ones_like(sigma))
@@ -204,10 +204,10 @@ class Flow(Preconditioned, limits.Section, name="process"):
             return self.shifted(low + (high - low) * t, self.shift)
         return xp.clip(self.shifted(t, self.shift), low, high)
 
-    def draw_time(self, key: jax.Array) -> jax.Array:
-        """Draw a time to train at, a float32 scalar."""
+    def draw_time(self, key: jax.Array, mean: float | None = None) -> jax.Array:
+        """Draw a time to train at, a float32 scalar; `mean` as in `times_of`."""
         normal = self.times in ("logit_normal", "log_normal")
-        return self.times_of(jax.random.normal(key) if normal else jax.random.uniform(key))
+        return self.times_of(jax.random.normal(key) if normal else jax.random.uniform(key), mean)
 
     def draw_sigma(self, key: jax.Array) -> jax.Array:
         """Draw a noise level to train at, a float32 scalar."""

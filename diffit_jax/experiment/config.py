@@ -19,6 +19,7 @@ from diffit_jax.data import augment
 from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion import PROCESSES
 from diffit_jax.diffusion.flow import Flow
+from diffit_jax.diffusion.flow_map import FlowMap
 from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import catalogue, sections
@@ -62,6 +63,7 @@ class Experiment(limits.Section, name=""):
         super().__post_init__()
         self.model.check()
         _check_output(self)
+        _check_map(self)
         if self.augmentation.probability or self.model.augment_labels:
             _check_augmentation(self)
         _check_sampling(self)
@@ -347,6 +349,42 @@ def _check_output(experiment: Experiment) -> None:
         )
 
 
+def _check_map(experiment: Experiment) -> None:
+    """Raise `UserError` unless process and network agree about a flow map, and what it is told."""
+    model, process, training = experiment.model, experiment.process, experiment.training
+    is_map = isinstance(process, FlowMap)
+    if is_map and not model.is_map:
+        raise UserError(
+            "config key process.name is flow_map, but the network is told one time alone: set "
+            "model.end_time_in (latent_diffit, image_diffit) to blocks, sum or tokens"
+        )
+    if model.is_map and not is_map:
+        raise UserError(
+            "config key model.end_time_in tells the network a second time, which the process "
+            "flow_map alone has: set it to none, or process.name to flow_map"
+        )
+    told = isinstance(process, FlowMap) and process.guidance_told
+    if told != (model.guidance_in != "none"):
+        raise UserError(
+            f"config key process.guidance_told is {told}, and model.guidance_in "
+            f"{model.guidance_in!r}: tell the network its guidance by both (sum or tokens), or by "
+            "neither (False, none)"
+        )
+    if not isinstance(process, FlowMap):
+        return
+    if process.guides and not model.num_classes:
+        raise UserError(
+            "config keys process.guidance_… guide by labels, but model.num_classes is 0: set "
+            "guidance_omega to 1, guidance_kappa to 0 and guidance_told to False"
+        )
+    part = training.batch_size // training.accumulation
+    if process.share and not round(process.share * part):
+        raise UserError(
+            f"config key process.share is {process.share:g}, which is no example of {part} "
+            "(training.batch_size over training.accumulation): raise it, or set it to 0"
+        )
+
+
 def _check_augmentation(experiment: Experiment) -> None:
     has = experiment.model.augment_labels
     needed = experiment.augmentation.num_labels
@@ -361,6 +399,11 @@ def _check_guidance(experiment: Experiment) -> None:
     """Raise `UserError` for a guidance that process, sampler or model cannot take."""
     model, guidance = experiment.model, experiment.sampling.guidance
     process, sampler = experiment.process, experiment.sampling.sampler
+    if guidance.active and isinstance(process, FlowMap) and process.guides:
+        raise UserError(
+            f"config key sampling.guidance.kind is {guidance.kind}, but this map was trained with "
+            "guidance inside (process.guidance_…), and would be guided twice: use none"
+        )
     if guidance.of_flow and not isinstance(process, Flow):
         raise UserError(
             f"config key sampling.guidance.kind is {guidance.kind}, which needs the process flow: "

@@ -1,19 +1,21 @@
 """The training objective, as one function.
 
 The update calls it. The loss on held-out examples and the check of gradients use `DENOISING`, the
-process's own loss.
+process's own loss; of a flow map that is the flow's.
 
 Shape suffixes: B batch.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from diffit_jax import models
 from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.flow_map import Evaluations, FlowMap
 from diffit_jax.experiment.config import Experiment
+from diffit_jax.models.placement import divisible
 
 INNER = "inner"  # name of the loss of a model's inner head
 AVERAGE = "average"  # name, in `uses`, of the network's variables with the averaged parameters
@@ -71,34 +73,121 @@ class Objective:
         Returns:
           (B,) float32 loss, and its `terms`, (B,) each.
         """
-        model = experiment.model
-        space = experiment.space if training else experiment.space.without_augmentation()
-        label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-        # `split` gives what `fold_in` gives for 0 and 1: space and dropout have numbers of their
-        # own.
-        space_key_B = _numbered(key_B, 2) if training else label_key_B
-        x_BHWC, conditioning = space.to_model(examples, space_key_B, frozen)
-        if model.num_classes:
-            labels = {"label": examples["label"]}
-            if training:
-                rate = experiment.training.label_dropout
-                labels = guidance.drop_labels(labels, label_key_B, rate, model.num_classes)
-            conditioning = {**conditioning, **labels}
-        if model.dropout and training:
-            conditioning = {**conditioning, "dropout_key": _numbered(key_B, 3)}
-        process = experiment.process
+        model, process = experiment.model, experiment.process
+        inputs = inputs_of(experiment, examples, key_B, frozen, training)
         with_inner = training and model.has_inner_head
         network = models.as_network(model, variables, inner=with_inner)
         # `Process.loss`, spelled out for those who write another one.
-        noised = process.noise(x_BHWC, loss_key_B)
-        y_BHWC = network(noised.x_BHWC, noised.level_B, conditioning)
+        noised = process.noise(inputs.x_BHWC, inputs.key_B)
+        y_BHWC = network(noised.x_BHWC, noised.level_B, inputs.conditioning)
         if not with_inner:
             return process.loss_of(noised, y_BHWC)
         (loss_B, terms), (inner_B, _) = (process.loss_of(noised, each) for each in y_BHWC)
         return loss_B + experiment.training.inner_weight * inner_B, {**terms, INNER: inner_B}
 
 
+class MapObjective(Objective):
+    """The loss of a flow map (`diffusion.flow_map`), of the process `flow_map`.
+
+    Its derivative is taken of the first examples of a batch alone. Which they
+    are, how a batch is cut into parts does not change: parts take every n-th example.
+    """
+
+    def terms(self, experiment: Experiment) -> tuple[str, ...]:
+        """Return the names of what it reports besides the loss, in training."""
+        process: Any = experiment.process
+        inner = (INNER,) if experiment.model.has_inner_head else ()
+        return (*process.map_terms, *inner)
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        variables: Mapping[str, Any],
+        frozen: Mapping[str, Any],
+        examples: Mapping[str, jax.Array],
+        *,
+        key_B: jax.Array,
+        update: jax.Array,
+        training: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Compute the loss of some examples; arguments as of `Objective`."""
+        model, process = experiment.model, experiment.process
+        assert isinstance(process, FlowMap)
+        inputs = inputs_of(experiment, examples, key_B, frozen, training)
+        fixed = jax.lax.stop_gradient(variables)
+        networks = Evaluations(
+            trained=models.as_network(model, variables, inner=True),
+            steady=models.as_network(model, fixed, inner=True),
+            forward=models.as_network(model, fixed, forward_mode=True),
+        )
+        count = len(key_B)
+        mapped = round(process.share * count)
+        loss_B, inner_B, terms = process.loss_between(
+            networks,
+            process.span(inputs.x_BHWC, inputs.key_B, mapped),
+            {**inputs.conditioning, **inputs.labels},
+            rows=min(divisible(mapped), count),  # those beyond have r = t, and no use for it
+            update=update,
+            null_label=model.num_classes or None,
+            dropped_B=inputs.dropped_B,
+        )
+        if inner_B is None:
+            return loss_B, terms
+        return loss_B + experiment.training.inner_weight * inner_B, {**terms, INNER: inner_B}
+
+
 DENOISING = Objective()
+_OF_MAPS = MapObjective()
+
+
+def objective_of(experiment: Experiment) -> Objective:
+    """Return what an experiment trains: the loss of its process, or of a flow map."""
+    return _OF_MAPS if isinstance(experiment.process, FlowMap) else DENOISING
+
+
+class Inputs(NamedTuple):
+    """What the loss of some examples is computed of.
+
+    Attributes:
+      x_BHWC: examples as the model sees them, float32.
+      conditioning: of them, with labels that may be dropped.
+      labels: `label`, as the data have it; {} without classes.
+      dropped_B: which labels were dropped; None: none can be.
+      key_B: (B,) keys for noise.
+    """
+
+    x_BHWC: jax.Array
+    conditioning: Mapping[str, jax.Array]
+    labels: Mapping[str, jax.Array]
+    dropped_B: jax.Array | None
+    key_B: jax.Array
+
+
+def inputs_of(
+    experiment: Experiment,
+    examples: Mapping[str, jax.Array],
+    key_B: jax.Array,
+    frozen: Mapping[str, Any],
+    training: bool,
+) -> Inputs:
+    """Prepare examples, (B, …) each, for the model; arguments as of `Objective`."""
+    model = experiment.model
+    space = experiment.space if training else experiment.space.without_augmentation()
+    label_key_B, loss_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+    # `split` gives what `fold_in` gives for 0 and 1: space and dropout have numbers of their own.
+    space_key_B = _numbered(key_B, 2) if training else label_key_B
+    x_BHWC, conditioning = space.to_model(examples, space_key_B, frozen)
+    labels, dropped_B = {}, None
+    if model.num_classes:
+        labels = kept = {"label": examples["label"]}
+        if training:
+            rate = experiment.training.label_dropout
+            kept = guidance.drop_labels(labels, label_key_B, rate, model.num_classes)
+            dropped_B = kept["label"] != labels["label"]
+        conditioning = {**conditioning, **kept}
+    if model.dropout and training:
+        conditioning = {**conditioning, "dropout_key": _numbered(key_B, 3)}
+    return Inputs(x_BHWC, conditioning, labels, dropped_B, loss_key_B)
 
 
 def _numbered(key_B: jax.Array, number: int) -> jax.Array:

@@ -16,7 +16,7 @@ from diffit_jax import models, platforms
 from diffit_jax.data.sources import DataSpec, Source, open_dataset
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment, build, class_name
-from diffit_jax.run.objective import DENOISING, Objective
+from diffit_jax.run.objective import DENOISING, Objective, objective_of
 from diffit_jax.run.optimizer import make_optimizer
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
@@ -217,7 +217,7 @@ def setup_experiment(
     devices: Sequence[Any] | None = None,
     to_train: bool = True,
     config_file: epath.PathLike | None = None,
-    objective: Objective = DENOISING,
+    objective: Objective | None = None,
 ) -> Setup:
     """Check everything about a config before anything is allocated or written.
 
@@ -230,13 +230,14 @@ def setup_experiment(
       to_train: whether its training batch is needed, and so a mesh that divides it; otherwise a
         mesh that does not fit the devices gives way to one that does.
       config_file: of the work directory that the config was read from, see `experiment.build`.
-      objective: what training minimises.
+      objective: what training minimises; None: see `objective_of`.
 
     Raises:
       UserError: an impossible config, mesh or batch.
     """
     experiment = build(config, config_file)
     training = experiment.training
+    objective = objective_of(experiment) if objective is None else objective
     if to_train:
         if not experiment.process.trains:
             name = class_name("process", experiment.process)

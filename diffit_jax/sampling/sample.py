@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import pixels
+from diffit_jax.diffusion.map_sampler import MapSampler
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import backend, distributed, files, interruption, npz
 from diffit_jax.runtime.console import Progress, in_short
@@ -413,6 +414,9 @@ def _make(
     """Draw missing parts and join all; return the record on the first process."""
     if request.experiment.space.note:
         log.info("%s", request.experiment.space.note)
+    sampler = request.experiment.sampling.sampler
+    if isinstance(sampler, MapSampler) and sampler.word():
+        log.warning("%s", sampler.word())
     with distributed.primary_context(lambda: sample_files):
         size = request.sampler.batch_size
         draw_parts(sample_files, request.seeds, size, lambda batch: request.draw(networks, batch))

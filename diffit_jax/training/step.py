@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffit_jax import platforms
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import EMA
-from diffit_jax.run.objective import AVERAGE, DENOISING, Objective
+from diffit_jax.run.objective import AVERAGE, DENOISING, Objective, objective_of
 from diffit_jax.run.optimizer import learning_rate, make_optimizer
 from diffit_jax.run.power_ema import gamma_of, power_rate
 from diffit_jax.run.state import Setup, TrainState
@@ -36,14 +36,14 @@ def _metrics_of(terms: tuple[str, ...]) -> type[metrics.Collection]:
 
 
 def step_metrics(
-    experiment: Experiment, objective: Objective = DENOISING
+    experiment: Experiment, objective: Objective | None = None
 ) -> type[metrics.Collection]:
     """Return the class of metrics of an experiment and objective (clu).
 
     Means over the updates since the last report (of learning rate and counts the last value), kept
     on the device until then.
     """
-    return _metrics_of(objective.terms(experiment))
+    return _metrics_of((objective or objective_of(experiment)).terms(experiment))
 
 
 def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
@@ -88,13 +88,13 @@ def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
 
 
 def make_train_step(
-    experiment: Experiment, objective: Objective = DENOISING, *, in_place: bool = False
+    experiment: Experiment, objective: Objective | None = None, *, in_place: bool = False
 ) -> Callable[[TrainState, metrics.Collection, Batch, Any], tuple[TrainState, metrics.Collection]]:
     """Return the update as a pure function, ready for `jit` (donate the state and the metrics).
 
     Args:
       experiment: what to train.
-      objective: the loss.
+      objective: the loss; None: see `objective_of`.
       in_place: whether an update without a finite gradient is left out by a branch, not by a
         choice between the old and the new number of everything.
 
@@ -102,6 +102,7 @@ def make_train_step(
       `step(state, metrics, batch, frozen) -> (state, metrics)`. The batch is that of a `Source`,
       the last argument the variables that training does not change, see `Objective`.
     """
+    objective = objective_of(experiment) if objective is None else objective
 
     def train_step(
         state: TrainState, collected: metrics.Collection, batch: Batch, frozen: Mapping[str, Any]

@@ -17,12 +17,13 @@ from diffit_jax import models, platforms
 from diffit_jax.data import pixels
 from diffit_jax.data.labels import name_of, synonyms_of
 from diffit_jax.data.sources import DATASETS, ClassSampling, Source, class_sampling
+from diffit_jax.diffusion.flow_map import MAP_TERMS
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.models.model import traced_multiply_adds, training_flops
 from diffit_jax.run import workdir as workdirs
-from diffit_jax.run.objective import DENOISING, Objective
+from diffit_jax.run.objective import Objective
 from diffit_jax.run.state import (
     Setup,
     TrainState,
@@ -290,7 +291,7 @@ def train(
     workdir: epath.PathLike,
     profile_steps: tuple[int, int] | None = None,
     devices: Sequence[jax.Device] | None = None,
-    objective: Objective = DENOISING,
+    objective: Objective | None = None,
 ) -> TrainState:
     """Train a config in a work directory, from its newest checkpoint if there is one.
 
@@ -306,7 +307,7 @@ def train(
         Perfetto; None: no trace.
       devices: to train on; None: all of all processes. `parallel.fitting_devices` leaves out those
         that the batch does not divide over.
-      objective: what is minimised.
+      objective: what is minimised; None: the loss of the process, see `objective_of`.
 
     Returns:
       The final state.
@@ -563,7 +564,9 @@ def _line(values: dict[str, float]) -> str:
     """Format a report for the width of a phone; everything else is in the log of figures."""
     speed = values["images_per_s"]
     return (
-        f"loss {values['loss']:.4f} | {speed:,.{0 if speed >= 10 else 2}f} images/s"
+        f"loss {values['loss']:.4f}"
+        + "".join(f" {name[:-6]} {values[name]:.4f}" for name in MAP_TERMS if name in values)
+        + f" | {speed:,.{0 if speed >= 10 else 2}f} images/s"
         + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
         + (
             f" | waiting {values['data_wait_share']:.0%}"

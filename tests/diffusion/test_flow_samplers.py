@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.flow_network import assert_within, network_of, parameters, recorded
+from support.mixture import SHAPE, cumulative, exact_end, ideal_network
 
 from diffit_jax.diffusion import samplers
 from diffit_jax.diffusion.edm import EDM
@@ -123,67 +124,6 @@ def test_samplers_of_repa_in_float64(case, guided):
 
 
 # --- A closed form: a mixture of two normal distributions for each number of a sample.
-
-MEANS, DEVIATION, SHARES = np.array([-0.9, 0.6]), 0.25, np.array([0.3, 0.7])
-SHAPE = (1, 1, 1)
-
-
-def ideal_denoiser(y, sigma):
-    """The mean of the data, given y = x + sigma noise."""
-    sigma = jnp.reshape(sigma, (-1, 1, 1, 1))
-    variance = DEVIATION**2 + sigma**2
-    scaled = [
-        np.log(share) - (y - mean) ** 2 / (2 * variance)
-        for share, mean in zip(SHARES, MEANS, strict=True)
-    ]
-    weights = jax.nn.softmax(jnp.stack(scaled), axis=0)
-    pulls = jnp.stack([mean + (y - mean) * DEVIATION**2 / variance for mean in MEANS])
-    return jnp.sum(weights * pulls, axis=0)
-
-
-def ideal_network(flow):
-    """The flow's network with that denoiser: the mean of its targets."""
-
-    def network(sees, told_B, _):
-        t = told_B if flow.clock == "t" else 1 - told_B
-        place = [each[:, None, None, None] for each in flow.interpolant.at(t)]
-        alpha, noise, alpha_slope, noise_slope = place
-        alpha = jnp.maximum(alpha, 1e-12)
-        deviation = flow.sigma_data
-        clean = ideal_denoiser(deviation * sees / alpha, deviation * (noise / alpha)[:, 0, 0, 0])
-        clean = clean / deviation
-        if flow.prediction == "velocity" and flow.path == "linear":
-            # Both ends without a difference of near numbers: v = (z - x) / t.
-            return (1 if flow.clock == "t" else -1) * (sees - clean) / jnp.maximum(noise, 1e-9)
-        epsilon = (sees - alpha * clean) / jnp.maximum(noise, 1e-9)
-        if flow.prediction == "noise":
-            return epsilon
-        if flow.prediction == "score":
-            return -epsilon / noise
-        velocity = alpha_slope * clean + noise_slope * epsilon
-        return velocity if flow.clock == "t" else -velocity
-
-    return network
-
-
-def cumulative(x):
-    """The distribution function of the mixture."""
-    from scipy.stats import norm
-
-    return sum(
-        share * norm.cdf(x, mean, DEVIATION) for share, mean in zip(SHARES, MEANS, strict=True)
-    )
-
-
-def exact_end(noise):
-    """Where the flow takes noise: in one dimension it keeps the order, so quantiles become
-    quantiles."""
-    from scipy.optimize import brentq
-    from scipy.stats import norm
-
-    return np.array([brentq(lambda x, q=q: cumulative(x) - q, -5, 5, xtol=1e-13)
-                     for q in norm.cdf(noise)])  # fmt: skip
-
 
 NOISE = np.linspace(-2.2, 2.2, 23).reshape(-1, *SHAPE)
 END = exact_end(NOISE.ravel()).reshape(NOISE.shape)

@@ -12,7 +12,9 @@ from diffit_jax.diffusion import SAMPLERS, samplers
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import EDM
 from diffit_jax.diffusion.flow import Flow
+from diffit_jax.diffusion.flow_map import FlowMap
 from diffit_jax.diffusion.guidance import unguided
+from diffit_jax.diffusion.map_sampler import MapSampler
 from diffit_jax.diffusion.samplers import DDIM, Ancestral, Euler, Heun
 from diffit_jax.diffusion.sde import SDE
 
@@ -198,10 +200,24 @@ def test_frames_are_estimates_of_the_clean_sample(sampler):
             alpha = jnp.maximum(1 - t, 1e-9)
             return (z - ideal_denoiser(z / alpha, t / alpha)) / t
 
+    if sampler == "map":  # to clean data in every step: the exact map of normal data
+        process, method = FlowMap(), MapSampler(9, restart=True)
+
+        def network(z, t, told):
+            t, r = (each[:, None, None, None] for each in (t, told["next_time"]))
+            here, there = (jnp.hypot((1 - one) * STD, one) for one in (t, r))
+            end = (1 - r) * MEAN + (z - (1 - t) * MEAN) * there / here
+            return (z - end) / (t - r)
+
     def draw(frames):
         return jax.jit(lambda: method.draw(process, unguided(network), NOISE, {}, frames))()
 
     plain, drawn = draw(0), draw(3)
+    if sampler == "map":  # whose estimates are samples from the first step on
+        np.testing.assert_allclose(drawn.frames[-1], drawn.samples, atol=1e-5)
+        np.testing.assert_allclose(drawn.frames.std(axis=(1, 2, 3, 4)), STD, rtol=0.1)
+        np.testing.assert_allclose(drawn.frames.mean(axis=(1, 2, 3, 4)), MEAN, atol=0.05)
+        return
     np.testing.assert_allclose(drawn.samples, plain.samples, atol=1e-6)
     assert plain.frames.shape == (0, 64, *SHAPE) and drawn.frames.shape == (3, 64, *SHAPE)
     np.testing.assert_allclose(drawn.frames[-1], drawn.samples, atol=1e-5)

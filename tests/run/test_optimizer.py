@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.configs import small_config, small_flow_config, small_latent_config
+from support.configs import small_config, small_flow_config, small_latent_config, small_map_config
 
 from diffit_jax import models
 from diffit_jax.data.sources import ShuffledBatches
@@ -230,13 +230,19 @@ def test_too_many_bad_batches_end_the_run(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
-@pytest.mark.parametrize("make", [small_latent_config, small_flow_config])
+TERMS = {
+    small_latent_config: ("mse",),
+    small_flow_config: ("direction", "inner"),
+    small_map_config: ("flow_error", "map_error", "inner"),
+}
+
+
+@pytest.mark.parametrize("make", TERMS)
 def test_accumulation_is_the_whole_batch(make):
     config = make()
     whole, values = run_steps(config, synthetic(config, 2))
     parts, part_values = run_steps(make(training__accumulation=4), synthetic(config, 2))
-    terms = ("mse",) if make is small_latent_config else ("direction", "inner")
-    for name in ("loss", *terms):
+    for name in ("loss", *TERMS[make]):
         np.testing.assert_allclose(part_values[name], values[name], rtol=1e-5)
     for ours, theirs in zip(
         jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True

@@ -99,6 +99,7 @@ def mesh_runs(mesh_folder):
         *((name, "latent") for name in MESHES if name != "one"),
         ("mixed", "image"),
         ("mixed", "flow"),
+        ("mixed", "map"),
     ],
 )
 def test_ten_updates_and_samples_are_the_same_on_every_mesh(mesh_runs, name, kind):

@@ -97,6 +97,30 @@ def small_flow_config(**overrides) -> ConfigDict:
     return _override(config, overrides)
 
 
+def small_map_config(**overrides) -> ConfigDict:
+    """A flow map with everything in it: iMF's loss, tokens, and two labels in five dropped."""
+    config = small_latent_config(
+        model__learn_sigma=False,
+        model__inner_head=1,
+        model__end_time_in="tokens",
+        model__guidance_in="tokens",
+        model__qk_norm=True,
+        training__label_dropout=0.4,
+    )
+    config.process = ConfigDict(
+        {
+            "name": "flow_map",
+            "times": "logit_normal",
+            "share": 0.5,
+            "tangent": "predicted",
+            "guidance_told": True,
+        }
+    )
+    config.sampling.sampler = ConfigDict({"name": "map", "num_steps": 2, "told_scale": 2.0})
+    config.sampling.guidance = ConfigDict({"kind": "none"})
+    return _override(config, overrides)
+
+
 def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
     for key, value in overrides.items():
         *parents, name = key.split("__")
