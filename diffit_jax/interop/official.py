@@ -73,6 +73,11 @@ _INNER = {
     "inner_layer_{inner}.linear.weight": ("params/inner_final/kernel", _LINEAR),
     "inner_layer_{inner}.linear.bias": ("params/inner_final/bias", _SAME),
 }
+# Of one with QK-norm, which it does not have either, named as in timm's attention.
+_QK_NORM = {
+    "blocks.{}.attn.q_norm.weight": ("params/blocks/attention/q_scale", _SAME),
+    "blocks.{}.attn.k_norm.weight": ("params/blocks/attention/k_scale", _SAME),
+}
 _INNER_NAME = "|".join(re.escape(name).replace(r"\{inner\}", r"\d{1,4}") for name in _INNER)
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
 # What a file says: the sizes, that it is in the released parametrisation, and where time enters.
@@ -89,6 +94,7 @@ SIZES = (
     "learn_sigma",
     "slim_tmsa",
     "inner_head",
+    "qk_norm",
     "time_in",
     "time_embedding",
 )
@@ -221,6 +227,12 @@ def save(
             f"{module.time_in!r} and {module.time_embedding!r}: such weights cannot be written for "
             "it"
         )
+    if module.own_tokens or module.end_time_in == "sum" or module.guidance_in != "none":
+        raise UserError(
+            f"a file of weights has no place for what model.end_time_in {module.end_time_in!r} and "
+            f"model.guidance_in {module.guidance_in!r} add: only maps with 'blocks' and 'none' can "
+            "be written"
+        )
     if module.slim_tmsa:
         module, variables = module.clone(slim_tmsa=False), to_released(dict(variables))
 
@@ -280,14 +292,17 @@ def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any
 
 
 def _open(path: epath.PathLike) -> WeightFiles:
-    names = [re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, _INDEX)]
+    names = [
+        re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, *_QK_NORM, _INDEX)
+    ]
     return WeightFiles(path, "|".join([*names, _INNER_NAME]))
 
 
-def _table(inner_head: int) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Return the tensors of a network with, or (0) without, an inner head."""
+def _table(inner_head: int, qk_norm: bool) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Return the tensors of a network with, or (0) without, an inner head, and QK-norm."""
     inner = _INNER if inner_head else {}
-    return _TENSORS | {name.format(inner=inner_head): ours for name, ours in inner.items()}
+    table = _TENSORS | (_QK_NORM if qk_norm else {})
+    return table | {name.replace("{inner}", str(inner_head)): ours for name, ours in inner.items()}
 
 
 def _read_module(path: epath.PathLike) -> LatentDiffiT:
@@ -313,7 +328,8 @@ def leaves_of(module: LatentDiffiT) -> list[Leaf]:
         "blocks.{}.attn.proj.weight": (width, width),
         "blocks.{}.mlp.fc1.weight": (hidden, width),
     }
-    return tensors.leaves_of(_table(module.inner_head), shapes, module.depth, theirs)
+    table = _table(module.inner_head, module.qk_norm)
+    return tensors.leaves_of(table, shapes, module.depth, theirs)
 
 
 def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
@@ -325,7 +341,8 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     depth = _depth(shapes)
     heads = [name for name in sorted(shapes) if re.fullmatch(_INNER_NAME, name)]
     inner_head = int(re.findall(r"\d+", heads[0])[0]) if heads else 0
-    known = set(tensors.names_of(_table(inner_head), depth))
+    qk_norm = any(name.format(0) in shapes for name in _QK_NORM)
+    known = set(tensors.names_of(_table(inner_head, qk_norm), depth))
     missing = [f"missing {name}" for name in tensors.in_order(known - shapes.keys())]
     extra = [
         f"extra {name}"
@@ -400,6 +417,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         num_classes=classes,
         learn_sigma=outputs != patch * patch * channels,
         inner_head=inner_head,
+        qk_norm=qk_norm,
     )
 
 

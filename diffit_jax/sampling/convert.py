@@ -31,6 +31,7 @@ from diffit_jax.sampling.request import restore_variables
 from diffit_jax.sampling.weights import (
     CLASSES_CARRIED,
     CONFIG_CARRIED,
+    OF_FLOW,
     check_process,
     layout_of,
     process_of,
@@ -56,8 +57,9 @@ def weights_to_workdir(
       weights: as in `official.load`, or `songunet.load`, with which `input_size`, `slim` and
         `num_classes` do not go.
       workdir: directory to write, local or `gs://`.
-      config: config of the run; its model takes the sizes of the file. With the process flow, a
-        network of ADM's or DiT's recipe becomes one, see `flow_config`.
+      config: config of the run; its model takes the sizes of the file. With the process flow or
+        flow_map, a network of ADM's or DiT's recipe becomes one, see `flow_config`; with flow_map a
+        flow does, see `map_config`.
       input_size: side of the latents, if not that of the file.
       slim: whether to leave out the parameters of TMSA that have no effect.
       allow_nonfinite: whether the file may have NaNs and infinities.
@@ -78,12 +80,16 @@ def weights_to_workdir(
             f"weights {weights} are not of a latent DiffiT: leave out --parametrisation, "
             "--input_size and --num_classes"
         )
-    into_flow = becomes_flow(weights, config)
+    into_flow, theirs = becomes_flow(weights, config), process_of(weights)
     if into_flow:
         config = flow_config(config)
         change["learn_sigma"] = False
+    elif (theirs.get("name"), config.get("process", {}).get("name")) == ("flow", "flow_map"):
+        config = map_config(config, theirs)
     else:
         check_process(weights, config)
+    if config.get("process", {}).get("name") == "flow_map" != theirs.get("name"):
+        check_map(config)
     config = layout.fit_config(config, weights, **change)
     experiment = setup_experiment(config, to_train=False).experiment
     _refuse_run(workdir)
@@ -231,7 +237,7 @@ def becomes_flow(weights: epath.PathLike, config: Mapping[str, Any]) -> bool:
       UserError: they do, on another schedule than a flow knows.
     """
     theirs, ours = process_of(weights), config.get("process", {})
-    if theirs.get("name") != "ddpm" or ours.get("name") != "flow":
+    if theirs.get("name") != "ddpm" or ours.get("name") not in ("flow", "flow_map"):
         return False
     for key, known in (("schedule", "linear"), ("num_timesteps", 1000), ("respacing", "")):
         if theirs.get(key, known) != known:
@@ -254,6 +260,75 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "direction_weight": 0.0,
     }
     return {**config, "process": process}
+
+
+@backend.reproducible_numerics()
+def flow_to_map(
+    workdir: epath.PathLike,
+    *,
+    target: epath.PathLike,
+    config: Mapping[str, Any],
+    allow_nonfinite: bool = False,
+) -> None:
+    """Make a flow map of a flow: the same network, whose last blocks are told another time.
+
+    Where both times are equal it is the flow that it was. The new run begins with the averaged
+    parameters of the newest checkpoint, its averages with them.
+
+    Args:
+      workdir: of the flow's run.
+      target: directory to write.
+      config: of the new run, with the process flow_map; its sizes and its data are the old run's.
+      allow_nonfinite: whether the parameters may have NaNs and infinities.
+
+    Raises:
+      UserError: no run of a flow, a config of no map or of one with further parameters, a target
+        that holds a run.
+    """
+    target = files.resolve(target, "--to_workdir")
+    workdir = files.resolve(workdir, "--workdir")
+    theirs, file = workdirs.read_config(workdir), workdir / workdirs.CONFIG_FILE
+    known, asked = (one.get("process", {}).get("name") for one in (theirs, config))
+    if (known, asked) != ("flow", "flow_map"):
+        raise UserError(
+            f"workdir {workdir} holds a run of the process {known}, and --config has {asked}: a "
+            "flow (process flow) can be made a map (process flow_map)"
+        )
+    setup = setup_experiment(theirs, to_train=False, config_file=file)
+    config = map_config(config, theirs["process"])
+    check_map(config)
+    told = {name: config["model"].get(name) for name in _OF_MAP if name in config["model"]}
+    config = {**config, "model": {**theirs["model"], **told}, "data": theirs["data"]}
+    if "augmentation" in theirs:
+        config["augmentation"] = theirs["augmentation"]
+    experiment = setup_experiment(config, to_train=False).experiment
+    _refuse_run(target)
+    _, variables = restore_variables(workdir, setup, allow_nonfinite=allow_nonfinite)
+    state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
+    classes = files.read_json(workdir / workdirs.CLASSES_FILE, list) or ()
+    _write(target, config, experiment, state)
+    workdirs.write_classes(target, classes)
+
+
+_OF_MAP = ("end_time_in", "end_time_from", "guidance_in")
+
+
+def map_config(config: Mapping[str, Any], flow: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a map's config for the network of a flow with this section `process`."""
+    kept = {name: flow.get(name, default) for name, default in OF_FLOW.items()}
+    return {**config, "process": {**config["process"], **kept}}
+
+
+def check_map(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the map of a config has parameters that a trained flow has not."""
+    model = config.get("model", {})
+    told = model.get("end_time_in", "none"), model.get("guidance_in", "none")
+    if told != ("blocks", "none"):
+        raise UserError(
+            f"the config has model.end_time_in {told[0]!r} and model.guidance_in {told[1]!r}: a "
+            "trained network becomes a map with 'blocks' and 'none', which add no parameters; "
+            "train others from scratch"
+        )
 
 
 def _without_variance(variables: Mapping[str, Any], model: Any) -> dict[str, Any]:

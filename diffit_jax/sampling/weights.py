@@ -88,8 +88,10 @@ def config_for_weights(
 
 
 # What of a process a network is made for, and cannot be told otherwise.
+OF_FLOW = {"prediction": "velocity", "clock": "t", "path": "linear", "sigma_data": 1.0}
 _OF_NETWORK = {
-    "flow": {"prediction": "velocity", "clock": "t", "path": "linear"},
+    "flow": OF_FLOW,
+    "flow_map": OF_FLOW,
     "ddpm": {"schedule": "linear", "num_timesteps": 1000},
 }
 
@@ -110,8 +112,10 @@ def check_process(weights: epath.PathLike, config: Mapping[str, Any]) -> None:
     """Raise `UserError` if a config's process is another than the one that the weights are for."""
     theirs, ours = process_of(weights), config.get("process", {})
     known, asked = theirs.get("name"), ours.get("name")
-    if known != asked and "flow" in (known, asked):
-        remedy = "diffit convert makes a flow of it" if known == "ddpm" else "use its own config"
+    if known != asked and {"flow", "flow_map"} & {known, asked}:
+        makes = {("ddpm", "flow"): "flow", ("ddpm", "flow_map"): "map", ("flow", "flow_map"): "map"}
+        made = makes.get((str(known), str(asked)))
+        remedy = f"diffit convert makes a {made} of it" if made else "use its own config"
         raise UserError(
             f"weights {weights} are of the process {known}, and the config has {asked}: {remedy}"
         )

@@ -4,6 +4,8 @@ released file → work directory, to sample from or to train on (--num_classes 3
     diffit convert --weights diffit_256.safetensors --to_workdir runs/imagenet256
 the same as a flow, to fine-tune (at equal noise levels it is the network that it was):
     diffit convert --weights diffit_256.safetensors --config imagenet256_flow --to_workdir runs/flow
+flow → a flow map, to train for one to four steps (where both its times are equal, the same flow):
+    diffit convert --workdir runs/flow --config imagenet256_map --to_workdir runs/map
 work directory → a file that the released code loads (averages of the newest checkpoint):
     diffit convert --workdir runs/imagenet256 --to_weights diffit.safetensors
 work directory → one with the other parametrisation of TMSA, optimizer state and all:
@@ -23,8 +25,8 @@ WORKDIR = cli.define_path("workdir", "Work directory to convert.")
 TO_WORKDIR = cli.define_path("to_workdir", "Work directory to write; it must not hold a run.")
 TO_WEIGHTS = cli.define_path("to_weights", "File of weights to write.")
 CONFIG = cli.define_config(
-    "With --weights: config of the new run; its model takes the file's sizes. Default: "
-    "configs/imagenet{256,512}_latent.py."
+    "Of the new run; its model takes the sizes of the file or run. With --weights, default: "
+    "configs/imagenet{256,512}_latent.py; with --workdir it makes a flow map of a flow."
 )
 INPUT_SIZE = flags.DEFINE_integer(
     "input_size",
@@ -68,10 +70,12 @@ def check() -> None:
     if TO_WORKDIR.value and INDEX_BUFFERS.value:
         cli.fail("--index_buffers goes with --to_weights")
     changes = INPUT_SIZE.value is not None or NUM_CLASSES.value is not None
-    if (changes or CONFIG.named) and not WEIGHTS.value:
+    if changes and not WEIGHTS.value:
+        cli.fail("--input_size and --num_classes go with --weights: a work directory keeps its own")
+    if CONFIG.named and WORKDIR.value and (TO_WEIGHTS.value or PARAMETRISATION.value):
         cli.fail(
-            "--input_size, --num_classes and --config go with --weights: a work directory keeps "
-            "its own"
+            "--config with --workdir makes a flow map, in --to_workdir: leave out --to_weights and "
+            "--parametrisation, or --config"
         )
 
 
@@ -82,7 +86,6 @@ def main() -> None:
     from diffit_jax.sampling.request import config_for_weights
 
     slim = {None: None, "released": False, "slim": True}[PARAMETRISATION.value]
-    # The three ways.
     if TO_WEIGHTS.value:
         convert.workdir_to_weights(
             WORKDIR.value,
@@ -102,6 +105,13 @@ def main() -> None:
             slim=bool(slim),
             allow_nonfinite=ALLOW_NONFINITE.value,
             num_classes=NUM_CLASSES.value,
+        )
+    elif CONFIG.named:
+        convert.flow_to_map(
+            WORKDIR.value,
+            target=TO_WORKDIR.value,
+            config=CONFIG.value.to_dict(),
+            allow_nonfinite=ALLOW_NONFINITE.value,
         )
     else:
         convert.workdir_to_workdir(
