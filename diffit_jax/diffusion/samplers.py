@@ -224,6 +224,11 @@ class _InTimeOfFlow(_GridSampler):
 
     second: ClassVar[bool]  # whether steps have a second evaluation
 
+    def check(self, process: Process) -> None:
+        """Raise `UserError` if the process has no grid of so many steps; a flow has all."""
+        if not isinstance(process, Flow):
+            super().check(process)
+
     def follows_velocity(self, process: Process) -> bool:
         """Whether the process is a flow."""
         return isinstance(process, Flow)
@@ -420,6 +425,8 @@ class Euler(_InTimeOfFlow, DPMSolver):
     name: ClassVar[str] = "euler"
     order: ClassVar[int] = 1
     second: ClassVar[bool] = False
+
+    num_steps: Steps  # one is enough along a flow
 
 
 # (prediction of step k, x_k, k, noise z) → x_{k-1}
