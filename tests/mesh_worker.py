@@ -29,6 +29,7 @@ from support.pods import arranged
 
 from diffit_jax.data.sources import batches
 from diffit_jax.experiment.config import build
+from diffit_jax.run.objective import objective_of
 from diffit_jax.run.state import (
     Setup,
     abstract_state,
@@ -89,7 +90,9 @@ def run(
     mine = parallel.local_batch_indices(mesh, 16)
     data = batches(open_training_data(experiment), 16, experiment.seed, start, mine)
     batch = parallel.put_batch(mesh, next(data), 16)
-    step, empty, _ = compile_train_step(Setup(experiment, mesh), state, batch)
+    step, empty, _ = compile_train_step(
+        Setup(experiment, mesh, objective_of(experiment)), state, batch
+    )
     results = {"first": first}
     sampler = None if resume else Sampler(experiment, mesh)
 

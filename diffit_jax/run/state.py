@@ -199,7 +199,7 @@ class Setup:
 
     experiment: Experiment
     mesh: Mesh
-    objective: Objective = DENOISING
+    objective: Objective
 
     @functools.cached_property
     def variables(self) -> Any:

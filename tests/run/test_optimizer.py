@@ -16,7 +16,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.experiment.sections import Optimizer
 from diffit_jax.models.diffit.latent import LatentDiffiT
-from diffit_jax.run.objective import DENOISING, Objective
+from diffit_jax.run.objective import Objective
 from diffit_jax.run.optimizer import decays, learning_rate, make_optimizer
 from diffit_jax.run.state import create_state, open_training_data
 from diffit_jax.runtime import parallel
@@ -130,7 +130,7 @@ def test_long_gradients_are_shortened():
     np.testing.assert_allclose(adam.mu["kernel"], 0.1 * np.array([0.6, 0.8]), rtol=1e-6)
 
 
-def run_steps(config, batches_of, objective=DENOISING):
+def run_steps(config, batches_of, objective=None):
     """State after one step for each batch, from a fresh one."""
     experiment, mesh = build(config), parallel.make_mesh()
     state = create_state(experiment, mesh)

@@ -253,7 +253,7 @@ class Plain(Model):
 def test_a_network_without_attention_is_refused():
     setup = setup_experiment(small_config(), to_train=False)
     experiment = dataclasses.replace(setup.experiment, model=Plain(num_classes=10))
-    setup = Setup(experiment, setup.mesh)
+    setup = Setup(experiment, setup.mesh, setup.objective)
     variables = models.init_variables(experiment.model, jax.random.key(0))
     with pytest.raises(UserError, match="Plain has no attention: there is nothing to analyse"):
         follow(setup, variables, images=2, steps=2)
