@@ -23,8 +23,8 @@ def get_config(recipe: str = "dmf") -> ConfigDict:
     config = run_path(str(Path(__file__).with_name(f"{name}.py")))["get_config"]()
     process = dict(config.process, name="flow_map")
     if recipe == "dmf":
-        # The way down the U is told t, the way up r.
-        told = dict(end_time_in="blocks", end_time_from=3)
+        # The way down the U is told t, the way up r: one of four blocks.
+        told = dict(end_time_in="blocks")
         process |= dict(share=0.5, pair_means=(0.4, -1.2), flow_times="own", map_loss="log")
         guidance = dict(guidance_omega=1.0, guidance_kappa=1 / 3)  # scale 1.5, as the flow has it
     elif recipe == "meanflow":

@@ -37,7 +37,7 @@ def get_config(variant: str = "XL/2") -> ConfigDict:
     )
     if recipe == "dmf":
         # 20 of XL's 28 blocks are told t, the others r; the same share of smaller ones.
-        told = dict(end_time_in="blocks", end_time_from=round(config.model.depth * 20 / 28))
+        told = dict(end_time_in="blocks")
         process |= dict(
             # The authors compute both terms of 256 images: as many evaluations.
             share=0.5,

@@ -15,7 +15,7 @@ def get_config(variant: str = "XL/2") -> ConfigDict:
     config = run_path(str(Path(__file__).with_name("imagenet256_map.py")))["get_config"](variant)
     config.data.name = "imagenet512_latents"
     config.model.input_size = 64  # 512 pixels over the VAE's factor 8
-    if "end_time_from" in config.model:
+    if config.model.end_time_in == "blocks":  # DMF's
         config.process.guidance_kappa = 0.8
         config.training.total_steps = 800_000
         with config.unlocked():

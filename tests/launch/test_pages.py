@@ -53,6 +53,8 @@ LISTS = {
     "diffit train --config digits --help": "run",
     "diffit train --workdir DIR": "a pattern: the directory of any run",
     "diffit train --workdir": "run",
+    "diffit train --workdir runs/map256": "needs ImageNet's latents; tests/training/test_map_runs.py "
+    "trains such a map",
     "diffit VERB": "a pattern of all verbs, tested in test_commands.py",
     "diffit configs": "run",
     "diffit info": "run",
@@ -188,7 +190,7 @@ def scratch(tmp_path_factory):
         training__grid_steps=4,
     )
     write_config(folder / "configs" / "digits.py", digits)
-    model = LatentDiffiT(input_size=8, hidden_size=16, depth=1, num_heads=2)
+    model = LatentDiffiT(input_size=8, hidden_size=16, depth=2, num_heads=2)
     official.save(
         folder / "diffit_256.safetensors", model, models.init_variables(model, jax.random.key(0))
     )

@@ -90,6 +90,14 @@ def test_blocks_add_no_parameters_and_their_first_ones_do_not_see_the_second_tim
         assert ours.shape == x.shape
         model = MAPS["image, blocks"]
         variables, x = made(model)
+        same = [
+            models.as_network(one, variables)(x, T, told)
+            for one in (
+                IMAGE.clone(end_time_in="blocks", end_time_from=4),
+                IMAGE.clone(end_time_in="blocks"),
+            )
+        ]
+        np.testing.assert_array_equal(*same)  # five sevenths of five blocks
         down = [
             models.as_network(model, variables, capture=2)(x, T, {**LABEL, "end_time": end})[1]
             for end in (R, T)
@@ -161,7 +169,7 @@ def test_qk_norm_as_written(width):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (LATENT.clone(end_time_in="blocks"), "end_time_from is 0, but the network has 3 blocks"),
+        (LATENT.clone(end_time_in="blocks", depth=1), "1, but the network has 1 blocks"),
         (
             LATENT.clone(end_time_in="blocks", end_time_from=3),
             "end_time_from is 3, but the network has 3 blocks, of which the first ones are told t: "
