@@ -53,7 +53,7 @@ LISTS = {
     "diffit train --config digits --help": "run",
     "diffit train --workdir DIR": "a pattern: the directory of any run",
     "diffit train --workdir": "run",
-    "diffit train --workdir runs/map256": "needs ImageNet's latents; tests/training/test_map_runs.py "
+    "diffit train --workdir runs/map256": "needs ImageNet's latents; test_map_runs.py "
     "trains such a map",
     "diffit VERB": "a pattern of all verbs, tested in test_commands.py",
     "diffit configs": "run",
