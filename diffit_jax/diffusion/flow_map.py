@@ -29,7 +29,7 @@ from diffit_jax import limits
 from diffit_jax.diffusion.edm import per_image
 from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.interpolants import Place
-from diffit_jax.diffusion.types import END_TIME, GUIDANCE, Conditioning, Network
+from diffit_jax.diffusion.types import END_TIME, TOLD_GUIDANCE, Conditioning, Network
 from diffit_jax.errors import UserError
 from diffit_jax.limits import CountOrZero, above, at_least, fraction, one_of
 
@@ -147,15 +147,19 @@ class FlowMap(Flow, limits.Section, name="process"):
                 f"config key process.guidance_low {self.guidance_low} must lie between 0 and "
                 f"process.guidance_high {self.guidance_high}: change either"
             )
-        if self.guidance_told and (self.guidance_omega, self.guidance_kappa) != (1, 0):
+        fixed = (self.guidance_omega, self.guidance_kappa, self.guidance_low, self.guidance_high)
+        if self.guidance_told and fixed != (1, 0, 0, 1):
             raise UserError(
-                "config key process.guidance_told draws scales, and process.guidance_omega and "
-                "process.guidance_kappa fix one: set these to 1 and 0, or guidance_told to False"
+                "config key process.guidance_told draws scales and intervals, and guidance_omega, "
+                "guidance_kappa, guidance_low and guidance_high fix one: set these to 1, 0, 0 and "
+                "1, or guidance_told to False"
             )
-        if self.direction_weight:
-            raise UserError(
-                "config key process.direction_weight is of the process flow: set it to 0"
-            )
+        for name, usual in (("direction_weight", 0.0), ("weighting", "none")):
+            if getattr(self, name) != usual:
+                raise UserError(
+                    f"config key process.{name} is {getattr(self, name)}, which is of the process "
+                    f"flow: set it to {usual}"
+                )
         if self.alpha_start_steps > self.alpha_end_steps:
             raise UserError(
                 f"config key process.alpha_start_steps is {self.alpha_start_steps}: it must not be "
@@ -177,6 +181,21 @@ class FlowMap(Flow, limits.Section, name="process"):
         """
         here = self.share < 1, self.share > 0
         return tuple(name for name, has in zip(MAP_TERMS, here, strict=True) if has)
+
+    @property
+    def _asks_without_label(self) -> bool:
+        omega, kappa = self.guidance_omega, self.guidance_kappa
+        return bool(self.guides and (self.guidance_told or omega + kappa != 1))
+
+    @property
+    def _asks_with_label(self) -> bool:
+        told = self.guidance_told or self.tangent == "predicted"
+        return told or bool(self.guidance_kappa)
+
+    @property
+    def velocities(self) -> int:
+        """How many velocities training evaluates the network for, without gradient."""
+        return self._asks_without_label + self._asks_with_label
 
     def told_at(self, t: jax.Array) -> jax.Array:
         """Return what the network is told at times in [0, 1], shaped like them."""
@@ -277,7 +296,7 @@ class FlowMap(Flow, limits.Section, name="process"):
         The interval is all of [0, 1] where r = t.
         """
         power, most = 1 - self.guidance_beta, self.guidance_max
-        if power == 0:
+        if abs(power) < 1e-3:  # where the other form is a difference of near numbers
             scale_B = most**scale_B
         else:
             scale_B = (1 + scale_B * (most**power - 1)) ** (1 / power)
@@ -309,7 +328,9 @@ class FlowMap(Flow, limits.Section, name="process"):
           span: of the examples.
           conditioning: of them, with the labels that they have in the data.
           null_label: the label that stands for none.
-          dropped_B: (B,) which examples lose their label, and are not guided; None: none.
+          dropped_B: (B,) which examples lose their label, and are not guided; None: none. (Their
+            predicted tangent is still that of their label, as in iMF's code: du/dt is linear in it,
+            and its mean over the labels that a noisy example may have is the one without a label.)
         """
         omega, kappa = self.guidance_omega, self.guidance_kappa
         inside_B = (self.guidance_low <= span.t_B) & (span.t_B <= self.guidance_high)
@@ -320,17 +341,13 @@ class FlowMap(Flow, limits.Section, name="process"):
             scale_B, zero_B = jnp.where(inside_B, scale_B, 1.0), jnp.zeros_like(scale_B)
             kappa = per_image(1 - 1 / scale_B)
             always = jnp.stack([scale_B, zero_B, zero_B + 1], axis=-1)
-            with_label = {**conditioning, GUIDANCE: always}
-            without_label = {**conditioning, GUIDANCE: jnp.ones_like(always).at[:, 1].set(0.0)}
+            with_label = {**conditioning, TOLD_GUIDANCE: always}
+            without_label = {**conditioning, TOLD_GUIDANCE: jnp.ones_like(always).at[:, 1].set(0.0)}
         if self.guides:
             assert null_label is not None
             null_B = jnp.full_like(conditioning["label"], null_label)
             without_label = {**without_label, "label": null_B}
-        asked = []
-        if self.guides and (self.guidance_told or omega + kappa != 1):
-            asked.append(without_label)
-        if self.guidance_told or self.guidance_kappa or self.tangent == "predicted":
-            asked.append(with_label)
+        asked = [without_label] * self._asks_without_label + [with_label] * self._asks_with_label
         found = self._velocities(network, span, asked)
         velocity = span.velocity_BHWC
         if self.guides:
@@ -344,7 +361,7 @@ class FlowMap(Flow, limits.Section, name="process"):
     def _velocities(
         self, network: Network, span: Span, asked: Sequence[Conditioning]
     ) -> Sequence[jax.Array]:
-        """Return u(z, t, t), or the inner head's, for each conditioning, by one evaluation.
+        """Return u(z, t, t), or (iMF) the inner head's, for each conditioning, by one evaluation.
 
         Versions of an example are neighbours, so that a batch that is divided need not be moved.
         """
@@ -358,7 +375,8 @@ class FlowMap(Flow, limits.Section, name="process"):
         z, t_B = (joined(*[each] * count) for each in (span.z_BHWC, span.t_B))
         both = jax.tree.map(joined, *asked) if count > 1 else asked[0]
         found = self.between(network, z, t_B, t_B, both)
-        found = found[-1] if isinstance(found, tuple) else found
+        if isinstance(found, tuple):
+            found = found[-1 if self.tangent == "predicted" else 0]
         found = found.reshape(-1, count, *found.shape[1:])
         return [found[:, number] for number in range(count)]
 
@@ -424,7 +442,8 @@ class FlowMap(Flow, limits.Section, name="process"):
 
             u_R = jax.lax.cond(alpha > 0, difference, exact)
             alpha = jnp.where(alpha > 0, alpha, 1.0)
-        u_R = jax.lax.stop_gradient(u_R)
+        # Beyond the pairs there may be rows with r = t: whose flow it is, whatever alpha is.
+        u_R = jax.lax.stop_gradient(jnp.where(length > 0, u_R, v))
         return Target(velocity, tangent, velocity.at[:rows].set(u_R), alpha)
 
     def weighed(self, square_B: jax.Array, size: int) -> jax.Array:
@@ -481,7 +500,7 @@ class FlowMap(Flow, limits.Section, name="process"):
 
         def term(here_B: jax.Array) -> jax.Array:
             share = jnp.maximum(jnp.mean(here_B.astype(jnp.float32)), 1e-6)
-            return jnp.where(here_B, error_B / size, 0.0) / share
+            return jnp.where(here_B, error_B / alpha_B**2 / size, 0.0) / share
 
         return loss_B, inner_B, {name: term(means[name]) for name in self.map_terms}
 
@@ -494,5 +513,5 @@ def _told(
     if dropped_B is not None and null_label is not None:
         told["label"] = jnp.where(dropped_B, null_label, told["label"])
     if span.guidance_B3 is not None:
-        told[GUIDANCE] = span.guidance_B3
+        told[TOLD_GUIDANCE] = span.guidance_B3
     return told

@@ -337,11 +337,13 @@ class Segment:
 
     Attributes:
       network: evaluation number → the function to evaluate there.
+      calls: of networks, for each.
     """
 
     start: int
     stop: int
     network: Callable[[jax.Array], Network]
+    calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,8 +422,9 @@ class Guided:
         ]
         kinds = np.where(zero, 3, np.where(by_label != 1, 2, scales != 1))
         bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+        calls = 1, 1 if guidance.needs_inner else 2, 2, 0
         for start, stop in itertools.pairwise(bounds):
-            yield Segment(start, stop, networks[kinds[start]])
+            yield Segment(start, stop, networks[kinds[start]], calls[kinds[start]])
 
 
 def unguided(evaluate: Network) -> Guided:

@@ -21,7 +21,7 @@ from diffit_jax.diffusion.loop import (
     tree_map,
 )
 from diffit_jax.diffusion.samplers import DenoiserSampler, Steps
-from diffit_jax.diffusion.types import GUIDANCE, Conditioning, Network, Noise, Process
+from diffit_jax.diffusion.types import TOLD_GUIDANCE, Conditioning, Network, Noise, Process
 from diffit_jax.errors import UserError
 from diffit_jax.limits import at_least, fraction
 
@@ -69,11 +69,17 @@ class MapSampler(DenoiserSampler, name="sampling.sampler"):
                 f"to {_PUBLISHED} steps, and takes at most {MOST_STEPS}; with so many follow its "
                 "flow by euler or heun"
             )
-        if self.told_scale != 1 and not process.guidance_told:
+        told = self.told_scale, self.told_low, self.told_high
+        if told != (1, 0, 1) and not process.guidance_told:
             raise UserError(
-                f"config key sampling.sampler.told_scale is {self.told_scale:g}, but the "
-                "map is told no guidance (process.guidance_told): what it has was fixed in "
-                "training; set it to 1"
+                "config keys sampling.sampler.told_scale, told_low and told_high are for maps that "
+                "are told guidance (process.guidance_told); what this one has was fixed in "
+                "training: set them to 1, 0 and 1"
+            )
+        if self.told_scale > process.guidance_max and process.guidance_told:
+            raise UserError(
+                f"config key sampling.sampler.told_scale is {self.told_scale:g}, but the map was "
+                f"trained with scales up to {process.guidance_max:g} (process.guidance_max)"
             )
         if not self.told_low <= self.told_high:
             raise UserError(
@@ -86,14 +92,12 @@ class MapSampler(DenoiserSampler, name="sampling.sampler"):
                 f"{process.path}: set it to False"
             )
 
-    def word(self) -> str:
-        """Return what to know of so many steps, "" if nothing."""
+    @property
+    def note(self) -> str:
+        """What to know of so many steps, "" if nothing."""
         if self.num_steps <= _PUBLISHED:
             return ""
-        return (
-            f"{self.num_steps} steps of a map: it is made for 1 to {_PUBLISHED}, and more have "
-            "seldom made samples better"
-        )
+        return f"{self.num_steps} steps of a map, which is made for 1 to {_PUBLISHED}"
 
     def model_fn(self, process: FlowMap, network: Network) -> Network:
         """Return `(x, t, conditioning) -> ` dx/dt averaged between t and the next time."""
@@ -163,13 +167,18 @@ def jump(
     Returns:
       x (B, H, W, C) at the last time, and the frames.
     """
+    if not (np.diff(t) < 0).all():
+        raise UserError(f"a map goes from noise to data: times {t.tolist()} must descend")
     start = noise(0)
     ends = np.full(len(t) - 1, t[-1]) if restart else t[1:]
     dtype = jax.tree.leaves(start)[0].dtype
     table = jnp.asarray(np.stack([t[:-1], ends, t[1:]], axis=1), dtype)
     if told is not None:
         count = len(jax.tree.leaves(start)[0])
-        conditioning = {**conditioning, GUIDANCE: jnp.tile(jnp.asarray(told, dtype), (count, 1))}
+        conditioning = {
+            **conditioning,
+            TOLD_GUIDANCE: jnp.tile(jnp.asarray(told, dtype), (count, 1)),
+        }
 
     def body(step: jax.Array, carry: Carry, network: Network) -> tuple[Carry, Any]:
         (x,), (here, end, there) = carry, table[step]

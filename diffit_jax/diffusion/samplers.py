@@ -57,6 +57,11 @@ class SamplingMethod(Protocol):
     name: ClassVar[str]
     num_steps: int
 
+    @property
+    def note(self) -> str:
+        """What to know of these settings, for the log; "": nothing."""
+        ...
+
     def check(self, process: Process) -> None:
         """Raise `UserError` if samples of a process cannot be drawn like this."""
 
@@ -135,6 +140,8 @@ def _is_shape(node: Any) -> bool:
 
 class DenoiserSampler(limits.Section, name="sampling.sampler"):
     """Base class of samplers that evaluate the process's denoiser, or velocity, in N steps."""
+
+    note: ClassVar[str] = ""
 
     num_steps: int
 
@@ -447,6 +454,7 @@ class Ancestral(limits.Section, name="sampling.sampler"):
     """
 
     name: ClassVar[str] = "ddpm"
+    note: ClassVar[str] = ""
     # Given on the command line, one of the two replaces the other of the config.
     alternatives: ClassVar[tuple[str, str]] = ("num_steps", "respacing")
 

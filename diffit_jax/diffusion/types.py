@@ -18,7 +18,7 @@ Conditioning = Mapping[str, jax.Array]
 # Of a flow map: (B,) what it is told of the time to go to (absent: the noise level's own), and
 # (B, 3) the guidance that it shall have in it, scale and the times between which it acts (absent:
 # none).
-END_TIME, GUIDANCE = "end_time", "guidance"
+END_TIME, TOLD_GUIDANCE = "end_time", "guidance"
 
 # (x_BHWC, level_B, conditioning) → y_BHWC', float32; or pytrees of arrays in place of x and y, of
 # one structure. What the level (B,) is, a timestep or EDM's `c_noise`, is the process's affair.

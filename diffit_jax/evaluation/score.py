@@ -38,7 +38,7 @@ def score(
     Returns:
       The scores, see `score_images`, with `samples`: which file they are of, `samples_sha256`: of
       its images, and, if `sample` has left a record next to it, `request`: what was asked for, and
-      `matmul_precision`: with which they were drawn.
+      `matmul_precision`: with which they were drawn; `evaluations` of networks for a sample.
 
     Raises:
       UserError: a file that is not an npz of samples, an unknown data set, an output that cannot be
@@ -73,7 +73,8 @@ def score(
     # The record is of these samples only if their bytes are the same.
     record = read_record(samples)
     if record is not None and record.get("arr_0_sha256") == digest:
-        scores |= {name: record.get(name) for name in ("request", "matmul_precision")}
+        names = "request", "matmul_precision", "evaluations"
+        scores |= {name: record.get(name) for name in names}
     files.write_json(output, scores)
     log.info("wrote %s", output)
     return scores

@@ -20,6 +20,7 @@ from diffit_jax.data.augment import Augmentation
 from diffit_jax.diffusion import PROCESSES
 from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.flow_map import FlowMap
+from diffit_jax.diffusion.map_sampler import MapSampler
 from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import catalogue, sections
@@ -377,11 +378,23 @@ def _check_map(experiment: Experiment) -> None:
             "config keys process.guidance_… guide by labels, but model.num_classes is 0: set "
             "guidance_omega to 1, guidance_kappa to 0 and guidance_told to False"
         )
-    part = training.batch_size // training.accumulation
-    if process.share and not round(process.share * part):
+    if process.guides and not training.label_dropout:
         raise UserError(
-            f"config key process.share is {process.share:g}, which is no example of {part} "
-            "(training.batch_size over training.accumulation): raise it, or set it to 0"
+            "config keys process.guidance_… compare with the network without a label, which "
+            "training.label_dropout 0 does not train: set it to 0.1"
+        )
+    batch, parts = training.batch_size, training.accumulation
+    mapped = parts * round(process.share * (batch // parts))
+    if (process.share and not mapped) or (process.share < 1 and mapped == batch):
+        raise UserError(
+            f"config key process.share is {process.share:g}, which is {mapped} examples of {batch} "
+            f"in {parts} parts: choose it so that both kinds are there, or 0 or 1"
+        )
+    if mapped != round(process.share * batch):
+        raise UserError(
+            f"config key training.accumulation is {parts}, which does not divide the "
+            f"{round(process.share * batch)} examples that process.share {process.share:g} is of a "
+            f"batch of {batch}: change either"
         )
 
 
@@ -399,7 +412,10 @@ def _check_guidance(experiment: Experiment) -> None:
     """Raise `UserError` for a guidance that process, sampler or model cannot take."""
     model, guidance = experiment.model, experiment.sampling.guidance
     process, sampler = experiment.process, experiment.sampling.sampler
-    if guidance.active and isinstance(process, FlowMap) and process.guides:
+    inside = isinstance(process, FlowMap) and process.guides
+    if isinstance(process, FlowMap) and process.guidance_told:
+        inside = isinstance(sampler, MapSampler) and sampler.told_scale != 1
+    if guidance.active and inside:
         raise UserError(
             f"config key sampling.guidance.kind is {guidance.kind}, but this map was trained with "
             "guidance inside (process.guidance_…), and would be guided twice: use none"

@@ -25,7 +25,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor
 from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.experiment.config import Experiment, build
-from diffit_jax.models.model import count_multiply_adds, traced_multiply_adds, training_flops
+from diffit_jax.models.model import count_multiply_adds, traced_multiply_adds
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.models.pretrained.inception import SIDE, Inception
 from diffit_jax.preflight import compiler, report
@@ -48,6 +48,7 @@ from diffit_jax.preflight.figures import (
     SweepPoint,
     TooLarge,
 )
+from diffit_jax.run.objective import flops_per_image
 from diffit_jax.run.state import Setup, TrainState, setup_experiment
 from diffit_jax.runtime import backend, console, parallel
 from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
@@ -157,7 +158,7 @@ def _price_training(
         chip,
         chips,
         images=size,
-        flops=training_flops(experiment.model) * size,
+        flops=flops_per_image(experiment) * size,
         between_slices_s=between_slices_s,
     )
 

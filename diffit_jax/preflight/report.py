@@ -35,7 +35,7 @@ def render(report: Report) -> str:
     ]
     # A section for each program that was priced.
     if report.train:
-        lines += ["", *_program("training step", "FLOPs, 3 forward passes", report.train)]
+        lines += ["", *_program("training step", "FLOPs, not recomputed", report.train)]
     if report.sample:
         lines += ["", *_program("sampling, one batch", "FLOPs, all evaluations", report.sample)]
     if setting.sampled_without:

@@ -1,6 +1,6 @@
 """The training objective, as one function.
 
-The update calls it. The loss on held-out examples and the check of gradients use `DENOISING`, the
+The update and the check of gradients call it. The loss on held-out examples is `DENOISING`, the
 process's own loss; of a flow map that is the flow's.
 
 Shape suffixes: B batch.
@@ -15,6 +15,7 @@ from diffit_jax import models
 from diffit_jax.diffusion import guidance
 from diffit_jax.diffusion.flow_map import Evaluations, FlowMap
 from diffit_jax.experiment.config import Experiment
+from diffit_jax.models.model import training_flops
 from diffit_jax.models.placement import divisible
 
 INNER = "inner"  # name of the loss of a model's inner head
@@ -37,6 +38,10 @@ class Objective:
         """Return the names of what it reports besides the loss, in training."""
         inner = (INNER,) if experiment.model.has_inner_head else ()
         return (*experiment.process.loss_terms, *inner)
+
+    def passes(self, experiment: Experiment) -> float:
+        """Return how many forward passes an example costs; the backward pass is two."""
+        return 3
 
     def init(self, experiment: Experiment, key: jax.Array) -> Any:
         """Initialise parameters of its own (a projection head); {} if it has none.
@@ -89,9 +94,14 @@ class Objective:
 class MapObjective(Objective):
     """The loss of a flow map (`diffusion.flow_map`), of the process `flow_map`.
 
-    Its derivative is taken of the first examples of a batch alone. Which they
-    are, how a batch is cut into parts does not change: parts take every n-th example.
+    Its derivative is taken of the first examples of a batch alone. They are the first ones of its
+    parts too (`training.accumulation`), which take every n-th example.
     """
+
+    def passes(self, experiment: Experiment) -> float:
+        """Return 3, and those for guidance and for the derivative: two for each r < t."""
+        process: Any = experiment.process
+        return 3 + process.velocities + 2 * process.share
 
     def terms(self, experiment: Experiment) -> tuple[str, ...]:
         """Return the names of what it reports besides the loss, in training."""
@@ -143,6 +153,11 @@ _OF_MAPS = MapObjective()
 def objective_of(experiment: Experiment) -> Objective:
     """Return what an experiment trains: the loss of its process, or of a flow map."""
     return _OF_MAPS if isinstance(experiment.process, FlowMap) else DENOISING
+
+
+def flops_per_image(experiment: Experiment) -> float:
+    """Return the FLOPs of matrix products for an image of an update, without recomputation."""
+    return training_flops(experiment.model) / 3 * objective_of(experiment).passes(experiment)
 
 
 class Inputs(NamedTuple):

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffit_jax import limits, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, at_least
-from diffit_jax.models.diffit import attention_kernel
+from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
 from diffit_jax.models.placement import FSDP, TENSOR, Axes, ParamMetadata, Placement, use_placement
 from diffit_jax.runtime import backend, distributed
 
@@ -232,14 +232,16 @@ def local_device(mesh: Mesh) -> jax.Device:
 
 
 def try_kernel(mesh: Mesh) -> None:
-    """Find out on TPUs whether the compiler takes the attention kernel.
+    """Find out on TPUs whether the compiler takes the attention kernels.
 
     See `attention_kernel.try_to_compile`.
     """
     devices = list(mesh.devices.flat)
     if platforms.of_mesh(mesh).compiles_kernel:
         local = (device for device in devices if device.process_index == jax.process_index())
-        attention_kernel.try_to_compile(next(local, devices[0]))
+        device = next(local, devices[0])
+        attention_kernel.try_to_compile(device)
+        attention_tangent_kernel.try_to_compile(device)
 
 
 def memory_of(device: jax.Device) -> float | None:

@@ -32,6 +32,7 @@ from diffit_jax.sampling.weights import (
     CLASSES_CARRIED,
     CONFIG_CARRIED,
     OF_FLOW,
+    OF_MAP,
     check_process,
     layout_of,
     process_of,
@@ -253,10 +254,11 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     At equal noise levels it is the denoiser that it was; its loss is that of velocities.
     """
+    is_map = config["process"]["name"] == "flow_map"  # whose loss is of velocities anyway
     process = dict(config["process"]) | {
         "prediction": "noise",
         "clock": "timesteps",
-        "weighting": "velocity",
+        "weighting": "none" if is_map else "velocity",
         "direction_weight": 0.0,
     }
     return {**config, "process": process}
@@ -278,7 +280,8 @@ def flow_to_map(
     Args:
       workdir: of the flow's run.
       target: directory to write.
-      config: of the new run, with the process flow_map; its sizes and its data are the old run's.
+      config: of the new run, with the process flow_map; its sizes, its data and their augmentation
+        are the old run's.
       allow_nonfinite: whether the parameters may have NaNs and infinities.
 
     Raises:
@@ -297,8 +300,14 @@ def flow_to_map(
     setup = setup_experiment(theirs, to_train=False, config_file=file)
     config = map_config(config, theirs["process"])
     check_map(config)
-    told = {name: config["model"].get(name) for name in _OF_MAP if name in config["model"]}
-    config = {**config, "model": {**theirs["model"], **told}, "data": theirs["data"]}
+    norm = (bool(one["model"].get("qk_norm")) for one in (config, theirs))
+    if tuple(norm) == (True, False):
+        raise UserError(
+            f"config key model.qk_norm is True, and the flow in {workdir} has no QK-norm, which "
+            "cannot be added to a trained network: leave it out"
+        )
+    chosen = {name: config["model"][name] for name in _OF_NEW_RUN if name in config["model"]}
+    config = {**config, "model": {**theirs["model"], **chosen}, "data": theirs["data"]}
     if "augmentation" in theirs:
         config["augmentation"] = theirs["augmentation"]
     experiment = setup_experiment(config, to_train=False).experiment
@@ -310,7 +319,8 @@ def flow_to_map(
     workdirs.write_classes(target, classes)
 
 
-_OF_MAP = ("end_time_in", "end_time_from", "guidance_in")
+# Attributes of a model that change no parameters, but how a run computes them.
+_OF_NEW_RUN = (*OF_MAP, "dtype", "dropout", "remat", "attention", "scan_unroll")
 
 
 def map_config(config: Mapping[str, Any], flow: Mapping[str, Any]) -> dict[str, Any]:

@@ -340,6 +340,8 @@ class SampleRequest:
                 f"the model in {source.name} is unconditional: leave out --guidance.scale"
             )
         experiment = setup.experiment.with_sampling(sampling)
+        if sampling.sampler.note:
+            log.warning("%s", sampling.sampler.note)
         guide = None
         if sampling.guidance.needs_guide:
             guide = open_guide(experiment, getattr(sampling.guidance, "workdir", ""))

@@ -21,13 +21,13 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.data import pixels
-from diffit_jax.diffusion.map_sampler import MapSampler
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import backend, distributed, files, interruption, npz
 from diffit_jax.runtime.console import Progress, in_short
 from diffit_jax.sampling.decoder import Decoding
 from diffit_jax.sampling.image_files import COLUMNS, grid_columns, write_images
 from diffit_jax.sampling.request import Networks, Run, SampleRequest, SamplingOptions, Weights
+from diffit_jax.sampling.sampler import evaluations
 
 log = logging.getLogger(__name__)
 
@@ -414,9 +414,7 @@ def _make(
     """Draw missing parts and join all; return the record on the first process."""
     if request.experiment.space.note:
         log.info("%s", request.experiment.space.note)
-    sampler = request.experiment.sampling.sampler
-    if isinstance(sampler, MapSampler) and sampler.word():
-        log.warning("%s", sampler.word())
+    log.info("%d evaluations of the network for a sample", evaluations(request.experiment))
     with distributed.primary_context(lambda: sample_files):
         size = request.sampler.batch_size
         draw_parts(sample_files, request.seeds, size, lambda batch: request.draw(networks, batch))
@@ -473,7 +471,8 @@ def _assemble(request: SampleRequest, sample_files: SampleFiles) -> dict[str, An
     """Join the files of a request whose parts are all there; return the record."""
     labelled, preview = request.experiment.model.num_classes > 0, request.experiment.space.preview
     name = request.class_name if labelled else None
-    return finish_files(sample_files, request.labels, request.seeds, name, preview)
+    more = {"evaluations": evaluations(request.experiment)}
+    return finish_files(sample_files, request.labels, request.seeds, name, preview, more=more)
 
 
 def finish_files(
@@ -482,6 +481,8 @@ def finish_files(
     seeds: np.ndarray,
     class_name: Callable[[int], str] | None = None,
     preview: Callable[[np.ndarray], np.ndarray] = lambda images: images,
+    *,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Join parts that are all there, draw the first samples, and return the record.
 
@@ -491,8 +492,10 @@ def finish_files(
       seeds: (N,) ints.
       class_name: the name of a label; None: there are no classes.
       preview: of a `Space`.
+      more: JSON values that the record has too.
     """
-    record = sample_files.finish(labels, seeds, {"matmul_precision": backend.matmul_precision()})
+    more = {"matmul_precision": backend.matmul_precision()} | dict(more or {})
+    record = sample_files.finish(labels, seeds, more)
     samples = sample_files.first(PREVIEWED)
     columns, above = grid_columns(labels[: len(samples)], class_name)
     pixels.write_preview(sample_files.image, samples, preview, columns, above=above)

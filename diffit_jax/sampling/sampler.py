@@ -298,6 +298,38 @@ def batch_size(experiment: Experiment, mesh: jax.sharding.Mesh, count: int | Non
     return parallel.next_batch_size(mesh, size if count is None else min(size, count))
 
 
+def evaluations(experiment: Experiment) -> int:
+    """Count the evaluations of networks for one sample, with guidance's: its NFE.
+
+    By tracing the sampler around a network that does nothing.
+    """
+    model, process, method = experiment.model, experiment.process, experiment.sampling.sampler
+    counted: list[int] = []
+
+    class Counting(guidance.Guided):
+        def segments(self, *grid: Any) -> Iterator[guidance.Segment]:
+            for segment in super().segments(*grid):
+                counted.append(segment.calls * (segment.stop - segment.start))
+                yield segment
+
+    def nothing(x_BHWC: jax.Array, _: jax.Array, conditioning: Any) -> jax.Array:
+        return jnp.zeros((*x_BHWC.shape[:3], model.output_channels))
+
+    def draw() -> jax.Array:
+        plain = method.model_fn(process, nothing)
+        both = method.model_fn(process, lambda *given: (nothing(*given),) * 2)
+        guided = guidance.apply_guidance(
+            experiment.sampling.guidance, plain, process.time_of, null_label=0, guide=plain,
+            with_inner=both,
+        )  # fmt: skip
+        fields = {field.name: getattr(guided, field.name) for field in dataclasses.fields(guided)}
+        noise = samplers.seeded_noise(jnp.zeros(1, jnp.uint32), model.sample_shape)
+        return method.draw(process, Counting(**fields), noise, {"label": jnp.zeros(1, int)}).samples
+
+    jax.eval_shape(draw)
+    return sum(counted)
+
+
 def sampler_without_autoguidance(
     experiment: Experiment,
     mesh: jax.sharding.Mesh,

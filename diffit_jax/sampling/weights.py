@@ -87,6 +87,8 @@ def config_for_weights(
     return config_files.load(str(config_files.own(f"{name}.py", "--config"))).to_dict()
 
 
+# How a map's network is told its second time; not to be seen in its parameters.
+OF_MAP = {"end_time_in": "none", "end_time_from": 0, "guidance_in": "none"}
 # What of a process a network is made for, and cannot be told otherwise.
 OF_FLOW = {"prediction": "velocity", "clock": "t", "path": "linear", "sigma_data": 1.0}
 _OF_NETWORK = {
@@ -126,3 +128,12 @@ def check_process(weights: epath.PathLike, config: Mapping[str, Any]) -> None:
                 f"weights {weights} are of a network with process.{key} {one}, and the config has "
                 f"{other}: set it to {one}"
             )
+    carried = weight_files.read_metadata(weights, CONFIG_CARRIED)
+    if known == asked == "flow_map" and isinstance(carried, Mapping):
+        for key, usual in OF_MAP.items():
+            one, other = (each["model"].get(key, usual) for each in (carried, config))
+            if one != other:
+                raise UserError(
+                    f"weights {weights} are of a network with model.{key} {one}, and the config "
+                    f"has {other}: set it to {one}"
+                )

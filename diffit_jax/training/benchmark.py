@@ -22,7 +22,7 @@ from diffit_jax import models, platforms
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import config as experiment
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
-from diffit_jax.models.model import training_flops
+from diffit_jax.run.objective import flops_per_image
 from diffit_jax.run.state import create_state, open_training_data, setup_experiment
 from diffit_jax.runtime import backend, console, distributed, parallel
 from diffit_jax.runtime.backend import peak_flops
@@ -78,7 +78,7 @@ def measure(
     # The median: single updates are disturbed by other programs.
     median = statistics.median(times[3:])
     device = parallel.local_device(mesh)
-    peak, flops = peak_flops(device), training_flops(experiment.model) * size / median / mesh.size
+    peak, flops = peak_flops(device), flops_per_image(experiment) * size / median / mesh.size
     return {
         "device": device.device_kind,
         "devices": mesh.size,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from diffit_jax.data.sources import ClassSampling, Source, batches
 from diffit_jax.errors import one_line
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.models.model import training_flops
+from diffit_jax.run.objective import flops_per_image
 from diffit_jax.runtime import distributed, interruption, parallel
 from diffit_jax.runtime.backend import peak_flops
 from diffit_jax.runtime.checkpoint import Checkpoints
@@ -125,7 +125,7 @@ class Watch:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._device, self._devices = parallel.local_device(mesh), mesh.size
         self._batch_size = experiment.training.batch_size
-        self._flops_per_image = training_flops(experiment.model)
+        self._flops_per_image = flops_per_image(experiment)
         self._peak = peak_flops(self._device)
         self._compilations = Compilations()
         self._overhead_s, self._began = 0.0, time.monotonic()

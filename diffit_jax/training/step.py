@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffit_jax import platforms
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import EMA
-from diffit_jax.run.objective import AVERAGE, DENOISING, Objective, objective_of
+from diffit_jax.run.objective import AVERAGE, Objective, objective_of
 from diffit_jax.run.optimizer import learning_rate, make_optimizer
 from diffit_jax.run.power_ema import gamma_of, power_rate
 from diffit_jax.run.state import Setup, TrainState
@@ -71,7 +71,7 @@ def _gradient_norm(experiment: Experiment, state: TrainState) -> jax.Array:
     def loss(params: Any) -> jax.Array:
         variables = {"params": params, "constants": state.constants}
         return jnp.mean(
-            DENOISING(
+            objective_of(experiment)(
                 experiment, variables, {}, examples, key_B=keys, update=state.step, training=False
             )[0]
         )
@@ -80,7 +80,7 @@ def _gradient_norm(experiment: Experiment, state: TrainState) -> jax.Array:
 
 
 def gradient_is_finite(experiment: Experiment, state: TrainState) -> bool:
-    """Return whether the process's loss has a finite gradient on synthetic examples.
+    """Return whether the loss has a finite gradient on synthetic examples.
 
     It distinguishes a network that diverged from bad data.
     """

@@ -21,9 +21,9 @@ from diffit_jax.diffusion.flow_map import MAP_TERMS
 from diffit_jax.errors import OutOfMemory, UserError
 from diffit_jax.evaluation.in_training import InTraining, kinds
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.models.model import traced_multiply_adds, training_flops
+from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.run import workdir as workdirs
-from diffit_jax.run.objective import Objective
+from diffit_jax.run.objective import Objective, flops_per_image
 from diffit_jax.run.state import (
     Setup,
     TrainState,
@@ -486,7 +486,7 @@ _LONG_S = 6 * 3600  # that nobody waits for a CPU
 
 def _say_what_a_cpu_takes(experiment: Experiment, left: int, core_flops: float) -> None:
     """Log, before anything is compiled, what so many updates should take on this machine's CPU."""
-    seconds = training_flops(experiment.model) * experiment.training.batch_size
+    seconds = flops_per_image(experiment) * experiment.training.batch_size
     seconds /= core_flops * count_cores()
     log.info(
         "on this CPU a step should take %.2g s, %d steps %s (estimated by multiply-adds)",

@@ -297,7 +297,7 @@ def test_the_derivative_equals_central_differences():
             (FlowMap(), plain),
             (FlowMap(clock="u"), told_u),
             (FlowMap(path="cosine", prediction="noise"), plain),
-            (FlowMap(prediction="noise", clock="timesteps", weighting="velocity"), told_timesteps),
+            (FlowMap(prediction="noise", clock="timesteps"), told_timesteps),
         ):
             slope = process.derivative(network, span, way, labels)
 
@@ -328,6 +328,45 @@ def test_alpha_flow_goes_over_into_the_derivative():
             object.__setattr__(process, "alpha_at", lambda _, alpha=alpha: jnp.float64(alpha))
             distances.append(float(jnp.abs(gradient(process) - exact).max()))
     assert 9 < distances[0] / distances[1] < 11
+
+
+def test_rows_beyond_the_pairs_change_nothing():
+    """As there are where devices do not divide the pairs; nor does an inner head that only iMF's
+    tangents are of."""
+    golden, process = IMF, FlowMap(alpha_end_steps=1, share=0.3, guidance_kappa=0.5)
+    object.__setattr__(process, "alpha_at", lambda _: jnp.float64(0.5))
+    with enable_x64():
+        t, r = jnp.array([0.8, 0.6, 0.5]), jnp.array([0.2, 0.6, 0.5])
+        data, noise = ordered(golden, "data"), ordered(golden, "noise")
+        span = process.span_at(data, noise, t, r)
+        labels = {"label": jnp.asarray(golden["label"])}
+
+        def with_head(parameters):
+            network = map_network_of(parameters)
+            return lambda *given: (network(*given), 100 * network(*given))
+
+        found = [
+            process.loss_between(
+                evaluations_of(make, map_parameters(golden, jnp.float64)), span, labels,
+                rows=rows, null_label=NULL,
+            )[0]
+            for make, rows in ((map_network_of, 1), (map_network_of, 3), (with_head, 3))
+        ]  # fmt: skip
+        gradients = [
+            loss_and_gradient(
+                process, golden, map_network_of, span, conditioning=labels, rows=rows,
+                null_label=NULL,
+            )[2]["M"]
+            for rows in (1, 3)
+        ]  # fmt: skip
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-12)
+    np.testing.assert_allclose(*gradients, rtol=0, atol=1e-12)
+
+
+def test_times_must_descend():
+    with pytest.raises(UserError, match=r"times \[0.0, 1.0\] must descend"):
+        drawn(MEANFLOW, [0.0, 1.0])
 
 
 def test_alpha_falls_from_one_to_zero():
@@ -451,7 +490,9 @@ def test_a_trained_map_draws_the_mixture_in_one_step():
         (dict(pair_means=(0.0,)), "process.pair_means has 1 numbers: give two"),
         (dict(guidance_low=0.8, guidance_high=0.2), "process.guidance_low 0.8 must lie between"),
         (dict(guidance_told=True, guidance_kappa=0.5), "process.guidance_told draws scales"),
-        (dict(direction_weight=1.0), "process.direction_weight is of the process flow"),
+        (dict(guidance_told=True, guidance_high=0.5), "process.guidance_told draws scales"),
+        (dict(direction_weight=1.0), "process.direction_weight is 1.0, which is of the process"),
+        (dict(weighting="cosmap"), "process.weighting is cosmap, which is of the process flow"),
         (dict(alpha_start_steps=9, alpha_end_steps=3), "process.alpha_start_steps is 9"),
         (dict(guidance_kappa=1.0), "process.guidance_kappa is 1.0"),
     ],
@@ -467,7 +508,9 @@ def test_maps_that_cannot_be(settings, message):
     [
         (Flow(), MapSampler(1), "sampler.name is map, which needs the process flow_map"),
         (FlowMap(), MapSampler(200), "num_steps is 200: a map is made for 1 to 4 steps"),
-        (FlowMap(), MapSampler(1, told_scale=2.0), "but the map is told no guidance"),
+        (FlowMap(), MapSampler(1, told_scale=2.0), "are for maps that are told guidance"),
+        (FlowMap(), MapSampler(1, told_high=0.5), "are for maps that are told guidance"),
+        (FlowMap(guidance_told=True), MapSampler(1, told_scale=9.0), "with scales up to 8"),
         (
             FlowMap(guidance_told=True),
             MapSampler(1, told_low=0.8, told_high=0.2),

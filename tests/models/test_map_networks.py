@@ -169,11 +169,12 @@ def test_qk_norm_as_written(width):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (LATENT.clone(end_time_in="blocks", depth=1), "1, but the network has 1 blocks"),
+        (LATENT.clone(end_time_in="blocks", depth=1), "'blocks', but the network has one"),
+        (LATENT.clone(end_time_in="sum", time_embedding="fourier"), "whose slope by the time"),
         (
             LATENT.clone(end_time_in="blocks", end_time_from=3),
-            "end_time_from is 3, but the network has 3 blocks, of which the first ones are told t: "
-            "use 1 to 2",
+            "end_time_from is 3, but the network has 3 blocks, of which at least the last one is "
+            "told r: use 1 to 2",
         ),
         (IMAGE.clone(end_time_in="blocks", end_time_from=5), "has 5 blocks"),
         (LATENT.clone(end_time_in="sum", end_time_from=1), "end_time_in is 'sum': set it to 0"),

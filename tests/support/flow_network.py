@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from support.golden import GOLDEN
 
-from diffit_jax.diffusion.types import END_TIME, GUIDANCE
+from diffit_jax.diffusion.types import END_TIME, TOLD_GUIDANCE
 
 
 def parameters(recorded, dtype):
@@ -69,7 +69,7 @@ def told_network_of(parameters):
     network = map_network_of(parameters)
 
     def told(z_BHWC, t_B, conditioning):
-        scale, low, high = (each[:, None, None, None] for each in conditioning[GUIDANCE].T)
+        scale, low, high = (each[:, None, None, None] for each in conditioning[TOLD_GUIDANCE].T)
         t = t_B[:, None, None, None]
         of_scale = 0.1 * (1 - 1 / scale) * z_BHWC
         outer = network(z_BHWC, t_B, conditioning) + of_scale + 0.05 * (high - low) * t

@@ -84,7 +84,7 @@ def test_many_steps_get_a_word_and_too_many_an_error(map_run, tmp_path, caplog):
     caplog.set_level("INFO")
     steps = {"sampler.num_steps": 9}
     sample(map_run[0], seeds=[0], output=tmp_path / "9.npz", overrides=steps)
-    assert "9 steps of a map: it is made for 1 to 4" in caplog.text
+    assert "9 steps of a map, which is made for 1 to 4" in caplog.text
     with pytest.raises(UserError, match="num_steps is 101: a map is made for 1 to 4 steps"):
         sample(map_run[0], seeds=[0], overrides={"sampler.num_steps": 101})
 
@@ -93,7 +93,13 @@ def test_many_steps_get_a_word_and_too_many_an_error(map_run, tmp_path, caplog):
     ("config", "message"),
     [
         (small_map_config(process__share=1.5), "process.share is 1.5"),
-        (small_map_config(process__share=0.05), "which is no example of 8"),
+        (small_map_config(process__share=0.05), "which is 0 examples of 8 in 1 parts"),
+        (small_map_config(process__share=0.95), "which is 8 examples of 8"),
+        (
+            small_map_config(process__share=0.3, training__accumulation=4),
+            "training.accumulation is 4, which does not divide the 2 examples",
+        ),
+        (small_map_config(training__label_dropout=0.0), "which training.label_dropout 0 does not"),
         (small_map_config(model__end_time_in="none"), "the network is told one time alone"),
         (small_flow_config(model__end_time_in="sum"), "which the process flow_map alone has"),
         (small_map_config(model__guidance_in="none"), "process.guidance_told is True, and"),
@@ -157,6 +163,10 @@ def test_a_map_begins_as_the_flow_that_it_is_made_of(flow_run, tmp_path):
     assert int(train(changed, workdir=tmp_path / "map").step) == 2
     workdir_to_weights(tmp_path / "map", weights=tmp_path / "map.safetensors")
     config = json.loads((tmp_path / "map" / "config.json").read_text())
+    for key, value in (("end_time_in", "sum"), ("guidance_in", "sum")):
+        other = {**config, "model": {**config["model"], key: value}}
+        with pytest.raises(UserError, match=f"of a network with model.{key}"):
+            Weights(tmp_path / "map.safetensors", other)
     one = sample(Run(tmp_path / "map"), seeds=range(2), output=tmp_path / "run.npz")
     other = sample(
         Weights(tmp_path / "map.safetensors", config), seeds=range(2), output=tmp_path / "w.npz"
@@ -195,6 +205,7 @@ def test_networks_that_no_map_can_be_made_of(latent_run, flow_run, map_run, tmp_
         (map_run[0], made_of_a_flow(), "holds a run of the process flow_map"),
         (flow_run[0], small_map_config(), "becomes a map with 'blocks' and 'none'"),
         (flow_run[0], made_of_a_flow(model__end_time_from=7), "the network has 2 blocks"),
+        (flow_run[0], made_of_a_flow(model__qk_norm=True), "has no QK-norm, which cannot be added"),
     ):  # fmt: skip
         asked = ["--workdir", str(workdir), "--to_workdir", str(tmp_path / "x")]
         result = launch("convert", *asked, config=config, tmp_path=tmp_path)
@@ -203,3 +214,19 @@ def test_networks_that_no_map_can_be_made_of(latent_run, flow_run, map_run, tmp_
     with pytest.raises(UserError, match="a file of weights has no place for what"):
         workdir_to_weights(map_run[0], weights=tmp_path / "map.safetensors")
     assert not (tmp_path / "map.safetensors").exists()
+
+
+def test_samples_say_how_many_evaluations_they_took(map_run, flow_run, tmp_path, caplog):
+    """Of all networks, guidance's among them: the record and the log."""
+    caplog.set_level("INFO")
+    for workdir, settings, count in (
+        (map_run[0], {"sampler.num_steps": 1}, 1),
+        (map_run[0], {"sampler.num_steps": 4}, 4),
+        (flow_run[0], {"sampler": "heun", "guidance": "internal", "guidance.label_scale": 1.0}, 7),
+        (flow_run[0], {"sampler": "euler", "guidance": "constant", "guidance.scale": 2.0}, 8),
+        (flow_run[0], {"sampler": "euler", "guidance": "cfg_zero", "guidance.zero_share": 0.5}, 4),
+    ):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        sample(workdir, seeds=[0], output=path, overrides=settings)
+        assert json.loads(path.with_suffix(".json").read_text())["evaluations"] == count
+        assert f"{count} evaluations of the network for a sample" in caplog.text

@@ -526,7 +526,8 @@ class TMSA(nn.Module):
         asked = self.backend, platform(), self.window, head_width, self.dtype
         reason = xla_only("token") if self.extra_tokens else xla_only(self.time_in)
         chosen = choose_backend(*asked, obstacle=reason)[0]
-        return "xla" if chosen == "cudnn" and _forward_mode.get() else chosen
+        backwards_only = chosen == "cudnn" or attention_tangent_kernel.refusal()
+        return "xla" if _forward_mode.get() and backwards_only else chosen
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias_table: jax.Array, backend: str

@@ -19,10 +19,35 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from diffit_jax.errors import one_line
 from diffit_jax.models.diffit import attention_kernel as one
 from diffit_jax.models.diffit.attention_kernel import TPU, Sizes, Target
 
 _LN_2 = 1 / one.LOG2_E
+
+
+# As of `attention_kernel`: why it could not be compiled, by the kind of TPU; "" if it could.
+_tried: dict[str, str] = {}
+
+
+def refusal() -> str:
+    """Return why the TPU compiler refuses this kernel, "" if it does not, or was not asked."""
+    return next((reason for reason in _tried.values() if reason), "")
+
+
+def try_to_compile(device: jax.Device) -> None:
+    """Compile small kernels for a TPU, once per process; see `attention_kernel.try_to_compile`."""
+    if device.device_kind in _tried:
+        return
+    try:
+        there = jax.sharding.SingleDeviceSharding(device)
+        for head in ((64, 2 * one.BLOCK), (2 * one.BLOCK, one.BLOCK)):  # in both layouts
+            q = jax.ShapeDtypeStruct((1, 1, *head), jnp.bfloat16, sharding=there)
+            strip = jax.ShapeDtypeStruct((1, 16, 4 * one.BLOCK), jnp.float32, sharding=there)
+            jax.jit(with_tangent).lower([q] * 3, strip, [q] * 3).compile()
+        _tried[device.device_kind] = ""
+    except Exception as error:  # whatever the library says
+        _tried[device.device_kind] = one_line(error, 120) or type(error).__name__
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))

@@ -41,8 +41,8 @@ class TimeConditioned(Model, kw_only=True):
         `end_time_from` on get the time token of r in the place of that of t (DMF; no parameters);
         "sum", an embedding of t - r is added to the time token (MeanFlow); or "tokens", it makes
         four tokens outside the grid (iMF; latent_diffit).
-      end_time_from: number of the first block that is told r, from 1, in the order of use; 0: five
-        sevenths of the blocks, DMF's 20 of 28.
+      end_time_from: how many blocks are told t, in the order of use, before the first one that is
+        told r; 0: five sevenths of all, DMF's 20 of 28.
       guidance_in: how a flow map is told its guidance: "none", "sum" or "tokens", as above.
       qk_norm: whether each head's queries and keys are normalised (by their root mean square, with
         learned scales) before they are multiplied, see `TMSA`.
@@ -87,11 +87,20 @@ class TimeConditioned(Model, kw_only=True):
                 f"config key model.attention is {self.attention!r}, but {key}: {reason}; set "
                 "model.attention to auto or xla"
             )
-        if self.end_time_in == "blocks" and not self._first_told < self.blocks:
+        if self.end_time_in == "blocks" and self.blocks == 1:
             raise UserError(
-                f"config key model.end_time_from is {self._first_told}, but the network has "
-                f"{self.blocks} blocks, of which the first ones are told t: use 1 to "
+                "config key model.end_time_in is 'blocks', but the network has one: set it to sum"
+            )
+        if self.end_time_in == "blocks" and self.end_time_from >= self.blocks:
+            raise UserError(
+                f"config key model.end_time_from is {self.end_time_from}, but the network has "
+                f"{self.blocks} blocks, of which at least the last one is told r: use 1 to "
                 f"{self.blocks - 1}"
+            )
+        if self.is_map and self.time_embedding == "fourier":
+            raise UserError(
+                "config key model.time_embedding is 'fourier', whose slope by the time is about "
+                "100, and a map's loss has that slope in it: set it to positional"
             )
         if self.end_time_in == "blocks" and self.time_in == "token":
             raise UserError(
@@ -137,7 +146,7 @@ class TimeConditioned(Model, kw_only=True):
     ) -> Mapping[str, jax.Array]:
         """Return what else than a time the network is told, (B,) each, names in `TOKENS`.
 
-        Of order 1, with slopes of at most 1. Arguments as of `time_token`.
+        Of order 1 where the noise level is a time. Arguments as of `time_token`.
         """
         numbers = {}
         if self.end_time_in in ("sum", "tokens"):
