@@ -358,13 +358,20 @@ class Flow(Preconditioned, limits.Section, name="process"):
 
         def of_output(f_BHWC: jax.Array) -> jax.Array:
             f_BHWC = self.sigma_data * f_BHWC.astype(x_BHWC.dtype)[..., :channels]
-            if self.prediction == "velocity":
-                return -f_BHWC if self.clock == "u" else f_BHWC
-            noise = -place.noise * f_BHWC if self.prediction == "score" else f_BHWC
-            ratio = place.alpha_slope / place.alpha
-            return ratio * x_BHWC + (place.noise_slope - place.noise * ratio) * noise
+            return self.as_velocity(f_BHWC, x_BHWC, place)
 
         return jax.tree.map(of_output, network(sees, told_B, conditioning))
+
+    def as_velocity(self, f_BHWC: jax.Array, z_BHWC: jax.Array, place: Place) -> jax.Array:
+        """Convert what the network returns for noisy data z to the velocity there, (B, H, W, C).
+
+        The place has (B, 1, 1, 1) arrays. Both may be multiplied by a constant.
+        """
+        if self.prediction == "velocity":
+            return -f_BHWC if self.clock == "u" else f_BHWC
+        noise = -place.noise * f_BHWC if self.prediction == "score" else f_BHWC
+        ratio = place.alpha_slope / place.alpha
+        return ratio * z_BHWC + (place.noise_slope - place.noise * ratio) * noise
 
     def _seen(self, x_BHWC: jax.Array, sigma_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return what the network sees of x = d z at noise levels, and what it is told."""

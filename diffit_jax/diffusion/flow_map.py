@@ -235,12 +235,7 @@ class FlowMap(Flow, limits.Section, name="process"):
         told = {**conditioning, END_TIME: self.told_at(r_B)}
 
         def of_output(f_BHWC: jax.Array) -> jax.Array:
-            f_BHWC = f_BHWC.astype(z_BHWC.dtype)[..., :channels]
-            if self.prediction == "velocity":
-                return -f_BHWC if self.clock == "u" else f_BHWC
-            noise = -place.noise * f_BHWC if self.prediction == "score" else f_BHWC
-            ratio = place.alpha_slope / place.alpha
-            return ratio * z_BHWC + (place.noise_slope - place.noise * ratio) * noise
+            return self.as_velocity(f_BHWC.astype(z_BHWC.dtype)[..., :channels], z_BHWC, place)
 
         return jax.tree.map(of_output, network(sees, self.told_at(t_B), told))
 
