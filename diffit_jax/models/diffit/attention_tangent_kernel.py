@@ -97,7 +97,7 @@ def with_tangent(
 
 def _kernel(sizes: Sizes, *references):
     """Compute a head of a few examples: the output, and its tangent."""
-    q_ref, k_ref, v_ref, strip_ref, dq_ref, dk_ref, dv_ref, out_ref, dout_ref = references[:9]
+    q_ref, k_ref, v_ref, strip_ref, dq_ref, dk_ref, dv_ref, out_ref, tangent_ref = references[:9]
     bias_ref, logits_ref, slopes_ref, *more = references[9:]
     v_more_ref: Any = more[0] if more else None
     width, dtype = sizes.width, v_ref.dtype
@@ -141,6 +141,6 @@ def _kernel(sizes: Sizes, *references):
             sloped = one._over_keys(sizes, v_ref[example, 0], slopes.astype(dtype))
         out = weighted / total
         of_values = one._over_keys(sizes, dv_ref[example, 0], weights.astype(dtype))
-        dout = (sloped + of_values - mean * out) / total
+        tangent = (sloped + of_values - mean * out) / total
         one._tokens(sizes, out_ref, example, start, out.astype(dtype))
-        one._tokens(sizes, dout_ref, example, start, dout.astype(dtype))
+        one._tokens(sizes, tangent_ref, example, start, tangent.astype(dtype))
