@@ -339,6 +339,7 @@ def test_lines_that_are_run(scratch):
         "diffit convert --weights",
         "diffit train --workdir",
         "diffit convert",
+        "diffit sample --workdir runs/map256",  # made by the one before
         "diffit score",
         "diffit analyse",
         "diffit make_reference",
@@ -347,7 +348,7 @@ def test_lines_that_are_run(scratch):
         "diffit info",
         "diffit configs",
     )
-    lines.sort(key=lambda line: next(n for n, start in enumerate(order) if line.startswith(start)))
+    lines.sort(key=lambda line: order.index(max(filter(line.startswith, order), key=len)))
     # The reference of another one's name is made first.
     lines.sort(key=lambda line: "VIRTUAL" in line)
     taken = set()

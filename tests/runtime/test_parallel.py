@@ -86,7 +86,7 @@ def mesh_runs(mesh_folder):
     requests = [f"{name}={numbers}" for name, numbers in (MESHES | RESUMED).items()]
     command = [warm.python(), str(WORKER), str(output), "8", *requests]
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=environment(8)
+        command, capture_output=True, text=True, timeout=1200, env=environment(8)
     )
     assert result.returncode == 0, result.stderr[-3000:]
     with np.load(output) as arrays:
