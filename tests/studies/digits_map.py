@@ -39,7 +39,7 @@ def main(folder: Path, seeds: list[int]) -> None:
         teacher = trained("digits_flow", of_seed / "flow", seed, TEACHER)
         for steps in (*STEPS, 18):
             euler = {"sampler": "euler", "sampler.num_steps": steps}
-            note(results, f"flow, euler {steps}", teacher, TEACHER, euler)
+            note(results, seed, f"flow, euler {steps}", teacher, TEACHER, euler)
         made = of_seed / "map"
         if not (made / "config.json").exists():
             config = ROOT / "configs" / "digits_map.py"
@@ -56,7 +56,7 @@ def main(folder: Path, seeds: list[int]) -> None:
         for name, (workdir, updates) in runs.items():
             for steps in STEPS:
                 one = {"sampler.num_steps": steps}
-                note(results, f"{name}, {steps}", workdir, updates, one)
+                note(results, seed, f"{name}, {steps}", workdir, updates, one)
         (folder / "results.json").write_text(json.dumps(results, indent=1))
     for name, found in results.items():
         figures = (
@@ -85,12 +85,17 @@ def trained(config: str, workdir: Path, seed: int, updates: int) -> Path:
 
 
 def note(
-    results: dict[str, Any], name: str, workdir: Path, step: int, settings: Mapping[str, Any]
+    results: dict[str, Any],
+    seed: int,
+    name: str,
+    workdir: Path,
+    step: int,
+    settings: Mapping[str, Any],
 ) -> None:
     run = Run(workdir, checkpoint=step)
     samples = sample(run, seeds=range(1_000), overrides=settings)
     scores = score(samples, dataset="digits", data_dir="", overwrite=True)
-    results.setdefault(name, {})[str(run.config["seed"])] = {key: scores[key] for key in KEYS}
+    results.setdefault(name, {})[str(seed)] = {key: scores[key] for key in KEYS}
     print(name, results[name], flush=True)
 
 
