@@ -194,6 +194,10 @@ def test_a_file_determines_sizes_and_nothing_else():
         "remat": "full",
         "attention": "auto",
         "dtype": "bfloat16",
+        # Of a map, whose second time is not to be seen in its parameters.
+        "end_time_in": "blocks",
+        "end_time_from": 1,
+        "guidance_in": "none",
     }
     config = small_latent_config(
         **{f"model__{name}": value for name, value in values.items()}, model__hidden_size=999
