@@ -37,7 +37,11 @@ class Objective:
     def terms(self, experiment: Experiment) -> tuple[str, ...]:
         """Return the names of what it reports besides the loss, in training."""
         inner = (INNER,) if experiment.model.has_inner_head else ()
-        return (*experiment.process.loss_terms, *inner)
+        return (*self.process_terms(experiment.process), *inner)
+
+    def process_terms(self, process: Any) -> tuple[str, ...]:
+        """Return those of the terms that are the process's."""
+        return process.loss_terms
 
     def passes(self, experiment: Experiment) -> float:
         """Return how many forward passes an example costs; the backward pass is two."""
@@ -88,7 +92,14 @@ class Objective:
         if not with_inner:
             return process.loss_of(noised, y_BHWC)
         (loss_B, terms), (inner_B, _) = (process.loss_of(noised, each) for each in y_BHWC)
-        return loss_B + experiment.training.inner_weight * inner_B, {**terms, INNER: inner_B}
+        return _with_inner(experiment, loss_B, terms, inner_B)
+
+
+def _with_inner(
+    experiment: Experiment, loss_B: jax.Array, terms: Mapping[str, Any], inner_B: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Add the loss of the inner head."""
+    return loss_B + experiment.training.inner_weight * inner_B, {**terms, INNER: inner_B}
 
 
 class MapObjective(Objective):
@@ -103,11 +114,9 @@ class MapObjective(Objective):
         process: Any = experiment.process
         return 3 + process.velocities + 2 * process.share
 
-    def terms(self, experiment: Experiment) -> tuple[str, ...]:
-        """Return the names of what it reports besides the loss, in training."""
-        process: Any = experiment.process
-        inner = (INNER,) if experiment.model.has_inner_head else ()
-        return (*process.map_terms, *inner)
+    def process_terms(self, process: Any) -> tuple[str, ...]:
+        """Return the errors of flow and map."""
+        return process.map_terms
 
     def __call__(
         self,
@@ -143,7 +152,7 @@ class MapObjective(Objective):
         )
         if inner_B is None:
             return loss_B, terms
-        return loss_B + experiment.training.inner_weight * inner_B, {**terms, INNER: inner_B}
+        return _with_inner(experiment, loss_B, terms, inner_B)
 
 
 DENOISING = Objective()

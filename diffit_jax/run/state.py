@@ -256,7 +256,7 @@ def setup_experiment(
     else:
         mesh = parallel.any_mesh(devices, experiment.mesh)
     if experiment.model.tries_kernel:
-        parallel.try_kernel(mesh)
+        parallel.try_kernel(mesh, forward_mode=to_train and experiment.model.is_map)
     setup = Setup(experiment, mesh, objective)
     metadata = models.parameter_metadata(experiment.model)
     parallel.check_axes(mesh, setup.variables["params"], metadata)

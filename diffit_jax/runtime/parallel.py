@@ -231,17 +231,18 @@ def local_device(mesh: Mesh) -> jax.Device:
     )
 
 
-def try_kernel(mesh: Mesh) -> None:
-    """Find out on TPUs whether the compiler takes the attention kernels.
+def try_kernel(mesh: Mesh, forward_mode: bool = False) -> None:
+    """Find out on TPUs whether the compiler takes the attention kernel.
 
-    See `attention_kernel.try_to_compile`.
+    With `forward_mode` that with a tangent too. See `attention_kernel.try_to_compile`.
     """
     devices = list(mesh.devices.flat)
     if platforms.of_mesh(mesh).compiles_kernel:
         local = (device for device in devices if device.process_index == jax.process_index())
         device = next(local, devices[0])
         attention_kernel.try_to_compile(device)
-        attention_tangent_kernel.try_to_compile(device)
+        if forward_mode:
+            attention_tangent_kernel.try_to_compile(device)
 
 
 def memory_of(device: jax.Device) -> float | None:

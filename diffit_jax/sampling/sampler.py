@@ -298,6 +298,7 @@ def batch_size(experiment: Experiment, mesh: jax.sharding.Mesh, count: int | Non
     return parallel.next_batch_size(mesh, size if count is None else min(size, count))
 
 
+@functools.lru_cache(maxsize=4)  # asked for the log, and again for the record
 def evaluations(experiment: Experiment) -> int:
     """Count the evaluations of networks for one sample, with guidance's: its NFE.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.commands import assert_one_line_error, launch
 from support.configs import small_config, small_flow_config, small_map_config
+from support.samples import assert_samples_follow_their_seeds
 from support.trees import assert_equal_trees
 
 from diffit_jax import models
@@ -71,13 +72,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_way_to_draw(map_run, name, tmp_path):
-    """And a sample is a function of its seed: among others it is the same."""
-    given = {"overrides": SETTINGS[name], "overwrite": True}
-    four = np.load(sample(map_run[0], seeds=range(4), output=tmp_path / "4.npz", **given))["arr_0"]
-    others = [2, 9, 7, 8]
-    again = np.load(sample(map_run[0], seeds=others, output=tmp_path / "o.npz", **given))["arr_0"]
-    assert np.isfinite(four).all() and four.std() > 0.1
-    np.testing.assert_allclose(again[0], four[2], rtol=0, atol=1e-5 * np.abs(four).max())
+    assert_samples_follow_their_seeds(map_run[0], SETTINGS[name], tmp_path)
 
 
 def test_many_steps_get_a_word_and_too_many_an_error(map_run, tmp_path, caplog):
