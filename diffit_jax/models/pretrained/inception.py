@@ -243,7 +243,7 @@ def _pool(x_BHWC: jax.Array, kind: str, stride: int) -> jax.Array:
     return nn.avg_pool(x_BHWC, (3, 3), strides, padding, count_include_pad=False)
 
 
-def resize_matrix(size: int, rule: str) -> np.ndarray:
+def resize_matrix(size: int, rule: str, out: int = SIDE) -> np.ndarray:
     """Return bilinear resizing of one side to 299 pixels as a matrix (299, size) float32.
 
     Never antialiased: both rules take two neighbours, however large the image.
@@ -252,17 +252,18 @@ def resize_matrix(size: int, rule: str) -> np.ndarray:
       size: of the side.
       rule: "tf1": pixel j lies at j · size / 299, in float32 (TensorFlow 1's kernel, which ADM's
         evaluator runs); "pytorch_fid": at (j + ½) · size / 299 - ½, not below 0.
+      out: pixels in place of 299.
     """
-    places = np.arange(SIDE, dtype=np.float32)
-    scale = np.float32(size / SIDE)
+    places = np.arange(out, dtype=np.float32)
+    scale = np.float32(size / out)
     if rule == "tf1":
         places = places * scale
     else:
         places = np.maximum((places + np.float32(0.5)) * scale - np.float32(0.5), 0)
     low = np.minimum(places.astype(np.int64), size - 1)
     high, fraction = np.minimum(low + 1, size - 1), places - low
-    matrix = np.zeros((SIDE, size), np.float32)
-    rows = np.arange(SIDE)
+    matrix = np.zeros((out, size), np.float32)
+    rows = np.arange(out)
     np.add.at(matrix, (rows, low), 1 - fraction)
     np.add.at(matrix, (rows, high), fraction)
     return matrix
