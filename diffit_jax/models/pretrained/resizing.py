@@ -21,7 +21,7 @@ _PIL_BITS = 22  # of the fractions of Pillow's weights
 
 
 def cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Return Keys' cubic kernel (1981) at distances x, float64: a is its slope at 1."""
+    """Return Keys' cubic kernel (1981) at distances x, shaped like them; a is its slope at 1."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
