@@ -103,7 +103,7 @@ def test_each_room_names_its_files_and_imports_in_fifteen_lines():
     for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
         text = (folder / "README.md").read_text()
         assert len(text.splitlines()) <= 15, folder
-        named = re.findall(r"`([a-z_/]+\.py)`", text)
+        named = re.findall(r"`([a-z0-9_/]+\.py)`", text)
         for name in named:
             assert list(folder.glob(f"**/{name}")) or (package / name).exists(), (folder, name)
         if folder.name != "cli":  # whose files are the verbs
