@@ -26,6 +26,7 @@ setup(
     package_data={
         "diffit_jax": ["py.typed"],
         "diffit_jax.data": ["imagenet_classes.txt"],
+        "diffit_jax.interop": ["digits_encoder.safetensors"],
         "diffit_jax.configs": ["curves/*.json"],
     },
     python_requires=">=3.11",

@@ -7,7 +7,8 @@ A record is a mapping of arrays: their bytes, little-endian, one after the other
 dtypes stand in the manifest, in that order. The first one is `label`, int32. Beside it there is
 `image` (H, W, C) uint8, or `moments` of latents (orientations, h, w, 2c) float16 or float32: mean
 and log variance of an autoencoder's posterior, unscaled, of the image and of its mirror image; or
-both, and any others (features, captions' tokens), which come to the training step as they are.
+both. `features` (orientations, 1 + patches, channels) float16 are an encoder's class token and
+patch tokens of the same two. Others (captions' tokens) come to the training step as they are.
 
 Imported by the worker processes that decode: no jax here.
 """
@@ -30,7 +31,7 @@ from etils import epath
 from diffit_jax.errors import UserError, one_line
 from diffit_jax.runtime import files
 
-LABEL, IMAGE, MOMENTS = "label", "image", "moments"
+LABEL, IMAGE, MOMENTS, FEATURES = "label", "image", "moments", "features"
 FORMAT = 2  # 1: a label and one array, whose `kind`, `shape` and `dtype` stood in the manifest
 _JSON_NAMES = {"notes": "remarks"}  # of fields whose keys in files are older
 WRITER_OPTIONS = "group_size:1,uncompressed"  # a record is read alone; pixels and floats stay big

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import logging
-import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -16,6 +15,7 @@ from etils import epath
 
 from diffit_jax.data import records
 from diffit_jax.data.labels import CLASS_SAMPLING, are_numbers
+from diffit_jax.data.records import ArraySpec
 from diffit_jax.errors import UserError
 from diffit_jax.runtime import files, hub
 
@@ -91,35 +91,37 @@ class SyntheticSource:
 
     Attributes:
       latents: whether examples are normally distributed latents instead of uniform images.
+      arrays: what else they have.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     latents: bool = False
     num_examples: int = 1 << 20
+    arrays: Mapping[str, ArraySpec] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.num_examples
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Make images or latents (n, H, W, C) and labels (n,) by number."""
+        """Make images or latents (n, H, W, C) and labels (n,) by number, and further arrays."""
         labels = (np.asarray(indices) % max(self.num_classes, 1)).astype(np.int32)
-        if self.latents:
-            streams = (np.random.Generator(np.random.Philox(key=int(index))) for index in indices)
-            return {
-                "latent": np.stack(
-                    [stream.standard_normal(self.image_shape, np.float32) for stream in streams]
-                ),
-                "label": labels,
-            }
-        size = math.prod(self.image_shape)
-        noise = [
-            np.frombuffer(
-                np.random.Philox(key=int(index)).random_raw(-(-size // 8)).tobytes(), np.uint8
-            )[:size]
-            for index in indices
-        ]
-        return {"image": np.stack(noise).reshape(-1, *self.image_shape), "label": labels}
+        own = ArraySpec(self.image_shape, "float32" if self.latents else "uint8")
+        name = "latent" if self.latents else records.IMAGE
+        further = {each: _random(spec, indices) for each, spec in self.arrays.items()}
+        return {**further, name: _random(own, indices), "label": labels}
+
+
+def _random(spec: ArraySpec, indices: np.ndarray) -> np.ndarray:
+    """Return an array of each number: normal, or uniform bytes."""
+    if spec.dtype != "uint8":
+        streams = (np.random.Generator(np.random.Philox(key=int(index))) for index in indices)
+        drawn = [stream.standard_normal(spec.shape, np.float32) for stream in streams]
+        return np.stack(drawn).astype(spec.dtype)
+    words = -(-spec.size // 8)
+    raw = (np.random.Philox(key=int(index)).random_raw(words) for index in indices)
+    drawn = [np.frombuffer(each.tobytes(), np.uint8)[: spec.size] for each in raw]
+    return np.stack(drawn).reshape(-1, *spec.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,7 @@ class DataSpec:
       num_classes: number of labels, 0 if the model uses none.
       example: what examples are, "image" or "latent"; `synthetic` then makes such.
       latent_mean, latent_scale: of latents, see `sections.Data`.
+      arrays: what else a record needs, by name; of an image the size may differ.
     """
 
     shape: tuple[int, int, int] | None = None
@@ -138,6 +141,7 @@ class DataSpec:
     example: str | None = None
     latent_mean: Sequence[float] | None = None
     latent_scale: Sequence[float] | None = None
+    arrays: Mapping[str, ArraySpec] = dataclasses.field(default_factory=dict)
 
 
 def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
@@ -192,6 +196,7 @@ def open_dataset(
         source = DATASETS[name](split, place, spec)
     else:
         source = _open_prepared(name, split, data_dir, spec)
+    _check_arrays(name, source, spec)
     if spec.shape not in (None, source.image_shape):
         raise UserError(
             f"data set {name} has images of {source.image_shape}, the model expects "
@@ -236,6 +241,28 @@ def _open_prepared(
     return source
 
 
+def _check_arrays(name: str, source: Source, spec: DataSpec) -> None:
+    """Raise `UserError` if records lack what a loss on representations is computed of."""
+    if isinstance(source, SyntheticSource):
+        return
+    manifest = getattr(source, "manifest", None)
+    held = manifest.arrays if manifest else {records.IMAGE: ArraySpec(source.image_shape, "uint8")}
+    for wanted, needed in spec.arrays.items():
+        if wanted not in held:
+            other = "" if wanted == records.IMAGE else ", or representation.source to image"
+            raise UserError(
+                f"data set {name} has no {wanted} in its records, which representation.kind needs: "
+                f"encode it with --keep {wanted}, or set representation.kind to none{other}"
+            )
+        theirs, ours = held[wanted].shape[1:], needed.shape[1:]
+        if wanted == records.FEATURES and theirs != ours:
+            raise UserError(
+                f"data set {name} has features of 1 + {theirs[0] - 1} tokens of {theirs[1]} "
+                f"channels, the network and representation.encoder need 1 + {ours[0] - 1} of "
+                f"{ours[1]}: encode it with that encoder, or change the config"
+            )
+
+
 def _check_same_classes(
     name: str, split: str, ours: records.Manifest, train: records.Manifest
 ) -> None:
@@ -262,7 +289,8 @@ def _listed(values: Sequence[float]) -> str:
 def _open_synthetic(split: str, data_dir: str, spec: DataSpec) -> Source:
     if spec.shape is None or spec.num_classes is None:
         raise UserError("data set synthetic has no images of its own: use digits")
-    return SyntheticSource(spec.shape, spec.num_classes, latents=spec.example == "latent")
+    latents = spec.example == "latent"
+    return SyntheticSource(spec.shape, spec.num_classes, latents=latents, arrays=spec.arrays)
 
 
 def _open_digits(split: str, data_dir: str, spec: DataSpec) -> Source:

@@ -18,7 +18,7 @@ import numpy as np
 
 from diffit_jax import limits
 from diffit_jax.diffusion.schedule import Schedule
-from diffit_jax.diffusion.types import Conditioning, Network, Noised, Process
+from diffit_jax.diffusion.types import Conditioning, Network, Noised, Process, of_outputs
 from diffit_jax.errors import UserError
 from diffit_jax.limits import GridPower, NoiseLevel, at_least
 
@@ -71,7 +71,7 @@ class Preconditioned(Process):
         Args:
           network: F, called once. Of its output the first C channels count.
           x_BHWC: (B, H, W, C) float32 noisy images, clean image plus noise of standard deviation
-            sigma.
+            sigma; or a dict of such.
           sigma_B: (B,) float32 > 0.
           conditioning: passed on to the network.
 
@@ -81,8 +81,11 @@ class Preconditioned(Process):
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning(sigma_B)
 
-        found = network(per_image(c_in) * x_BHWC, c_noise, conditioning)
-        return jax.tree.map(lambda f_BHWC: _combined(c_skip, x_BHWC, c_out, f_BHWC), found)
+        def combined(x_BHWC: jax.Array, f_BHWC: jax.Array) -> jax.Array:
+            return _combined(c_skip, x_BHWC, c_out, f_BHWC)
+
+        seen = jax.tree.map(lambda x_BHWC: per_image(c_in) * x_BHWC, x_BHWC)
+        return of_outputs(combined, x_BHWC, network(seen, c_noise, conditioning))
 
     def noise(self, x_BHWC: jax.Array, key_B: jax.Array) -> Noised:
         """Draw sigma and noise n ~ N(0, sigma²), EDM Eq. 8; see `Process.noise`."""

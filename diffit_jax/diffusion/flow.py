@@ -24,7 +24,7 @@ from diffit_jax import limits
 from diffit_jax.diffusion.ddpm import DDPM
 from diffit_jax.diffusion.edm import Preconditioned, per_image
 from diffit_jax.diffusion.interpolants import INTERPOLANTS, Interpolant, Place
-from diffit_jax.diffusion.types import Conditioning, Network, Noised
+from diffit_jax.diffusion.types import Conditioning, Network, Noised, of_outputs
 from diffit_jax.errors import UserError
 from diffit_jax.limits import NoiseLevel, above, at_least, one_of
 
@@ -344,23 +344,24 @@ class Flow(Preconditioned, limits.Section, name="process"):
 
         Args:
           network: called once.
-          x_BHWC: (B, H, W, C) float32 d z, alpha times clean data plus d s times noise.
+          x_BHWC: (B, H, W, C) float32 d z, alpha times clean data plus d s times noise; or a pytree
+            of such, of which the network makes another one.
           sigma_B: (B,) noise levels of times within the interval of sampling; infinity is t = 1.
           conditioning: passed on to the network.
 
         Returns:
           (B, H, W, C), or a tuple of such where the network returns a tuple of outputs.
         """
-        channels = x_BHWC.shape[-1]
-        sees, told_B = self._seen(x_BHWC, sigma_B)
+        sees = jax.tree.map(lambda x: self._seen(x, sigma_B)[0], x_BHWC)
+        _, told_B = self._seen(jax.tree.leaves(x_BHWC)[0], sigma_B)
         place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
         place = Place(*(per_image(each) for each in place))
 
-        def of_output(f_BHWC: jax.Array) -> jax.Array:
-            f_BHWC = self.sigma_data * f_BHWC.astype(x_BHWC.dtype)[..., :channels]
+        def of_output(x_BHWC: jax.Array, f_BHWC: jax.Array) -> jax.Array:
+            f_BHWC = self.sigma_data * f_BHWC.astype(x_BHWC.dtype)[..., : x_BHWC.shape[-1]]
             return self.as_velocity(f_BHWC, x_BHWC, place)
 
-        return jax.tree.map(of_output, network(sees, told_B, conditioning))
+        return of_outputs(of_output, x_BHWC, network(sees, told_B, conditioning))
 
     def as_velocity(self, f_BHWC: jax.Array, z_BHWC: jax.Array, place: Place) -> jax.Array:
         """Convert what the network returns for noisy data z to the velocity there, (B, H, W, C).

@@ -33,6 +33,19 @@ Denoiser = Network
 Noise = Callable[[jax.Array | int], Any]
 
 
+def of_outputs(function: Callable[[jax.Array, jax.Array], jax.Array], x: Any, found: Any) -> Any:
+    """Apply a function of an array x and a network's output for it, shaped like it.
+
+    Args:
+      function: of both.
+      x: (B, H, W, C), or a dict of such.
+      found: what a network returns for it: like x, or a tuple of outputs that are.
+    """
+    if isinstance(found, tuple):
+        return tuple(of_outputs(function, x, each) for each in found)
+    return jax.tree.map(function, x, found)
+
+
 class Noised(NamedTuple):
     """Noisy data at which a network is evaluated, and what its loss is made of.
 

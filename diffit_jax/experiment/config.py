@@ -24,6 +24,7 @@ from diffit_jax.diffusion.map_sampler import MapSampler
 from diffit_jax.diffusion.types import Process
 from diffit_jax.errors import UserError
 from diffit_jax.experiment import catalogue, sections
+from diffit_jax.experiment.representation import REPRESENTATIONS, Plain, Representation
 from diffit_jax.experiment.sections import EMA, Data, Evaluation, Optimizer, Sampling, Training
 from diffit_jax.experiment.spaces import Space, make_space
 from diffit_jax.limits import RESUMABLE, at_least
@@ -44,6 +45,7 @@ class Experiment(limits.Section, name=""):
       data, optimizer, ema, training, sampling: the sections of those names.
       space: how examples enter the step and samples leave it; it follows from `data`,
         `augmentation` and `sampling`.
+      representation: the loss on the network's tokens beside the process's, or none.
       augmentation, evaluation, mesh: the sections of those names, which may be left out.
     """
 
@@ -57,6 +59,7 @@ class Experiment(limits.Section, name=""):
     sampling: Annotated[Sampling, RESUMABLE]
     space: Annotated[Space, RESUMABLE]
     augmentation: Augmentation = augment.NONE
+    representation: Representation = dataclasses.field(default_factory=Plain)
     evaluation: Annotated[Evaluation, RESUMABLE] = dataclasses.field(default_factory=Evaluation)
     mesh: Annotated[MeshShape, RESUMABLE] = dataclasses.field(default_factory=MeshShape)
 
@@ -69,6 +72,7 @@ class Experiment(limits.Section, name=""):
             _check_augmentation(self)
         _check_sampling(self)
         self.evaluation.check(self.data.autoencoder)
+        self.representation.check(self)
 
     def with_sampling(self, sampling: Sampling) -> "Experiment":
         """Return the same experiment, sampled in another way.
@@ -84,6 +88,7 @@ class Experiment(limits.Section, name=""):
 CHOICES: Mapping[str, tuple[str, Mapping[str, type]]] = {
     "model": ("name", MODELS),
     "process": ("name", PROCESSES),
+    "representation": ("kind", REPRESENTATIONS),
     "sampling.sampler": ("name", sections.SAMPLERS),
     "sampling.guidance": ("kind", sections.GUIDANCE),
 }
@@ -192,6 +197,9 @@ def _choose(config: ConfigDict, section: str, name: str) -> None:
     A process, sampler or guidance of another kind keeps the settings that the two have in common.
     """
     key, choices = CHOICES[section]
+    with config.unlocked():
+        if section not in config and "." not in section:  # one that may be left out
+            config[section] = ConfigDict()
     node = _node(config, section)
     if not isinstance(node, ConfigDict) or node.get(key) == name:
         return

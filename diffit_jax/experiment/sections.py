@@ -176,12 +176,15 @@ class Sampling(limits.Section, name="sampling"):
       batch_per_device: samples that each device draws per call of the sampler.
       pixel_rounding: how [-1, 1] becomes uint8: "edm", 127.5 x + 128, or "adm", 127.5 (x + 1), both
         truncated.
+      guide_class_token: of a network with `model.class_token`, whether guidance acts on the class
+        token too, or on the latent alone.
     """
 
     sampler: SamplingMethod
     batch_per_device: Annotated[int, at_least(1, le=1_000_000)]
     guidance: Guidance = dataclasses.field(default_factory=Unguided)
     pixel_rounding: Annotated[str, one_of(*pixels.ROUNDINGS)] = "edm"
+    guide_class_token: Annotated[bool, LATER] = True
 
     def overridden(self, overrides: Mapping[str, Any]) -> "Sampling":
         """Return the section with values from the command line, each of which must have an effect.
@@ -283,7 +286,7 @@ class Evaluation(limits.Section, name="evaluation"):
 
 # The parts of the section `sampling` whose class is chosen by name, and the classes.
 CHOICES = {"sampler": SAMPLERS, "guidance": GUIDANCE}
-_PLAIN = ("batch_per_device", "pixel_rounding")
+_PLAIN = ("batch_per_device", "pixel_rounding", "guide_class_token")
 
 
 def _chosen(

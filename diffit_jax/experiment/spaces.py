@@ -89,6 +89,21 @@ class Space(Protocol):
         """
         ...
 
+    def beside(
+        self, examples: Mapping[str, jax.Array], x_BHWC: jax.Array, key_B: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Return what belongs to the network's input, in the orientation that was drawn for it.
+
+        Args:
+          examples: a batch of a `Source`.
+          x_BHWC: what `to_model` made of them.
+          key_B: (B,) keys, the same.
+
+        Returns:
+          `image` (B, H, W, C) in 0 to 255, and `features` (B, 1 + L, D), those that are there.
+        """
+        ...
+
     def from_model(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
         """Turn samples of the network, (n, H, W, C) float32, into the arrays of files.
 
@@ -167,6 +182,15 @@ class PixelSpace:
             return images, {}
         images, labels = augment.augment(self.augmentation, images, key_B)
         return images, {"augment": labels}
+
+    def beside(
+        self, examples: Mapping[str, jax.Array], x_BHWC: jax.Array, key_B: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Return `image`, the augmented one (B, H, W, C) float32, and `features`, if they are."""
+        found = {"image": (x_BHWC + 1) * 127.5}
+        if "features" in examples and not self.augmentation.probability:
+            found["features"] = examples["features"][:, 0]
+        return found
 
     def from_model(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
         """Round samples (n, H, W, C) to uint8."""
@@ -247,6 +271,22 @@ class LatentSpace:
         mean, scale = jnp.array(self.latent_mean), jnp.array(self.latent_scale)
         return (z_BHWC - mean) * scale, {}
 
+    def beside(
+        self, examples: Mapping[str, jax.Array], x_BHWC: jax.Array, key_B: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Return `image` (B, H, W, C) uint8 and `features`, turned as the latents are."""
+        turn_B = jnp.zeros(len(x_BHWC), jnp.int32)
+        if "moments" in examples:
+            turn_B = drawn_turn(key_B, examples["moments"].shape[1])
+        found = {}
+        if "image" in examples:
+            image_BHWC = examples["image"]
+            turned = (turn_B == 1)[:, None, None, None]
+            found["image"] = jnp.where(turned, image_BHWC[:, :, ::-1], image_BHWC)
+        if "features" in examples:
+            found["features"] = _of_turn(examples["features"], turn_B)
+        return found
+
     def from_model(self, x_BHWC: jax.Array | np.ndarray) -> np.ndarray:
         """Decode samples (n, H, W, C) to images, or return them as they are."""
         return self.decode(np.asarray(x_BHWC)) if self.decode else np.asarray(x_BHWC)
@@ -315,19 +355,31 @@ def sample_posterior(moments_BOHWC: jax.Array, key_B: jax.Array) -> jax.Array:
     """
     orientations = moments_BOHWC.shape[1]
     mean_BOHWC, log_variance_BOHWC = jnp.split(moments_BOHWC.astype(jnp.float32), 2, axis=-1)
-    turn_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
-    turn_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, orientations))(turn_key_B)
-
-    def chosen(x_BOHWC: jax.Array) -> jax.Array:
-        # A choice between few, where a gather would be slow.
-        picked = x_BOHWC[:, 0]
-        for turn in range(1, orientations):
-            picked = jnp.where((turn_B == turn)[:, None, None, None], x_BOHWC[:, turn], picked)
-        return picked
-
-    mean, log_variance = chosen(mean_BOHWC), chosen(log_variance_BOHWC)
+    _, noise_key_B = _turn_and_noise(key_B)
+    turn_B = drawn_turn(key_B, orientations)
+    mean, log_variance = (_of_turn(each, turn_B) for each in (mean_BOHWC, log_variance_BOHWC))
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(noise_key_B)
     return mean + jnp.exp(log_variance / 2) * noise
+
+
+def drawn_turn(key_B: jax.Array, orientations: int) -> jax.Array:
+    """Return the orientation that `sample_posterior` draws: (B,) int32, 0 as it is, 1 mirrored."""
+    turn_key_B, _ = _turn_and_noise(key_B)
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, orientations))(turn_key_B)
+
+
+def _turn_and_noise(key_B: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.split, out_axes=1)(key_B)
+
+
+def _of_turn(x_BO: jax.Array, turn_B: jax.Array) -> jax.Array:
+    """Choose one of the orientations of each example, (B, …) of (B, orientations, …)."""
+    # A choice between few, where a gather would be slow.
+    picked = x_BO[:, 0]
+    for turn in range(1, x_BO.shape[1]):
+        chosen_B = (turn_B == turn).reshape(-1, *(1,) * (picked.ndim - 1))
+        picked = jnp.where(chosen_B, x_BO[:, turn], picked)
+    return picked
 
 
 def make_space(data: Data, rounding: str, augmentation: Augmentation = augment.NONE) -> Space:

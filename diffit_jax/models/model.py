@@ -21,6 +21,9 @@ from diffit_jax.models.diffit.attention import BACKENDS, Statistics, measured_by
 from diffit_jax.models.diffit.attention import forward_mode as forward_mode_of_attention
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 
+# Of samples with a class token: a dict of both, (B, H, W, C) and (B, 1, 1, D).
+IMAGE, CLASS = "image", "class"
+
 
 class Model(nn.Module, kw_only=True):
     """A network as a frozen Flax module: sizes are its attributes, arrays its arguments.
@@ -74,6 +77,22 @@ class Model(nn.Module, kw_only=True):
     def is_map(self) -> bool:
         """Whether the network is told a second time, the one that a flow map goes to."""
         return False
+
+    @property
+    def class_token(self) -> Any:
+        """Width of the class token that is generated beside the sample (REG); 0: none is."""
+        return 0
+
+    @property
+    def noise_shapes(self) -> Any:
+        """Shapes of the noise that a sample is made of: `sample_shape`, or a dict of such.
+
+        With a class token the network maps `IMAGE` (B, H, W, C) and `CLASS` (B, 1, 1, D) to the
+        same.
+        """
+        if not self.class_token:
+            return self.sample_shape
+        return {IMAGE: self.sample_shape, CLASS: (1, 1, self.class_token)}
 
     @property
     def guidance_in(self) -> Any:
@@ -186,7 +205,8 @@ def as_network(
       forward_mode: whether `jax.jvp` is to go through it: attention then has a derivative in this
         direction (by the TPU kernel where it is used, else by XLA), and perhaps none for `grad`.
       capture: number of a block, from 0 (in the U: of the encoder), after which tokens are
-        captured: the function returns (y_BHWC, tokens).
+        captured: the function returns (y_BHWC, tokens), with tokens (B, L, C), the class token's
+        first if there is one, or (B, H, W, C) in the U.
       inner: whether to return the output of a model's inner head too: (y_BHWC, y_inner), before
         tokens. A model that has one always returns both; otherwise callers see y_BHWC alone.
     """

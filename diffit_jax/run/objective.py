@@ -6,19 +6,27 @@ process's own loss; of a flow map that is the flow's.
 Shape suffixes: B batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from diffit_jax import models
 from diffit_jax.diffusion import guidance
+from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.flow_map import Evaluations, FlowMap
+from diffit_jax.diffusion.types import Noised
+from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.models.model import training_flops
+from diffit_jax.experiment.representation import REG, REPA, SRA, Dispersive, Plain
+from diffit_jax.models.model import CLASS, IMAGE, training_flops
 from diffit_jax.models.placement import divisible
+from diffit_jax.run import representation
 
 INNER = "inner"  # name of the loss of a model's inner head
+CLASS_LOSS = "class_token"  # name of the loss of a class token's velocity, in REG
 AVERAGE = "average"  # name, in `uses`, of the network's variables with the averaged parameters
 
 
@@ -46,6 +54,18 @@ class Objective:
     def passes(self, experiment: Experiment) -> float:
         """Return how many forward passes an example costs; the backward pass is two."""
         return 3
+
+    def further_flops(self, experiment: Experiment) -> float:
+        """Return the FLOPs of matrix products for an example beside those passes."""
+        return 0.0
+
+    def abstract(self, experiment: Experiment, mesh: Mesh) -> Mapping[str, Any]:
+        """Return `frozen` as arrays, or shapes with shardings, to compile with; read nothing."""
+        return self.frozen
+
+    def load(self, experiment: Experiment, mesh: Mesh) -> Mapping[str, Any]:
+        """Return `frozen` on the devices. Raises `UserError` for files that cannot be read."""
+        return self.frozen
 
     def init(self, experiment: Experiment, key: jax.Array) -> Any:
         """Initialise parameters of its own (a projection head); {} if it has none.
@@ -83,7 +103,7 @@ class Objective:
           (B,) float32 loss, and its `terms`, (B,) each.
         """
         model, process = experiment.model, experiment.process
-        inputs = inputs_of(experiment, examples, key_B, frozen, training)
+        inputs = inputs_of(experiment, examples, key_B, frozen, training=training)
         with_inner = training and model.has_inner_head
         network = models.as_network(model, variables, inner=with_inner)
         # `Process.loss`, spelled out for those who write another one.
@@ -132,7 +152,7 @@ class MapObjective(Objective):
         """Compute the loss of some examples; arguments as of `Objective`."""
         model, process = experiment.model, experiment.process
         assert isinstance(process, FlowMap)
-        inputs = inputs_of(experiment, examples, key_B, frozen, training)
+        inputs = inputs_of(experiment, examples, key_B, frozen, training=training)
         fixed = jax.lax.stop_gradient(variables)
         networks = Evaluations(
             trained=models.as_network(model, variables, inner=True),
@@ -155,18 +175,215 @@ class MapObjective(Objective):
         return _with_inner(experiment, loss_B, terms, inner_B)
 
 
+class RepresentationObjective(Objective):
+    """The process's loss, and one on tokens of the network: section `representation`.
+
+    Outside of training it is the process's loss alone.
+    """
+
+    uses = (AVERAGE,)  # SRA's teacher, which so takes no memory of its own
+
+    def terms(self, experiment: Experiment) -> tuple[str, ...]:
+        """Return the names of what it reports: also the loss on tokens, before its weight."""
+        settings = experiment.representation
+        own = ("alignment",) if isinstance(settings, REPA | SRA) else ("dispersion",)
+        of_class = (CLASS_LOSS,) if isinstance(settings, REG) else ()
+        return (*super().terms(experiment), *own, *of_class)
+
+    def passes(self, experiment: Experiment) -> float:
+        """Return 3, and SRA's teacher up to its block."""
+        return 3 + representation.teacher_share(experiment)
+
+    def further_flops(self, experiment: Experiment) -> float:
+        """Return those of the projector and the encoder."""
+        return representation.further_flops(experiment)
+
+    def abstract(self, experiment: Experiment, mesh: Mesh) -> Mapping[str, Any]:
+        """Return the encoder's shapes, if its tokens are made in the step."""
+        settings = experiment.representation
+        if not (isinstance(settings, REPA) and settings.source == "image"):
+            return {}
+        return {representation.ENCODER: representation.abstract_encoder(settings, mesh)}
+
+    def load(self, experiment: Experiment, mesh: Mesh) -> Mapping[str, Any]:
+        """Read the encoder, if its tokens are made in the step."""
+        settings = experiment.representation
+        if not (isinstance(settings, REPA) and settings.source == "image"):
+            return {}
+        return {representation.ENCODER: representation.load_encoder(settings, mesh)}
+
+    def init(self, experiment: Experiment, key: jax.Array) -> Any:
+        """Initialise the projector."""
+        return representation.init_projector(experiment, key)
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        variables: Mapping[str, Any],
+        frozen: Mapping[str, Any],
+        examples: Mapping[str, jax.Array],
+        *,
+        key_B: jax.Array,
+        update: jax.Array,
+        training: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Compute the loss of some examples; arguments as of `Objective`."""
+        arguments: dict[str, Any] = dict(key_B=key_B, update=update, training=training)
+        if not training:
+            return super().__call__(experiment, variables, frozen, examples, **arguments)
+        model, process, settings = experiment.model, experiment.process, experiment.representation
+        assert not isinstance(settings, Plain)
+        inputs = inputs_of(experiment, examples, key_B, frozen, training=training)
+        noised = process.noise(inputs.x_BHWC, inputs.key_B)
+        goes_on = jnp.bool_(True) if not settings.stop_step else update < settings.stop_step
+
+        # --- What its tokens are compared with: zeros, not computed, when that has ended.
+        target: Any = None
+        of_class = None
+        if isinstance(settings, SRA):
+            target = _unless_ended(
+                goes_on, settings, self._teacher(experiment, frozen, inputs, noised)
+            )
+        elif isinstance(settings, REG):  # whose class token goes on
+            target = jax.lax.stop_gradient(self._encoder(experiment, frozen, examples, inputs)())
+            of_class = _noisy_class(experiment, target[:, :1, None], inputs, noised)
+            patches = representation.spatially_normalised(target[:, 1:], settings.spatial_norm)
+            target = jnp.concatenate([target[:, :1], patches], axis=1)
+        elif isinstance(settings, REPA):
+            compute = self._encoder(experiment, frozen, examples, inputs)
+            target = _unless_ended(goes_on, settings, compute)[:, 1:]
+            target = representation.spatially_normalised(target, settings.spatial_norm)
+
+        # --- The network once, with its tokens.
+        with_inner = model.has_inner_head
+        network = models.as_network(model, variables, capture=settings.depth - 1, inner=with_inner)
+        seen: Any = (
+            noised.x_BHWC if of_class is None else {IMAGE: noised.x_BHWC, CLASS: of_class.x_BHWC}
+        )
+        y, *inner, tokens = network(seen, noised.level_B, inputs.conditioning)
+        loss_B, terms = process.loss_of(noised, y if of_class is None else y[IMAGE])
+        if inner:
+            loss_B, terms = _with_inner(
+                experiment, loss_B, terms, process.loss_of(noised, inner[0])[0]
+            )
+
+        # --- The loss on them.
+        tokens_BLC = representation.flat(tokens)
+        if isinstance(settings, Dispersive):
+            name, group = "dispersion", _group(experiment, len(tokens_BLC))
+            own_B = representation.dispersive(tokens_BLC, settings.temperature, group)
+        else:
+            name = "alignment"
+            projected = representation.project(variables["objective"], tokens_BLC)
+            if isinstance(settings, SRA):
+                own_B = representation.DISTANCES[settings.distance](projected, target)
+            else:
+                own_B = representation.alignment(target, projected)
+        loss_B = loss_B + jnp.where(goes_on, settings.weight, 0.0) * own_B
+        terms = {**terms, name: own_B}
+        if of_class is not None:
+            assert isinstance(settings, REG)
+            class_B = process.loss_of(of_class, y[CLASS])[0]
+            loss_B, terms = loss_B + settings.class_weight * class_B, {**terms, CLASS_LOSS: class_B}
+        return loss_B, terms
+
+    def _encoder(
+        self,
+        experiment: Experiment,
+        frozen: Mapping[str, Any],
+        examples: Mapping[str, jax.Array],
+        inputs: "Inputs",
+    ) -> Callable[[], jax.Array]:
+        """Return the function that makes the encoder's tokens, (B, 1 + L, D) float32."""
+        settings = experiment.representation
+        assert isinstance(settings, REPA)
+        there = experiment.space.beside(examples, inputs.x_BHWC, inputs.space_key_B)
+        grid = settings.grid(experiment.model)
+
+        def compute() -> jax.Array:
+            if settings.source == "features":
+                return there["features"].astype(jnp.float32)
+            encoder = frozen[representation.ENCODER]
+            return representation.encoded(settings, encoder, there["image"], grid)
+
+        return compute
+
+    def _teacher(
+        self, experiment: Experiment, frozen: Mapping[str, Any], inputs: "Inputs", noised: Noised
+    ) -> Callable[[], jax.Array]:
+        """Return the function that makes the average's tokens at less noise, (B, L, C)."""
+        settings, process = experiment.representation, experiment.process
+        assert isinstance(settings, SRA)
+        assert isinstance(process, Flow)
+        shift_B = jax.vmap(jax.random.uniform)(_numbered(inputs.own_key_B, 5))
+        earlier_B = noised.draws["time"] - settings.max_shift * shift_B
+        lowest = process.interval(training=True)[0]
+        less = process.noised_at(
+            inputs.x_BHWC, jnp.maximum(earlier_B, lowest), noised.draws["noise"]
+        )
+        known = {k: v for k, v in inputs.conditioning.items() if k != "dropout_key"}
+        capture = settings.teacher_depth - 1
+        teacher = models.as_network(experiment.model, frozen[AVERAGE], capture=capture)
+
+        def compute() -> jax.Array:
+            _, tokens = teacher(less.x_BHWC, less.level_B, known)
+            return representation.flat(tokens).astype(jnp.float32)
+
+        return compute
+
+
+def _unless_ended(goes_on: jax.Array, settings: Any, compute: Callable[[], jax.Array]) -> jax.Array:
+    """Compute what tokens are compared with, without a gradient; zeros where that has ended."""
+    if not settings.stop_step:
+        return jax.lax.stop_gradient(compute())
+    shape = jax.eval_shape(compute)
+
+    def nothing() -> jax.Array:
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    return jax.lax.stop_gradient(jax.lax.cond(goes_on, compute, nothing))
+
+
+def _noisy_class(
+    experiment: Experiment, class_B11D: jax.Array, inputs: "Inputs", noised: Noised
+) -> Noised:
+    """Add noise of their own to class tokens, at the times of the latents."""
+    process = experiment.process
+    assert isinstance(process, Flow)
+    key_B = _numbered(inputs.own_key_B, 4)
+    noise = jax.vmap(lambda key: jax.random.normal(key, class_B11D.shape[1:]))(key_B)
+    return process.noised_at(class_B11D, noised.draws["time"], noise)
+
+
+def _group(experiment: Experiment, count: int) -> int:
+    """Return the examples of a group among the `count` of a part of the batch."""
+    settings, training = experiment.representation, experiment.training
+    assert isinstance(settings, Dispersive)
+    group = settings.group or training.batch_size
+    if count % group:
+        raise UserError(
+            f"config key representation.group is {group}, which does not divide the {count} "
+            "examples at hand: choose it so"
+        )
+    return group
+
+
 DENOISING = Objective()
-_OF_MAPS = MapObjective()
+_OF_MAPS, _OF_TOKENS = MapObjective(), RepresentationObjective()
 
 
 def objective_of(experiment: Experiment) -> Objective:
-    """Return what an experiment trains: the loss of its process, or of a flow map."""
+    """Return what an experiment trains: its process's loss, with one on tokens, or of a map."""
+    if not isinstance(experiment.representation, Plain):
+        return _OF_TOKENS
     return _OF_MAPS if isinstance(experiment.process, FlowMap) else DENOISING
 
 
 def flops_per_image(experiment: Experiment) -> float:
     """Return the FLOPs of matrix products for an image of an update, without recomputation."""
-    return training_flops(experiment.model) / 3 * objective_of(experiment).passes(experiment)
+    objective = objective_of(experiment)
+    passes = training_flops(experiment.model) / 3 * objective.passes(experiment)
+    return passes + objective.further_flops(experiment)
 
 
 class Inputs(NamedTuple):
@@ -178,6 +395,8 @@ class Inputs(NamedTuple):
       labels: `label`, as the data have it; {} without classes.
       dropped_B: which labels were dropped; None: none can be.
       key_B: (B,) keys for noise.
+      own_key_B: (B,) keys that numbers from 4 on are folded into, for whatever else is drawn.
+      space_key_B: (B,) keys that the space has drawn with.
     """
 
     x_BHWC: jax.Array
@@ -185,6 +404,8 @@ class Inputs(NamedTuple):
     labels: Mapping[str, jax.Array]
     dropped_B: jax.Array | None
     key_B: jax.Array
+    own_key_B: jax.Array
+    space_key_B: jax.Array
 
 
 def inputs_of(
@@ -192,6 +413,7 @@ def inputs_of(
     examples: Mapping[str, jax.Array],
     key_B: jax.Array,
     frozen: Mapping[str, Any],
+    *,
     training: bool,
 ) -> Inputs:
     """Prepare examples, (B, …) each, for the model; arguments as of `Objective`."""
@@ -211,7 +433,15 @@ def inputs_of(
         conditioning = {**conditioning, **kept}
     if model.dropout and training:
         conditioning = {**conditioning, "dropout_key": _numbered(key_B, 3)}
-    return Inputs(x_BHWC, conditioning, labels, dropped_B, loss_key_B)
+    return Inputs(
+        x_BHWC,
+        conditioning,
+        labels,
+        dropped_B,
+        loss_key_B,
+        own_key_B=key_B,
+        space_key_B=space_key_B,
+    )
 
 
 def _numbered(key_B: jax.Array, number: int) -> jax.Array:

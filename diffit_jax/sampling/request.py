@@ -525,6 +525,8 @@ def _network(experiment: Experiment, variables: Variables) -> dict[str, Any]:
 def _makes_samples(sampling: Sampling) -> dict[str, Any]:
     """Return the settings that samples depend on, by the names of their flags."""
     settings: dict[str, Any] = {"pixel_rounding": sampling.pixel_rounding}
+    if not sampling.guide_class_token:  # which came later
+        settings["guide_class_token"] = False
     for section, classes in CHOICES.items():
         value = getattr(sampling, section)
         settings[section] = next(name for name, cls in classes.items() if cls is type(value))

@@ -17,7 +17,7 @@ from diffit_jax.diffusion.types import Network, Process
 from diffit_jax.experiment.config import Experiment
 from diffit_jax.experiment.sections import SamplingMethod
 from diffit_jax.models import Model
-from diffit_jax.models.model import cast_before_use, count_multiply_adds
+from diffit_jax.models.model import CLASS, IMAGE, cast_before_use, count_multiply_adds
 from diffit_jax.runtime import backend, distributed, parallel
 
 Variables = dict[str, Any]
@@ -31,6 +31,7 @@ class _Program:
       model, process: of the experiment.
       method, guidance: how it samples.
       mesh, guide_model, copy: as in `Sampler`.
+      guide_class_token: whether guidance acts on a class token too.
       attention: how the networks compute it here, as `parallel.try_kernel` has found out.
     """
 
@@ -41,6 +42,7 @@ class _Program:
     mesh: jax.sharding.Mesh
     guide_model: Model | None
     copy: bool | None
+    guide_class_token: bool
     attention: tuple[tuple[str, str], ...]
 
     def _draw_batch(
@@ -119,10 +121,21 @@ class _Program:
             guide=guiding,
             with_inner=with_inner,
             scale=scale,
+            acts_on=self._acts_on(),
         )
-        noise = samplers.seeded_noise(batch["seed"], self.model.sample_shape)
+        noise = samplers.seeded_noise(batch["seed"], self.model.noise_shapes)
         conditioning = {"label": batch["label"]} if num_classes else {}
-        return method.draw(process, guided, noise, conditioning, frames)
+        drawn = method.draw(process, guided, noise, conditioning, frames)
+        if not self.model.class_token:
+            return drawn
+        return SamplerOutput(drawn.samples[IMAGE], drawn.frames[IMAGE])
+
+    def _acts_on(self) -> dict[str, int] | None:
+        """Return the parts of a sample that are guided; None: there is one."""
+        if not self.model.class_token:
+            return None
+        own = {IMAGE: self.guidance.channels}
+        return own | ({CLASS: 0} if self.guide_class_token else {})
 
 
 @functools.lru_cache(maxsize=4)  # each may hold its machine code in a device's memory
@@ -175,6 +188,7 @@ class Sampler:
             mesh=mesh,
             guide_model=guide_model,
             copy=copy,
+            guide_class_token=experiment.sampling.guide_class_token,
             attention=tuple(one.attention_backend(platform) for one in networks if one is not None),
         )
         self._draw, self._watch = _jitted(self._program)

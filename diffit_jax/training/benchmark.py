@@ -62,7 +62,8 @@ def measure(
     waits: list[float] = []
     waiting = functools.partial(_timed, waits)
     stream = batches_on(mesh, source, size, experiment.seed, waiting=waiting)
-    state, batch = create_state(experiment, mesh), next(stream)
+    frozen = setup.objective.load(experiment, mesh)
+    state, batch = create_state(experiment, mesh, setup.objective), next(stream)
     train_step, collected, compile_s = compile_train_step(setup, state, batch)
 
     # The first three updates warm up caches and the loader.
@@ -71,7 +72,7 @@ def measure(
     with Progress("benchmark", steps + 3, shown=shown) as progress, distributed.lost_processes():
         for _ in range(steps + 3):
             with _timed(times):
-                state, collected = train_step(state, collected, batch, setup.objective.frozen)
+                state, collected = train_step(state, collected, batch, frozen)
                 batch = next(stream)
                 jax.block_until_ready(state)
             progress.advance()
@@ -150,7 +151,9 @@ def beside_torch(
         for name, leaf in batch_shapes(experiment, mesh).items()
     }
     arrays["label"] = np.arange(size, dtype=np.int32) % max(model.num_classes, 1)
-    batch, state = parallel.put_batch(mesh, arrays, size), create_state(experiment, mesh)
+    batch = parallel.put_batch(mesh, arrays, size)
+    frozen = setup.objective.load(experiment, mesh)
+    state = create_state(experiment, mesh, setup.objective)
     train_step, collected, compile_s = compile_train_step(setup, state, batch)
     x = jax.device_put(
         draw.normal(size=(size, *model.sample_shape)).astype(np.float32),
@@ -172,9 +175,7 @@ def beside_torch(
                 taken: list[float] = []
                 with _timed(taken):
                     if verb == "train":
-                        state, collected = train_step(
-                            state, collected, batch, setup.objective.frozen
-                        )
+                        state, collected = train_step(state, collected, batch, frozen)
                         jax.block_until_ready(state)
                     else:
                         variables = {"params": state.params, "constants": state.constants}

@@ -17,6 +17,7 @@ from diffit_jax.experiment.sections import EMA
 from diffit_jax.run.objective import AVERAGE, Objective, objective_of
 from diffit_jax.run.optimizer import learning_rate, make_optimizer
 from diffit_jax.run.power_ema import gamma_of, power_rate
+from diffit_jax.run.representation import arrays_beside
 from diffit_jax.run.state import Setup, TrainState
 from diffit_jax.runtime import distributed, parallel
 
@@ -289,13 +290,15 @@ def lower_train_step(setup: Setup, state: TrainState, batch: Batch) -> jax.stage
     step = make_train_step(experiment, objective, in_place=large and platform.skips_by_branch)
     jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
     with parallel.placement(mesh):
-        return jitted.lower(state, collected, batch, objective.frozen)
+        return jitted.lower(state, collected, batch, objective.abstract(experiment, mesh))
 
 
 def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:
     """Return the shapes of a batch, with their shardings, for any data set."""
-    sharding = parallel.batch_sharding(mesh)
-    shapes = experiment.space.batch(experiment.training.batch_size, experiment.model.sample_shape)
+    sharding, size = parallel.batch_sharding(mesh), experiment.training.batch_size
+    shapes = experiment.space.batch(size, experiment.model.sample_shape)
+    for name, spec in arrays_beside(experiment).items():
+        shapes[name] = jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype)
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for name, leaf in shapes.items()

@@ -1,5 +1,6 @@
 """The verb `train`: a run from its config to its last checkpoint."""
 
+import functools
 import itertools
 import logging
 import math
@@ -323,6 +324,7 @@ def train(
     config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
     setup = setup_experiment(config, devices, objective=objective)
     source = distributed.primary_first(lambda: open_training_data(setup.experiment))
+    frozen = setup.objective.load(setup.experiment, setup.mesh)
     monitors = Monitors.open(setup, config, workdir, source)
     labels = class_sampling(source, setup.experiment.data.class_sampling)
     distributed.check_agreement(
@@ -333,7 +335,7 @@ def train(
         distributed.check_shared(workdir)
         run = RunFiles(setup, config, workdir, monitors)
         run.keep_classes(source)
-        return _train(setup, (source, labels), run, profile_steps)
+        return _train(setup, (source, labels), run, profile_steps, frozen)
 
 
 def _train(
@@ -341,8 +343,9 @@ def _train(
     data: tuple[Source, ClassSampling | None],
     run: RunFiles,
     profile_steps: tuple[int, int] | None,
+    frozen: Mapping[str, Any],
 ) -> TrainState:
-    """Train in a directory that is this run's, see `train`."""
+    """Train in a directory that is this run's, see `train`; `frozen`: of the objective."""
     source, labels = data
     training, mesh = setup.experiment.training, setup.mesh
     state = _first_state(setup, run)
@@ -373,13 +376,19 @@ def _train(
     run.open_log()
     watch.start(first)
     tracer = Tracer(run.workdir / workdirs.PROFILE, profile_steps)
-    hooks = _Training(setup, run, watch, tracer, step=compiled[:2], state=state)
+    step = functools.partial(_with_frozen, compiled[0], frozen)
+    hooks = _Training(setup, run, watch, tracer, step=(step, compiled[1]), state=state)
     stream = itertools.chain([batch], stream)
     del state, batch  # whose memory the updates take over
     with tracer:
         run_loop("train", hooks, stream, first, total)
     run.close()
     return hooks.state
+
+
+def _with_frozen(step: Any, frozen: Any, state: Any, collected: Any, batch: Any) -> Any:
+    """Make an update; `frozen` comes last in the program."""
+    return step(state, collected, batch, frozen)
 
 
 class _Training(Hooks):
@@ -413,8 +422,7 @@ class _Training(Hooks):
         self._tracer.before(step)
 
     def update(self, batch: Any) -> None:
-        frozen = self._setup.objective.frozen
-        self.state, self._collected = self._step(self.state, self._collected, batch, frozen)
+        self.state, self._collected = self._step(self.state, self._collected, batch)
 
     def evaluate(self, step: int, progress: Progress) -> bool:
         run, training = self._run, self._setup.experiment.training

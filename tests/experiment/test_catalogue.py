@@ -1,5 +1,6 @@
 """Keys read from the source text are those of the classes."""
 
+import types
 import typing
 
 import numpy as np
@@ -36,7 +37,8 @@ def test_every_key_is_read_with_its_kind_and_its_words():
         for key, field in real.items():
             declared = limits.type_of(field.type)
             plain = "path" if limits.is_path(field.type) else KINDS.get(declared)
-            other = "list" if typing.get_origin(declared) not in (None, typing.Union) else "section"
+            unions = (None, typing.Union, types.UnionType)
+            other = "section" if typing.get_origin(declared) in unions else "list"
             where = name, chosen, key
             if f"{name}.{key}" not in experiment.CHOICES:
                 assert keys[key].kind == (plain or other), where

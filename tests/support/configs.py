@@ -121,6 +121,28 @@ def small_map_config(**overrides) -> ConfigDict:
     return _override(config, overrides)
 
 
+def small_token_config(kind: str, **overrides) -> ConfigDict:
+    """A flow with a loss on its tokens, `representation.kind`."""
+    config = small_latent_config(model__learn_sigma=False)
+    config.process = ConfigDict({"name": "flow"})
+    config.sampling.sampler = ConfigDict({"name": "heun", "num_steps": 4})
+    config.sampling.guidance = ConfigDict({"kind": "constant", "scale": 1.5})
+    settings: dict[str, Any] = {"kind": kind}
+    if kind != "none":
+        settings["depth"] = 1
+    if kind in ("repa", "reg"):
+        settings |= {"encoder": "digits", "projector_width": 32}
+    if kind == "sra":
+        settings["teacher_depth"] = 2
+    if kind == "dispersive":
+        settings["group"] = 4
+    if kind == "reg":
+        config.model.class_token = 64
+    config.representation = ConfigDict(settings)
+    config.evaluation = ConfigDict()
+    return _override(config, overrides)
+
+
 def _override(config: ConfigDict, overrides: dict) -> ConfigDict:
     for key, value in overrides.items():
         *parents, name = key.split("__")

@@ -6,7 +6,7 @@ a patch.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,7 @@ from diffit_jax.models.diffit.conditioning import (
     TimeToken,
     position_embedding,
 )
+from diffit_jax.models.model import CLASS, IMAGE
 from diffit_jax.models.placement import Dense, at_least_float32
 
 # The paper has XL/2; the smaller ones are DiT's (Peebles & Xie 2023, Table 1).
@@ -70,6 +71,8 @@ class LatentDiffiT(TimeConditioned):
       slim_tmsa: leave out the parameters that can never change the output, see `TMSA`.
       inner_head: after how many blocks a second last layer reads the tokens, for internal guidance
         (2512.24176 has 8 of 28); 0: none. Its output is returned beside the network's own.
+      class_token: width of an encoder's class token that is generated beside the latent (REG,
+        2507.01467, has DINOv2-B's 768); 0: none. It is one more token, outside the grid.
     """
 
     input_size: Side = 32
@@ -82,6 +85,7 @@ class LatentDiffiT(TimeConditioned):
     learn_sigma: bool = True
     slim_tmsa: bool = False
     inner_head: Annotated[CountOrZero, LATER] = 0
+    class_token: Annotated[CountOrZero, LATER] = 0
     num_classes: CountOrZero = dataclasses.field(default=1000, kw_only=True)
 
     @property
@@ -122,7 +126,7 @@ class LatentDiffiT(TimeConditioned):
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for a window of all tokens, see `Model.attention_backend`."""
         asked = self.attention, platform, self.grid, self.heads[1], self.dtype
-        time_in = "token" if self.own_tokens else self.time_in
+        time_in = "token" if self.own_tokens or self.class_token else self.time_in
         return choose_backend(*asked, obstacle=xla_only(time_in))
 
     def check_sizes(self) -> None:
@@ -143,6 +147,17 @@ class LatentDiffiT(TimeConditioned):
                 f"config key model.inner_head is {self.inner_head}, but the network has "
                 f"{self.depth} blocks, and the last layer is behind them: use 1 to "
                 f"{self.depth - 1}, or 0 for none"
+            )
+        if self.class_token and (self.inner_head or self.is_map):
+            other = "inner_head" if self.inner_head else "end_time_in"
+            raise UserError(
+                f"config keys model.class_token and model.{other} do not go together: set either "
+                f"to {'0' if self.inner_head else 'none, or class_token to 0'}"
+            )
+        if self.class_token and self.attention not in ("auto", "xla"):
+            raise UserError(
+                f"config key model.attention is {self.attention!r}, but model.class_token is a "
+                f"token: {xla_only('token')}; set model.attention to auto or xla"
             )
         if self.time_in == "bias":
             offsets = (2 * self.grid - 1) ** 2
@@ -166,15 +181,17 @@ class LatentDiffiT(TimeConditioned):
     @nn.compact
     def __call__(
         self,
-        x_BHWC: jax.Array,
+        x_BHWC: jax.Array | Mapping[str, jax.Array],
         noise_level_B: jax.Array,
         conditioning: Mapping[str, jax.Array],
         capture: int | None = None,
-    ) -> jax.Array | tuple[jax.Array, ...]:
+    ) -> Any:
         """Evaluate the network.
 
         Args:
-          x_BHWC: (B, input_size, input_size, input_channels) noisy latents.
+          x_BHWC: (B, input_size, input_size, input_channels) noisy latents; with `class_token` also
+            a dict of these as "image" and of noisy class tokens (B, 1, 1, class_token) as "class",
+            which are 0 without one.
           noise_level_B: (B,) the timestep 0…999 of the original schedule (or EDM's `c_noise`), used
             as it is.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
@@ -184,9 +201,13 @@ class LatentDiffiT(TimeConditioned):
 
         Returns:
           (B, input_size, input_size, output_channels) float32; with an inner head its output too,
-          of the same shape; with `capture` last (B, L, C) of the model's dtype.
+          of the same shape; with `capture` last (B, L, C) of the model's dtype, before which the
+          class token comes if there is one. Of a dict a dict.
         """
         self.check_sizes()
+        class_B11D = None
+        if isinstance(x_BHWC, Mapping):
+            x_BHWC, class_B11D = x_BHWC[IMAGE], x_BHWC[CLASS]
         check_capture(capture, self.depth)
         batch, grid, patch = len(x_BHWC), self.grid, self.patch_size
         label_B = conditioning.get("label") if self.num_classes else None
@@ -218,6 +239,8 @@ class LatentDiffiT(TimeConditioned):
 
         # The whole grid is one window, behind which there may be tokens outside the grid.
         x_BNLC = x_BLC[:, None]
+        if self.class_token:
+            x_BNLC = with_extra_tokens(x_BNLC, self._class_token(class_B11D, batch))
         if self.time_in == "token":
             token_BC = Dense(self.hidden_size, self.dtype, name="time_token")(time_BT)
             x_BNLC = with_extra_tokens(x_BNLC, token_BC[:, None])
@@ -251,12 +274,34 @@ class LatentDiffiT(TimeConditioned):
             captures=[block for block in (self.inner_head - 1, capture) if block not in (-1, None)],
         )
 
-        outputs = [self._last_layer(x_BNLC, "final")]
+        outputs: list[Any] = [self._last_layer(x_BNLC, "final")]
+        if self.class_token:
+            class_out_B11D = self._last_of_class(x_BNLC[:, :, grid * grid : grid * grid + 1])
+            if class_B11D is not None:
+                outputs = [{IMAGE: outputs[0], CLASS: class_out_B11D}]
         if self.inner_head:
             outputs.append(self._last_layer(captured[self.inner_head - 1], "inner_final"))
         if capture is not None:
-            outputs.append(captured[capture][:, 0, : grid * grid])
+            tokens_BLC = captured[capture][:, 0, : grid * grid]
+            if self.class_token:
+                class_B1C = captured[capture][:, 0, grid * grid : grid * grid + 1]
+                tokens_BLC = jnp.concatenate([class_B1C, tokens_BLC], axis=1)
+            outputs.append(tokens_BLC)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _class_token(self, class_B11D: jax.Array | None, batch: int) -> jax.Array:
+        """Embed noisy class tokens, or none, as tokens (B, 1, C)."""
+        if class_B11D is None:
+            class_B11D = jnp.zeros((batch, 1, 1, self.class_token))
+        embedded = Dense(self.hidden_size, self.dtype, name="class_embed")(class_B11D[:, 0])
+        return layer_norm(self.dtype, affine=True, name="class_norm")(embedded)
+
+    def _last_of_class(self, x_B11C: jax.Array) -> jax.Array:
+        """Map the class token (B, 1, 1, C) to what the network returns of it."""
+        exact = at_least_float32(self.dtype)
+        x_B11C = nn.silu(layer_norm(exact, affine=False, name="class_final_norm")(x_B11C))
+        zeros = nn.initializers.zeros_init()
+        return Dense(self.class_token, exact, zeros, name="class_final")(x_B11C)
 
     def _last_layer(self, x_BNLC: jax.Array, name: str) -> jax.Array:
         """Map tokens to what the network returns, (B, input_size, input_size, output_channels)."""

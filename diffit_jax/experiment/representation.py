@@ -1,0 +1,267 @@
+"""Section `representation`: losses on tokens inside the network, beside the process's.
+
+What they are computed of is in `run.representation`.
+"""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar
+
+import jax
+
+from diffit_jax import limits, models
+from diffit_jax.diffusion.flow import Flow
+from diffit_jax.diffusion.flow_map import FlowMap
+from diffit_jax.errors import UserError
+from diffit_jax.limits import RESUMABLE, Count, CountOrZero, Path, above, at_least, fraction, one_of
+from diffit_jax.models import Model, placement
+from diffit_jax.models.pretrained.dinov2 import ENCODERS, POSITIONS
+
+DISTANCES = ("smooth_l1", "cosine", "cosine_over_tokens", "l1", "l2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """No such loss."""
+
+    kind: ClassVar[str] = "none"
+    uses_encoder: ClassVar[bool] = False
+
+    def check(self, experiment: Any) -> None:
+        """Nothing can be wrong with it, but a network that generates a class token needs REG."""
+        if experiment.model.class_token:
+            raise UserError(
+                "config key model.class_token has a class token generated, which is trained by "
+                "representation.kind reg: set it to reg, or class_token to 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnTokens(limits.Section, name="representation"):
+    """Base class of losses on the tokens behind a block.
+
+    Attributes:
+      depth: behind how many blocks (in the U: of the encoder) tokens are taken, from 1. REPA and
+        SRA have 8 of 28, or 4 of 12 (B/2).
+      weight: of this loss, beside the process's.
+      stop_step: after how many updates this loss ends (HASTE, 2505.16792: 250,000 of SiT-XL/2,
+        whose gain is lost late in training); 0: never.
+    """
+
+    uses_encoder: ClassVar[bool] = False
+
+    depth: Count = 8
+    weight: Annotated[float, at_least(0)] = 0.5
+    stop_step: Annotated[CountOrZero, RESUMABLE] = 0
+
+    def check(self, experiment: Any) -> None:
+        """Raise `UserError` if it does not go with a network or process."""
+        if isinstance(experiment.process, FlowMap):
+            raise UserError(
+                "config key representation.kind is about networks of one time, and process.name is "
+                "flow_map: set it to none"
+            )
+        if experiment.model.class_token and not isinstance(self, REG):
+            Plain().check(experiment)
+        self.tokens(experiment.model, "depth")
+
+    def tokens(self, model: Model, key: str) -> tuple[int, ...]:
+        """Return the shape of an example's tokens behind a block: (L, C), or (H, W, C).
+
+        Args:
+          model: the network.
+          key: that says behind how many blocks.
+
+        Raises:
+          UserError: it has fewer, or does not show its tokens.
+        """
+        return captured_shape(model, getattr(self, key), f"representation.{key}")
+
+
+def captured_shape(model: Model, depth: int, key: str) -> tuple[int, ...]:
+    """Return the shape of an example's tokens behind so many blocks; errors as of `_OnTokens`."""
+
+    def evaluate(variables: Any, x: jax.Array, level: jax.Array) -> Any:
+        return models.as_network(model, variables, capture=depth - 1)(x, level, {})[1]
+
+    x_BHWC = jax.ShapeDtypeStruct((1, *model.sample_shape), "float32")
+    level_B = jax.ShapeDtypeStruct((1,), "float32")
+    try:
+        with placement.no_placement():
+            found: Any = jax.eval_shape(evaluate, models.initial_shapes(model), x_BHWC, level_B)
+    except UserError as error:
+        raise UserError(
+            f"config key {key} is {depth}, but {error}: use the number of one, counted from 1"
+        ) from error
+    except TypeError as error:  # of a network without `capture`
+        raise UserError(
+            f"config key {key}: {type(model).__name__} does not show its tokens; use latent_diffit "
+            "or image_diffit, or representation.kind none"
+        ) from error
+    return found.shape[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispersive(_OnTokens):
+    """Dispersive loss (2506.09027): tokens of different examples shall lie far from each other.
+
+    log mean exp(-‖z_i - z_j‖² / (dim · temperature)) over all pairs of a group, i = j among them.
+
+    Attributes:
+      temperature: its scale; the paper's code in JAX has 0.5, that in PyTorch 1.
+      group: examples that are compared with each other: positions of the batch that are equal
+        modulo batch_size / group. As published 32, a device's; 0 is the whole batch, another loss.
+    """
+
+    kind: ClassVar[str] = "dispersive"
+
+    temperature: Annotated[float, above(0)] = 0.5
+    group: CountOrZero = 32
+
+    def check(self, experiment: Any) -> None:
+        """Raise `UserError` also if groups do not lie within the parts of a batch."""
+        super().check(experiment)
+        batch, parts = experiment.training.batch_size, experiment.training.accumulation
+        group = self.group or batch
+        if batch % group or (batch // group) % parts:
+            raise UserError(
+                f"config key representation.group is {self.group}, which does not divide the "
+                f"{batch // parts} examples of a part of the batch (training.batch_size {batch}, "
+                f"accumulation {parts}): choose it so, or accumulation 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SRA(_OnTokens):
+    """Self-representation alignment (2505.02831): the average at less noise is the teacher.
+
+    It sees the same noise and label at t' = max(t - U(0, max_shift), 0).
+
+    Attributes:
+      teacher_depth: behind how many blocks its tokens are taken: 20 of 28, or 8 of 12 (B/2).
+      max_shift: how much less its time is, at most.
+      distance: "smooth_l1" (beta 0.05; the paper's, with weight 0.2), "cosine" over channels,
+        "cosine_over_tokens", which its released code computes (with weight 0.5), "l1" or "l2".
+    """
+
+    kind: ClassVar[str] = "sra"
+
+    weight: Annotated[float, at_least(0)] = 0.2
+    teacher_depth: Count = 20
+    max_shift: Annotated[float, fraction()] = 0.2
+    distance: Annotated[str, one_of(*DISTANCES)] = "smooth_l1"
+
+    def check(self, experiment: Any) -> None:
+        """Raise `UserError` also without times, or if tokens of both blocks do not match."""
+        super().check(experiment)
+        if not isinstance(experiment.process, Flow):
+            raise UserError(
+                "config key representation.kind is sra, whose teacher sees an earlier time: set "
+                "process.name to flow"
+            )
+        ours = self.tokens(experiment.model, "depth")
+        theirs = self.tokens(experiment.model, "teacher_depth")
+        if ours != theirs:
+            raise UserError(
+                f"config key representation.teacher_depth is {self.teacher_depth}, where tokens "
+                f"are {theirs}, behind depth {self.depth} {ours}: choose blocks of one stage"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class REPA(_OnTokens):
+    """Representation alignment (2410.06940) with a frozen encoder's patch tokens of the picture.
+
+    Attributes:
+      encoder: a name in `dinov2.ENCODERS`. "digits" is a small stand-in for digits.
+      encoder_weights: its file or `hf://` folder, see `interop.dinov2`; the stand-in has its own.
+      encoder_dtype: of its matrix products.
+      positions: how its positions come to the tokens' grid, a name in `dinov2.POSITIONS`; REPA's
+        code has timm's rule, "antialiased".
+      source: where its tokens come from: "image", by the encoder in every step, of images in the
+        records, or "features", which `diffit encode --keep features` has written there.
+      projector: from the network's tokens to the encoder's: "mlp", or iREPA's 3×3 convolution
+        "conv" (2512.10794).
+      projector_width: of the MLP's two hidden layers.
+      spatial_norm: iREPA's gamma, 0.6: z becomes (z - gamma · mean) / deviation, both over an
+        image's patches; 0: z is left as it is.
+    """
+
+    kind: ClassVar[str] = "repa"
+    uses_encoder: ClassVar[bool] = True
+
+    encoder: Annotated[str, one_of(*ENCODERS)] = "dinov2_vitb14"
+    encoder_weights: Annotated[Path, RESUMABLE] = ""
+    encoder_dtype: Annotated[str, one_of("float32", "bfloat16")] = "bfloat16"
+    positions: Annotated[str, one_of(*POSITIONS)] = "antialiased"
+    source: Annotated[str, one_of("image", "features")] = "image"
+    projector: Annotated[str, one_of("mlp", "conv")] = "mlp"
+    projector_width: Count = 2048
+    spatial_norm: Annotated[float, fraction()] = 0.0
+
+    def check(self, experiment: Any) -> None:
+        """Raise `UserError` also for tokens of the records beside an augmentation."""
+        super().check(experiment)
+        if self.source == "features" and experiment.augmentation.probability:
+            raise UserError(
+                "config key representation.source is features, of pictures as they are, and "
+                "augmentation.probability changes them: set it to 0, or source to image"
+            )
+
+    @property
+    def encoder_width(self) -> int:
+        """Channels of the encoder's tokens."""
+        return ENCODERS[self.encoder].width
+
+    def grid(self, model: Model) -> tuple[int, int]:
+        """Return rows and columns of the network's tokens, which the encoder's have to match."""
+        shape = self.tokens(model, "depth")
+        if len(shape) == 3:
+            return shape[0], shape[1]
+        side = round((shape[0] - bool(model.class_token)) ** 0.5)
+        return side, side
+
+
+@dataclasses.dataclass(frozen=True)
+class REG(REPA):
+    """REPA, and the encoder's class token is generated beside the latent (REG, 2507.01467).
+
+    It has its own noise at the same time, and is aligned too. The network needs
+    `model.class_token`, the encoder's width.
+
+    Attributes:
+      class_weight: of the loss of its velocity.
+    """
+
+    kind: ClassVar[str] = "reg"
+
+    class_weight: Annotated[float, at_least(0)] = 0.03
+
+    def check(self, experiment: Any) -> None:
+        """Raise `UserError` also if the network has no such class token, or no flow."""
+        super().check(experiment)
+        width = experiment.model.class_token
+        if width != self.encoder_width:
+            raise UserError(
+                f"config key model.class_token is {width}, but representation.kind reg generates "
+                f"the {self.encoder_width} channels of {self.encoder}'s class token: set it to "
+                "that (latent_diffit)"
+            )
+        if not isinstance(experiment.process, Flow):
+            raise UserError(
+                "config key representation.kind is reg, whose class token follows a flow: set "
+                "process.name to flow"
+            )
+        if self.projector == "conv":
+            raise UserError(
+                "config key representation.projector is conv, but reg's class token lies outside "
+                "the grid: set it to mlp"
+            )
+        if experiment.evaluation.loss_steps:
+            raise UserError(
+                "config key evaluation.loss_steps measures the loss of latents alone, which reg "
+                "sees with a class token: set it to 0"
+            )
+
+
+Representation = Plain | Dispersive | SRA | REPA
+REPRESENTATIONS = {"none": Plain, "repa": REPA, "reg": REG, "dispersive": Dispersive, "sra": SRA}
