@@ -101,6 +101,7 @@ class Manifest:
       shards: in their order.
       autoencoder: of moments: its hash, `latent_mean` and `latent_scale` …, likewise.
       statistics: of moments: mean and standard deviation of each channel of unscaled latents.
+      features: of features: the encoder's hash, positions, dtype and grid, likewise.
       format: of all this.
     """
 
@@ -115,6 +116,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     autoencoder: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -128,7 +130,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of its file."""
-        return json.dumps(to_json_names(dataclasses.asdict(self)), indent=1) + "\n"
+        values = to_json_names(dataclasses.asdict(self))
+        if not self.features:  # which came later
+            del values["features"]
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -156,6 +161,7 @@ class Manifest:
             or not {IMAGE, MOMENTS} & arrays.keys()
             or sides.get(IMAGE, 3) != 3
             or sides.get(MOMENTS, 4) != 4
+            or sides.get(FEATURES, 3) != 3
             or sum(shard.count for shard in shards) != manifest.count
         ):
             raise ValueError("its arrays or its counts do not fit together")

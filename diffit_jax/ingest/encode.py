@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,16 +32,17 @@ from diffit_jax.ingest.prepare import (
     source_metadata,
 )
 from diffit_jax.ingest.shards import Shards
-from diffit_jax.interop import diffusers
+from diffit_jax.interop import diffusers, dinov2
 from diffit_jax.runtime import backend, distributed, files, hub, interruption, npz, parallel
 from diffit_jax.runtime.console import first_few
 from diffit_jax.runtime.run_in_subprocess import count_cores
 from diffit_jax.sampling.decoder import VAE_FILES
-from diffit_jax.sampling.encoder import ImageEncoder
+from diffit_jax.sampling.encoder import FeatureEncoder, ImageEncoder
 
 log = logging.getLogger(__name__)
 
 STORED = ("float16", "float32")
+KEPT = ("none", "image", "features")
 _POLL_S = 0.5
 _MANY = 100_000  # images whose index is kept while a command is not done
 
@@ -57,6 +58,11 @@ class Encoding:
       orientations: 2: of the image and its mirror image; 1: of the image.
       batch_per_device: images that each device encodes in a call.
       chunk_size: images of a slice of it, see `decoder.slice_size`.
+      keep: what is kept beside moments, one of `KEPT`: "image", uint8, from which training makes an
+        encoder's tokens, or these themselves, "features", float16, of both orientations.
+      encoder: of features: weights, see `interop.dinov2`; `hf://` too.
+      encoder_dtype: of its matrix products.
+      encoder_positions: how positions come to its grid, a name in `dinov2.POSITIONS`.
     """
 
     vae: epath.PathLike
@@ -65,8 +71,19 @@ class Encoding:
     orientations: int = 2
     batch_per_device: int = 32
     chunk_size: int | None = None
+    keep: str = "none"
+    encoder: epath.PathLike = ""
+    encoder_dtype: str = "float32"
+    encoder_positions: str = "antialiased"
 
     def __post_init__(self):
+        if self.keep not in KEPT:
+            raise UserError(f"--keep {self.keep} is unknown: use {', '.join(KEPT)}")
+        if (self.keep == "features") != bool(self.encoder):
+            raise UserError(
+                "--keep features and --encoder go together: name the weights of the encoder whose "
+                "tokens are kept, or leave out both"
+            )
         if self.stored not in STORED:
             raise UserError(f"--stored {self.stored} is unknown: use {' or '.join(STORED)}")
         if self.orientations not in (1, 2):
@@ -131,13 +148,21 @@ def encode(
         batch_per_device=encoding.batch_per_device,
         orientations=encoding.orientations,
         chunk_size=encoding.chunk_size,
+        features=_feature_encoder(encoding, mesh),
     )
     workers = count_cores() if workers is None else workers
     with Loader(index, preprocessing, workers) as loader:
         image = loader.first_shape()
         _check_image(index, image, encoder)
-        shape = encoder.shape_of(image)
-        arrays = records.layout(moments=ArraySpec(shape, encoding.stored))
+        arrays = {records.MOMENTS: ArraySpec(encoder.shape_of(image), encoding.stored)}
+        if encoding.keep == "image":
+            arrays[records.IMAGE] = ArraySpec(image, "uint8")
+        if encoder.features:
+            shape = encoder.shape_of(image)
+            encoder.features = encoder.features._replace(grid=(shape[1] // 2, shape[2] // 2))
+            arrays[records.FEATURES] = ArraySpec(encoder.shape_of_features(), "float16")
+        _say_sizes(arrays, len(index))
+        arrays = records.layout(**arrays)
         crop = dict(index.crop) or dataclasses.asdict(preprocessing)
         # All that the records depend on, so that another command's are not continued.
         identity = {
@@ -147,30 +172,62 @@ def encode(
             "stored": encoding.stored,
             "autoencoder": encoder.identity(),
         }
+        if encoding.keep != "none":
+            features = encoder.features
+            identity["keep"] = [encoding.keep, features.identity() if features else None]
         how = {"arrays": arrays, "identity": identity, "contents": loader.contents}
         shards = shards_of(index, folder, split, **how)
         distributed.primary_first(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
         with distributed.primary_context(lambda: files.owned(folder, "data set")):
             distributed.on_primary(shards.begin)
-            _write(
-                shards, index, loader=loader, encoder=encoder, stored=encoding.stored, image=image
-            )
+            _write(shards, index, loader=loader, encoder=encoder, arrays=arrays, image=image)
             if distributed.is_primary():
                 shards.finish(
                     index.classes,
-                    lambda sums: {
-                        "source": source_metadata(index, source, split)
-                        | {"image_shape": list(image)},
-                        "crop": crop,
-                        "autoencoder": _autoencoder_metadata(encoder, encoding),
-                        "statistics": latent_statistics.of_sums(sums),
-                    },
+                    lambda sums: (
+                        {
+                            "source": source_metadata(index, source, split)
+                            | {"image_shape": list(image)},
+                            "crop": crop,
+                            "autoencoder": _autoencoder_metadata(encoder, encoding),
+                            "statistics": latent_statistics.of_sums(sums),
+                        }
+                        | _features_metadata(encoder, encoding)
+                    ),
                 )
             distributed.on_primary(lambda: index_file.unlink(missing_ok=True))
     manifest = records.read_manifest(folder, split)
     report(manifest, folder, index)
     latent_statistics.say(manifest)
     return manifest
+
+
+def _feature_encoder(encoding: Encoding, mesh: jax.sharding.Mesh) -> FeatureEncoder | None:
+    """Read the encoder of features, whose grid follows from the images."""
+    if not encoding.encoder:
+        return None
+    module, variables = dinov2.load(
+        encoding.encoder,
+        positions=encoding.encoder_positions,
+        dtype=np.dtype(encoding.encoder_dtype),
+        sharding=parallel.replicated(mesh),
+        flag="encoder",
+    )
+    return FeatureEncoder(module, variables, (0, 0))
+
+
+def _features_metadata(encoder: ImageEncoder, encoding: Encoding) -> dict[str, Any]:
+    if encoder.features is None:
+        return {}
+    return {"features": {"path": str(encoding.encoder), **encoder.features.identity()}}
+
+
+def _say_sizes(arrays: Mapping[str, ArraySpec], count: int) -> None:
+    """Log what the records will take, before the work begins."""
+    if distributed.is_primary():
+        parts = ", ".join(f"{name} {spec.size / 1e3:.4g} kB" for name, spec in arrays.items())
+        total = count * records.record_size(arrays) / 1e9
+        log.info("an example takes %s: %.3g GB for %d", parts, total, count)
 
 
 def _indexed(
@@ -229,7 +286,7 @@ def _write(
     *,
     loader: Loader,
     encoder: ImageEncoder,
-    stored: str,
+    arrays: Mapping[str, ArraySpec],
     image: tuple[int, ...],
 ) -> None:
     """Write the missing shards: each process its own; return when all are there."""
@@ -256,13 +313,18 @@ def _write(
                         writer.note(list(loaded.notes))
                     good = [loaded for loaded in group if loaded.pixels is not None]
                     if result is not None:
-                        moments = result.result()[0]
-                        with np.errstate(over="ignore"):
-                            kept_moments = moments.astype(stored)
-                        _check_finite(moments, kept_moments, good, index)
-                        writer.stats.add_sums(**latent_statistics.sums_of(moments))
-                        for loaded, array in zip(good, kept_moments, strict=True):
-                            writer.add(label_of(index, loaded.number), moments=array)
+                        found, stored = result.result()[0], {}
+                        for name, array in found.items():
+                            with np.errstate(over="ignore"):
+                                stored[name] = array.astype(arrays[name].dtype)
+                            _check_finite(name, array, stored[name], good, index)
+                        sums = latent_statistics.sums_of(found[records.MOMENTS])
+                        writer.stats.add_sums(**sums)
+                        if records.IMAGE in arrays:
+                            stored[records.IMAGE] = [loaded.pixels for loaded in good]
+                        for row, loaded in enumerate(good):
+                            values = {name: of_all[row] for name, of_all in stored.items()}
+                            writer.add(label_of(index, loaded.number), **values)
                     encoded += len(good)
                     # Other processes are about as far.
                     progress.advance(len(group) * jax.process_count())
@@ -315,17 +377,20 @@ def _encoded(
 
 
 def _check_finite(
-    moments: np.ndarray, stored: np.ndarray, good: list[Loaded], index: Index
+    name: str, found: np.ndarray, stored: np.ndarray, good: list[Loaded], index: Index
 ) -> None:
-    """Raise `UserError` if moments (n, …) are not finite, or not any more as they are stored."""
+    """Raise `UserError` if arrays (n, …) are not finite, or not any more as they are stored."""
+    network, exact, wide = "autoencoder", "--vae_dtype float32", "--stored float32"
+    if name == records.FEATURES:
+        network, exact, wide = "encoder", "--encoder_dtype float32", "--keep image"
     for array, what, remedy in (
-        (moments, "are not finite", "--vae_dtype float32"),
-        (stored, f"are too large for {stored.dtype}", "--stored float32"),
+        (found, "are not finite", exact),
+        (stored, f"are too large for {stored.dtype}", wide),
     ):
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():
             names = [index.names[good[row].number] for row in np.flatnonzero(~finite)]
             raise UserError(
-                f"the autoencoder's moments of {first_few(names)} {what}: use {remedy}, or another "
-                "autoencoder"
+                f"the {network}'s {name} of {first_few(names)} {what}: use {remedy}, or another "
+                f"{network}"
             )

@@ -55,6 +55,7 @@ def load(
     positions: str = "official",
     dtype: Any = np.float32,
     sharding: jax.sharding.Sharding | None = None,
+    flag: str = "representation.encoder_weights",
 ) -> tuple[DINOv2, dict[str, Any]]:
     """Read a network.
 
@@ -64,6 +65,7 @@ def load(
       positions: how positions come to other grids, a name in `models.pretrained.dinov2.POSITIONS`.
       dtype: of the matrix products, float32 or bfloat16.
       sharding: where the arrays go; None: the default device.
+      flag: that names the path, for errors.
 
     Returns:
       The module, as large as the file's, and its variables, `params` in float32.
@@ -72,7 +74,7 @@ def load(
       UserError: a file that cannot be read, of another size, or with tensors that are missing,
         extra, misshapen or not finite (each named, at most ten).
     """
-    path = epath.Path(hub.local(path, "encoder_weights", FILES))
+    path = epath.Path(hub.local(path, flag, FILES))
     weights = path / WEIGHTS if path.is_dir() else path
     opened = TorchFile(weights) if weights.suffix in (".pth", ".pt") else WeightFiles(weights, ".*")
     with opened as raw:

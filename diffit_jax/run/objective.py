@@ -303,8 +303,8 @@ class RepresentationObjective(Objective):
         def compute() -> jax.Array:
             if settings.source == "features":
                 return there["features"].astype(jnp.float32)
-            encoder = frozen[representation.ENCODER]
-            return representation.encoded(settings, encoder, there["image"], grid)
+            module, encoder = representation.encoder_of(settings), frozen[representation.ENCODER]
+            return representation.encoded(module, encoder, there["image"], grid)
 
         return compute
 

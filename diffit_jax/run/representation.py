@@ -229,17 +229,16 @@ def load_encoder(settings: REPA, mesh: Mesh) -> Any:
 
 
 def encoded(
-    settings: REPA, variables: Any, pictures_BHWC: jax.Array, grid: tuple[int, int]
+    module: DINOv2, variables: Any, pictures_BHWC: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Encode pictures to tokens (B, 1 + L, D) float32: the class token, then a grid of patches.
 
     Args:
-      settings: of the encoder.
+      module: the encoder.
       variables: of it.
       pictures_BHWC: in 0 to 255, of three channels or one.
       grid: rows and columns of patches.
     """
-    module = encoder_of(settings)
     if pictures_BHWC.shape[-1] == 1:
         pictures_BHWC = jnp.repeat(pictures_BHWC, 3, axis=-1)
     side = grid[0] * module.patch, grid[1] * module.patch

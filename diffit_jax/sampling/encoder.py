@@ -1,18 +1,43 @@
-"""From images to the moments of their latents, on every device of a mesh."""
+"""From images to the moments of their latents, and features, on every device of a mesh."""
 
 import concurrent.futures
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffit_jax.data import pixels
+from diffit_jax.data.records import FEATURES, MOMENTS
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.dinov2 import DINOv2
 from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.representation import encoded
 from diffit_jax.runtime import backend, checkpoint, parallel
 from diffit_jax.sampling.decoder import batch_sizes, per_slice
+
+
+class FeatureEncoder(NamedTuple):
+    """An encoder whose tokens are kept beside moments.
+
+    Attributes:
+      module, variables: of it.
+      grid: rows and columns of its patches.
+    """
+
+    module: DINOv2
+    variables: Any
+    grid: tuple[int, int]
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that features of given images depend on, JSON values by name."""
+        return {
+            "contents": checkpoint.fingerprint(self.variables),
+            "positions": self.module.positions,
+            "dtype": np.dtype(self.module.dtype).name,
+            "grid": list(self.grid),
+        }
 
 
 class ImageEncoder:
@@ -36,6 +61,7 @@ class ImageEncoder:
         batch_per_device: int,
         orientations: int = 2,
         chunk_size: int | None = None,
+        features: FeatureEncoder | None = None,
     ):
         """Prepare an encoder.
 
@@ -46,29 +72,46 @@ class ImageEncoder:
           batch_per_device: images of a call.
           orientations: 2: the image and its mirror image; 1: the image.
           chunk_size: how many of them a device encodes at once, see `slice_size`.
+          features: the encoder whose tokens are wanted too.
         """
+        self.features = features
+        self._variables = {"vae": variables, "encoder": features and features.variables}
         self.module, self.variables, self._mesh = module, variables, mesh
         self.orientations = orientations
         size, self.batch_size = batch_sizes(mesh, batch_per_device, chunk_size)
-        self._encode = per_slice(self._moments, mesh, size)
+        self._encode = per_slice(self._arrays, mesh, size)
         self._fetch = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="moments")
         self._last: concurrent.futures.Future | None = None
         self.waited_s = 0.0
 
-    def _moments(self, variables: dict[str, Any], image_BHWC: jax.Array) -> jax.Array:
-        x = pixels.to_model(image_BHWC)
-
-        def encoded(x: jax.Array) -> jax.Array:
-            moments: Any = self.module.apply(variables, x, method="encode")
+    def _arrays(self, variables: dict[str, Any], image_BHWC: jax.Array) -> dict[str, jax.Array]:
+        def moments_of(image_BHWC: jax.Array) -> jax.Array:
+            x = pixels.to_model(image_BHWC)
+            moments: Any = self.module.apply(variables["vae"], x, method="encode")
             return jnp.concatenate(moments, axis=-1)
 
-        ways = [x, x[:, :, ::-1]][: self.orientations]
-        return jnp.stack([encoded(way) for way in ways], axis=1)
+        def features_of(image_BHWC: jax.Array) -> jax.Array:
+            assert self.features is not None
+            module, _, grid = self.features
+            return encoded(module, variables["encoder"], image_BHWC, grid)
+
+        ways = [image_BHWC, image_BHWC[:, :, ::-1]][: self.orientations]
+        wanted = {MOMENTS: moments_of} | ({FEATURES: features_of} if self.features else {})
+        return {
+            name: jnp.stack([function(way) for way in ways], axis=1)
+            for name, function in wanted.items()
+        }
 
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Return the shape (orientations, h, w, 2c) of the moments of an image (H, W, C)."""
         factor, channels = self.module.factor, self.module.latent_channels
         return self.orientations, image[0] // factor, image[1] // factor, 2 * channels
+
+    def shape_of_features(self) -> tuple[int, int, int]:
+        """Return the shape (orientations, 1 + patches, channels) of the features of an image."""
+        assert self.features is not None
+        rows, columns = self.features.grid
+        return self.orientations, 1 + rows * columns, self.features.module.width
 
     def identity(self) -> dict[str, Any]:
         """Return all that moments of given images depend on, JSON values by name."""
@@ -86,18 +129,19 @@ class ImageEncoder:
           images: (n, H, W, C) uint8, n at most `batch_size`.
 
         Returns:
-          What becomes (moments, when they were there): (n, orientations, h, w, 2c) float32, mean
-          and log variance; seconds of `time.monotonic`.
+          What becomes (arrays by name, when they were there): `moments` (n, orientations, h, w,
+          2c) float32, mean and log variance, and perhaps `features` (n, orientations, 1 + patches,
+          channels); seconds of `time.monotonic`.
         """
         now, count = time.monotonic(), len(images)
         if self._last is not None and self._last.done():
             self.waited_s += max(0.0, now - self._last.result()[1])
         batch = parallel.put_padded(self._mesh, {"image": images}, self.batch_size)["image"]
-        moments = self._encode(self.variables, batch)
+        arrays = self._encode(self._variables, batch)
 
-        def fetch() -> tuple[np.ndarray, float]:
-            array = np.asarray(moments)
-            return array[:count], time.monotonic()
+        def fetch() -> tuple[dict[str, np.ndarray], float]:
+            there = {name: np.asarray(array)[:count] for name, array in arrays.items()}
+            return there, time.monotonic()
 
         self._last = self._fetch.submit(fetch)
         return self._last

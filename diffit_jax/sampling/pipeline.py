@@ -327,8 +327,8 @@ class DiffiT:
         encoder, decoder, found = self._encoder, self._decoder, []
         for start in range(0, len(images), encoder.batch_size):
             batch = np.asarray(images[start : start + encoder.batch_size], np.uint8)
-            moments, _ = encoder.start(batch).result()
-            found.append(moments[:, 0, :, :, : decoder.channels])
+            arrays, _ = encoder.start(batch).result()
+            found.append(arrays["moments"][:, 0, :, :, : decoder.channels])
         return np.asarray(decoder.module.scaled(jnp.asarray(np.concatenate(found))))
 
     def decode(self, latents: np.ndarray) -> Images:

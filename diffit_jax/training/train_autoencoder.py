@@ -212,7 +212,7 @@ def _finish(
         images = source.read(np.arange(min(count, len(source))))["image"]
         parts = range(0, len(images), encoder.batch_size)
         encoded = [encoder.start(images[at : at + encoder.batch_size]) for at in parts]
-        return images, np.concatenate([one.result()[0] for one in encoded])
+        return images, np.concatenate([one.result()[0]["moments"] for one in encoded])
 
     # Every process encodes all: there are few, and their sums come in one order.
     found = latent_statistics.of_sums(latent_statistics.sums_of(moments(train, SCALED)[1]))

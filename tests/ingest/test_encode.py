@@ -10,9 +10,11 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import warm
+from support.configs import small_token_config
 from support.fid import save_tiny_vae
 from support.images import encoded, image, pets, write_folder
 from support.processes import ROOT, command, environment, free_port
@@ -25,8 +27,11 @@ from diffit_jax.ingest.decoding import Preprocessing
 from diffit_jax.ingest.encode import Encoding, encode
 from diffit_jax.ingest.prepare import prepare
 from diffit_jax.interop import diffusers
+from diffit_jax.interop import dinov2 as interop
+from diffit_jax.models.pretrained import resizing
 from diffit_jax.runtime import parallel
 from diffit_jax.sampling.encoder import ImageEncoder
+from diffit_jax.training.train import train
 
 COUNT, SIDE = 21, 16
 RECORD = 4 + 2 * 8 * 8 * 8 * 2  # both orientations of 8×8 latents, float16
@@ -156,7 +161,10 @@ def moments_on(place, devices, batch):
     images = np.stack([image(number, SIDE, SIDE) for number in range(8)])
     size = encoder.batch_size
     return np.concatenate(
-        [encoder.start(images[n : n + size]).result()[0] for n in range(0, len(images), size)]
+        [
+            encoder.start(images[n : n + size]).result()[0]["moments"]
+            for n in range(0, len(images), size)
+        ]
     )
 
 
@@ -290,14 +298,63 @@ def test_not_finite_moments_name_their_images(place, tmp_path, monkeypatch):
     start = ImageEncoder.start
 
     def broken(encoder, images):
-        moments, when = start(encoder, images).result()
-        future = concurrent.futures.Future()
-        future.set_result((np.where(np.arange(len(moments)) == 0, np.nan, moments.T).T, when))
+        arrays, when = start(encoder, images).result()
+        moments, future = arrays["moments"], concurrent.futures.Future()
+        bad = np.where(np.arange(len(moments)) == 0, np.nan, moments.T).T
+        future.set_result(({"moments": bad}, when))
         return future
 
     monkeypatch.setattr(ImageEncoder, "start", broken)
     with pytest.raises(UserError, match=r"moments of cat/00.png are not finite: use --vae_dtype"):
         encode_pets(place, tmp_path)
+
+
+@pytest.mark.parametrize("keep", ["image", "features"])
+def test_pictures_or_features_are_kept_beside_moments(place, whole, keep, tmp_path, caplog):
+    """Moments as without them; pictures as they are, features of both orientations; what an example
+    takes is said before the work begins."""
+    more = {"encoder": interop.DIGITS} if keep == "features" else {}
+    with caplog.at_level("INFO"):
+        encode_pets(place, tmp_path, keep=keep, **more)
+    sizes = {"image": "image 0.768 kB", "features": "features 4.352 kB"}
+    assert f"an example takes moments 2.048 kB, {sizes[keep]}" in caplog.text
+    source = open_records(tmp_path / "pets", "train")
+    batch, before = (each.read(np.arange(20)) for each in (source, open_records(whole, "train")))
+    np.testing.assert_array_equal(batch["moments"], before["moments"])
+    pictures = np.stack(
+        [image(n, SIDE, SIDE) for n in (*range(0, 21, 2), *range(1, 21, 2)) if n != 4]
+    )
+    if keep == "image":
+        np.testing.assert_array_equal(batch["image"], pictures)
+        assert source.manifest.features == {}
+        return
+    assert batch["features"].shape == (20, 2, 17, 64) and batch["features"].dtype == np.float16
+    module, variables = interop.load(interop.DIGITS, positions="antialiased")
+    for turn, way in enumerate((pictures, pictures[:, :, ::-1])):
+        seen = resizing.RULES["repa"].apply(jnp.asarray(way), (56, 56))
+        found = module.apply(variables, seen)
+        wanted = np.concatenate([found.class_BD[:, None], found.patches_BLD], axis=1)
+        error = np.abs(batch["features"][:, turn].astype(np.float32) - wanted).max()
+        assert error < 2e-5 * 10 + np.abs(wanted).max() * 2**-11
+    assert source.manifest.features["grid"] == [4, 4]
+    assert Manifest.from_json(source.manifest.to_json()) == source.manifest
+
+    # Another network's tokens, or another encoder's, do not fit.
+    config = small_token_config("repa", representation__source="features")
+    config.data.name, config.data.data_dir = "pets", str(tmp_path)
+    config.model.num_classes = 2
+    assert int(train(config, workdir=tmp_path / "run").step) == config.training.total_steps
+    config.model.patch_size = 4
+    with pytest.raises(UserError, match=r"features of 1 \+ 16 tokens of 64 channels.*1 \+ 4 of 64"):
+        train(config, workdir=tmp_path / "other")
+    config.representation.source = "image"
+    with pytest.raises(UserError, match=r"no image in its records.*--keep image"):
+        train(config, workdir=tmp_path / "other")
+
+
+def test_features_need_an_encoder(place):
+    with pytest.raises(UserError, match="--keep features and --encoder go together"):
+        Encoding(place / "vae", keep="features")
 
 
 def test_encoded_has_no_small_images(place):

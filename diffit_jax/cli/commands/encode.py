@@ -38,6 +38,21 @@ VAE_BATCH_SIZE = flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_alias("vae_at_once", "vae_batch_size")  # its name before
+KEEP = flags.DEFINE_enum(
+    "keep",
+    "none",
+    ["none", "image", "features"],
+    "What is kept beside moments, for losses on representations (REPA): the image, of which the "
+    "encoder makes tokens in every step, or the encoder's tokens of both orientations.",
+)
+ENCODER = cli.define_path(
+    "encoder",
+    "With --keep features: DINOv2's weights, a .pth, safetensors or hf://facebook/dinov2-base.",
+    to_read=True,
+)
+ENCODER_DTYPE = flags.DEFINE_enum(
+    "encoder_dtype", "float32", ["float32", "bfloat16"], "Of its matrix products."
+)
 CLUSTER = cli.define_cluster()
 flags.mark_flag_as_required("vae")
 
@@ -58,5 +73,8 @@ def main() -> None:
         int(ORIENTATIONS.value),
         BATCH_PER_DEVICE.value,
         VAE_BATCH_SIZE.value,
+        KEEP.value,
+        ENCODER.value or "",
+        ENCODER_DTYPE.value,
     )
     encode(encoding=encoding, **SOURCE.value)
