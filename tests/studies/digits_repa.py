@@ -2,8 +2,8 @@
 
     python tests/studies/digits_repa.py FOLDER [SEED …]
 
-Each is trained by `configs/digits_repa.py` for 2,000 updates. 1,000 samples, of the averages after
-500, 1,000 and 2,000 updates, without guidance and by 25 steps of Heun's method, are compared in
+Each is trained by `configs/digits_repa.py` for 1,500 updates. 1,000 samples, of the averages after
+500, 1,000 and 1,500 updates, without guidance and by 25 steps of Heun's method, are compared in
 pixels with the held-out digits. FOLDER keeps everything; started again, what is there stays.
 Results are in configs/RECIPES.md and tests/studies/digits_repa.json.
 """
@@ -25,7 +25,7 @@ from diffit_jax.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("none", "dispersive", "sra", "repa", "reg")
-UPDATES = (500, 1_000, 2_000)
+UPDATES = (500, 1_000, 1_500)
 KEYS = ("frechet", "classifier_accuracy")
 
 
