@@ -214,9 +214,13 @@ def define_data_dir() -> flags.FlagHolder:
 
 
 class InceptionFlags:
-    """The flags of the FID network."""
+    """The flags of the FID network, and of DINOv2 where it can stand beside it or in its place."""
 
-    def __init__(self):
+    def __init__(self, dinov2: bool = True):
+        """Define the flags; `dinov2`: whether those of DINOv2 too."""
+        self._of_dinov2: dict[str, Any] = {}
+        if dinov2:
+            self._define_dinov2()
         with cli.group("the network of FID"):
             self._path = cli.define_path(
                 "inception",
@@ -234,27 +238,47 @@ class InceptionFlags:
             self._batch = flags.DEFINE_integer(
                 "inception_batch",
                 32,
-                "Images in the FID network at once, on each device.",
+                "Images in these networks at once, on each device.",
                 lower_bound=1,
+            )
+
+    def _define_dinov2(self) -> None:
+        with cli.group("the network of FD-DINOv2"):
+            self._of_dinov2["dinov2"] = cli.define_path(
+                "dinov2",
+                "Weights of DINOv2, beside the FID network or in its place: "
+                "dinov2_vitl14_pretrain.pth, or hf://facebook/dinov2-large; digits: a small "
+                "stand-in, to try a command; its scores have no meaning.",
+                to_read=True,
+                words=("digits",),
+            )
+            self._of_dinov2["dinov2_resize"] = flags.DEFINE_enum(
+                "dinov2_resize",
+                "dgm_eval",
+                ["dgm_eval", "edm2", "dgm_eval_clean", "torch_fidelity", "fdr6"],
+                "How images come to it: as dgm-eval, EDM2 … have it.",
             )
 
     def check(self) -> None:
         """End the command if no network is named."""
-        if not self._path.value:
+        if not self._path.value and not self._dinov2_values.get("dinov2"):
             cli.fail(
                 "--inception is missing: name the weights of the FID network, such as "
                 "pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+                + (", or those of DINOv2 by --dinov2" if self._dinov2_values else "")
             )
 
     @property
     def value(self) -> dict[str, Any]:
         """As arguments of the verbs; the command ends if there is no network."""
         self.check()
-        return {
-            "inception": self._path.value,
-            "resize": self._resize.value,
-            "batch_per_device": self._batch.value,
-        }
+        found = {"inception": self._path.value or "", "resize": self._resize.value}
+        return found | self._dinov2_values | {"batch_per_device": self._batch.value}
+
+    @property
+    def _dinov2_values(self) -> dict[str, Any]:
+        """Those of DINOv2; {} if it has no flags."""
+        return {name: holder.value or "" for name, holder in self._of_dinov2.items()}
 
 
 class ScoreFlags:
@@ -264,13 +288,17 @@ class ScoreFlags:
         """Define the flags; `output`: the default; `replaced`: what may be replaced."""
         with cli.group("figures"):
             self.reference = cli.define_path(
-                "reference", "npz file of statistics: ADM's, EDM's or our own.", to_read=True
+                "reference",
+                "npz file of statistics: ADM's, EDM's or our own; or EDM2's .pkl.",
+                to_read=True,
             )
             self._metrics = flags.DEFINE_list(
                 "metrics",
                 None,
-                "Of fid, sfid, inception_score, precision, recall and kid; default: all but kid "
-                "that the reference serves.",
+                "Of fid, sfid, inception_score, precision, recall and kid; of DINOv2 fd_dinov2, "
+                "precision_dinov2, recall_dinov2, density_dinov2, coverage_dinov2, kd_dinov2, "
+                "mind_dinov2 and fd_infinity_dinov2. Default: all that the reference serves, but "
+                "kid and the last three.",
             )
             self.labels = flags.DEFINE_string(
                 "labels", None, "Of a network's samples, see diffit sample: random is ADM's rule."

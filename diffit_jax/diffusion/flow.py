@@ -234,7 +234,8 @@ class Flow(Preconditioned, limits.Section, name="process"):
         sees, level_B = z_BHWC, t_B if self.clock == "t" else 1 - t_B
         if self.clock == "timesteps":
             sigma_B = self.sigma_data * (place.noise / place.alpha)[:, 0, 0, 0]
-            sees, level_B = self._seen(z_BHWC * self.sigma_data, sigma_B)
+            sees = self._seen(z_BHWC * self.sigma_data, sigma_B)
+            level_B = self.told(sigma_B)
         draws = {"time": t_B, "noise": noise_BHWC, "clean": x_BHWC}
         return Noised(sees, level_B, target, self.weight(t_B), draws)
 
@@ -352,8 +353,7 @@ class Flow(Preconditioned, limits.Section, name="process"):
         Returns:
           (B, H, W, C), or a tuple of such where the network returns a tuple of outputs.
         """
-        sees = jax.tree.map(lambda x: self._seen(x, sigma_B)[0], x_BHWC)
-        _, told_B = self._seen(jax.tree.leaves(x_BHWC)[0], sigma_B)
+        sees, told_B = jax.tree.map(lambda x: self._seen(x, sigma_B), x_BHWC), self.told(sigma_B)
         place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
         place = Place(*(per_image(each) for each in place))
 
@@ -374,13 +374,13 @@ class Flow(Preconditioned, limits.Section, name="process"):
         ratio = place.alpha_slope / place.alpha
         return ratio * z_BHWC + (place.noise_slope - place.noise * ratio) * noise
 
-    def _seen(self, x_BHWC: jax.Array, sigma_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return what the network sees of x = d z at noise levels, and what it is told."""
+    def _seen(self, x_BHWC: jax.Array, sigma_B: jax.Array) -> jax.Array:
+        """Return what the network sees of x = d z at noise levels."""
         if self.clock != "timesteps":
-            return x_BHWC / self.sigma_data, self.told(sigma_B)
+            return x_BHWC / self.sigma_data
         place = self.interpolant.by_sigma(sigma_B / self.sigma_data)
         size_B = jnp.hypot(place.alpha, self.sigma_data * place.noise)
-        return x_BHWC / per_image(size_B), self.told(sigma_B)
+        return x_BHWC / per_image(size_B)
 
 
 def _cosine(one_BHWC: jax.Array, other_BHWC: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import classes
-from diffit_jax.evaluation.evaluator import Comparison, Evaluator, check_count
+from diffit_jax.evaluation.evaluator import WITH_DEVIATION, Comparison, Evaluator, check_count
 from diffit_jax.evaluation.images import DrawnImages, Images, open_samples
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
 from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions, Weights
@@ -25,6 +25,14 @@ _TITLES = {
     "precision": "precision",
     "recall": "recall",
     "kid": "KID",
+    "fd_dinov2": "FD-DINOv2",
+    "precision_dinov2": "precision (DINOv2)",
+    "recall_dinov2": "recall (DINOv2)",
+    "density_dinov2": "density (DINOv2)",
+    "coverage_dinov2": "coverage (DINOv2)",
+    "kd_dinov2": "KD (DINOv2)",
+    "mind_dinov2": "MIND (DINOv2)",
+    "fd_infinity_dinov2": "FD∞ (DINOv2)",
 }
 
 
@@ -85,15 +93,19 @@ def evaluate(
         check_count(images.count if count is None else count)
     distributed.on_primary(lambda: _refuse_others(output, drawn[0], overwrite))
     evaluator = Evaluator.open(comparison, drawn[0].shape, mesh)
-    if len(drawn) > 1 and "fid" not in evaluator.metrics:
-        raise UserError("of several --seeds the lowest FID counts: add fid to --metrics")
-
-    fewest, features = min(images.count for images in drawn), evaluator.extractor.sizes["mu"]
-    if "fid" in evaluator.metrics and (count or fewest) <= features:
-        log.warning(
-            "FID of %d samples in %d features is far above that of many: measure more than %d",
-            *(count or fewest, features, features),
+    lowest = next((name for name in ("fid", "fd_dinov2") if name in evaluator.metrics), None)
+    if len(drawn) > 1 and lowest is None:
+        raise UserError(
+            "of several --seeds the lowest FID counts: add fid to --metrics (or fd_dinov2)"
         )
+
+    fewest, sizes = min(images.count for images in drawn), evaluator.extractor.sizes
+    for name, key in (("fid", "mu"), ("fd_dinov2", "mu_dinov2")):
+        if name in evaluator.metrics and (count or fewest) <= sizes[key]:
+            log.warning(
+                "%s of %d samples in %d features is far above that of many: measure more than %d",
+                *(_TITLES[name], count or fewest, sizes[key], sizes[key]),
+            )
 
     # --- Measure and compare, one set after the other. What is measured stays until all is:
     # interrupted, it is not measured again.
@@ -104,7 +116,7 @@ def evaluate(
         evaluator.run(images, place, count=count, keep=place != places[-1])
         for images, place in zip(drawn, places, strict=True)
     ]
-    scores = min(of_sets, key=lambda one: one["metrics"].get("fid", 0.0))
+    scores = min(of_sets, key=lambda one: one["metrics"].get(lowest, 0.0))
     if len(of_sets) > 1:
         scores |= {"sets": [_of_set(**one) for one in of_sets]}
 
@@ -157,15 +169,18 @@ def table(scores: Mapping[str, Any]) -> str:
     metrics, protocol = scores["metrics"], scores["protocol"]
     lines = [
         f"{_TITLES[name]:20}{value:12.5f}"
-        + (f" ± {metrics['kid_std']:.5f}" if name == "kid" else "")
+        + (f" ± {metrics[f'{name}_std']:.5f}" if name in WITH_DEVIATION else "")
         for name, value in metrics.items()
         if name in _TITLES
     ]
     reference = epath.Path(protocol["reference"]["path"]).name
     for one in scores.get("sets", ()):
-        lines.append(f"FID of seeds {one['seeds']:20}{one['metrics']['fid']:12.5f}")
+        name = "fid" if "fid" in one["metrics"] else "fd_dinov2"
+        lines.append(f"{_TITLES[name]} of seeds {one['seeds']:20}{one['metrics'][name]:12.5f}")
+    rules = [protocol["resize"]] if "resize" in protocol else []
+    rules += [f"{protocol['dinov2']['resize']} (DINOv2)"] if "dinov2" in protocol else []
     lines.append(
-        f"({scores['count']} samples against {reference}; resize {protocol['resize']}, labels "
+        f"({scores['count']} samples against {reference}; resize {', '.join(rules)}, labels "
         f"{protocol['labels']})"
     )
     if "by_class" in scores:

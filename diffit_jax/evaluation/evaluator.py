@@ -13,7 +13,7 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import neighbours
 from diffit_jax.evaluation.classes import by_class
-from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
+from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor, Networks
 from diffit_jax.evaluation.images import Images, labels_of
 from diffit_jax.evaluation.measuring import (
     MEASURES_SINCE,
@@ -23,11 +23,20 @@ from diffit_jax.evaluation.measuring import (
     protocol_of,
 )
 from diffit_jax.evaluation.reference import Reference
-from diffit_jax.evaluation.scores import frechet_distance, kernel_distance
+from diffit_jax.evaluation.scores import (
+    distance_at_infinity,
+    frechet_distance,
+    kernel_distance,
+    sliced_distance,
+)
 from diffit_jax.runtime import distributed, hub
 
-# Metrics that need the features of single images, of both sides.
+# Metrics that need the features of single samples; all but the last, of both sides.
 _OF_IMAGES = frozenset(("precision", "recall", "kid"))
+_MANIFOLDS = tuple(f"{name}_dinov2" for name in neighbours.Manifolds._fields)
+_OF_DINOV2 = frozenset((*_MANIFOLDS, "kd_dinov2", "mind_dinov2"))
+_INFINITY = "fd_infinity_dinov2"
+WITH_DEVIATION = ("kid", "kd_dinov2")  # whose standard deviation is told too, as NAME_std
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +45,34 @@ class Comparison:
 
     Attributes:
       reference: npz file of statistics, see `evaluation.reference`; `hf://` too.
-      inception: weights of the FID network, see `interop.inception`.
-      metrics: names in `METRICS`; None: all but KID that the reference has what it takes for.
+      inception: weights of the FID network, see `interop.inception`; "": no metrics of it.
+      metrics: names in `METRICS`; None: those that the reference has what it takes for, but
+        `reference.ON_DEMAND`.
       resize: how images come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
+      dinov2: weights of DINOv2, see `interop.dinov2`; "": no metrics of it.
+      dinov2_resize: how images come to it, a name in `resizing.DISTANCE_RULES`.
       batch_per_device: images of which a device extracts the features at once.
       by_class: whether samples are compared class by class too, see `classes.by_class`.
     """
 
     reference: epath.PathLike
-    inception: epath.PathLike
+    inception: epath.PathLike = ""
     metrics: Sequence[str] | None = None
     resize: str = "tf1"
     batch_per_device: int = BATCH_PER_DEVICE
     by_class: bool = False
+    dinov2: epath.PathLike = ""
+    dinov2_resize: str = "dgm_eval"
+
+    @property
+    def networks(self) -> Networks:
+        """The networks that make features."""
+        return Networks(self.inception, self.resize, self.dinov2, self.dinov2_resize)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A reference, the FID network, and the metrics between samples and the reference.
+    """A reference, the networks of features, and the metrics between samples and the reference.
 
     The verb `evaluate`, a sweep and a run that is being trained use the same one.
 
@@ -73,7 +92,7 @@ class Evaluator:
     def open(
         cls, comparison: Comparison, shape: tuple[int, ...], mesh: jax.sharding.Mesh
     ) -> "Evaluator":
-        """Read a reference and the FID network.
+        """Read a reference and the networks of features.
 
         Args:
           comparison: names them.
@@ -84,14 +103,14 @@ class Evaluator:
           UserError: a file that cannot be read, or a reference of another resolution or rule, or
             without the statistics, or labels, that a metric needs.
         """
-        extractor = Extractor.load(
-            comparison.inception, mesh, comparison.resize, comparison.batch_per_device
-        )
+        if comparison.by_class and not comparison.inception:
+            raise UserError("by class, images are compared by Inception: name --inception")
+        extractor = Extractor.load(comparison.networks, mesh, comparison.batch_per_device)
         reference = Reference.load(hub.local(comparison.reference, "reference"), extractor.sizes)
-        reference.check(tuple(shape), comparison.resize)
+        reference.check(tuple(shape), extractor.metadata())
         if comparison.by_class:
             reference.labels()
-        chosen = reference.chosen(comparison.metrics)
+        chosen = reference.chosen(comparison.metrics, extractor.spaces)
         return cls(extractor, reference, chosen, comparison.by_class)
 
     def run(
@@ -146,41 +165,73 @@ class Evaluator:
         }
         found = {"metrics": self.scores(measured), "count": measured.count, "protocol": protocol}
         if labels is not None:
-            reference = self._reference_features, self.reference.labels()
-            ours = measured.features, labels[: measured.count]
+            reference = self._reference_features["inception"], self.reference.labels()
+            ours = measured.features(), labels[: measured.count]
             found["by_class"] = by_class(*reference, *ours)
         return found
 
     @property
-    def pooled(self) -> bool:
-        """Whether `measure` is to keep the features of single samples."""
-        return self.by_class or bool(_OF_IMAGES & set(self.metrics))
+    def pooled(self) -> list[str]:
+        """The networks whose features of single samples `measure` is to keep."""
+        asked = set(self.metrics)
+        needed = {
+            "inception": self.by_class or bool(_OF_IMAGES & asked),
+            "dinov2": bool((_OF_DINOV2 | {_INFINITY}) & asked),
+        }
+        return [name for name, kept in needed.items() if kept]
 
     def scores(self, samples: Measured) -> dict[str, float]:
         """Return the metrics by name, in the order of `metrics`, and `kid_std` behind `kid`."""
         scores: dict[str, float] = {}
-        for name, ours, key in (("fid", samples.pool, "mu"), ("sfid", samples.spatial, "mu_s")):
+        of_moments = {
+            "fid": (samples.pool, "mu"),
+            "sfid": (samples.spatial, "mu_s"),
+            "fd_dinov2": (samples.dinov2, "mu_dinov2"),
+        }
+        for name, (ours, key) in of_moments.items():
             if name in self.metrics:
                 theirs = self.reference.statistics[key]
                 scores[name] = frechet_distance(ours.statistics(), theirs)
         if "inception_score" in self.metrics:
             scores["inception_score"] = samples.inception_score.score()
         if _OF_IMAGES & set(self.metrics):
-            scores |= self._of_images(self._reference_features, samples.features)
-        names = [*self.metrics, *(["kid_std"] if "kid" in self.metrics else [])]
+            scores |= self._of_images(self._reference_features["inception"], samples.features())
+        if _OF_DINOV2 & set(self.metrics):
+            ours = samples.features("dinov2")
+            scores |= self._of_dinov2(self._reference_features["dinov2"], ours)
+        if _INFINITY in self.metrics:
+            theirs = self.reference.statistics["mu_dinov2"]
+            scores[_INFINITY] = distance_at_infinity(samples.features("dinov2"), theirs)
+        names = [*self.metrics, *(f"{n}_std" for n in WITH_DEVIATION if n in self.metrics)]
         bad = [name for name in names if not math.isfinite(scores[name])]
         if bad:
             raise UserError(
                 f"{', '.join(bad)} came out as {scores[bad[0]]}, which is no result: look at the "
-                "samples, the reference and the weights of the FID network"
+                "samples, the reference and the networks' weights"
             )
         return {name: scores[name] for name in names}
 
     @functools.cached_property
-    def _reference_features(self) -> np.ndarray:
-        """(m, d) of the reference's images, measured once."""
+    def _reference_features(self) -> dict[str, np.ndarray]:
+        """(m, d) of the reference's images by network, measured once."""
         assert self.reference.images is not None
-        return measure(self.reference.images, self.extractor, "reference", pooled=True).features
+        names = [name for name in self.pooled if name != "dinov2" or _OF_DINOV2 & set(self.metrics)]
+        found = measure(self.reference.images, self.extractor, "reference", pooled=names)
+        return {name: found.features(name) for name in names}
+
+    def _of_dinov2(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
+        """Return the metrics of DINOv2's features of single images, (m, d) and (n, d)."""
+        scores: dict[str, float] = {}
+        if set(_MANIFOLDS) & set(self.metrics):
+            most = neighbours.MOST_POINTS
+            found = neighbours.manifolds(_some(reference, most), _some(samples, most))
+            scores |= dict(zip(_MANIFOLDS, found, strict=True))
+        if "kd_dinov2" in self.metrics:
+            pair = kernel_distance(samples, reference)
+            scores |= dict(zip(("kd_dinov2", "kd_dinov2_std"), pair, strict=True))
+        if "mind_dinov2" in self.metrics:
+            scores["mind_dinov2"] = sliced_distance(samples, reference)
+        return scores
 
     def _of_images(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
         """Return the metrics of features of single images, (m, d) and (n, d)."""
@@ -192,6 +243,14 @@ class Evaluator:
             pair = kernel_distance(samples, reference)
             scores |= dict(zip(("kid", "kid_std"), pair, strict=True))
         return scores
+
+
+def _some(features: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of (n, d) features, drawn without replacement, always the same."""
+    if len(features) <= most:
+        return features
+    chosen = np.random.default_rng(0).choice(len(features), most, replace=False)
+    return features[np.sort(chosen)]
 
 
 def check_count(count: int) -> None:

@@ -1,94 +1,193 @@
 """From images to the features that metrics compare, on every device of a mesh."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from diffit_jax.errors import UserError
+from diffit_jax.interop import dinov2 as interop_dinov2
 from diffit_jax.interop import inception as interop
-from diffit_jax.models.pretrained import inception
-from diffit_jax.models.pretrained.inception import (
-    SPATIAL_CHANNELS,
-    SPATIAL_SIDE,
-    Inception,
-    InceptionOutputs,
-)
+from diffit_jax.models.pretrained import inception, resizing
+from diffit_jax.models.pretrained.dinov2 import ENCODERS, DINOv2
+from diffit_jax.models.pretrained.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception
 from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
 BATCH_PER_DEVICE = 32
 
 
 class Features(NamedTuple):
-    """Of n images, float32.
+    """Of n images, float32; None where the network that makes them is not there.
 
     Attributes:
-      pool: (n, 2048), for FID, KID, precision and recall.
-      spatial: (n, 2023), for sFID: 17 × 17 × 7, rows first and channels last.
-      logits: (n, 1008), for the Inception Score.
+      pool: (n, 2048) of Inception, for FID, KID, precision and recall.
+      spatial: (n, 2023) of it, for sFID: 17 × 17 × 7, rows first and channels last.
+      logits: (n, 1008) of it, for the Inception Score.
+      dinov2: (n, d) DINOv2's class token behind its last normalisation.
     """
 
-    pool: np.ndarray
-    spatial: np.ndarray
-    logits: np.ndarray
+    pool: Any = None
+    spatial: Any = None
+    logits: Any = None
+    dinov2: Any = None
+
+
+class OfInception(NamedTuple):
+    """The FID network.
+
+    Attributes:
+      module, variables: of it.
+      rule: how images are resized and scaled, a name in `inception.RULES`.
+    """
+
+    module: Inception
+    variables: Any
+    rule: str = "tf1"
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of features, by the name of their mean in a reference."""
+        pooled = self.variables["params"]["logits_kernel"].shape[0]
+        return {"mu": pooled, "mu_s": SPATIAL_SIDE**2 * SPATIAL_CHANNELS}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what its features depend on."""
+        return {"resize": self.rule, "inception": checkpoint.fingerprint(self.variables)}
+
+    def features(self, variables: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Extract features of images (B, H, W, 3) uint8."""
+        resized_BHWC = inception.resized(images_BHWC, self.rule)
+        found: Any = self.module.apply(variables, inception.normalised(resized_BHWC, self.rule))
+        return found._asdict()
+
+
+class OfDINOv2(NamedTuple):
+    """DINOv2, whose class token FD-DINOv2 compares.
+
+    Attributes:
+      module, variables: of it; dgm-eval and EDM2 have ViT-L/14.
+      rule: how images are resized, a name in `resizing.DISTANCE_RULES`.
+    """
+
+    module: DINOv2
+    variables: Any
+    rule: str = "dgm_eval"
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of features, by the name of their mean in a reference."""
+        return {"mu_dinov2": self.module.width}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what its features depend on."""
+        plain = self.module.clone(positions="official", dtype=jnp.float32)
+        names = [name for name, one in ENCODERS.items() if one == plain]
+        return {
+            "dinov2": {
+                "network": names[0] if names else "of another size",
+                "weights": checkpoint.fingerprint(self.variables),
+                "resize": self.rule,
+                "positions": self.module.positions,
+                "layer": "class token behind the last normalisation",
+                "size": self.module.width,
+                "dtype": np.dtype(self.module.dtype).name,
+            }
+        }
+
+    def features(self, variables: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Extract features of images (B, H, W, 3) uint8."""
+        seen_BHWC = resizing.prepared(images_BHWC, self.rule, self.module.patch)
+        found: Any = self.module.apply(variables, seen_BHWC)
+        return {"dinov2": found.class_BD}
+
+
+class Networks(NamedTuple):
+    """The networks that make features, as they are named: weights, and rules of resizing.
+
+    Attributes:
+      inception: weights of the FID network, see `interop.inception`; "": none.
+      resize: a name in `inception.RULES`: ADM's, or pytorch-fid's.
+      dinov2: weights of DINOv2, see `interop.dinov2`; "": none.
+      dinov2_resize: a name in `resizing.DISTANCE_RULES`: dgm-eval's, EDM2's …
+    """
+
+    inception: epath.PathLike = ""
+    resize: str = "tf1"
+    dinov2: epath.PathLike = ""
+    dinov2_resize: str = "dgm_eval"
 
 
 class Extractor:
-    """The FID network on a mesh, float32 with the highest precision of products on every platform.
+    """Networks on a mesh, float32 with the highest precision of products on every platform.
 
     Each device computes its own images: with the published weights the features are bit-identical
     for any number of devices. (A much narrower network's can differ on a CPU, whose threads divide
     a sum where there are few of them.)
 
     Attributes:
-      rule: how images are resized and scaled, a name in `inception.RULES`.
       batch_size: images of a call, over all devices.
-      sizes: of the features of an image: "mu" pooled, "mu_s" spatial.
+      sizes: of the features of an image: "mu" pooled, "mu_s" spatial, "mu_dinov2" class token.
     """
 
     def __init__(
         self,
-        module: Inception,
-        variables: dict[str, Any],
+        networks: Mapping[str, OfInception | OfDINOv2],
         mesh: jax.sharding.Mesh,
-        rule: str = "tf1",
         batch_per_device: int = BATCH_PER_DEVICE,
     ):
-        """Prepare an extractor; `variables`: of the network, on every device of the mesh."""
-        self.rule, self._mesh, self._variables = rule, mesh, variables
+        """Prepare an extractor of networks by name, their variables on every device of the mesh."""
+        self._networks, self._mesh = networks, mesh
         self.batch_size = parallel.next_batch_size(mesh, batch_per_device * mesh.size)
-        pooled = variables["params"]["logits_kernel"].shape[0]
-        self.sizes = {"mu": pooled, "mu_s": SPATIAL_SIDE**2 * SPATIAL_CHANNELS}
+        self.sizes = {k: size for one in networks.values() for k, size in one.sizes().items()}
+        self._variables = {name: one.variables for name, one in networks.items()}
 
-        def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> InceptionOutputs:
-            resized_BHWC = inception.resized(images_BHWC, rule)
-            outputs = module.apply(variables, inception.normalised(resized_BHWC, rule))
-            assert isinstance(outputs, InceptionOutputs)
-            return outputs
+        def extract(variables: dict[str, Any], images_BHWC: jax.Array) -> Features:
+            found: dict[str, jax.Array] = {}
+            for name, one in networks.items():
+                found |= one.features(variables[name], images_BHWC)
+            return Features(**found)
 
         self._extract = parallel.per_device(extract, mesh)
 
     @classmethod
     def load(
-        cls,
-        path: epath.PathLike,
-        mesh: jax.sharding.Mesh,
-        rule: str = "tf1",
-        batch_per_device: int = BATCH_PER_DEVICE,
+        cls, networks: Networks, mesh: jax.sharding.Mesh, batch_per_device: int = BATCH_PER_DEVICE
     ) -> "Extractor":
-        """Load the weights of a file, see `interop.inception`; errors as there."""
-        if os.fspath(path) != interop.RANDOM:
-            path = hub.local(path, "inception")
-        module, variables = interop.load(path, parallel.replicated(mesh))
-        return cls(module, variables, mesh, rule, batch_per_device)
+        """Load the weights of files, see `interop.inception` and `interop.dinov2`; errors as there.
+
+        Raises:
+          UserError: also if none is named.
+        """
+        everywhere, found = parallel.replicated(mesh), {}
+        path, other = os.fspath(networks.inception), os.fspath(networks.dinov2)
+        if not path and not other:
+            raise UserError("--inception and --dinov2 are missing: name weights of either, or both")
+        if path:
+            place = path if path == interop.RANDOM else hub.local(path, "inception")
+            found["inception"] = OfInception(*interop.load(place, everywhere), networks.resize)
+        if other:
+            if networks.dinov2_resize not in resizing.DISTANCE_RULES:
+                raise UserError(
+                    f"--dinov2_resize {networks.dinov2_resize} is unknown: use "
+                    f"{', '.join(resizing.DISTANCE_RULES)}"
+                )
+            loaded = interop_dinov2.load(other, sharding=everywhere, flag="dinov2")
+            found["dinov2"] = OfDINOv2(*loaded, networks.dinov2_resize)
+        return cls(found, mesh, batch_per_device)
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """Names of the networks: "inception", "dinov2"."""
+        return tuple(self._networks)
 
     def metadata(self) -> dict[str, Any]:
         """Return what features depend on, JSON values by name."""
+        of_networks = {k: v for one in self._networks.values() for k, v in one.metadata().items()}
         return {
-            "resize": self.rule,
             "precision": "float32, highest",
-            "inception": checkpoint.fingerprint(self._variables),
+            **of_networks,
             "device": self._mesh.devices.flat[0].device_kind,
             "devices": self._mesh.size,
         }
@@ -111,6 +210,6 @@ class Extractor:
         def extract(batch: dict[str, jax.Array]) -> Any:
             return self._extract(self._variables, batch["image"])
 
-        (outputs,) = parallel.map_batches(extract, self._mesh, self.batch_size, {"image": images})
-        pool, spatial, logits = outputs
-        return Features(pool, spatial.reshape(len(images), -1), logits)
+        (found,) = parallel.map_batches(extract, self._mesh, self.batch_size, {"image": images})
+        spatial = None if found.spatial is None else found.spatial.reshape(len(images), -1)
+        return found._replace(spatial=spatial)

@@ -11,6 +11,7 @@ from etils import epath
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator
+from diffit_jax.evaluation.features import Networks
 from diffit_jax.evaluation.images import DatasetImages, DrawnImages
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.experiment.config import Experiment
@@ -124,19 +125,22 @@ class InTraining:
         self._asked: dict[int, SampleRequest] = {}
         self._evaluator: Evaluator | None = None
         try:
-            if settings.vae and not settings.inception:
+            if settings.vae and not settings.measures:
                 self.decoder = self._decoding().open(
                     setup.mesh,
                     batch_size(setup.experiment, setup.mesh),
                     setup.experiment.sampling.pixel_rounding,
                 )
-            if settings.inception:
+            if settings.measures:
                 self.decoder = self._ask(settings.count).decoder
                 self._held_out = None if settings.reference else self._open_held_out()
                 if settings.reference:
                     self._evaluator = self._open_evaluator(settings.reference)
                 else:  # it is made at the first evaluation: until then nothing is written
-                    hub.local(settings.inception, "evaluation.inception")
+                    for key in ("inception", "dinov2"):
+                        path = getattr(settings, key)
+                        if path and path not in ("random", "digits"):
+                            hub.local(path, f"evaluation.{key}")
             if self.decoder:
                 shape = setup.experiment.model.sample_shape
                 self.space = setup.experiment.space.decoded(self.decoder, shape)
@@ -147,7 +151,7 @@ class InTraining:
         """Whether there is an evaluation after this step."""
         last = step == self._setup.experiment.training.total_steps
         steps = self._settings.steps
-        return bool(self._settings.inception) and (last or (steps > 0 and step % steps == 0))
+        return self._settings.measures and (last or (steps > 0 and step % steps == 0))
 
     def _open_held_out(self) -> DatasetImages:
         """Open the images of the test split, which samples are compared with."""
@@ -176,6 +180,8 @@ class InTraining:
             settings.inception,
             settings.metrics or None,
             batch_per_device=settings.batch_per_device,
+            dinov2=settings.dinov2,
+            dinov2_resize=settings.dinov2_resize,
         )
         return Evaluator.open(comparison, self._ask(settings.count).shape, self._setup.mesh)
 
@@ -188,7 +194,11 @@ class InTraining:
                 make_reference(
                     self._held_out,
                     output=path,
-                    inception=settings.inception,
+                    networks=Networks(
+                        settings.inception,
+                        dinov2=settings.dinov2,
+                        dinov2_resize=settings.dinov2_resize,
+                    ),
                     batch_per_device=settings.batch_per_device,
                 )
             self._evaluator = self._open_evaluator(path)

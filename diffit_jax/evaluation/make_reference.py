@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor
+from diffit_jax.evaluation.features import BATCH_PER_DEVICE, Extractor, Networks
 from diffit_jax.evaluation.images import DatasetImages, NpzImages, StoredImages
 from diffit_jax.evaluation.measuring import PartialResult, measure, protocol_of
 from diffit_jax.evaluation.reference import COVARIANCES
@@ -23,22 +23,20 @@ def make_reference(
     images: StoredImages,
     *,
     output: epath.PathLike,
-    inception: epath.PathLike,
-    resize: str = "tf1",
+    networks: Networks,
     overwrite: bool = False,
     kept: int = IMAGES,
     batch_per_device: int = BATCH_PER_DEVICE,
 ) -> epath.Path:
     """Measure a data set and write an npz file like ADM's.
 
-    `mu`, `sigma`, `mu_s`, `sigma_s`, float64; `arr_0`, some images, uint8, and `arr_1`, their
-    labels, if they have any; `protocol`, JSON.
+    `mu`, `sigma`, `mu_s`, `sigma_s`, and of DINOv2 `mu_dinov2`, `sigma_dinov2`, float64; `arr_0`,
+    some images, uint8, and `arr_1`, their labels, if they have any; `protocol`, JSON.
 
     Args:
       images: of the data set, all of them.
       output: path of the npz.
-      inception: weights of the FID network.
-      resize: how images come to 299 pixels, a name in `inception.RULES`.
+      networks: that make features, of which there must be one.
       overwrite: whether a file that is there may be replaced.
       kept: how many images `arr_0` has, at most.
       batch_per_device: images of which a device extracts the features at once.
@@ -62,7 +60,7 @@ def make_reference(
         files.make_directory(output.parent, "output")
 
     distributed.on_primary(check_place)
-    extractor = Extractor.load(inception, parallel.any_mesh(), resize, batch_per_device)
+    extractor = Extractor.load(networks, parallel.any_mesh(), batch_per_device)
 
     # --- Measure all images; interrupted, the same command resumes.
     chosen = np.unique(np.linspace(0, images.count - 1, kept).astype(np.int64))
@@ -73,12 +71,14 @@ def make_reference(
     measured = measure(images, extractor, "reference", partial=partial)
     digest = {"samples_digest": measured.digest.hex()}
     arrays = {"protocol": np.array(json.dumps(metadata | digest))}
-    for name, moments in (("mu", measured.pool), ("mu_s", measured.spatial)):
+    of_features = {"mu": measured.pool, "mu_s": measured.spatial, "mu_dinov2": measured.dinov2}
+    for name in extractor.sizes:
+        moments = of_features[name]
         arrays[name], arrays[COVARIANCES[name]] = moments.statistics()
         if not all(np.isfinite(arrays[each]).all() for each in (name, COVARIANCES[name])):
             raise UserError(
                 f"the statistics of {images.metadata['samples']} are not finite: use other weights "
-                "of the FID network"
+                "of the network"
             )
     if isinstance(images, DatasetImages) and images.labelled:
         arrays["arr_1"] = images.labels()[chosen]

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 600
 MEASURES_SINCE = "0.2.0"  # the first version whose measurements are those of this one
-_KEPT = ("pool", "spatial", "inception_score")
+# What is kept of each network's features.
+_KEPT = {"inception": ("pool", "spatial", "inception_score"), "dinov2": ("dinov2",)}
 
 
 def protocol_of(images: Images, extractor: Extractor, count: int) -> dict[str, Any]:
@@ -43,50 +44,60 @@ class Measured:
     """What is kept of a set of images.
 
     Attributes:
-      pool, spatial: moments of the features.
+      pool, spatial, dinov2: moments of the features.
       inception_score: of the images so far.
       digest: of the images so far: each one's bytes, hashed together with the digest before.
     """
 
-    def __init__(self, pooled: bool):
-        """Begin; `pooled`: whether pooled features themselves are kept too (8 KB each)."""
-        self.pool, self.spatial = Moments(), Moments()
+    def __init__(self, pooled: bool | Sequence[str], spaces: Sequence[str] = ("inception",)):
+        """Begin.
+
+        Args:
+          pooled: of which networks the features themselves are kept too (8 or 4 KB each): names,
+            or True for Inception's.
+          spaces: networks whose features come.
+        """
+        self.pool, self.spatial, self.dinov2 = Moments(), Moments(), Moments(exact=True)
         self.inception_score, self.digest = InceptionScore(), bytes(32)
-        self._pooled: list[np.ndarray] | None = [] if pooled else None
+        named = (("inception",) if pooled else ()) if isinstance(pooled, bool) else pooled
+        self._single: dict[str, list[np.ndarray]] = {name: [] for name in named}
+        self._kept = [name for space in spaces for name in _KEPT[space]]
 
     def add(self, images: np.ndarray, features: Features) -> None:
         """Add the next images (n, H, W, C) uint8 and their features."""
         self.digest = _chained(self.digest, images)
-        self.pool.add(features.pool)
-        self.spatial.add(features.spatial)
-        self.inception_score.add(features.logits)
-        if self._pooled is not None:
-            self._pooled.append(features.pool)
+        if features.pool is not None:
+            self.pool.add(features.pool)
+            self.spatial.add(features.spatial)
+            self.inception_score.add(features.logits)
+        if features.dinov2 is not None:
+            self.dinov2.add(features.dinov2)
+        for space, of_images in self._single.items():
+            found: Any = features.pool if space == "inception" else features.dinov2
+            of_images.append(found)
 
     @property
     def count(self) -> int:
         """Of images so far."""
-        return self.pool.count
+        return max(self.pool.count, self.dinov2.count)
 
-    @property
-    def features(self) -> np.ndarray:
-        """(n, 2048) float32 pooled features."""
-        assert self._pooled is not None
-        return np.concatenate(self._pooled)
+    def features(self, space: str = "inception") -> np.ndarray:
+        """Return single features of a network, (n, d) float32."""
+        return np.concatenate(self._single[space])
 
     def state(self) -> dict[str, np.ndarray]:
         """Return arrays by name from which `restore` continues."""
         arrays = {
             f"{name}.{key}": value
-            for name in _KEPT
+            for name in self._kept
             for key, value in getattr(self, name).state().items()
         }
         arrays["digest"] = np.frombuffer(self.digest, np.uint8)
-        return arrays if self._pooled is None else arrays | {"features": self.features}
+        return arrays | {_single_name(space): self.features(space) for space in self._single}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from a `state`."""
-        for name in _KEPT:
+        for name in self._kept:
             ours = {
                 key.removeprefix(f"{name}."): value
                 for key, value in state.items()
@@ -94,8 +105,12 @@ class Measured:
             }
             getattr(self, name).restore(ours)
         self.digest = state["digest"].tobytes()
-        if self._pooled is not None:
-            self._pooled = [state["features"]]
+        self._single = {space: [state[_single_name(space)]] for space in self._single}
+
+
+def _single_name(space: str) -> str:
+    """Return the name in a state of a network's single features; Inception's is older."""
+    return "features" if space == "inception" else f"features.{space}"
 
 
 def _chained(digest: bytes, images: np.ndarray) -> bytes:
@@ -119,9 +134,15 @@ class PartialResult:
 
     @classmethod
     def of(
-        cls, path: epath.Path, images: Images, protocol: Mapping[str, Any], pooled: bool
+        cls,
+        path: epath.Path,
+        images: Images,
+        protocol: Mapping[str, Any],
+        pooled: bool | Sequence[str],
     ) -> "PartialResult":
         """Return the file of a measurement of these images, by a protocol, see `protocol_of`."""
+        if not isinstance(pooled, bool) and set(pooled) <= {"inception"}:
+            pooled = bool(pooled)  # as earlier versions have it
         identity = json.dumps([protocol, pooled, images.evidence], sort_keys=True)
         return cls(path, identity, images)
 
@@ -149,7 +170,8 @@ class PartialResult:
                 return False
             if not ours[2]:  # the protocol says all
                 return True
-            kept, again = Measured(theirs[1]), bytes(32)
+            spaces = [name for name in _KEPT if name in theirs[0]]
+            kept, again = Measured(theirs[1], spaces), bytes(32)
             kept.restore({k: v for k, v in content.items() if k != "identity"})
             left = kept.count
             for batch in self.images.batches(64):
@@ -184,7 +206,7 @@ def measure(
     extractor: Extractor,
     what: str,
     *,
-    pooled: bool = False,
+    pooled: bool | Sequence[str] = False,
     count: int | None = None,
     partial: PartialResult | None = None,
     max_seconds: float = 0.0,
@@ -195,7 +217,7 @@ def measure(
       images: the same on every process.
       extractor: of features.
       what: the images, for progress.
-      pooled: whether pooled features themselves are kept.
+      pooled: whether single features themselves are kept, see `Measured`.
       count: how many of the first images; None: all.
       partial: where to keep an interrupted measurement; None: it is lost.
       max_seconds: no more batches after so long; 0: never.
@@ -203,7 +225,7 @@ def measure(
     Raises:
       interruption.Preempted, interruption.Interrupted: the measured part is kept.
     """
-    measured, size = Measured(pooled), extractor.batch_size
+    measured, size = Measured(pooled, extractor.spaces), extractor.batch_size
     count, first = count or images.count, distributed.is_primary()
     if partial:
         partial.restore(measured)

@@ -9,7 +9,7 @@ reference in the samples'.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +166,64 @@ def _inside(
     """Return which samples are in a ball of the reference, and the other way round."""
     (distances,) = _distances(reference, samples)
     return ((distances <= of_reference[:, None]).any(0), (distances <= of_samples[None]).any(1))
+
+
+class Manifolds(NamedTuple):
+    """How two sets lie in each other's balls (Kynkäänniemi et al. 2019, Naeem et al. 2020).
+
+    A ball about a feature reaches to the k-th nearest other one of its set, exclusively.
+
+    Attributes:
+      precision: share of the samples that are in a ball of the reference.
+      recall: share of the reference that is in a ball of the samples.
+      density: mean number of the reference's balls that a sample is in, over k.
+      coverage: share of the reference in whose own ball there is a sample.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+DINOV2_NEIGHBOURS, MOST_POINTS = 5, 10_000  # of dgm-eval
+
+
+def manifolds(
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = DINOV2_NEIGHBOURS
+) -> Manifolds:
+    """Compare samples (n, d) with a reference (m, d), in float64, as dgm-eval does.
+
+    Raises:
+      UserError: n or m is not above `neighbours`.
+    """
+    if min(len(reference), len(samples)) <= neighbours:
+        raise UserError(
+            f"precision, recall, density and coverage need more than {neighbours} images on each "
+            "side: measure more, or leave them out of --metrics"
+        )
+    of_reference, of_samples = (_squared_radii(each, neighbours) for each in (reference, samples))
+    inside, within = np.zeros(len(samples), np.int64), np.zeros(len(reference), bool)
+    covered, start = np.zeros(len(reference), bool), 0
+    for part in squared_distances(reference, samples):
+        rows = slice(start, start + len(part))
+        balls = part < of_reference[rows, None]
+        inside += balls.sum(axis=0)
+        within[rows] = (part < of_samples).any(axis=1)
+        covered[rows] = balls.any(axis=1)
+        start += len(part)
+    return Manifolds(
+        precision=float((inside > 0).mean()),
+        recall=float(within.mean()),
+        density=float(inside.mean() / neighbours),
+        coverage=float(covered.mean()),
+    )
+
+
+def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
+    """Return the squared distance of each feature to its k-th nearest other one, (n,) float64."""
+    parts = squared_distances(features, features)
+    return np.concatenate([np.partition(part, neighbours, axis=1)[:, neighbours] for part in parts])
 
 
 def nearest_distances(queries: np.ndarray, references: np.ndarray, block: int = 256) -> np.ndarray:

@@ -17,6 +17,7 @@ from etils import epath
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.images import NpzImages
 from diffit_jax.evaluation.scores import Statistics
+from diffit_jax.interop import edm_pickle
 from diffit_jax.runtime import files, npz
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,24 @@ METRICS: Mapping[str, str] = {
     "precision": "arr_0",
     "recall": "arr_0",
     "kid": "arr_0",
+    "fd_dinov2": "mu_dinov2",
+    "precision_dinov2": "arr_0",
+    "recall_dinov2": "arr_0",
+    "density_dinov2": "arr_0",
+    "coverage_dinov2": "arr_0",
+    "kd_dinov2": "arr_0",
+    "mind_dinov2": "arr_0",
+    "fd_infinity_dinov2": "mu_dinov2",
 }
-SIZES: Mapping[str, int] = {"mu": 2048, "mu_s": 2023}  # of features
-COVARIANCES: Mapping[str, str] = {"mu": "sigma", "mu_s": "sigma_s"}
+# Those that are computed only where they are asked for.
+ON_DEMAND = ("kid", "kd_dinov2", "mind_dinov2", "fd_infinity_dinov2")
+SIZES: Mapping[str, int] = {"mu": 2048, "mu_s": 2023, "mu_dinov2": 1024}  # of features
+COVARIANCES: Mapping[str, str] = {"mu": "sigma", "mu_s": "sigma_s", "mu_dinov2": "sigma_dinov2"}
+
+
+def space_of(metric: str) -> str:
+    """Return the network in whose features a metric is: "inception" or "dinov2"."""
+    return "dinov2" if metric.endswith("_dinov2") else "inception"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +57,8 @@ class Reference:
     Attributes:
       path: of the file.
       sha256: of the file's content.
-      statistics: of pooled features under "mu", of spatial ones under "mu_s", those that it has.
+      statistics: of pooled features under "mu", of spatial ones under "mu_s", of DINOv2's class
+        token under "mu_dinov2", those that it has.
       images: of the data set, or None.
       protocol: how it was made, JSON values by name; empty for those of others.
     """
@@ -57,14 +74,20 @@ class Reference:
         """Read a file.
 
         Args:
-          path: of the npz.
-          feature_sizes: of the network at hand, for `mu` and `mu_s`.
+          path: of the npz, or of a pickle of EDM2's, which is not run.
+          feature_sizes: of the networks at hand, for `mu`, `mu_s` and `mu_dinov2`.
 
         Raises:
           UserError: it cannot be read, or is no reference for such features.
         """
+        protocol: dict[str, Any] = {}
         try:
             digest = files.sha256(path)
+            if path.suffix == ".pkl":
+                held, with_images = edm_pickle.read_statistics(path), False
+                # What made EDM2's: its default rule.
+                protocol = {"dinov2": {"resize": "edm2"}, "made_by": "EDM2's calculate_metrics"}
+                return cls(path, digest, _all_statistics(path, held, feature_sizes), None, protocol)
             wanted = (*COVARIANCES, *COVARIANCES.values(), "protocol")
             there = npz.names(path)
             held = {name: npz.read(path, name) for name in wanted if name in there}
@@ -83,24 +106,34 @@ class Reference:
                 f"--reference {path} has none of mu, mu_s and arr_0: name a file of statistics, or "
                 "make one by diffit make_reference"
             )
-        statistics = {
-            name: _statistics(path, held, name, size)
-            for name, size in feature_sizes.items()
-            if name in held
-        }
+        statistics = _all_statistics(path, held, feature_sizes)
         images = NpzImages(path, "reference") if with_images else None
         protocol = json.loads(str(held["protocol"])) if "protocol" in held else {}
         return cls(path, digest, statistics, images, protocol)
 
-    def chosen(self, asked: Sequence[str] | None) -> list[str]:
-        """Return the metrics to compute: those asked for, or (None) all but KID that it serves.
+    def chosen(
+        self, asked: Sequence[str] | None, spaces: Sequence[str] = ("inception",)
+    ) -> list[str]:
+        """Return the metrics to compute: those asked for, or (None) those that it serves.
+
+        The latter without `ON_DEMAND`.
+
+        Args:
+          asked: names in `METRICS`.
+          spaces: networks that are there.
 
         Raises:
-          UserError: one that is unknown, or needs statistics that it does not have.
+          UserError: one that is unknown, or needs statistics that it does not have, or another
+            network.
         """
         for name in asked or ():
             if name not in METRICS:
                 raise UserError(f"--metrics has {name!r}: use {', '.join(METRICS)}")
+            if space_of(name) not in spaces:
+                raise UserError(
+                    f"--metrics has {name}, which is in the features of {space_of(name)}: name its "
+                    f"weights by --{space_of(name)}, or leave {name} out"
+                )
             if not self._serves(name):
                 raise UserError(
                     f"--reference {self.path} has no {METRICS[name]}, which {name} needs"
@@ -109,11 +142,18 @@ class Reference:
                 )
         if asked:
             return list(dict.fromkeys(asked))
-        for name in METRICS:
+        possible = [name for name in METRICS if space_of(name) in spaces and name not in ON_DEMAND]
+        for name in possible:
             if not self._serves(name):
                 needed = f"no {METRICS[name]}{self._on_images(name)}"
                 log.info("without %s: %s has %s", name, self.path.name, needed)
-        return [name for name in METRICS if name != "kid" and self._serves(name)]
+        found = [name for name in possible if self._serves(name)]
+        if not found:
+            raise UserError(
+                f"--reference {self.path} has nothing to compare in the features of "
+                f"{' and '.join(spaces)}: name one that was made with them (diffit make_reference)"
+            )
+        return found
 
     def labels(self) -> np.ndarray:
         """Return the labels of its images, (m,) int64.
@@ -150,20 +190,43 @@ class Reference:
             "a whole data set, see diffit make_reference)"
         )
 
-    def check(self, shape: tuple[int, ...], resize: str) -> None:
-        """Raise `UserError` if its images have another size (H, W, C) or rule of resizing."""
+    def check(self, shape: tuple[int, ...], extracted: Mapping[str, Any]) -> None:
+        """Raise `UserError` if it was made otherwise than the samples are measured.
+
+        Args:
+          shape: (H, W, C) of the samples.
+          extracted: what their features depend on, see `Extractor.metadata`.
+        """
         of = self.images.shape if self.images is not None else self.protocol.get("shape")
         if of is not None and tuple(of[:2]) != shape[:2]:
             raise UserError(
                 f"--reference {self.path} is of {of[0]} × {of[1]} pixels, the samples have "
                 f"{shape[0]} × {shape[1]}: name a reference of that resolution"
             )
-        theirs = self.protocol.get("resize", resize)
-        if theirs != resize:
+        ours, theirs = (each.get("dinov2", {}) for each in (extracted, self.protocol))
+        flags = {
+            "resize": (self.protocol.get("resize"), extracted.get("resize")),
+            "dinov2_resize": (theirs.get("resize"), ours.get("resize")),
+        }
+        for flag, (made, now) in flags.items():
+            if None not in (made, now) and made != now:
+                raise UserError(
+                    f"--reference {self.path} was made with --{flag} {made}: use the same for the "
+                    "samples"
+                )
+        made, now = theirs.get("weights"), ours.get("weights")
+        if None not in (made, now) and made != now:
             raise UserError(
-                f"--reference {self.path} was made with --resize {theirs}: use the same for the "
-                "samples"
+                f"--reference {self.path} was made with other weights of DINOv2 "
+                f"({theirs.get('network')}): use the same for the samples"
             )
+
+
+def _all_statistics(
+    path: epath.Path, held: Mapping[str, np.ndarray], sizes: Mapping[str, int]
+) -> dict[str, Statistics]:
+    there = {name: size for name, size in sizes.items() if name in held}
+    return {name: _statistics(path, held, name, size) for name, size in there.items()}
 
 
 def _statistics(

@@ -1,7 +1,8 @@
 """Scores of features: Fréchet distance, Inception Score and Kernel Inception Distance."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.linalg import lapack
@@ -20,9 +21,11 @@ class Moments:
 
     Attributes:
       count: features so far.
+      exact: whether the mean is that of float64 instead, as of everything but ADM's features.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
+        self.exact = exact
         self.count, self._waiting = 0, np.zeros((0, 0), np.float32)
         self._about = self._sum = self._products = np.zeros(0)
         self._sum32 = np.zeros(0, np.float32)
@@ -51,11 +54,14 @@ class Moments:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return arrays by name from which `restore` continues."""
-        return {name.strip("_"): np.asarray(value) for name, value in vars(self).items()}
+        return {name.strip("_"): np.asarray(value) for name, value in self._state().items()}
+
+    def _state(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "exact"}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from a `state`."""
-        for name in vars(self):
+        for name in self._state():
             setattr(self, name, state[name.strip("_")])
         self.count = int(self.count)
 
@@ -69,6 +75,8 @@ class Moments:
     def _statistics(self) -> Statistics:
         mean = self._sum / self.count
         covariance = (self._products - self.count * np.outer(mean, mean)) / (self.count - 1)
+        if self.exact:
+            return self._about + mean, covariance
         return (self._sum32 / np.float32(self.count)).astype(np.float64), covariance
 
 
@@ -102,6 +110,72 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
     factor = np.zeros((len(covariance), rank))
     factor[order - 1] = np.tril(lower)[:, :rank]
     return factor
+
+
+INFINITY_COUNTS, INFINITY_LEAST = 15, 5_000  # of dgm-eval
+
+
+def infinity_counts(count: int) -> np.ndarray:
+    """Return how many of `count` samples each distance of `distance_at_infinity` takes, (15,)."""
+    least = min(INFINITY_LEAST, max(count // 10, 2))
+    return np.linspace(least, count, INFINITY_COUNTS).astype(np.int32)
+
+
+def distance_at_infinity(
+    samples: np.ndarray,
+    reference: Statistics,
+    counts: Sequence[int] | np.ndarray | None = None,
+    seed: int | None = 0,
+) -> float:
+    """Return the Fréchet distance of infinitely many samples (Chong & Forsyth 2020, FD∞).
+
+    Distances of several counts lie about on a line over 1 / count; this is its value at 0.
+
+    Args:
+      samples: (n, d) features.
+      reference: mean and covariance.
+      counts: of samples; None: `infinity_counts` of n.
+      seed: of the draws without replacement; None: the first ones.
+    """
+    counts = infinity_counts(len(samples)) if counts is None else np.asarray(counts)
+    rng, found = np.random.default_rng(seed), []
+    for count in counts.tolist():
+        some = slice(count) if seed is None else rng.choice(len(samples), count, replace=False)
+        found.append(frechet_distance(statistics(samples[some]), reference))
+    slope_and_end = np.polyfit(1 / np.asarray(counts, np.float64), found, 1)
+    return float(slope_and_end[1])
+
+
+DIRECTIONS = 1_000  # of MIND
+
+
+def sliced_distance(
+    samples: np.ndarray, reference: np.ndarray, directions: np.ndarray | None = None, seed: int = 0
+) -> float:
+    """Return MIND (2605.06797): 3 d times the mean squared difference of sorted projections.
+
+    Over directions of length 1 and ranks; of both sets as many features as the smaller one has.
+
+    Args:
+      samples: (n, d) features.
+      reference: (m, d) features.
+      directions: (k, d); None: 1,000 of seed.
+      seed: of the directions, and of the choice among the larger set.
+    """
+    rng, size = np.random.default_rng(seed), min(len(samples), len(reference))
+    dimensions = samples.shape[1]
+    drawn = rng.normal(size=(DIRECTIONS, dimensions)) if directions is None else directions
+    units = np.asarray(drawn, np.float64)
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    both = []
+    for each in (samples, reference):
+        chosen = each if len(each) == size else each[rng.choice(len(each), size, replace=False)]
+        both.append(chosen.astype(np.float64))
+    total = 0.0
+    for unit in units:
+        one, other = (np.sort(each @ unit) for each in both)
+        total += np.mean((one - other) ** 2)
+    return float(3 * dimensions * total / len(units))
 
 
 def resampled_distance(

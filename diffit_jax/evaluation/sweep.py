@@ -27,7 +27,10 @@ COUNT = 5_000  # samples of each point
 SCALE = "guidance.scale"
 # Keys of a source, not of sampling; each has its weights.
 OF_SOURCE: Mapping[str, type] = {"ema_length": float, "checkpoint": int}
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
+HIGHER_IS_BETTER = (
+    "inception_score", "precision", "recall",
+    "precision_dinov2", "recall_dinov2", "density_dinov2", "coverage_dinov2",
+)  # fmt: skip
 
 Settings = dict[str, Any]
 
@@ -111,7 +114,9 @@ def sweep(
     default = first.source.directory / "sweep.json"
     path = files.resolve(default if output is None else output, "output")
     if not comparison.metrics:
-        comparison = dataclasses.replace(comparison, metrics=["fid"])
+        comparison = dataclasses.replace(
+            comparison, metrics=["fid" if comparison.inception else "fd_dinov2"]
+        )
     evaluator = Evaluator.open(comparison, first.shape, first.setup.mesh)
     what = _identity(first, evaluator, count)
     held = distributed.primary_first(lambda: _held(path, what, overwrite))

@@ -24,6 +24,7 @@ from diffit_jax.limits import (
     fraction,
     one_of,
 )
+from diffit_jax.models.pretrained.resizing import DISTANCE_RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,17 +223,19 @@ class Evaluation(limits.Section, name="evaluation"):
     Attributes:
       steps: updates between evaluations: samples are drawn, decoded and compared with a reference,
         as the verb `evaluate` does it; one more after the last update. 0: only that one. There is
-        none without `inception`.
+        none without `inception` or `dinov2`.
       reference: npz file of statistics, see `evaluation.reference`; "": the test split of the data
         is measured for one, which is kept as `reference.npz` in the work directory.
-      inception: weights of the FID network, see `interop.inception`; "": there is no evaluation.
+      inception: weights of the FID network, see `interop.inception`; "": no FID.
+      dinov2: weights of DINOv2 (ViT-L/14 as published), see `interop.dinov2`; "": no FD-DINOv2.
+      dinov2_resize: how images come to it: by "dgm_eval", "edm2" …, see `resizing`.
       vae: folder of the autoencoder that decodes latents, see `interop.diffusers`. Sample grids
         show images if it is given, whether or not there are evaluations.
       vae_dtype: of the autoencoder's convolutions.
       count: samples of each set of weights (averaged, raw), always of the seeds 0, 1, 2 …
       final_count: samples of the evaluation after the last update; 0: as many as `count`.
-      metrics: some of fid, sfid, inception_score, precision, recall and kid; empty: all that the
-        reference allows, but kid.
+      metrics: some of fid, sfid, inception_score, precision, recall and kid, fd_dinov2 …, see
+        `evaluation.reference`; empty: all that the reference allows, but those on demand, as kid.
       raw: whether the raw parameters are evaluated too, or averages only.
       max_minutes: an evaluation stops after so many minutes and scores what it has; 0: never.
       batch_per_device: images of which a device extracts the features at once.
@@ -244,6 +247,8 @@ class Evaluation(limits.Section, name="evaluation"):
     steps: CountOrZero = 0
     reference: limits.Path = ""
     inception: limits.Path = ""
+    dinov2: limits.Path = ""
+    dinov2_resize: Annotated[str, one_of(*DISTANCE_RULES)] = "dgm_eval"
     vae: limits.Path = ""
     vae_dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
     count: Annotated[int, at_least(2)] = 10_000
@@ -257,23 +262,28 @@ class Evaluation(limits.Section, name="evaluation"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps and not self.inception:
+        if self.steps and not self.measures:
             raise UserError(
-                "config key evaluation.inception is missing: name the FID network's file, or set "
-                "evaluation.steps to 0"
+                "config key evaluation.inception is missing: name the FID network's file (or "
+                "evaluation.dinov2), or set evaluation.steps to 0"
             )
+
+    @property
+    def measures(self) -> bool:
+        """Whether samples are compared with a reference."""
+        return bool(self.inception or self.dinov2)
 
     def check(self, autoencoder: str) -> None:
         """Raise `UserError` if samples cannot become images, or are images already.
 
         `autoencoder` is the config's `data.autoencoder`.
         """
-        if self.inception and autoencoder and not self.vae:
+        if self.measures and autoencoder and not self.vae:
             raise UserError(
                 f"config key evaluation.vae is missing: samples are latents of {autoencoder}; name "
-                "that autoencoder's folder, or leave out evaluation.inception"
+                "that autoencoder's folder, or leave out evaluation.inception and dinov2"
             )
-        if self.inception and autoencoder and not self.reference:
+        if self.measures and autoencoder and not self.reference:
             raise UserError(
                 "config key evaluation.reference is missing: the test split has latents, not "
                 "images; name an npz file of statistics"

@@ -9,6 +9,8 @@ read, see `torch_files`.
 """
 
 import json
+import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,10 +29,12 @@ from diffit_jax.interop.weight_files import WeightFiles
 from diffit_jax.models.pretrained.dinov2 import ENCODERS, DINOv2
 from diffit_jax.runtime import hub
 
-DIGITS = epath.Path(Path(__file__).with_name("digits_encoder.safetensors"))
+DIGITS = "digits"  # in place of a path: the stand-in
+DIGITS_FILE = epath.Path(Path(__file__).with_name("digits_encoder.safetensors"))
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FILES = (CONFIG, WEIGHTS)  # of a folder on the hub
 _KIND = "DINOv2"
+log = logging.getLogger(__name__)
 _REMEDY = "name dinov2_vit{s,b,l,g}14[_reg4]_pretrain.pth, or hf://facebook/dinov2-{small,base,large,giant}"
 # Not of the network, or unused in it.
 _OTHERS = re.compile(r"mask_token|(dino_head|ibot_head|head|classifier)\..*")
@@ -60,7 +64,9 @@ def load(
     """Read a network.
 
     Args:
-      path: see the top of this file; also safetensors with any of these names.
+      path: see the top of this file; also safetensors with any of these names. `DIGITS` is a small
+        network that was trained on digits' labels, and stands in for DINOv2 there, and to try
+        commands: scores in its features have no meaning.
       size: name in `ENCODERS` that the file has to be of; "": any.
       positions: how positions come to other grids, a name in `models.pretrained.dinov2.POSITIONS`.
       dtype: of the matrix products, float32 or bfloat16.
@@ -74,6 +80,9 @@ def load(
       UserError: a file that cannot be read, of another size, or with tensors that are missing,
         extra, misshapen or not finite (each named, at most ten).
     """
+    if os.fspath(path) == DIGITS:
+        log.warning("the encoder is a small stand-in, trained on digits: it is not DINOv2")
+        path = DIGITS_FILE
     path = epath.Path(hub.local(path, flag, FILES))
     weights = path / WEIGHTS if path.is_dir() else path
     opened = TorchFile(weights) if weights.suffix in (".pth", ".pt") else WeightFiles(weights, ".*")

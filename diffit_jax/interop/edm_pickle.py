@@ -1,9 +1,9 @@
-"""EDM's snapshots (`.pkl`), read without running what they name.
+"""EDM's snapshots and EDM2's references (`.pkl`), read without running what they name.
 
 Such a file is a pickle of a dict, whose `ema` is a network, and its source, which ordinary
 unpickling would run. Each object of a persistent class is one call of a function on a dict with its
 attributes; each tensor is a stream as PyTorch wrote before 1.6. The unpickler makes inert values of
-both, and refuses any other name.
+both, and refuses any other name. A reference is a dict of numpy's arrays, made of numbers alone.
 """
 
 import collections
@@ -89,6 +89,113 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to something outside of itself")
+
+
+class _Array:
+    """An array of numpy's in the making: its shape, dtype and bytes are set last."""
+
+    def __init__(self, *_: Any):
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state: Any) -> None:
+        match state:
+            case (int(), tuple(shape), _NumberType() as dtype, fortran, content):
+                pass
+            case _:
+                raise pickle.UnpicklingError("an array in another form")
+        if not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array without bytes")
+        order = "F" if fortran else "C"
+        self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
+
+
+class _NumberType:
+    """A dtype of plain numbers."""
+
+    def __init__(self, name: Any = "", *_: Any):
+        if name not in ("f8", "f4", "i8", "i4"):
+            raise pickle.UnpicklingError(f"numbers of type {name!r}")
+        self.dtype = np.dtype(name).newbyteorder("<")
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ("<", "|", "="):
+            raise pickle.UnpicklingError("numbers of another byte order")
+
+
+def _of_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """Make an array as pickle's protocol 5 has it."""
+    if not isinstance(dtype, _NumberType) or not isinstance(content, bytes | bytearray):
+        raise pickle.UnpicklingError("an array in another form")
+    made = _Array()
+    made.array = np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
+    return made
+
+
+def _scalar(dtype: Any, content: Any = b"") -> Any:
+    if not (isinstance(dtype, _NumberType) and isinstance(content, bytes)):
+        raise pickle.UnpicklingError("a number in another form")
+    return np.frombuffer(content, dtype.dtype)[0].item()
+
+
+def _latin(text: Any, encoding: Any = "latin1") -> bytes:
+    """Return bytes that an older protocol wrote as text."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes in another form")
+    return text.encode("latin1")
+
+
+_OF_STATISTICS = {
+    ("numpy", "dtype"): _NumberType,
+    ("numpy", "ndarray"): _Array,
+    ("_codecs", "encode"): _latin,
+    **{
+        (f"{package}.{name}", function): made
+        for package in ("numpy.core", "numpy._core")
+        for name, function, made in (
+            ("multiarray", "_reconstruct", _Array),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _of_buffer),
+        )
+    },
+}
+
+
+class _OfStatistics(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _OF_STATISTICS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is never run")
+        return _OF_STATISTICS[module, name]
+
+
+_SPACES = {"fid": ("mu", "sigma"), "fd_dinov2": ("mu_dinov2", "sigma_dinov2")}
+
+
+def read_statistics(path: epath.Path) -> dict[str, np.ndarray]:
+    """Read a reference of EDM2's, `dict(num_images, fid=dict(mu, sigma), fd_dinov2=…)`.
+
+    Returns:
+      `mu`, `sigma`, `mu_dinov2` and `sigma_dinov2`, those that it has, float64.
+
+    Raises:
+      UserError: it is damaged, names something that would have to be run, or is something else.
+      OSError: it cannot be read.
+    """
+    found: dict[str, np.ndarray] = {}
+    try:
+        with path.open("rb") as file:
+            content = _OfStatistics(file).load()
+        for space, names in _SPACES.items():
+            for name, key in zip(names, ("mu", "sigma"), strict=True):
+                if space in content:
+                    found[name] = np.asarray(content[space][key].array, np.float64)
+        if not found:
+            raise ValueError("it has neither fid nor fd_dinov2")
+    except torch_files.DAMAGED as error:
+        raise UserError(
+            f"--reference {path} is no reference of EDM2's that can be read "
+            f"({one_line(error, 100)}): fetch it again"
+        ) from error
+    return found
 
 
 class EdmPickle:

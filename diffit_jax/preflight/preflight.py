@@ -22,11 +22,12 @@ from ml_collections import ConfigDict
 from diffit_jax import models
 from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.features import Extractor, OfDINOv2, OfInception
 from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.experiment.config import Experiment, build
 from diffit_jax.models.model import count_multiply_adds, traced_multiply_adds
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.dinov2 import ENCODERS
 from diffit_jax.models.pretrained.inception import SIDE, Inception
 from diffit_jax.preflight import compiler, report
 from diffit_jax.preflight.cost import cost, parse
@@ -60,7 +61,7 @@ from diffit_jax.training.step import batch_shapes, lower_train_step
 
 log = logging.getLogger(__name__)
 
-CHAIN = ("encode", "decode", "inception")
+CHAIN = ("encode", "decode", "inception", "dinov2")
 # What `--sweep` varies, and over which values where none are given; batch is per chip.
 SWEEPS = {
     "batch": ("2", "4", "8", "16", "32"),
@@ -168,8 +169,8 @@ def _chosen(config: ConfigDict, programs: Sequence[str] | None) -> Sequence[str]
     known = ("train", "sample", "analyse", *CHAIN)
     if programs is None:
         experiment = build(config)
-        of_evaluations = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
-        return [*known[:2], *(of_evaluations if experiment.evaluation.inception else ())]
+        of_evaluations = _of_evaluations(experiment)
+        return [*known[:2], *(of_evaluations if experiment.evaluation.measures else ())]
     if not programs:
         raise UserError(f"--programs is empty: use some of {', '.join(known)}")
     for program in programs:
@@ -416,7 +417,7 @@ def price_pipeline(
       chip: of the topology.
       chips: how many.
       compiled: asks the compiler.
-      programs: which of "encode", "decode" and "inception".
+      programs: which of `CHAIN`.
       sampling: how the experiment draws, for the memory of its network and these together.
 
     Raises:
@@ -435,8 +436,10 @@ def price_pipeline(
         priced[name] = answer
     held = {
         "autoencoder": _bytes(chain.of_autoencoder) if with_autoencoder else 0,
-        "inception": _bytes(chain.of_inception),
+        "inception": _bytes(chain.of_inception) if _inception_in(programs) else 0,
     }
+    if "dinov2" in programs:
+        held["dinov2"] = _bytes(chain.of_dinov2)
     return PipelineCost(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
 
 
@@ -447,7 +450,7 @@ class _Pipeline:
     """The programs between images, latents and scores, lowered; of shapes only.
 
     Attributes:
-      of_autoencoder, of_inception: their variables.
+      of_autoencoder, of_inception, of_dinov2: their variables.
     """
 
     def __init__(self, setup: Setup):
@@ -457,12 +460,22 @@ class _Pipeline:
         factor = whole if setup.experiment.data.autoencoder else 1
         self._image = (self._latent[0] * factor, self._latent[1] * factor, 3)
         self._inception = Inception()
+        self._dinov2 = ENCODERS["dinov2_vitl14"]
+        self.of_dinov2 = _variables(self._mesh, self._dinov2, (14, 14, 3))
         self.of_autoencoder = _variables(self._mesh, self._autoencoder, (whole, whole, 3))
         self.of_inception = _variables(self._mesh, self._inception, (SIDE, SIDE, 3))
 
     def inception(self) -> _Program:
-        extractor = Extractor(self._inception, self.of_inception, self._mesh)
+        network = OfInception(self._inception, self.of_inception)
+        extractor = Extractor({"inception": network}, self._mesh)
         adds = _multiply_adds(self._inception.apply, self.of_inception, (SIDE, SIDE, 3))
+        return extractor.lower(self._image), extractor.batch_size, adds
+
+    def dinov2(self) -> _Program:
+        network = OfDINOv2(self._dinov2, self.of_dinov2)
+        extractor = Extractor({"dinov2": network}, self._mesh)
+        side = 16 * self._dinov2.patch  # by dgm-eval's rule
+        adds = _multiply_adds(self._dinov2.apply, self.of_dinov2, (side, side, 3))
         return extractor.lower(self._image), extractor.batch_size, adds
 
     def decode(self) -> _Program:
@@ -509,9 +522,9 @@ def price_evaluation(
     """
     experiment = setup.experiment
     settings = experiment.evaluation
-    if not settings.inception or sampling is None or chain is None:
+    if not settings.measures or sampling is None or chain is None:
         return None
-    wanted = ["decode"] * bool(experiment.data.autoencoder) + ["inception"]
+    wanted = _of_evaluations(experiment)
     steps = [sampling.batch, *(chain.programs.get(name) for name in wanted)]
     fitting = [step for step in steps if isinstance(step, Step)]
     if len(fitting) < len(steps):
@@ -534,6 +547,12 @@ def price_evaluation(
     )
 
 
+def _of_evaluations(experiment: Experiment) -> list[str]:
+    """Return the programs between samples and scores, names in `CHAIN`."""
+    networks = [key for key in ("inception", "dinov2") if getattr(experiment.evaluation, key)]
+    return ["decode"] * bool(experiment.data.autoencoder) + networks
+
+
 def _extra_bytes(step: Step) -> int:
     """Return the bytes that a program needs besides its arguments."""
     return step.memory.outputs + step.memory.temporaries + step.memory.program
@@ -554,6 +573,11 @@ def _bytes(variables: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
+def _inception_in(programs: Sequence[str]) -> bool:
+    """Whether images are measured by the FID network: unless it is by DINOv2 alone."""
+    return "inception" in programs or "dinov2" not in programs
+
+
 def _together(
     sampling: SamplingPlan | None, priced: Mapping[str, Step | TooLarge], held: Mapping[str, int]
 ) -> int | None:
@@ -561,7 +585,12 @@ def _together(
 
     All weights, and the largest of the programs' other memory; None if one of them is not known.
     """
-    wanted = [name for name, size in (("decode", held["autoencoder"]), ("inception", 1)) if size]
+    uses = {
+        "decode": held["autoencoder"],
+        "inception": _inception_in([*priced]),
+        "dinov2": "dinov2" in priced,
+    }
+    wanted = [name for name, used in uses.items() if used]
     steps = [sampling.batch if sampling else None, *(priced.get(name) for name in wanted)]
     fitting = [step for step in steps if isinstance(step, Step)]
     if len(fitting) < len(steps):

@@ -274,6 +274,7 @@ def _chain(chain: PipelineCost) -> list[str]:
         "encode": "encoding, one slice",
         "decode": "decoding, one slice",
         "inception": "the FID network, one batch",
+        "dinov2": "DINOv2 ViT-L/14, one batch",
     }
     rows = []
     for name, program in chain.programs.items():

@@ -79,7 +79,7 @@ class Monitors(NamedTuple):
         at_once = platforms.of_mesh(setup.mesh).grid_per_device * setup.mesh.size
         count = min(count, at_once or count)
         grid_sampler = sampler_without_autoguidance(experiment, setup.mesh, count)
-        if experiment.evaluation.inception or experiment.evaluation.vae:
+        if experiment.evaluation.measures or experiment.evaluation.vae:
             evaluations = InTraining(setup, config.to_dict(), workdir)
         if experiment.evaluation.loss_steps:
             source = distributed.primary_first(lambda: open_held_out(experiment))

@@ -22,7 +22,7 @@ from diffit_jax.evaluation import measuring
 from diffit_jax.evaluation.classes import diversity
 from diffit_jax.evaluation.evaluate import evaluate, table
 from diffit_jax.evaluation.evaluator import Comparison
-from diffit_jax.evaluation.features import Extractor, Features
+from diffit_jax.evaluation.features import Extractor, Features, Networks
 from diffit_jax.evaluation.images import DatasetImages, NpzImages, open_samples
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.evaluation.reference import Reference
@@ -61,8 +61,9 @@ def place(tmp_path_factory):
 
 def reference(folder, of, name, **more):
     weights = folder / "inception.safetensors"
+    networks = Networks(weights)
     return make_reference(
-        of, output=folder / name, inception=weights, batch_per_device=BATCH, **more
+        of, output=folder / name, networks=networks, batch_per_device=BATCH, **more
     )
 
 
@@ -121,10 +122,11 @@ def test_samples_are_compared_class_by_class(place, tmp_path):
     assert list(found["metrics"]) == ["fid"] and list(found["by_class"]["classes"]) == list("012")
     assert found == json.loads((tmp_path / "s.metrics.json").read_text())
     assert "diversity" in table(found)
-    extractor = Extractor.load(place / "inception.safetensors", parallel.any_mesh(), "tf1", BATCH)
+    networks = Networks(place / "inception.safetensors")
+    extractor = Extractor.load(networks, parallel.any_mesh(), BATCH)
     sets = open_samples(tmp_path / "s.npz"), DatasetImages(source, "data")
     ours, theirs = (
-        measuring.measure(one, extractor, "again", pooled=True).features for one in sets
+        measuring.measure(one, extractor, "again", pooled=True).features() for one in sets
     )
     one = found["by_class"]["classes"]["1"]
     assert one["diversity"] == pytest.approx(diversity(ours[1::3]), rel=1e-5)
@@ -178,7 +180,8 @@ def test_the_number_of_devices_changes_no_bit(place):
 
     def features(devices):
         mesh = parallel.make_mesh(jax.devices()[:devices])
-        extract = Extractor.load(place / "inception.safetensors", mesh, batch_per_device=4)
+        networks = Networks(place / "inception.safetensors", dinov2="digits")
+        extract = Extractor.load(networks, mesh, batch_per_device=4)
         parts = NpzImages(place / "samples.npz").batches(4 * devices)
         return [np.concatenate(arrays) for arrays in zip(*map(extract, parts), strict=True)]
 
@@ -256,7 +259,7 @@ def test_what_was_measured_survives_an_interruption(place, tmp_path, monkeypatch
 
     monkeypatch.setattr(Extractor, "__call__", counted)
     size = Extractor.load(
-        place / "inception.safetensors", parallel.any_mesh(), batch_per_device=BATCH // 4
+        Networks(place / "inception.safetensors"), parallel.any_mesh(), BATCH // 4
     ).batch_size
     with monkeypatch.context() as interrupted:
         notice = distributed.PreemptionNotice
@@ -424,7 +427,7 @@ def test_partial_measurements_of_others_are_not_taken(tmp_path):
     begun.restore(same)
     measuring.PartialResult(tmp_path / "b.npz", "other").restore(other)
     assert same.count == 3 and other.count == 0 and same.digest == kept.digest
-    np.testing.assert_array_equal(same.features, kept.features)
+    np.testing.assert_array_equal(same.features(), kept.features())
 
 
 def test_a_reference_knows_its_metrics(place):

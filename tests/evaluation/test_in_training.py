@@ -23,7 +23,7 @@ from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluate import evaluate
 from diffit_jax.evaluation.evaluator import Comparison
-from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.features import Extractor, Networks
 from diffit_jax.evaluation.images import open_samples
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.experiment.config import build
@@ -54,7 +54,9 @@ def place(tmp_path_factory):
         np.savez(folder / f"{side}.npz", arr_0=images)
         source = open_samples(folder / f"{side}.npz")
         where = folder / f"reference_{side}.npz"
-        make_reference(source, output=where, inception="random", kept=6, batch_per_device=BATCH)
+        make_reference(
+            source, output=where, networks=Networks("random"), kept=6, batch_per_device=BATCH
+        )
     return folder
 
 

@@ -15,7 +15,7 @@ from diffit_jax.diffusion import guidance
 from diffit_jax.diffusion.guidance import GUIDANCE, Interval, PowerCosine
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison
-from diffit_jax.evaluation.features import Extractor
+from diffit_jax.evaluation.features import Extractor, Networks
 from diffit_jax.evaluation.images import open_samples
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.evaluation.sweep import Swept, parse, sweep, table
@@ -51,7 +51,7 @@ def planted(folder, source, name, overrides):
     make_reference(
         open_samples(folder / "s.npz"),
         output=folder / name,
-        inception="random",
+        networks=Networks("random"),
         batch_per_device=BATCH,
     )
     for path in folder.glob("s.*"):

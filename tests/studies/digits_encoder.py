@@ -4,7 +4,7 @@
 
 A DINOv2 of two blocks, width 64 and one head sees digits as REPA's rule enlarges them, in turns as
 8×8 patches, one for each pixel of a digit, and as 4×4. Its class token is classified; patch tokens
-get the gradient through attention. FILE (default: where `interop.dinov2.DIGITS` lies) gets its
+get the gradient through attention. FILE (default: digits_encoder.safetensors of `interop`) gets its
 tensors under the released names, float16. The accuracy on held-out digits is printed. (It takes a
 CPU 3 minutes.)
 """
@@ -84,4 +84,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else str(interop.DIGITS))
+    main(sys.argv[1] if len(sys.argv) > 1 else str(interop.DIGITS_FILE))

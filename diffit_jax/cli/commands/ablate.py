@@ -24,7 +24,7 @@ MERGE = flags.DEFINE_list("merge", [], "Files results.jsonl of other machines fo
 REFERENCE = cli.define_path(
     "reference", "npz file of statistics, for ablations that FID decides.", to_read=True
 )
-INCEPTION = InceptionFlags()
+INCEPTION = InceptionFlags(dinov2=False)
 FEWER_DEVICES = cli.define_fewer_devices()
 CLUSTER = cli.define_cluster()
 flags.mark_flags_as_required(["ablation", "workdir"])

@@ -24,6 +24,7 @@ flags.mark_flag_as_required("output")
 def main() -> None:
     """Run the command."""
     from diffit_jax.data.sources import open_dataset
+    from diffit_jax.evaluation.features import Networks
     from diffit_jax.evaluation.images import DatasetImages, open_samples
     from diffit_jax.evaluation.make_reference import make_reference
     from diffit_jax.runtime import distributed, hub
@@ -34,6 +35,14 @@ def main() -> None:
     else:
         source = open_dataset(DATASET.value, "train", DATA_DIR.value or "")
         images = DatasetImages(source, f"data set {DATASET.value}, train")
-    path = make_reference(images, output=OUTPUT.value, **INCEPTION.value, overwrite=OVERWRITE.value)
+    networks = INCEPTION.value
+    batch = networks.pop("batch_per_device")
+    path = make_reference(
+        images,
+        output=OUTPUT.value,
+        networks=Networks(**networks),
+        batch_per_device=batch,
+        overwrite=OVERWRITE.value,
+    )
     if distributed.is_primary():
         print(f"wrote {path}")

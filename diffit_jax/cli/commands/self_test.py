@@ -11,7 +11,7 @@ from diffit_jax.cli.shared import InceptionFlags
 FOLDER = cli.define_path(
     "folder", "Folder with ADM's published samples and reference.", to_read=True
 )
-INCEPTION = InceptionFlags()
+INCEPTION = InceptionFlags(dinov2=False)
 CLUSTER = cli.define_cluster()
 flags.mark_flag_as_required("folder")
 
