@@ -24,7 +24,13 @@ os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_
 
 import jax
 import numpy as np
-from support.configs import small_config, small_flow_config, small_latent_config, small_map_config
+from support.configs import (
+    small_config,
+    small_flow_config,
+    small_latent_config,
+    small_map_config,
+    small_token_config,
+)
 from support.pods import arranged
 
 from diffit_jax.data.sources import batches
@@ -59,6 +65,7 @@ CONFIGS = {
     ),
     "flow": small_flow_config(),
     "map": small_map_config(),
+    "reg": small_token_config("reg"),  # an encoder in the step, a projector, a class token
     "latent": small_latent_config(model__hidden_size=32, model__num_heads=4),
 }
 
@@ -80,8 +87,9 @@ def run(
     state = (
         restore_state(Checkpoints(resume), abstract_state(experiment, mesh))
         if resume
-        else create_state(experiment, mesh)
+        else create_state(experiment, mesh, objective_of(experiment))
     )
+    frozen = objective_of(experiment).load(experiment, mesh)
     start = int(state.step)
     flat = lambda tree: np.concatenate(
         [np.ravel(distributed.gather(leaf)) for leaf in jax.tree.leaves(tree)]
@@ -113,7 +121,7 @@ def run(
             checkpoints = Checkpoints(save, keep=1)
             save_state(checkpoints, state, 16)
             checkpoints.wait()
-        state, collected = step(state, empty, batch, {})
+        state, collected = step(state, empty, batch, frozen)
         losses.append(float(collected.compute()["loss"]))
         batch = parallel.put_batch(mesh, next(data), 16)
     return results | {"losses": np.array(losses)} | inspect()
@@ -136,7 +144,7 @@ def main() -> None:
         for kind, config in CONFIGS.items():
             if kind != "latent" and not last.isdigit():
                 continue
-            if kind in ("flow", "map") and name not in ("one", "mixed"):
+            if kind in ("flow", "map", "reg") and name not in ("one", "mixed"):
                 continue  # their networks are the latent one's
             chosen = {"steps": STEPS // 2} if last == "half" else option
             outcome = run(

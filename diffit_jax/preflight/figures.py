@@ -196,8 +196,8 @@ class PipelineCost:
     """The networks between images, latents and scores.
 
     Attributes:
-      programs: those that were asked for, of "encode", "decode", "inception" and "dinov2".
-      held: bytes of the weights on each device, of "autoencoder", "inception" and "dinov2".
+      programs: those that were asked for, names in `chain.CHAIN`.
+      held: bytes of the weights on each device, of "autoencoder", "inception" …
       together: bytes on each device while samples are drawn, decoded and measured; None: not all of
         that is known.
       limit: memory of each device.

@@ -16,20 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from diffit_jax import models
-from diffit_jax.data import pixels
 from diffit_jax.errors import UserError
-from diffit_jax.evaluation.features import Extractor, OfDINOv2, OfInception
 from diffit_jax.evaluation.in_training import kinds
 from diffit_jax.experiment.config import Experiment, build
-from diffit_jax.models.model import count_multiply_adds, traced_multiply_adds
-from diffit_jax.models.pretrained.autoencoder import Autoencoder
-from diffit_jax.models.pretrained.dinov2 import ENCODERS
-from diffit_jax.models.pretrained.inception import SIDE, Inception
+from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.preflight import compiler, report
+from diffit_jax.preflight.chain import CHAIN, Chain, bytes_of
 from diffit_jax.preflight.cost import cost, parse
 from diffit_jax.preflight.figures import (
     Calibration,
@@ -54,14 +49,12 @@ from diffit_jax.run.state import Setup, TrainState, setup_experiment
 from diffit_jax.runtime import backend, console, parallel
 from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
 from diffit_jax.sampling.analysis import analyse
-from diffit_jax.sampling.decoder import CHUNK_SIZE, LatentDecoder, per_slice
 from diffit_jax.sampling.sampler import batch_shapes as seeds_and_labels
 from diffit_jax.sampling.sampler import copy_bytes, copy_fits, sampler_without_autoguidance
 from diffit_jax.training.step import batch_shapes, lower_train_step
 
 log = logging.getLogger(__name__)
 
-CHAIN = ("encode", "decode", "inception", "dinov2")
 # What `--sweep` varies, and over which values where none are given; batch is per chip.
 SWEEPS = {
     "batch": ("2", "4", "8", "16", "32"),
@@ -426,7 +419,7 @@ def price_pipeline(
     with_autoencoder = bool(setup.experiment.data.autoencoder)
     if not with_autoencoder and {"encode", "decode"} & set(programs):
         raise UserError("--programs has encode or decode, but the config names no autoencoder")
-    chain = _Pipeline(setup)
+    chain = Chain(setup)
     priced: dict[str, Step | TooLarge] = {}
     for name in programs:
         lowered, images, adds = getattr(chain, name)()
@@ -435,68 +428,14 @@ def price_pipeline(
             answer = Step.of(answer, chip, chips, images=images, flops=2 * images * adds)
         priced[name] = answer
     held = {
-        "autoencoder": _bytes(chain.of_autoencoder) if with_autoencoder else 0,
-        "inception": _bytes(chain.of_inception) if _inception_in(programs) else 0,
+        "autoencoder": bytes_of(chain.of_autoencoder) if with_autoencoder else 0,
+        "inception": bytes_of(chain.of_inception) if _inception_in(programs) else 0,
     }
     if "dinov2" in programs:
-        held["dinov2"] = _bytes(chain.of_dinov2)
+        held["dinov2"] = bytes_of(chain.of_dinov2)
+    if "encoder" in programs:
+        held["encoder"] = bytes_of(chain.of_encoder())
     return PipelineCost(priced, held, _together(sampling, priced, held), chip.memory / chip.devices)
-
-
-_Program = tuple[jax.stages.Lowered, int, int]  # …, its images, and multiply-adds of each
-
-
-class _Pipeline:
-    """The programs between images, latents and scores, lowered; of shapes only.
-
-    Attributes:
-      of_autoencoder, of_inception, of_dinov2: their variables.
-    """
-
-    def __init__(self, setup: Setup):
-        self._mesh, self._latent = setup.mesh, setup.experiment.model.sample_shape
-        self._autoencoder = Autoencoder(latent_channels=self._latent[-1], dtype=jnp.bfloat16)
-        whole = self._autoencoder.factor
-        factor = whole if setup.experiment.data.autoencoder else 1
-        self._image = (self._latent[0] * factor, self._latent[1] * factor, 3)
-        self._inception = Inception()
-        self._dinov2 = ENCODERS["dinov2_vitl14"]
-        self.of_dinov2 = _variables(self._mesh, self._dinov2, (14, 14, 3))
-        self.of_autoencoder = _variables(self._mesh, self._autoencoder, (whole, whole, 3))
-        self.of_inception = _variables(self._mesh, self._inception, (SIDE, SIDE, 3))
-
-    def inception(self) -> _Program:
-        network = OfInception(self._inception, self.of_inception)
-        extractor = Extractor({"inception": network}, self._mesh)
-        adds = _multiply_adds(self._inception.apply, self.of_inception, (SIDE, SIDE, 3))
-        return extractor.lower(self._image), extractor.batch_size, adds
-
-    def dinov2(self) -> _Program:
-        network = OfDINOv2(self._dinov2, self.of_dinov2)
-        extractor = Extractor({"dinov2": network}, self._mesh)
-        side = 16 * self._dinov2.patch  # by dgm-eval's rule
-        adds = _multiply_adds(self._dinov2.apply, self.of_dinov2, (side, side, 3))
-        return extractor.lower(self._image), extractor.batch_size, adds
-
-    def decode(self) -> _Program:
-        decoder = LatentDecoder(
-            self._autoencoder, self.of_autoencoder, self._mesh, batch_per_device=CHUNK_SIZE
-        )
-        return decoder.lower(self._latent), decoder.batch_size, self._adds("decode", self._latent)
-
-    def encode(self) -> _Program:
-        def encode(variables: Any, image_BHWC: jax.Array) -> Any:
-            image_BHWC = pixels.to_model(image_BHWC)
-            return self._autoencoder.apply(variables, image_BHWC, method="encode")
-
-        count, sharding = CHUNK_SIZE * self._mesh.size, parallel.batch_sharding(self._mesh)
-        batch = jax.ShapeDtypeStruct((count, *self._image), np.uint8, sharding=sharding)
-        lowered = per_slice(encode, self._mesh, CHUNK_SIZE).lower(self.of_autoencoder, batch)
-        return lowered, count, self._adds("encode", self._image)
-
-    def _adds(self, method: str, example: tuple[int, ...]) -> int:
-        apply = functools.partial(self._autoencoder.apply, method=method)
-        return _multiply_adds(apply, self.of_autoencoder, example)
 
 
 def price_evaluation(
@@ -556,21 +495,6 @@ def _of_evaluations(experiment: Experiment) -> list[str]:
 def _extra_bytes(step: Step) -> int:
     """Return the bytes that a program needs besides its arguments."""
     return step.memory.outputs + step.memory.temporaries + step.memory.program
-
-
-def _variables(mesh: jax.sharding.Mesh, module: Any, example: tuple[int, ...]) -> Any:
-    """Return shapes of a network's variables, on every device."""
-    return parallel.abstract(mesh, models.variable_shapes(module, example))
-
-
-def _multiply_adds(apply: Callable, variables: Any, example: tuple[int, ...]) -> int:
-    """Count multiply-adds for one example, (H, W, C)."""
-    shape = jax.ShapeDtypeStruct((1, *example), jnp.float32)
-    return count_multiply_adds(jax.make_jaxpr(apply)(variables, shape).jaxpr)
-
-
-def _bytes(variables: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
 def _inception_in(programs: Sequence[str]) -> bool:

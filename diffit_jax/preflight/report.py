@@ -275,6 +275,7 @@ def _chain(chain: PipelineCost) -> list[str]:
         "decode": "decoding, one slice",
         "inception": "the FID network, one batch",
         "dinov2": "DINOv2 ViT-L/14, one batch",
+        "encoder": "the encoder of representations, the pictures of an update",
     }
     rows = []
     for name, program in chain.programs.items():

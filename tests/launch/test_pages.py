@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from support.images import cifar10_archive, others_latents
 from support.processes import environment, write_config
 
 from diffit_jax import models
+from diffit_jax.interop import dinov2 as interop
 from diffit_jax.interop import official
 from diffit_jax.models.diffit.latent import LatentDiffiT
 
@@ -53,6 +55,10 @@ LISTS = {
     "diffit train --config digits --help": "run",
     "diffit train --workdir DIR": "a pattern: the directory of any run",
     "diffit train --workdir": "run",
+    "diffit train --config configs/imagenet256_repa.py": "needs ImageNet's latents and DINOv2; "
+    "tests/run/test_representation.py trains such a network",
+    "diffit encode --source ILSVRC2012_img_train.tar --crop adm --size 256 --vae "
+    "hf://stabilityai/sd-vae-ft-ema --name imagenet256_latents_images": "parsed",
     "diffit train --workdir runs/map256": "needs ImageNet's latents; test_map_runs.py "
     "trains such a map",
     "diffit VERB": "a pattern of all verbs, tested in test_commands.py",
@@ -198,6 +204,12 @@ def scratch(tmp_path_factory):
     others_latents(folder / "edm2.zip", (5.81, 3.25, 0.12, -2.15))
     cifar10_archive(folder / "cifar-10-python.tar.gz", 2)
     save_pth(folder / "pt_inception-2015-12-05-6726825d.pth", inception_tensors(NARROW))
+    tensors = interop.released_tensors(*interop.load(interop.DIGITS))
+    for name in ("dinov2_vitl14_pretrain.pth", "dinov2_vitb14_pretrain.pth"):
+        save_pth(folder / name, tensors)
+    of_features = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    edm2 = {"num_images": 1_281_167, "fd_dinov2": of_features}
+    (folder / "img512.pkl").write_bytes(pickle.dumps(edm2, protocol=4))
     images = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3)).astype(np.uint8)
     np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
     for name in ("red flowers", "temple"):

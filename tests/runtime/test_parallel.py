@@ -100,6 +100,7 @@ def mesh_runs(mesh_folder):
         ("mixed", "image"),
         ("mixed", "flow"),
         ("mixed", "map"),
+        ("mixed", "reg"),
     ],
 )
 def test_ten_updates_and_samples_are_the_same_on_every_mesh(mesh_runs, name, kind):

@@ -32,8 +32,8 @@ PROGRAMS = flags.DEFINE_list(
     "programs",
     None,
     "Which programs to compile: train, sample, analyse; encode, decode (of the published "
-    "autoencoder), inception (the FID network), dinov2 (ViT-L/14); default: train and sample, and "
-    "those of the config's section evaluation.",
+    "autoencoder), inception (the FID network), dinov2 (ViT-L/14); encoder (of section "
+    "representation); default: train and sample, and those of the config's section evaluation.",
 )
 SWEEP = flags.DEFINE_string(
     "sweep",
