@@ -78,6 +78,15 @@ _QK_NORM = {
     "blocks.{}.attn.q_norm.weight": ("params/blocks/attention/q_scale", _SAME),
     "blocks.{}.attn.k_norm.weight": ("params/blocks/attention/k_scale", _SAME),
 }
+# Of one that generates a class token (REG), which it does not have either.
+_CLASS = {
+    "class_embedder.proj.weight": ("params/class_embed/kernel", _LINEAR),
+    "class_embedder.proj.bias": ("params/class_embed/bias", _SAME),
+    "class_embedder.norm.weight": ("params/class_norm/scale", _SAME),
+    "class_embedder.norm.bias": ("params/class_norm/bias", _SAME),
+    "final_layer.class_linear.weight": ("params/class_final/kernel", _LINEAR),
+    "final_layer.class_linear.bias": ("params/class_final/bias", _SAME),
+}
 _INNER_NAME = "|".join(re.escape(name).replace(r"\{inner\}", r"\d{1,4}") for name in _INNER)
 _INDEX = "blocks.{}.attn.relative_position_index"  # follows from the grid; a file may hold it
 # What a file says: the sizes, that it is in the released parametrisation, and where time enters.
@@ -94,6 +103,7 @@ SIZES = (
     "learn_sigma",
     "slim_tmsa",
     "inner_head",
+    "class_token",
     "qk_norm",
     "time_in",
     "time_embedding",
@@ -293,15 +303,18 @@ def entries_of(module: LatentDiffiT, index_buffers: bool) -> list[tuple[str, Any
 
 def _open(path: epath.PathLike) -> WeightFiles:
     names = [
-        re.escape(name).replace(re.escape("{}"), r"\d+") for name in (*_TENSORS, *_QK_NORM, _INDEX)
+        re.escape(name).replace(re.escape("{}"), r"\d+")
+        for name in (*_TENSORS, *_QK_NORM, *_CLASS, _INDEX)
     ]
     return WeightFiles(path, "|".join([*names, _INNER_NAME]))
 
 
-def _table(inner_head: int, qk_norm: bool) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Return the tensors of a network with, or (0) without, an inner head, and QK-norm."""
+def _table(
+    inner_head: int, qk_norm: bool, class_token: bool
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Return the tensors of a network with, or (0) without, an inner head, and two more parts."""
     inner = _INNER if inner_head else {}
-    table = _TENSORS | (_QK_NORM if qk_norm else {})
+    table = _TENSORS | (_QK_NORM if qk_norm else {}) | (_CLASS if class_token else {})
     return table | {name.replace("{inner}", str(inner_head)): ours for name, ours in inner.items()}
 
 
@@ -328,7 +341,7 @@ def leaves_of(module: LatentDiffiT) -> list[Leaf]:
         "blocks.{}.attn.proj.weight": (width, width),
         "blocks.{}.mlp.fc1.weight": (hidden, width),
     }
-    table = _table(module.inner_head, module.qk_norm)
+    table = _table(module.inner_head, module.qk_norm, bool(module.class_token))
     return tensors.leaves_of(table, shapes, module.depth, theirs)
 
 
@@ -342,7 +355,9 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     heads = [name for name in sorted(shapes) if re.fullmatch(_INNER_NAME, name)]
     inner_head = int(re.findall(r"\d+", heads[0])[0]) if heads else 0
     qk_norm = any(name.format(0) in shapes for name in _QK_NORM)
-    known = set(tensors.names_of(_table(inner_head, qk_norm), depth))
+    of_class = shapes.get("class_embedder.proj.weight", ())
+    table = _table(inner_head, qk_norm, bool(of_class))
+    known = set(tensors.names_of(table, depth))
     missing = [f"missing {name}" for name in tensors.in_order(known - shapes.keys())]
     extra = [
         f"extra {name}"
@@ -376,14 +391,14 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         "blocks.{}.mlp.fc2.bias",
     )
     width = vote(*((name, 1, axis(0)) for name in biases))
-    table = "blocks.{}.attn.relative_position_bias_table"
+    biases_of = "blocks.{}.attn.relative_position_bias_table"
     grid = vote(
-        (table, 2, lambda shape: (math.isqrt(shape[0]) + 1) // 2),
+        (biases_of, 2, lambda shape: (math.isqrt(shape[0]) + 1) // 2),
         ("pos_embed", 3, lambda shape: math.isqrt(shape[1])),
     )
     patch = vote(("x_embedder.proj.weight", 4, axis(3)))
     channels = vote(("x_embedder.proj.weight", 4, axis(1)))
-    heads = vote((table, 2, axis(1)))
+    heads = vote((biases_of, 2, axis(1)))
     outputs = vote(("final_layer.linear.bias", 1, axis(0)))
     hidden = vote(("blocks.{}.mlp.fc1.bias", 1, axis(0)), ("blocks.{}.mlp.fc1.weight", 2, axis(0)))
     classes = vote(("y_embedder.embedding_table.weight", 2, axis(0))) - 1
@@ -393,7 +408,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     if width < 1 or width % 4:
         suspects.append("blocks.0.attn.proj.bias")
     if heads < 1 or width % max(heads, 1) or grid < 1:
-        suspects.append(table.format(0))
+        suspects.append(biases_of.format(0))
     if (
         patch < 1
         or channels < 1
@@ -404,6 +419,8 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         suspects.append("blocks.0.mlp.fc1.bias")
     if classes < 1:
         suspects.append("y_embedder.embedding_table.weight")
+    if of_class and (len(of_class) != 2 or of_class[1] < 1):
+        suspects.append("class_embedder.proj.weight")
     if suspects:
         tensors.refuse(path, _KIND, [f"misshapen {name} {shapes[name]}" for name in suspects])
     return LatentDiffiT(
@@ -417,6 +434,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
         num_classes=classes,
         learn_sigma=outputs != patch * patch * channels,
         inner_head=inner_head,
+        class_token=of_class[1] if of_class else 0,
         qk_norm=qk_norm,
     )
 

@@ -280,6 +280,8 @@ def _chain(chain: PipelineCost) -> list[str]:
     rows = []
     for name, program in chain.programs.items():
         rows += ["", *_program(titles[name], "FLOPs", program)]
+        if name == "encoder":
+            rows.append(f"  weights on each device  {_bytes(chain.held[name])}")
     if chain.together is not None:
         names = " and ".join(name for name, size in chain.held.items() if size)
         rows += [

@@ -99,12 +99,20 @@ def all_finite(state: TrainState) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
-def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainState:
-    """Return the state before the first update, from the variables of the experiment's network."""
+def fresh_state(
+    variables: Mapping[str, Any], experiment: Experiment, objective: Objective | None = None
+) -> TrainState:
+    """Return the state before the first update, from the variables of the experiment's network.
+
+    With the objective's own parameters, drawn with the experiment's seed.
+    """
     params, constants = variables["params"], variables["constants"]
     optimizer = make_optimizer(experiment.optimizer, experiment.model)
     copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(experiment.ema.power_lengths))]
-    zero = jnp.zeros((), jnp.int32)
+    zero, ours = jnp.zeros((), jnp.int32), {}
+    key = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), 1)
+    if objective and (own := objective.init(experiment, key)):
+        ours = {"params": own, "opt_state": optimizer.init(own)}
     return TrainState(
         step=zero,
         skipped=zero,
@@ -114,17 +122,13 @@ def fresh_state(variables: Mapping[str, Any], experiment: Experiment) -> TrainSt
         opt_state=optimizer.init(params),
         ema=copies[0],
         power_emas=tuple(copies[1:]),
+        objective=ours,
     )
 
 
 def _init(experiment: Experiment, objective: Objective | None) -> TrainState:
     key = jax.random.key(experiment.seed, impl="threefry2x32")
-    state = fresh_state(models.init_variables(experiment.model, key), experiment)
-    params = objective and objective.init(experiment, jax.random.fold_in(key, 1))
-    if not params:
-        return state
-    optimizer = make_optimizer(experiment.optimizer, experiment.model)
-    return state.replace(objective={"params": params, "opt_state": optimizer.init(params)})
+    return fresh_state(models.init_variables(experiment.model, key), experiment, objective)
 
 
 def save_state(checkpoints: Checkpoints, state: TrainState, batch_size: int) -> None:

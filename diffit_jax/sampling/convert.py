@@ -17,6 +17,7 @@ from diffit_jax.interop import official
 from diffit_jax.interop.parametrisation import to_released, to_slim
 from diffit_jax.models.diffit.latent import LatentDiffiT
 from diffit_jax.run import workdir as workdirs
+from diffit_jax.run.objective import objective_of
 from diffit_jax.run.state import (
     Setup,
     TrainState,
@@ -101,7 +102,8 @@ def weights_to_workdir(
         variables = _with_new_labels(variables, num_classes, weights)
     if slim:
         variables = to_slim(variables)
-    state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
+    objective = objective_of(experiment)
+    state = jax.jit(lambda given: fresh_state(given, experiment, objective))(variables)
     _write(workdir, config, experiment, state)
 
 
@@ -313,7 +315,8 @@ def flow_to_map(
     experiment = setup_experiment(config, to_train=False).experiment
     _refuse_run(target)
     _, variables = restore_variables(workdir, setup, allow_nonfinite=allow_nonfinite)
-    state = jax.jit(lambda variables: fresh_state(variables, experiment))(variables)
+    objective = objective_of(experiment)
+    state = jax.jit(lambda given: fresh_state(given, experiment, objective))(variables)
     classes = files.read_json(workdir / workdirs.CLASSES_FILE, list) or ()
     _write(target, config, experiment, state)
     workdirs.write_classes(target, classes)

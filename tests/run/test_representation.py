@@ -1,5 +1,7 @@
 """Losses on a network's tokens: REPA, iREPA, REG, SRA and the dispersive loss."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,14 @@ from diffit_jax.diffusion.flow import Flow
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.experiment.representation import REPA
+from diffit_jax.interop import official
 from diffit_jax.models.pretrained.dinov2 import ENCODERS
 from diffit_jax.run import representation
 from diffit_jax.run.objective import DENOISING, flops_per_image, inputs_of, objective_of
 from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import distributed, interruption
-from diffit_jax.sampling.request import Run
+from diffit_jax.sampling.convert import weights_to_workdir, workdir_to_weights
+from diffit_jax.sampling.request import Run, Weights
 from diffit_jax.sampling.sample import sample
 from diffit_jax.training.train import train
 
@@ -415,3 +419,47 @@ def test_records_that_lack_what_is_needed(tmp_path):
 def test_settings_are_keys():
     assert isinstance(build(small_token_config("repa")).representation, REPA)
     assert build(small_latent_config()).representation.kind == "none"
+
+
+@pytest.fixture(scope="module")
+def reg_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("reg") / "run"
+    return workdir, train(small_token_config("reg", training__total_steps=2), workdir=workdir)
+
+
+def test_a_class_token_is_drawn_beside_a_sample(reg_run, tmp_path):
+    """By every sampler; guidance of the class token is a choice, and without it samples differ."""
+    samplers = {
+        "heun": {},
+        "euler": {"sampler": "euler"},
+        "sde": {"sampler": "sde", "sampler.num_steps": 4},
+        "dpm_solver": {"sampler": "dpm_solver"},
+        "alone": {"guide_class_token": False},
+        "unguided": {"guidance": "none"},
+    }
+    drawn = {}
+    for name, overrides in samplers.items():
+        path = sample(
+            Run(reg_run[0], raw=True), seeds=range(3), overrides=overrides,
+            output=tmp_path / f"{name}.npz",
+        )  # fmt: skip
+        drawn[name] = np.load(path)["arr_0"]
+        assert drawn[name].shape == (3, 8, 8, 4) and np.isfinite(drawn[name]).all()
+    assert len({each.tobytes() for each in drawn.values()}) == len(drawn)
+
+
+def test_weights_carry_the_class_token(reg_run, tmp_path):
+    """They draw what the run draws, to the bit, and go on as a run, with a projector of its own."""
+    weights, again = tmp_path / "w.safetensors", tmp_path / "again"
+    workdir_to_weights(reg_run[0], weights=weights)
+    module, variables = official.load(weights)
+    assert module.class_token == 64
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], reg_run[1].ema)
+    config = json.loads((reg_run[0] / "config.json").read_text())
+    ours, theirs = (
+        sample(source, seeds=range(2), output=tmp_path / f"{number}.npz")
+        for number, source in enumerate((Run(reg_run[0]), Weights(weights, config)))
+    )
+    np.testing.assert_array_equal(np.load(ours)["arr_0"], np.load(theirs)["arr_0"])
+    weights_to_workdir(weights, workdir=again, config=config)
+    assert int(train(config, workdir=again).step) == 2
