@@ -31,7 +31,7 @@ class SamplerOutput(NamedTuple):
     frames: Any
 
 
-def at_level(x: Any, level: jax.Array) -> jax.Array:
+def at_level(x: Any, level: jax.Array | float) -> jax.Array:
     """Return the same noise level for each of the samples x, (B,)."""
     return jnp.full(len(jax.tree.leaves(x)[0]), level)
 

@@ -45,6 +45,7 @@ from diffit_jax.preflight.figures import (
     TooLarge,
 )
 from diffit_jax.run.objective import flops_per_image
+from diffit_jax.run.representation import arrays_beside
 from diffit_jax.run.state import Setup, TrainState, setup_experiment
 from diffit_jax.runtime import backend, console, parallel
 from diffit_jax.runtime.backend import CHIPS_PER_HOST, SLICE_BANDWIDTH, Chip, chip_of
@@ -333,6 +334,7 @@ def _run(experiment: Experiment, chips: int, step_s: float) -> RunCost:
     settings = experiment.training
     example = experiment.space.batch(1, experiment.model.sample_shape).values()
     per_image = sum(leaf.size * leaf.dtype.itemsize for leaf in example)
+    per_image += sum(spec.size for spec in arrays_beside(experiment).values())
     hours = settings.total_steps * step_s / 3600
     hosts = max(chips // CHIPS_PER_HOST, 1)
     return RunCost(

@@ -297,6 +297,10 @@ class DiffiT:
         """
         model = self._setup.experiment.model
         x = np.asarray(x, np.float32)
+        if model.class_token:
+            raise UserError(
+                "this network denoises a class token beside x (model.class_token): draw samples"
+            )
         if x.ndim != 4 or x.shape[1:] != model.sample_shape:
             raise UserError(f"x has the shape {x.shape}: it must be (N, {_sizes(model)})")
         count = len(x)

@@ -240,7 +240,7 @@ def open_guide(experiment: Experiment, workdir: str) -> tuple[Run, Setup]:
     run = Run(workdir)
     guide = setup_experiment(run.config, to_train=False, config_file=run.config_file)
     ours, theirs = (
-        (one.process, one.model.sample_shape, one.model.num_classes)
+        (one.process, one.model.noise_shapes, one.model.num_classes)
         for one in (experiment, guide.experiment)
     )
     if ours != theirs:

@@ -15,6 +15,7 @@ from diffit_jax import models
 from diffit_jax.data.records import FEATURES, IMAGE
 from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.diffusion.flow import Flow
+from diffit_jax.diffusion.samplers import seeded_noise
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.experiment.representation import REPA
@@ -24,6 +25,7 @@ from diffit_jax.run import representation
 from diffit_jax.run.objective import DENOISING, flops_per_image, inputs_of, objective_of
 from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import distributed, interruption
+from diffit_jax.sampling.analysis import analyse
 from diffit_jax.sampling.convert import weights_to_workdir, workdir_to_weights
 from diffit_jax.sampling.request import Run, Weights
 from diffit_jax.sampling.sample import sample
@@ -446,6 +448,23 @@ def test_a_class_token_is_drawn_beside_a_sample(reg_run, tmp_path):
         drawn[name] = np.load(path)["arr_0"]
         assert drawn[name].shape == (3, 8, 8, 4) and np.isfinite(drawn[name]).all()
     assert len({each.tobytes() for each in drawn.values()}) == len(drawn)
+
+
+def test_attention_is_followed_beside_a_class_token(reg_run):
+    """What is denoised is what Euler's method along the flow draws: the class token goes along."""
+    run = Run(reg_run[0], raw=True)
+    setup = setup_experiment(run.config, to_train=False)
+    variables = run.load(setup)[0]
+    found = analyse.follow(setup, variables, images=2, steps=3)
+    assert len(found.layers) == 2 and found.denoised.shape[-4:] == (2, 8, 8, 4)
+    noise = seeded_noise(jnp.arange(2, dtype=jnp.uint32), setup.experiment.model.noise_shapes)(0)
+    x = jax.tree.map(lambda z: z * float(found.sigmas[0]), noise)
+    network = models.as_network(setup.experiment.model, variables)
+    first = setup.experiment.process.denoise(
+        network, x, jnp.full(2, found.sigmas[0]), {"label": jnp.arange(2)}
+    )
+    scale = np.abs(first["image"]).max()
+    np.testing.assert_allclose(found.denoised[0] / scale, first["image"] / scale, atol=1e-4)
 
 
 def test_weights_carry_the_class_token(reg_run, tmp_path):

@@ -14,8 +14,10 @@ from etils import epath
 
 from diffit_jax import models
 from diffit_jax.diffusion import samplers
+from diffit_jax.diffusion.loop import at_level
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
+from diffit_jax.models.model import IMAGE
 from diffit_jax.run.state import Setup, setup_experiment
 from diffit_jax.runtime import backend, distributed, files, parallel
 from diffit_jax.sampling.analysis import heads, spectra
@@ -203,7 +205,8 @@ def _follow(
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
     sigmas, query = np.array(way.sigmas), way.query
     model, process = experiment.model, experiment.process
-    x_BHWC = samplers.seeded_noise(batch["seed"], model.sample_shape)(0) * sigmas[0]
+    noise = samplers.seeded_noise(batch["seed"], model.noise_shapes)(0)
+    x_BHWC = jax.tree.map(lambda z: z * sigmas[0], noise)
     conditioning = {"label": batch["label"]} if model.num_classes else {}
     level_B, other_time_BT = _at_level(experiment, variables, x_BHWC, conditioning, way.frozen)
 
@@ -214,7 +217,7 @@ def _follow(
         weights = heads.weights_of(attended.q, attended.k, attended.bias)
         return {"map_frozen": heads.one_query(weights, attended.window, query)}
 
-    def step(x_BHWC: jax.Array, sigma: jax.Array) -> tuple[jax.Array, Any]:
+    def step(x_BHWC: Any, sigma: jax.Array) -> tuple[Any, Any]:
         statistics: dict[str, dict[str, jax.Array]] = {}
 
         def network(x_BHWC: jax.Array, noise_level_B: jax.Array, conditioning: Any) -> jax.Array:
@@ -227,9 +230,11 @@ def _follow(
             return y_BHWC
 
         now, following = sigma
-        denoised = process.denoise(network, x_BHWC, jnp.full(way.count, now), conditioning)
-        x_BHWC = denoised + following / now * (x_BHWC - denoised)
-        return x_BHWC, (denoised, statistics)
+        denoised: Any = process.denoise(network, x_BHWC, jnp.full(way.count, now), conditioning)
+        x_BHWC = jax.tree.map(
+            lambda clean, x: clean + following / now * (x - clean), denoised, x_BHWC
+        )
+        return x_BHWC, (denoised[IMAGE] if model.class_token else denoised, statistics)
 
     pairs = jnp.asarray(np.stack([sigmas[:-1], sigmas[1:]], axis=1), jnp.float32)
     return jax.lax.scan(step, x_BHWC, pairs)[1]
@@ -238,7 +243,7 @@ def _follow(
 def _at_level(
     experiment: Experiment,
     variables: Mapping[str, Any],
-    x_BHWC: jax.Array,
+    x_BHWC: Any,
     conditioning: Mapping[str, jax.Array],
     sigma: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -255,8 +260,8 @@ def _at_level(
             seen["time"] = next(iter(found.values()))["time"]
         return y_BHWC
 
-    experiment.process.denoise(network, x_BHWC, jnp.full(len(x_BHWC), sigma), conditioning)
-    return seen["level"], seen.get("time", jnp.zeros((len(x_BHWC), 1)))
+    experiment.process.denoise(network, x_BHWC, at_level(x_BHWC, sigma), conditioning)
+    return seen["level"], seen.get("time", jnp.zeros((len(seen["level"]), 1)))
 
 
 def _order(layer: str) -> tuple[int, int, str]:
