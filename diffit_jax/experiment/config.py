@@ -152,10 +152,19 @@ def section_classes(config: ConfigDict | Mapping[str, Any]) -> dict[str, type]:
     }
     for section, (key, choices) in CHOICES.items():
         classes.pop(section, None)
-        name = _node(config, f"{section}.{key}")
+        name = _node(config, f"{section}.{key}") or _default_name(section)
         if isinstance(name, str) and name in choices:
             classes[section] = choices[name]
     return classes
+
+
+def _default_name(section: str) -> str | None:
+    """Return the name of the class that a section of an experiment has where it is left out."""
+    field = next((each for each in dataclasses.fields(Experiment) if each.name == section), None)
+    make: Any = field and field.default_factory
+    if field is None or make is dataclasses.MISSING:
+        return None
+    return class_name(section, make())
 
 
 def given_config(given: config_files.ConfigArgs, config: ConfigDict | None = None) -> ConfigDict:
@@ -224,6 +233,10 @@ def _complete(config: ConfigDict) -> list[str]:
             if isinstance(above, ConfigDict) and last not in above:
                 above[last] = ConfigDict()
                 added.append(section)
+                if section in CHOICES:
+                    key, name = CHOICES[section][0], _default_name(section)
+                    above[last][key] = name
+                    added.append(f"{section}.{key}")
             node = _node(config, section)
             if isinstance(node, ConfigDict):
                 added += [f"{section}.{name}" for name in _complete_section(node, section, cls)]
