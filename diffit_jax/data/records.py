@@ -21,7 +21,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,7 +161,6 @@ class Manifest:
             or not {IMAGE, MOMENTS} & arrays.keys()
             or sides.get(IMAGE, 3) != 3
             or sides.get(MOMENTS, 4) != 4
-            or sides.get(FEATURES, 3) != 3
             or sum(shard.count for shard in shards) != manifest.count
         ):
             raise ValueError("its arrays or its counts do not fit together")
@@ -202,12 +201,15 @@ def encode_record(arrays: Mapping[str, ArraySpec], values: Mapping[str, np.ndarr
     return b"".join(parts)
 
 
-def decode_records(arrays: Mapping[str, ArraySpec], records: np.ndarray) -> dict[str, np.ndarray]:
-    """Decode n records, (n, bytes) uint8, to arrays by name: (n, …) each."""
+def decode_records(
+    arrays: Mapping[str, ArraySpec], records: np.ndarray, without: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Decode n records, (n, bytes) uint8, to arrays by name: (n, …) each, but those left out."""
     ends = np.cumsum([spec.size for spec in arrays.values()])
     return {
         name: spec.decoded(records[:, end - spec.size : end])
         for (name, spec), end in zip(arrays.items(), ends, strict=True)
+        if name not in without
     }
 
 
@@ -275,10 +277,15 @@ def _manifests(folder: epath.Path) -> list[epath.Path]:
 
 
 class RecordSource:
-    """A prepared data set, a `sources.Source`. Records of a batch are read at once."""
+    """A prepared data set, a `sources.Source`. Records of a batch are read at once.
+
+    Attributes:
+      passed_over: arrays of a record that `read` leaves out.
+    """
 
     def __init__(self, folder: epath.Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
+        self.passed_over: frozenset[str] = frozenset()
         self._paths = [str(folder / shard.file) for shard in manifest.shards]
         counts = [shard.count for shard in manifest.shards]
         self._ends = np.cumsum(counts)
@@ -329,7 +336,7 @@ class RecordSource:
         order = np.argsort(shards, kind="stable")
         parts = np.array_split(order, max(1, min(len(order), reads)))
         self._record_s = min(self._pool().map(timed, parts))
-        return decode_records(self.manifest.arrays, records)
+        return decode_records(self.manifest.arrays, records, self.passed_over)
 
     def _fetch(self, path: str, rows: Sequence[int]) -> Sequence[bytes]:
         """Read records of a shard; slow on remote storage."""

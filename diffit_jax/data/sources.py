@@ -134,6 +134,7 @@ class DataSpec:
       example: what examples are, "image" or "latent"; `synthetic` then makes such.
       latent_mean, latent_scale: of latents, see `sections.Data`.
       arrays: what else a record needs, by name; of an image the size may differ.
+      encoder: of features: `network` and `positions`, see `Manifest.features`.
     """
 
     shape: tuple[int, int, int] | None = None
@@ -142,6 +143,7 @@ class DataSpec:
     latent_mean: Sequence[float] | None = None
     latent_scale: Sequence[float] | None = None
     arrays: Mapping[str, ArraySpec] = dataclasses.field(default_factory=dict)
+    encoder: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def data_folder(name: str, data_dir: epath.PathLike = "") -> epath.Path:
@@ -227,6 +229,10 @@ def _open_prepared(
     if split != "train" and records.has_split(folder, "train"):
         _check_same_classes(name, split, manifest, records.read_manifest(folder, "train"))
     kind = "latent" if records.MOMENTS in manifest.arrays else "image"
+    if kind == "latent" and spec.example == kind:
+        # What stands beside latents is large: it is passed over where nobody asks for it.
+        beside = {records.IMAGE, *([records.FEATURES] if manifest.features else [])}
+        source.passed_over = frozenset(beside - spec.arrays.keys())
     if spec.example not in (None, kind):
         named = {"image": "images: encode them", "latent": "latents: name images"}[kind]
         other = {"image": 'data.autoencoder=""', "latent": "data.autoencoder to their name"}[kind]
@@ -254,6 +260,14 @@ def _check_arrays(name: str, source: Source, spec: DataSpec) -> None:
                 f"data set {name} has no {wanted} in its records, which representation.kind needs: "
                 f"encode it with --keep {wanted}, or set representation.kind to none{other}"
             )
+        made = manifest.features if manifest else {}
+        for key, asked in spec.encoder.items():
+            if made.get(key, asked) != asked:
+                what = "encoder" if key == "network" else key
+                raise UserError(
+                    f"data set {name} has features of {key} {made[key]}, and config key "
+                    f"representation.{what} is {asked}: encode it with that, or change the config"
+                )
         theirs, ours = held[wanted].shape[1:], needed.shape[1:]
         if wanted == records.FEATURES and theirs != ours:
             raise UserError(

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -13,7 +12,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.interop import dinov2 as interop_dinov2
 from diffit_jax.interop import inception as interop
 from diffit_jax.models.pretrained import inception, resizing
-from diffit_jax.models.pretrained.dinov2 import ENCODERS, DINOv2
+from diffit_jax.models.pretrained.dinov2 import DINOv2
 from diffit_jax.models.pretrained.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, Inception
 from diffit_jax.runtime import backend, checkpoint, hub, parallel
 
@@ -82,11 +81,9 @@ class OfDINOv2(NamedTuple):
 
     def metadata(self) -> dict[str, Any]:
         """Return what its features depend on."""
-        plain = self.module.clone(positions="official", dtype=jnp.float32)
-        names = [name for name, one in ENCODERS.items() if one == plain]
         return {
             "dinov2": {
-                "network": names[0] if names else "of another size",
+                "network": interop_dinov2.name_of(self.module) or "of another size",
                 "weights": checkpoint.fingerprint(self.variables),
                 "resize": self.rule,
                 "positions": self.module.positions,

@@ -1,6 +1,7 @@
 """The evaluations of a run while it trains, as its section `evaluation` asks for them."""
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,10 @@ from diffit_jax.evaluation.features import Networks
 from diffit_jax.evaluation.images import DatasetImages, DrawnImages
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.experiment.config import Experiment
+from diffit_jax.interop.dinov2 import FILES
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import Setup, TrainState, open_training_data
-from diffit_jax.runtime import backend, distributed, files, hub
+from diffit_jax.runtime import backend, distributed, files, hub, npz
 from diffit_jax.sampling.decoder import Decoding, LatentDecoder
 from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions
 from diffit_jax.sampling.sampler import batch_size, default_labels
@@ -140,7 +142,7 @@ class InTraining:
                     for key in ("inception", "dinov2"):
                         path = getattr(settings, key)
                         if path and path not in ("random", "digits"):
-                            hub.local(path, f"evaluation.{key}")
+                            hub.local(path, f"evaluation.{key}", FILES)
             if self.decoder:
                 shape = setup.experiment.model.sample_shape
                 self.space = setup.experiment.space.decoded(self.decoder, shape)
@@ -190,7 +192,7 @@ class InTraining:
         if self._evaluator is None:
             assert self._held_out is not None
             path, settings = self._workdir / workdirs.REFERENCE, self._settings
-            if not distributed.broadcast_flag(path.exists()):
+            if not distributed.broadcast_flag(path.exists() and self._serves(path)):
                 make_reference(
                     self._held_out,
                     output=path,
@@ -200,9 +202,23 @@ class InTraining:
                         dinov2_resize=settings.dinov2_resize,
                     ),
                     batch_per_device=settings.batch_per_device,
+                    overwrite=True,
                 )
             self._evaluator = self._open_evaluator(path)
         return self._evaluator
+
+    def _serves(self, path: epath.Path) -> bool:
+        """Whether the reference in the work directory is of the networks that are asked for now."""
+        settings = self._settings
+        try:
+            there = npz.names(path)
+            said = json.loads(str(npz.read(path, "protocol"))) if "protocol" in there else {}
+        except (OSError, *npz.DAMAGED):
+            return False
+        of_dinov2 = said.get("dinov2", {}).get("resize")
+        return (not settings.inception or "mu" in there) and (
+            not settings.dinov2 or ("mu_dinov2" in there and of_dinov2 == settings.dinov2_resize)
+        )
 
     def done(self, step: int) -> bool:
         """Whether that of a step is in the work directory."""

@@ -80,14 +80,10 @@ class Reference:
         Raises:
           UserError: it cannot be read, or is no reference for such features.
         """
-        protocol: dict[str, Any] = {}
+        if path.suffix == ".pkl":
+            return cls._of_edm2(path, feature_sizes)
         try:
             digest = files.sha256(path)
-            if path.suffix == ".pkl":
-                held, with_images = edm_pickle.read_statistics(path), False
-                # What made EDM2's: its default rule.
-                protocol = {"dinov2": {"resize": "edm2"}, "made_by": "EDM2's calculate_metrics"}
-                return cls(path, digest, _all_statistics(path, held, feature_sizes), None, protocol)
             wanted = (*COVARIANCES, *COVARIANCES.values(), "protocol")
             there = npz.names(path)
             held = {name: npz.read(path, name) for name in wanted if name in there}
@@ -108,8 +104,19 @@ class Reference:
             )
         statistics = _all_statistics(path, held, feature_sizes)
         images = NpzImages(path, "reference") if with_images else None
-        protocol = json.loads(str(held["protocol"])) if "protocol" in held else {}
-        return cls(path, digest, statistics, images, protocol)
+        return cls(path, digest, statistics, images, _protocol(path, held))
+
+    @classmethod
+    def _of_edm2(cls, path: epath.Path, feature_sizes: Mapping[str, int]) -> "Reference":
+        """Read a pickle of EDM2's; the rule is its default one."""
+        try:
+            digest, held = files.sha256(path), edm_pickle.read_statistics(path)
+        except OSError as error:
+            raise UserError(
+                f"--reference {path} cannot be read ({error.strerror or error}): name a file"
+            ) from error
+        said = {"dinov2": {"resize": "edm2"}, "made_by": "EDM2's calculate_metrics"}
+        return cls(path, digest, _all_statistics(path, held, feature_sizes), None, said)
 
     def chosen(
         self, asked: Sequence[str] | None, spaces: Sequence[str] = ("inception",)
@@ -220,6 +227,17 @@ class Reference:
                 f"--reference {self.path} was made with other weights of DINOv2 "
                 f"({theirs.get('network')}): use the same for the samples"
             )
+
+
+def _protocol(path: epath.Path, held: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return what a file says of how it was made; {} if nothing."""
+    try:
+        said = json.loads(str(held["protocol"])) if "protocol" in held else {}
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or not isinstance(said.get("dinov2", {}), dict):
+        raise UserError(f"--reference {path} has a protocol that is damaged: make it anew")
+    return said
 
 
 def _all_statistics(

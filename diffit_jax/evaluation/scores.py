@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import lapack
 
+from diffit_jax.errors import UserError
+
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
 BLOCK = 512  # features whose products are taken at once
 
@@ -136,7 +138,15 @@ def distance_at_infinity(
       reference: mean and covariance.
       counts: of samples; None: `infinity_counts` of n.
       seed: of the draws without replacement; None: the first ones.
+
+    Raises:
+      UserError: too few samples for a line.
     """
+    if counts is None and len(samples) < 10 * INFINITY_COUNTS:
+        raise UserError(
+            f"FD at infinity needs distances of {INFINITY_COUNTS} counts, and there are "
+            f"{len(samples)} samples: measure at least {10 * INFINITY_COUNTS}, or leave it out"
+        )
     counts = infinity_counts(len(samples)) if counts is None else np.asarray(counts)
     rng, found = np.random.default_rng(seed), []
     for count in counts.tolist():

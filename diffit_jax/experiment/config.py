@@ -187,8 +187,8 @@ def given_config(given: config_files.ConfigArgs, config: ConfigDict | None = Non
         name = given.text_of(f"{section}.{key}")
         if name is not None and name in choices:
             _choose(config, section, name)
-    catalogue.check_overrides(config, given)
     added = _complete(config)
+    catalogue.check_overrides(config, given)
     config_files.override(config, given, given.file or "the config")
     _remove(config, set(added) - set(keys))
     return config.lock()
@@ -235,7 +235,7 @@ def _complete(config: ConfigDict) -> list[str]:
                 added.append(section)
                 if section in CHOICES:
                     key, name = CHOICES[section][0], _default_name(section)
-                    above[last][key] = name
+                    above[last] = ConfigDict({key: name})
                     added.append(f"{section}.{key}")
             node = _node(config, section)
             if isinstance(node, ConfigDict):
@@ -463,6 +463,12 @@ def _check_sampling(experiment: Experiment) -> None:
     model, guidance = experiment.model, experiment.sampling.guidance
     experiment.sampling.sampler.check(experiment.process)
     _check_guidance(experiment)
+    if not experiment.sampling.guide_class_token and not (model.class_token and guidance.active):
+        raise UserError(
+            "config key sampling.guide_class_token is False, but "
+            + ("nothing is guided" if model.class_token else "the network has no model.class_token")
+            + ": leave it out"
+        )
     if guidance.channels > model.sample_shape[-1]:
         raise UserError(
             f"config key sampling.guidance.channels is {guidance.channels}: the model has only "

@@ -72,7 +72,7 @@ class _OnTokens(limits.Section, name="representation"):
           key: that says behind how many blocks.
 
         Raises:
-          UserError: it has fewer, or does not show its tokens.
+          UserError: it has fewer.
         """
         return captured_shape(model, getattr(self, key), f"representation.{key}")
 
@@ -92,11 +92,6 @@ def captured_shape(model: Model, depth: int, key: str) -> tuple[int, ...]:
         raise UserError(
             f"config key {key} is {depth}, but {error}: use the number of one, counted from 1"
         ) from error
-    except TypeError as error:  # of a network without `capture`
-        raise UserError(
-            f"config key {key}: {type(model).__name__} does not show its tokens; use latent_diffit "
-            "or image_diffit, or representation.kind none"
-        ) from error
     return found.shape[1:]
 
 
@@ -115,7 +110,7 @@ class Dispersive(_OnTokens):
     kind: ClassVar[str] = "dispersive"
 
     temperature: Annotated[float, above(0)] = 0.5
-    group: CountOrZero = 32
+    group: Annotated[int, at_least(2, also=(0,))] = 32
 
     def check(self, experiment: Any) -> None:
         """Raise `UserError` also if groups do not lie within the parts of a batch."""
@@ -157,6 +152,11 @@ class SRA(_OnTokens):
             raise UserError(
                 "config key representation.kind is sra, whose teacher sees an earlier time: set "
                 "process.name to flow"
+            )
+        if self.teacher_depth < self.depth:
+            raise UserError(
+                f"config key representation.teacher_depth is {self.teacher_depth}, before depth "
+                f"{self.depth}: choose a later block"
             )
         ours = self.tokens(experiment.model, "depth")
         theirs = self.tokens(experiment.model, "teacher_depth")
@@ -201,6 +201,18 @@ class REPA(_OnTokens):
     def check(self, experiment: Any) -> None:
         """Raise `UserError` also for tokens of the records beside an augmentation."""
         super().check(experiment)
+        rows, columns = self.grid(experiment.model)
+        if self.spatial_norm and rows * columns < 2:
+            raise UserError(
+                "config key representation.spatial_norm needs the deviation of several tokens, and "
+                "the network has one: set it to 0"
+            )
+        channels = experiment.model.sample_shape[-1]
+        if not experiment.data.autoencoder and channels not in (1, 3):
+            raise UserError(
+                f"config key representation.kind needs pictures of 1 or 3 channels, and the images "
+                f"have {channels}: set it to none"
+            )
         if self.source == "features" and experiment.augmentation.probability:
             raise UserError(
                 "config key representation.source is features, of pictures as they are, and "

@@ -8,6 +8,7 @@ All are read under the released names, below which there is one table. Of a pick
 read, see `torch_files`.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -88,11 +89,11 @@ def load(
     opened = TorchFile(weights) if weights.suffix in (".pth", ".pt") else WeightFiles(weights, ".*")
     with opened as raw:
         file = _Renamed(raw)
-        module = _module_of(file, weights, _heads(path)).clone(positions=positions, dtype=dtype)
-        if size and ENCODERS[size].clone(positions=positions, dtype=dtype) != module:
-            known = [name for name, one in ENCODERS.items() if _alike(one, module)]
+        config = _config(path)
+        module = _module_of(file, weights, config).clone(positions=positions, dtype=dtype)
+        if size and not _alike(ENCODERS[size], module):
             raise UserError(
-                f"encoder weights {path} are of {known[0] if known else 'another network'} (width "
+                f"encoder weights {path} are of {name_of(module) or 'another network'} (width "
                 f"{module.width}, {module.depth} blocks, {module.registers} registers), the config "
                 f"asks for {size}: name that file, or change the encoder"
             )
@@ -118,6 +119,12 @@ def load(
             return jax.device_put(array, sharding)
 
         return module, tensors.read(file, leaves, place, str(weights), remedy="use other weights")
+
+
+def name_of(module: DINOv2) -> str:
+    """Return the name in `ENCODERS` of a network, whatever its positions and dtype; "" if none."""
+    plain = module.clone(positions="official", dtype=np.float32)
+    return next((name for name, one in ENCODERS.items() if _alike(one, plain)), "")
 
 
 def _alike(one: DINOv2, other: DINOv2) -> bool:
@@ -196,35 +203,53 @@ def _released(name: str) -> str:
     return name.replace("reg_token", "register_tokens")
 
 
-def _heads(path: epath.Path) -> int | None:
-    """Return the attention heads that a config beside the weights names, or None."""
+def _config(path: epath.Path) -> dict[str, Any]:
+    """Return the config beside the weights; {} if there is none."""
     beside = path / CONFIG if path.is_dir() else path.with_suffix(".config.json")
     if not beside.exists():
-        return None
+        return {}
     try:
-        config = json.loads(beside.read_text())
-        return next((config[k] for k in ("num_attention_heads", "num_heads") if k in config), None)
+        return dict(json.loads(beside.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{beside} cannot be read ({one_line(error, 100)}): fetch it again"
         ) from error
 
 
-def _module_of(file: _Renamed, path: epath.Path, heads: int | None) -> DINOv2:
+def _module_of(file: _Renamed, path: epath.Path, config: Mapping[str, Any]) -> DINOv2:
     """Return the network that a file's tensors are of, by their shapes."""
     shapes = file.shapes
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in shapes]
-    depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
+    blocks = {int(block[1]) for name in shapes if (block := re.match(r"blocks\.(\d+)\.", name))}
+    depth = next(number for number in itertools.count() if number not in blocks)
     place, patches = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     gated = "blocks.0.mlp.w12.weight" in shapes
     inner = shapes.get(f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight", ())
-    if not depth or len(place) != 3 or len(patches) != 4 or len(inner) != 2:
-        needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc2.weight")
-        missing = [f"missing {name}" for name in needed if name not in shapes]
-        some = [f"extra {name}" for name in tensors.in_order(shapes)[:5]]
-        tensors.refuse(path, _KIND, missing, others=some, hint=file.hint, remedy=_REMEDY)
+    registers = shapes.get("register_tokens", (1, 0, 0))
+    needed = {
+        "pos_embed": (place, 3),
+        "patch_embed.proj.weight": (patches, 4),
+        f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight": (inner, 2),
+        "register_tokens": (registers, 3),
+    }
+    wrong = [
+        f"misshapen {name} {shape}, which must have {rank} axes" if shape else f"missing {name}"
+        for name, (shape, rank) in needed.items()
+        if len(shape) != rank or 0 in shape[:1] or (name == "pos_embed" and 0 in shape)
+    ]
+    if not depth or wrong:
+        known = {"cls_token", *needed}
+        others = [name for name in shapes if name not in known and not name.startswith("blocks.")]
+        some = [f"extra {name}" for name in tensors.in_order(others)[:5]] if not depth else []
+        tensors.refuse(path, _KIND, wrong, others=some, hint=file.hint, remedy=_REMEDY)
     width, grid = place[2], round((place[1] - 1) ** 0.5)
-    heads = max(width // 64, 1) if heads is None else heads
+    names = ("num_attention_heads", "num_heads")
+    heads = next((config[name] for name in names if name in config), max(width // 64, 1))
+    said = config.get("num_register_tokens", registers[1])
+    if said != registers[1]:
+        raise UserError(
+            f"encoder weights {path} have {registers[1]} register tokens, and their config says "
+            f"{said}: fetch both again"
+        )
     if type(heads) is not int or heads < 1 or width % heads or grid**2 + 1 != place[1]:
         raise UserError(
             f"encoder weights {path} have {width} channels in {heads} attention heads and "
@@ -236,7 +261,7 @@ def _module_of(file: _Renamed, path: epath.Path, heads: int | None) -> DINOv2:
         num_heads=heads,
         hidden=inner[1],
         gated=gated,
-        registers=shapes.get("register_tokens", (1, 0))[1],
+        registers=registers[1],
         grid=grid,
         patch=patches[-1],
     )

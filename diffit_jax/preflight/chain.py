@@ -14,6 +14,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.features import Extractor, OfDINOv2, OfInception
 from diffit_jax.experiment.representation import REPA
 from diffit_jax.models.model import count_multiply_adds
+from diffit_jax.models.pretrained import resizing
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.models.pretrained.dinov2 import ENCODERS
 from diffit_jax.models.pretrained.inception import SIDE, Inception
@@ -85,9 +86,10 @@ class Chain:
 
     def dinov2(self) -> Program:
         """Lower the network of FD-DINOv2 for a batch."""
-        network = OfDINOv2(self._dinov2, self.of_dinov2)
+        rule = self._experiment.evaluation.dinov2_resize
+        network = OfDINOv2(self._dinov2, self.of_dinov2, rule)
         extractor = Extractor({"dinov2": network}, self._mesh)
-        side = 16 * self._dinov2.patch  # by dgm-eval's rule
+        side = resizing.RULES[rule].side(self._image[0], self._dinov2.patch)
         adds = _multiply_adds(self._dinov2.apply, self.of_dinov2, (side, side, 3))
         return extractor.lower(self._image), extractor.batch_size, adds
 

@@ -521,5 +521,5 @@ def _together(
     fitting = [step for step in steps if isinstance(step, Step)]
     if len(fitting) < len(steps):
         return None
-    weights = fitting[0].memory.arguments + sum(held.values())
+    weights = fitting[0].memory.arguments + sum(held.values()) - held.get("encoder", 0)
     return weights + max(map(_extra_bytes, fitting))

@@ -43,7 +43,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def alignment(target_BLD: jax.Array, projected_BLD: jax.Array) -> jax.Array:
     """Return minus the mean over tokens of their cosines, (B,) float32 (REPA, Eq. 8).
 
-    A token of length 0 has the cosine 0, and no gradient.
+    A token of length 0 has the cosine 0; a projected one then has a gradient of 1e12, as PyTorch's.
     """
     return -jnp.mean(_cosine(target_BLD, projected_BLD, -1), axis=-1)
 
@@ -266,6 +266,14 @@ def arrays_beside(experiment: Experiment) -> dict[str, ArraySpec]:
         return {}
     height, width, _ = model.sample_shape
     return {IMAGE: ArraySpec((FACTOR * height, FACTOR * width, 3), "uint8")}
+
+
+def encoder_of_features(experiment: Experiment) -> dict[str, str]:
+    """Return which encoder the features of records have to be of; {} where none are needed."""
+    settings = experiment.representation
+    if not isinstance(settings, REPA) or settings.source != "features":
+        return {}
+    return {"network": settings.encoder, "positions": settings.positions}
 
 
 def further_flops(experiment: Experiment) -> float:

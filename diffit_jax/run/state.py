@@ -18,7 +18,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment, build, class_name
 from diffit_jax.run.objective import DENOISING, Objective, objective_of
 from diffit_jax.run.optimizer import make_optimizer
-from diffit_jax.run.representation import arrays_beside
+from diffit_jax.run.representation import arrays_beside, encoder_of_features
 from diffit_jax.runtime import backend, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 
@@ -272,6 +272,8 @@ def open_training_data(experiment: Experiment, split: str = "train") -> Source:
     """Open the data set that an experiment trains on; "test": the split that it does not see."""
     data, model = experiment.data, experiment.model
     further: dict[str, Any] = {"latent_mean": data.latent_mean, "latent_scale": data.latent_scale}
-    further["arrays"] = arrays_beside(experiment) if split == "train" else {}
+    if split == "train":
+        further["arrays"] = arrays_beside(experiment)
+        further["encoder"] = encoder_of_features(experiment)
     wanted = DataSpec(model.sample_shape, model.num_classes, experiment.space.example, **further)
     return open_dataset(data.name, split, data.data_dir, wanted)

@@ -36,6 +36,7 @@ from diffit_jax.runtime import files
 
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
+ENCODER_FILE = "encoder.json"  # of which weights the encoder of representations is
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 SNAPSHOTS = "ema_snapshots"
@@ -111,6 +112,23 @@ def write_classes(workdir: epath.PathLike, classes: Sequence[str]) -> None:
     """Write the names of a run's classes, if its data have some."""
     if classes:
         files.write_json(epath.Path(workdir) / CLASSES_FILE, list(classes))
+
+
+def keep_encoder(workdir: epath.PathLike, fingerprint: str) -> None:
+    """Write which encoder a run is aligned with, or compare it with that of a run that goes on.
+
+    Raises:
+      UserError: it is another one.
+    """
+    path = epath.Path(workdir) / ENCODER_FILE
+    if path.exists():
+        known = files.read_json(path, dict) or {}
+        if known.get("fingerprint", fingerprint) != fingerprint:
+            raise UserError(
+                f"workdir {workdir} holds a run with other encoder weights than those of config "
+                "key representation.encoder_weights: name the same file, or choose another workdir"
+            )
+    files.write_json(path, {"fingerprint": fingerprint})
 
 
 def read_classes(workdir: epath.PathLike | None, config: Mapping[str, Any]) -> list[list[str]]:

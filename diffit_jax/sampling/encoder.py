@@ -10,6 +10,7 @@ import numpy as np
 
 from diffit_jax.data import pixels
 from diffit_jax.data.records import FEATURES, MOMENTS
+from diffit_jax.interop import dinov2
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
 from diffit_jax.models.pretrained.dinov2 import DINOv2
 from diffit_jax.run import workdir as workdirs
@@ -33,6 +34,7 @@ class FeatureEncoder(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """Return all that features of given images depend on, JSON values by name."""
         return {
+            "network": dinov2.name_of(self.module),
             "contents": checkpoint.fingerprint(self.variables),
             "positions": self.module.positions,
             "dtype": np.dtype(self.module.dtype).name,

@@ -25,6 +25,7 @@ from diffit_jax.experiment.config import Experiment
 from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.objective import Objective, flops_per_image
+from diffit_jax.run.representation import ENCODER
 from diffit_jax.run.state import (
     Setup,
     TrainState,
@@ -36,7 +37,7 @@ from diffit_jax.run.state import (
     save_state,
     setup_experiment,
 )
-from diffit_jax.runtime import backend, distributed, files, interruption, parallel
+from diffit_jax.runtime import backend, checkpoint, distributed, files, interruption, parallel
 from diffit_jax.runtime.checkpoint import Checkpoints
 from diffit_jax.runtime.console import Progress, duration
 from diffit_jax.runtime.run_in_subprocess import count_cores
@@ -335,6 +336,9 @@ def train(
         distributed.check_shared(workdir)
         run = RunFiles(setup, config, workdir, monitors)
         run.keep_classes(source)
+        if ENCODER in frozen:
+            print_of = checkpoint.fingerprint(frozen[ENCODER])
+            distributed.on_primary(lambda: workdirs.keep_encoder(workdir, print_of))
         return _train(setup, (source, labels), run, profile_steps, frozen)
 
 

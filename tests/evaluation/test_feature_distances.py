@@ -107,6 +107,8 @@ def test_fd_at_infinity_is_dgm_evals():
     assert found == pytest.approx(DATA["dgm/fd_infinity_of_first_ones"], abs=1e-5)
     assert infinity_counts(50_000)[[0, -1]].tolist() == [5_000, 50_000]
     np.testing.assert_array_equal(infinity_counts(len(FAKE))[-1], counts[-1])
+    with pytest.raises(UserError, match="there are 80 samples: measure at least 150"):
+        distance_at_infinity(FAKE, statistics(REAL))
     # Of as many as make the bias small, about the distance itself.
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(4_000, 4)), rng.normal(size=(50_000, 4)) + 0.5
@@ -180,7 +182,7 @@ def images(count, seed):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, one_extractor_each):
     folder = tmp_path_factory.mktemp("distances")
-    np.savez(folder / "samples.npz", arr_0=images(90, 0), arr_1=np.arange(90) % 3)
+    np.savez(folder / "samples.npz", arr_0=images(160, 0), arr_1=np.arange(160) % 3)
     np.savez(folder / "data.npz", arr_0=images(100, 1))
     make_reference(
         open_samples(folder / "data.npz"),
@@ -198,7 +200,7 @@ def compared(place, output, **how):
 
 
 def test_scores_are_those_of_the_features(place, tmp_path):
-    found = compared(place, tmp_path / "m.json", metrics=ALL)
+    found = compared(place, tmp_path / "m.json", metrics=[*ALL])
     extractor = Extractor.load(Networks(dinov2="digits"), parallel.any_mesh(), 16)
     ours, theirs = (
         measuring.measure(open_samples(place / name), extractor, "x", pooled=["dinov2"]).features(
@@ -268,6 +270,10 @@ def test_what_does_not_go_together(place, tmp_path):
     changed["protocol"] = np.array(json.dumps(said))
     np.savez(tmp_path / "other.npz", **changed)
     refused("made with other weights of DINOv2", reference=tmp_path / "other.npz")
+    for odd in ("[1]", '{"dinov2": 3}', "{"):
+        np.savez(tmp_path / "odd.npz", **changed | {"protocol": np.array(odd)})
+        refused("has a protocol that is damaged", reference=tmp_path / "odd.npz")
+    refused("mu_dinov2.*not of the 64 features", reference=FOLDER / "edm2_ref.pkl")
     changed["mu_dinov2"], changed["sigma_dinov2"] = np.zeros(5), np.eye(5)
     np.savez(tmp_path / "size.npz", **changed)
     refused(r"mu_dinov2 \(5,\).*not of the 64 features", reference=tmp_path / "size.npz")

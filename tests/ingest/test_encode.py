@@ -337,6 +337,7 @@ def test_pictures_or_features_are_kept_beside_moments(place, whole, keep, tmp_pa
         error = np.abs(batch["features"][:, turn].astype(np.float32) - wanted).max()
         assert error < 2e-5 * 10 + np.abs(wanted).max() * 2**-11
     assert source.manifest.features["grid"] == [4, 4]
+    assert source.manifest.features["network"] == "digits"
     assert Manifest.from_json(source.manifest.to_json()) == source.manifest
 
     # Another network's tokens, or another encoder's, do not fit.
@@ -344,6 +345,10 @@ def test_pictures_or_features_are_kept_beside_moments(place, whole, keep, tmp_pa
     config.data.name, config.data.data_dir = "pets", str(tmp_path)
     config.model.num_classes = 2
     assert int(train(config, workdir=tmp_path / "run").step) == config.training.total_steps
+    config.representation.positions = "official"
+    with pytest.raises(UserError, match=r"features of positions antialiased.*is official"):
+        train(config, workdir=tmp_path / "other")
+    config.representation.positions = "antialiased"
     config.model.patch_size = 4
     with pytest.raises(UserError, match=r"features of 1 \+ 16 tokens of 64 channels.*1 \+ 4 of 64"):
         train(config, workdir=tmp_path / "other")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.configs import small_config, small_latent_config, small_token_config
 from support.golden import GOLDEN
 from support.processes import at_question
@@ -17,14 +18,16 @@ from diffit_jax.data.sources import SyntheticSource
 from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.samplers import seeded_noise
 from diffit_jax.errors import UserError
-from diffit_jax.experiment.config import build
+from diffit_jax.experiment.config import build, given_config
 from diffit_jax.experiment.representation import REPA
+from diffit_jax.interop import dinov2 as interop
 from diffit_jax.interop import official
 from diffit_jax.models.pretrained.dinov2 import ENCODERS
 from diffit_jax.run import representation
 from diffit_jax.run.objective import DENOISING, flops_per_image, inputs_of, objective_of
 from diffit_jax.run.state import create_state, setup_experiment
 from diffit_jax.runtime import distributed, interruption
+from diffit_jax.runtime.config_files import ConfigArgs
 from diffit_jax.sampling.analysis import analyse
 from diffit_jax.sampling.convert import weights_to_workdir, workdir_to_weights
 from diffit_jax.sampling.request import Run, Weights
@@ -380,6 +383,18 @@ def test_outside_of_training_it_is_the_process_s_loss():
             r"group is 0.*accumulation 2",
         ),
         ("repa", {"representation__encoder": "dinov1"}, "use dinov2_vits14"),
+        ("dispersive", {"representation__group": 1}, "group is 1: it must be at least 2, or 0"),
+        (
+            "sra",
+            {"representation__depth": 2, "representation__teacher_depth": 1},
+            "teacher_depth is 1, before depth 2",
+        ),
+        (
+            "repa",
+            {"model__patch_size": 8, "representation__spatial_norm": 0.6},
+            "spatial_norm needs the deviation",
+        ),
+        ("repa", {"sampling__guide_class_token": False}, r"but the network has no model.class_tok"),
     ],
 )
 def test_what_cannot_be(kind, changes, match):
@@ -404,6 +419,29 @@ def test_weights_are_read_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"are of another network.*asks for dinov2_vits14"):
         train(config, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_its_encoder_alone(tmp_path):
+    """Weights of the same network, but others: nothing is written."""
+    config = small_token_config("repa", training__total_steps=1)
+    train(config, workdir=tmp_path / "run")
+    tensors = interop.released_tensors(*interop.load(interop.DIGITS))
+    save_file({k: v + 1 for k, v in tensors.items()}, tmp_path / "other.safetensors")
+    config.training.total_steps = 2
+    config.representation["encoder_weights"] = str(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="holds a run with other encoder weights"):
+        train(config, workdir=tmp_path / "run")
+    config.representation["encoder_weights"] = ""
+    assert int(train(config, workdir=tmp_path / "run").step) == 2
+
+
+def test_keys_of_a_section_that_is_left_out(tmp_path):
+    """Each belongs to a kind, which is none there."""
+    given = ["--config=configs/digits.py", "--config.representation.depth=1"]
+    with pytest.raises(UserError, match=r"representation\.depth is unknown"):
+        given_config(ConfigArgs.find(given))
+    given.append("--config.representation.kind=dispersive")
+    assert given_config(ConfigArgs.find(given)).representation.depth == 1
 
 
 def test_records_that_lack_what_is_needed(tmp_path):

@@ -47,8 +47,16 @@ KEEP = flags.DEFINE_enum(
 )
 ENCODER = cli.define_path(
     "encoder",
-    "With --keep features: DINOv2's weights, a .pth, safetensors or hf://facebook/dinov2-base.",
+    "With --keep features: DINOv2's weights, a .pth, safetensors or hf://facebook/dinov2-base; "
+    "digits: a small stand-in, to try a command.",
     to_read=True,
+    words=("digits",),
+)
+ENCODER_POSITIONS = flags.DEFINE_enum(
+    "encoder_positions",
+    "antialiased",
+    ["antialiased", "official", "hub"],
+    "How its positions come to the grid: as REPA (timm), the released code or the hub has it.",
 )
 ENCODER_DTYPE = flags.DEFINE_enum(
     "encoder_dtype", "float32", ["float32", "bfloat16"], "Of its matrix products."
@@ -76,5 +84,6 @@ def main() -> None:
         KEEP.value,
         ENCODER.value or "",
         ENCODER_DTYPE.value,
+        ENCODER_POSITIONS.value,
     )
     encode(encoding=encoding, **SOURCE.value)

@@ -83,9 +83,10 @@ def resized(images_BHWC: jax.Array, side: tuple[int, int], matrix: Matrix) -> ja
 
 
 def pil_resized(images_BHWC: jax.Array, side: tuple[int, int]) -> jax.Array:
-    """Resize uint8 images as Pillow does, to the bit: (B, H, W, C) to (B, *side, C) uint8.
+    """Resize uint8 images as Pillow does: (B, H, W, C) to (B, *side, C) uint8.
 
-    Its weights are whole numbers of 2⁻²²; rows first, each pass rounds to uint8.
+    Its weights are whole numbers of 2⁻²², and each pass rounds to uint8. To the bit of those that
+    are no taller than wide; of others Pillow 13 mostly begins with the columns.
     """
     for axis in (2, 1):
         if images_BHWC.shape[axis] != side[axis - 1]:
@@ -96,11 +97,12 @@ def pil_resized(images_BHWC: jax.Array, side: tuple[int, int]) -> jax.Array:
 def _pil_pass(images_BHWC: jax.Array, axis: int, out: int) -> jax.Array:
     matrix = antialiased_matrix(images_BHWC.shape[axis], out)
     # Those of a row lie side by side: as many as the widest has, from the first that counts.
-    counts = matrix != 0
-    first, width = counts.argmax(axis=1), int(counts.sum(axis=1).max() + 1)
-    first = np.minimum(first, max(matrix.shape[1] - width, 0))
+    counts = matrix != 0  # but between its first and last weight a row may have zeros
+    first, last = counts.argmax(axis=1), matrix.shape[1] - 1 - counts[:, ::-1].argmax(axis=1)
+    width = int((last - first).max() + 1)
+    first = np.minimum(first, matrix.shape[1] - width)
     total = jnp.int32(1 << (_PIL_BITS - 1))
-    for tap in range(min(width, matrix.shape[1])):
+    for tap in range(width):
         weights = matrix[np.arange(out), first + tap]
         whole = np.trunc(weights * (1 << _PIL_BITS) + np.copysign(0.5, weights)).astype(np.int32)
         shape = [1] * 4
