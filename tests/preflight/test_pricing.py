@@ -7,16 +7,21 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
-from support.configs import small_config, small_latent_config
+from support.configs import small_config, small_latent_config, small_token_config
 from support.processes import ROOT
 
 from diffit_jax.errors import UserError
+from diffit_jax.experiment.config import build
 from diffit_jax.models.pretrained.autoencoder import Autoencoder
+from diffit_jax.models.pretrained.dinov2 import ENCODERS
 from diffit_jax.models.pretrained.inception import Inception
-from diffit_jax.preflight import compiler, preflight, report
+from diffit_jax.preflight import chain, compiler, preflight, report
 from diffit_jax.preflight.figures import Step
+from diffit_jax.run import representation
+from diffit_jax.runtime import parallel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,9 +34,30 @@ def small_networks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "CACHE", place)
         small = functools.partial(Autoencoder, channels=(32, 64), num_blocks=1)
-        patch.setattr(preflight, "Autoencoder", small)
-        patch.setattr(preflight, "Inception", functools.partial(Inception, width=1 / 8))
+        patch.setattr(chain, "Autoencoder", small)
+        patch.setattr(chain, "Inception", functools.partial(Inception, width=1 / 8))
+        patch.setattr(chain, "ENCODERS", {"dinov2_vitl14": ENCODERS["digits"]})
         yield
+
+
+def test_encoders_of_a_loss_and_of_a_distance():
+    """Their FLOPs are those of their products, their weights a copy on each device."""
+    config = small_token_config("repa")
+    found = preflight.preflight(config, topology="v5e:2x2", programs=["encoder", "dinov2"])
+    encoder, dinov2 = found.chain.programs["encoder"], found.chain.programs["dinov2"]
+    assert encoder.images == config.training.batch_size and dinov2.images == 128
+    flops = representation.encoder_flops(build(config)) * encoder.images
+    assert encoder.flops == pytest.approx(flops)
+    # 256 patches, where the loss has 16.
+    assert dinov2.flops / dinov2.images > 10 * encoder.flops / encoder.images
+    shapes = representation.abstract_encoder(
+        build(config).representation, parallel.make_mesh(jax.devices()[:1])
+    )
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
+    assert found.chain.held["encoder"] == sum(sizes)
+    assert "the encoder of representations" in report.render(found)
+    with pytest.raises(UserError, match="--programs has encoder, but the config has none"):
+        preflight.preflight(small_latent_config(), topology="v5e:2x2", programs=["encoder"])
 
 
 def test_the_chain_from_latents_to_scores():
