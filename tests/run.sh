@@ -17,7 +17,7 @@ if [ "${1:-}" = --colab ]; then
   VENV=.venv-colab CONSTRAINTS=constraints-colab.txt PYTHON="$python" bash launch/setup_env.sh test
   core=(models diffusion interop sampling data experiment run test_{before,limits,configs}.py
     ingest/test_{images,image_files,prepare,own_data}.py
-    evaluation/test_{evaluation,in_training,metrics,sweep}.py
+    evaluation/test_{evaluation,feature_distances,in_training,metrics,sweep}.py
     launch/test_{colab,notebooks}.py runtime/test_{backend,checkpoint,contents,rows}.py
     training/test_{training,train_autoencoder,watch,loggers,matrix,check}.py)
   JAX_PLATFORMS=cpu exec .venv-colab/bin/python -m pytest -n 3 --dist loadfile \

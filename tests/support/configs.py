@@ -122,8 +122,8 @@ def small_map_config(**overrides) -> ConfigDict:
 
 
 def small_token_config(kind: str, **overrides) -> ConfigDict:
-    """A flow with a loss on its tokens, `representation.kind`."""
-    config = small_latent_config(model__learn_sigma=False)
+    """A flow with a loss on its tokens, `representation.kind`; without grids of samples."""
+    config = small_latent_config(model__learn_sigma=False, training__grid_steps=0)
     config.process = ConfigDict({"name": "flow"})
     config.sampling.sampler = ConfigDict({"name": "heun", "num_steps": 4})
     config.sampling.guidance = ConfigDict({"kind": "constant", "scale": 1.5})
