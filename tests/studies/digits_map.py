@@ -17,16 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from on_digits import ROOT, every, measured, print_table, trained
 
-from diffit_jax.evaluation.score import score
-from diffit_jax.experiment.config import given_config
-from diffit_jax.runtime.config_files import ConfigArgs
-from diffit_jax.sampling.request import Run
-from diffit_jax.sampling.sample import sample
 from diffit_jax.training.train import train
 
-ROOT = Path(__file__).resolve().parents[2]
 TEACHER, MAP = 1_000, 1_000  # updates
 RATE = 1e-3  # of the map that is made of the teacher
 STEPS = (1, 2, 4)
@@ -58,30 +52,7 @@ def main(folder: Path, seeds: list[int]) -> None:
                 one = {"sampler.num_steps": steps}
                 note(results, seed, f"{name}, {steps}", workdir, updates, one)
         (folder / "results.json").write_text(json.dumps(results, indent=1))
-    for name, found in results.items():
-        figures = (
-            f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
-            for values in ([one[key] for one in found.values()] for key in KEYS)
-            if len(values) > 1
-        )
-        print(f"| {name} | {' | '.join(figures)} |")
-
-
-KEYS = ("frechet", "classifier_accuracy")
-
-
-def every(updates: int) -> dict[str, int]:
-    return {"total_steps": updates, "grid_steps": 0, "checkpoint_steps": 500}
-
-
-def trained(config: str, workdir: Path, seed: int, updates: int) -> Path:
-    name, _, variant = config.partition(":")
-    given = f"--config={ROOT}/configs/{name}.py" + (f":{variant}" if variant else "")
-    made = given_config(ConfigArgs.find([given])).to_dict()
-    made["seed"] = seed
-    made["training"] |= every(updates)
-    train(made, workdir=workdir)
-    return workdir
+    print_table(results)
 
 
 def note(
@@ -92,10 +63,7 @@ def note(
     step: int,
     settings: Mapping[str, Any],
 ) -> None:
-    run = Run(workdir, checkpoint=step)
-    samples = sample(run, seeds=range(1_000), overrides=settings)
-    scores = score(samples, dataset="digits", data_dir="", overwrite=True)
-    results.setdefault(name, {})[str(seed)] = {key: scores[key] for key in KEYS}
+    results.setdefault(name, {})[str(seed)] = measured(workdir, step, settings)
     print(name, results[name], flush=True)
 
 

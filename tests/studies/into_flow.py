@@ -15,15 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffit_jax.evaluation.score import score
+from on_digits import ROOT, measured
+
 from diffit_jax.experiment.config import given_config
 from diffit_jax.runtime.config_files import ConfigArgs
 from diffit_jax.sampling.convert import workdir_to_weights
-from diffit_jax.sampling.request import Run
-from diffit_jax.sampling.sample import sample
 from diffit_jax.training.train import train
 
-ROOT = Path(__file__).resolve().parents[2]
 UPDATES = (0, 100, 200, 400, 800)
 SAMPLERS: dict[str, dict[str, Any]] = {
     "euler, 50 evaluations": {"sampler": "euler", "sampler.num_steps": 50},
@@ -62,13 +60,6 @@ def main(folder: Path) -> None:
     )
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     print(text)
-
-
-def measured(workdir: Path, step: int, settings: dict[str, Any]) -> dict[str, float]:
-    run = Run(workdir, checkpoint=step)
-    samples = sample(run, seeds=range(1_000), overrides=settings)
-    scores = score(samples, dataset="digits", data_dir="", overwrite=True)
-    return {name: scores[name] for name in ("frechet", "classifier_accuracy")}
 
 
 if __name__ == "__main__":
