@@ -1,5 +1,6 @@
 """From images to the features that metrics compare, on every device of a mesh."""
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -181,13 +182,17 @@ class Extractor:
 
     def metadata(self) -> dict[str, Any]:
         """Return what features depend on, JSON values by name."""
-        of_networks = {k: v for one in self._networks.values() for k, v in one.metadata().items()}
         return {
             "precision": "float32, highest",
-            **of_networks,
+            **self._of_networks,
             "device": self._mesh.devices.flat[0].device_kind,
             "devices": self._mesh.size,
         }
+
+    @functools.cached_property
+    def _of_networks(self) -> dict[str, Any]:
+        """Digests of all weights among it, which take a pass over them."""
+        return {k: v for one in self._networks.values() for k, v in one.metadata().items()}
 
     def lower(self, shape: tuple[int, ...]) -> jax.stages.Lowered:
         """Lower the program for a batch of images of a shape (H, W, 3)."""

@@ -16,7 +16,7 @@ from diffit_jax.evaluation.features import Networks
 from diffit_jax.evaluation.images import DatasetImages, DrawnImages
 from diffit_jax.evaluation.make_reference import make_reference
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.interop.dinov2 import FILES
+from diffit_jax.interop import dinov2, inception
 from diffit_jax.run import workdir as workdirs
 from diffit_jax.run.state import Setup, TrainState, open_training_data
 from diffit_jax.runtime import backend, distributed, files, hub, npz
@@ -139,10 +139,10 @@ class InTraining:
                 if settings.reference:
                     self._evaluator = self._open_evaluator(settings.reference)
                 else:  # it is made at the first evaluation: until then nothing is written
-                    for key in ("inception", "dinov2"):
+                    for key, word in (("inception", inception.RANDOM), ("dinov2", dinov2.DIGITS)):
                         path = getattr(settings, key)
-                        if path and path not in ("random", "digits"):
-                            hub.local(path, f"evaluation.{key}", FILES)
+                        if path and path != word:
+                            hub.local(path, f"evaluation.{key}", dinov2.FILES)
             if self.decoder:
                 shape = setup.experiment.model.sample_shape
                 self.space = setup.experiment.space.decoded(self.decoder, shape)

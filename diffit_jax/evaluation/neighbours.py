@@ -94,11 +94,7 @@ def precision_and_recall(
     Raises:
       UserError: n or m is not above `neighbours`.
     """
-    if min(len(reference), len(samples)) <= neighbours:
-        raise UserError(
-            f"precision and recall need more than {neighbours} images on each side: measure "
-            "more, or leave them out of --metrics"
-        )
+    _check_counts(reference, samples, neighbours, "precision and recall")
     ours, theirs = _Points.of(samples), _Points.of(reference)
     of_reference, of_samples = (_radii(each, neighbours, block) for each in (theirs, ours))
     samples_in = np.zeros(len(samples), bool)
@@ -168,6 +164,15 @@ def _inside(
     return ((distances <= of_reference[:, None]).any(0), (distances <= of_samples[None]).any(1))
 
 
+def _check_counts(reference: np.ndarray, samples: np.ndarray, neighbours: int, what: str) -> None:
+    """Raise `UserError` unless both have more features than neighbours are counted."""
+    if min(len(reference), len(samples)) <= neighbours:
+        raise UserError(
+            f"{what} need more than {neighbours} images on each side: measure more, or leave them "
+            "out of --metrics"
+        )
+
+
 class Manifolds(NamedTuple):
     """How two sets lie in each other's balls (Kynkäänniemi et al. 2019, Naeem et al. 2020).
 
@@ -197,11 +202,7 @@ def manifolds(
     Raises:
       UserError: n or m is not above `neighbours`.
     """
-    if min(len(reference), len(samples)) <= neighbours:
-        raise UserError(
-            f"precision, recall, density and coverage need more than {neighbours} images on each "
-            "side: measure more, or leave them out of --metrics"
-        )
+    _check_counts(reference, samples, neighbours, "precision, recall, density and coverage")
     of_reference, of_samples = (_squared_radii(each, neighbours) for each in (reference, samples))
     inside, within = np.zeros(len(samples), np.int64), np.zeros(len(reference), bool)
     covered, start = np.zeros(len(reference), bool), 0

@@ -4,6 +4,7 @@ What they are computed of is in `run.representation`.
 """
 
 import dataclasses
+import functools
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -24,7 +25,6 @@ class Plain:
     """No such loss."""
 
     kind: ClassVar[str] = "none"
-    uses_encoder: ClassVar[bool] = False
 
     def check(self, experiment: Any) -> None:
         """Nothing can be wrong with it, but a network that generates a class token needs REG."""
@@ -46,8 +46,6 @@ class _OnTokens(limits.Section, name="representation"):
       stop_step: after how many updates this loss ends (HASTE, 2505.16792: 250,000 of SiT-XL/2,
         whose gain is lost late in training); 0: never.
     """
-
-    uses_encoder: ClassVar[bool] = False
 
     depth: Count = 8
     weight: Annotated[float, at_least(0)] = 0.5
@@ -77,6 +75,7 @@ class _OnTokens(limits.Section, name="representation"):
         return captured_shape(model, getattr(self, key), f"representation.{key}")
 
 
+@functools.lru_cache(maxsize=64)  # to be asked for whenever it is needed: it traces the network
 def captured_shape(model: Model, depth: int, key: str) -> tuple[int, ...]:
     """Return the shape of an example's tokens behind so many blocks; errors as of `_OnTokens`."""
 
@@ -187,7 +186,6 @@ class REPA(_OnTokens):
     """
 
     kind: ClassVar[str] = "repa"
-    uses_encoder: ClassVar[bool] = True
 
     encoder: Annotated[str, one_of(*ENCODERS)] = "dinov2_vitb14"
     encoder_weights: Annotated[Path, RESUMABLE] = ""

@@ -157,10 +157,10 @@ def encode(
         arrays = {records.MOMENTS: ArraySpec(encoder.shape_of(image), encoding.stored)}
         if encoding.keep == "image":
             arrays[records.IMAGE] = ArraySpec(image, "uint8")
+        of_features: dict[str, Any] = {}
         if encoder.features:
-            shape = encoder.shape_of(image)
-            encoder.features = encoder.features._replace(grid=(shape[1] // 2, shape[2] // 2))
-            arrays[records.FEATURES] = ArraySpec(encoder.shape_of_features(), "float16")
+            arrays[records.FEATURES] = ArraySpec(encoder.shape_of_features(image), "float16")
+            of_features = encoder.features.identity(encoder.grid_of(image))
         _say_sizes(arrays, len(index))
         arrays = records.layout(**arrays)
         crop = dict(index.crop) or dataclasses.asdict(preprocessing)
@@ -173,8 +173,7 @@ def encode(
             "autoencoder": encoder.identity(),
         }
         if encoding.keep != "none":
-            features = encoder.features
-            identity["keep"] = [encoding.keep, features.identity() if features else None]
+            identity["keep"] = [encoding.keep, of_features or None]
         how = {"arrays": arrays, "identity": identity, "contents": loader.contents}
         shards = shards_of(index, folder, split, **how)
         distributed.primary_first(lambda: files.make_directory(folder, "data_dir"), lambda: folder)
@@ -184,16 +183,14 @@ def encode(
             if distributed.is_primary():
                 shards.finish(
                     index.classes,
-                    lambda sums: (
-                        {
-                            "source": source_metadata(index, source, split)
-                            | {"image_shape": list(image)},
-                            "crop": crop,
-                            "autoencoder": _autoencoder_metadata(encoder, encoding),
-                            "statistics": latent_statistics.of_sums(sums),
-                        }
-                        | _features_metadata(encoder, encoding)
-                    ),
+                    lambda sums: {
+                        "source": source_metadata(index, source, split)
+                        | {"image_shape": list(image)},
+                        "crop": crop,
+                        "autoencoder": _autoencoder_metadata(encoder, encoding),
+                        "statistics": latent_statistics.of_sums(sums),
+                        "features": of_features and {"path": str(encoding.encoder), **of_features},
+                    },
                 )
             distributed.on_primary(lambda: index_file.unlink(missing_ok=True))
     manifest = records.read_manifest(folder, split)
@@ -203,7 +200,7 @@ def encode(
 
 
 def _feature_encoder(encoding: Encoding, mesh: jax.sharding.Mesh) -> FeatureEncoder | None:
-    """Read the encoder of features, whose grid follows from the images."""
+    """Read the encoder of features, if some are kept."""
     if not encoding.encoder:
         return None
     module, variables = dinov2.load(
@@ -213,13 +210,7 @@ def _feature_encoder(encoding: Encoding, mesh: jax.sharding.Mesh) -> FeatureEnco
         sharding=parallel.replicated(mesh),
         flag="encoder",
     )
-    return FeatureEncoder(module, variables, (0, 0))
-
-
-def _features_metadata(encoder: ImageEncoder, encoding: Encoding) -> dict[str, Any]:
-    if encoder.features is None:
-        return {}
-    return {"features": {"path": str(encoding.encoder), **encoder.features.identity()}}
+    return FeatureEncoder(module, variables)
 
 
 def _say_sizes(arrays: Mapping[str, ArraySpec], count: int) -> None:

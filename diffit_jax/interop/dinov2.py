@@ -97,22 +97,12 @@ def load(
                 f"{module.width}, {module.depth} blocks, {module.registers} registers), the config "
                 f"asks for {size}: name that file, or change the encoder"
             )
-        table = _table(module)
-        expected = set(tensors.names_of(table, module.depth))
+        expected = set(tensors.names_of(_table(module), module.depth))
         missing = [f"missing {name}" for name in expected if name not in file.shapes]
         extra = [f"extra {name}" for name in tensors.in_order(file.shapes.keys() - expected)]
         if missing or extra:
             tensors.refuse(weights, _KIND, missing, others=extra, hint=file.hint, remedy=_REMEDY)
-        shapes = models.variable_shapes(module, (module.patch, module.patch, 3))
-        patches = (module.width, 3, module.patch, module.patch)
-        leaves = tensors.leaves_of(table, shapes, module.depth, {})
-        leaves = [
-            # (width, 3, rows, columns) → (rows, columns, 3, width)
-            Leaf(leaf.path, leaf.shape, leaf.names, False, patches, (2, 3, 1, 0))
-            if leaf.names == ["patch_embed.proj.weight"]
-            else leaf
-            for leaf in (_with_ones(leaf) for leaf in leaves)
-        ]
+        leaves = _leaves_of(module)
         tensors.check(weights, _KIND, leaves, file, _REMEDY)
 
         def place(leaf: Leaf, array: np.ndarray) -> jax.Array:
@@ -129,15 +119,6 @@ def name_of(module: DINOv2) -> str:
 
 def _alike(one: DINOv2, other: DINOv2) -> bool:
     return one.clone(positions=other.positions, dtype=other.dtype) == other
-
-
-_WITH_ONES = {"cls_token", "pos_embed", "register_tokens"}  # (1, n, width) there
-
-
-def _with_ones(leaf: Leaf) -> Leaf:
-    if leaf.names[0] not in _WITH_ONES:
-        return leaf
-    return Leaf(leaf.path, leaf.shape, leaf.names, False, (1, *leaf.shape), (0, 1, 2))
 
 
 class _Renamed:
@@ -223,12 +204,13 @@ def _module_of(file: _Renamed, path: epath.Path, config: Mapping[str, Any]) -> D
     depth = next(number for number in itertools.count() if number not in blocks)
     place, patches = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     gated = "blocks.0.mlp.w12.weight" in shapes
-    inner = shapes.get(f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight", ())
+    last = f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight"
+    inner = shapes.get(last, ())
     registers = shapes.get("register_tokens", (1, 0, 0))
     needed = {
         "pos_embed": (place, 3),
         "patch_embed.proj.weight": (patches, 4),
-        f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight": (inner, 2),
+        last: (inner, 2),
         "register_tokens": (registers, 3),
     }
     wrong = [
@@ -284,7 +266,7 @@ def _table(module: DINOv2) -> tensors.Table:
     table: dict[str, tuple[str, tuple[int, ...] | None]] = {
         "cls_token": ("params/class_token", None),
         "pos_embed": ("params/pos_embed", None),
-        "patch_embed.proj.weight": ("params/patch_embed/kernel", None),
+        "patch_embed.proj.weight": ("params/patch_embed/kernel", (2, 3, 1, 0)),
         "patch_embed.proj.bias": ("params/patch_embed/bias", None),
         "blocks.{}.ls1.gamma": ("params/blocks/scale_attention", None),
         "blocks.{}.ls2.gamma": ("params/blocks/scale_mlp", None),
@@ -300,18 +282,24 @@ def _table(module: DINOv2) -> tensors.Table:
     return table
 
 
+def _leaves_of(module: DINOv2) -> list[Leaf]:
+    """List a network's arrays, with the tensors' names and shapes."""
+    shapes = models.variable_shapes(module, (module.patch, module.patch, 3))
+    width = module.width
+    theirs = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + module.grid**2, width),
+        "register_tokens": (1, module.registers, width),
+        "patch_embed.proj.weight": (width, 3, module.patch, module.patch),
+    }
+    return tensors.leaves_of(_table(module), shapes, module.depth, theirs)
+
+
 def released_tensors(module: DINOv2, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the tensors of a network under their released names, float32: inverts `load`."""
     found: dict[str, np.ndarray] = {}
-    for name, (path, axes) in _table(module).items():
-        array = np.asarray(tensors.at(variables, path), np.float32)
-        for number, each in enumerate(tensors.expanded(name, module.depth)):
-            one = array[number] if "{}" in name else array
-            if name == "patch_embed.proj.weight":
-                one = one.reshape(module.patch, module.patch, 3, -1).transpose(3, 2, 0, 1)
-            elif name in _WITH_ONES:
-                one = one[None]
-            elif axes:
-                one = one.T
-            found[each] = np.ascontiguousarray(one)
+    for leaf in _leaves_of(module):
+        array = np.asarray(tensors.at(variables, leaf.path), np.float32)
+        for layer, name in enumerate(leaf.names):
+            found[name] = leaf.to_theirs(array[layer] if leaf.stacked else array)
     return found

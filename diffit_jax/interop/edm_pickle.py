@@ -82,10 +82,16 @@ _NAMES = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """Knows the names of a table, and makes of each what stands there."""
+
+    def __init__(self, file: Any, names: Mapping[tuple[str, str], Any]):
+        super().__init__(file)
+        self._names = names
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NAMES:
+        if (module, name) not in self._names:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is never run")
-        return _NAMES[module, name]
+        return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to something outside of itself")
@@ -160,13 +166,6 @@ _OF_STATISTICS = {
 }
 
 
-class _OfStatistics(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _OF_STATISTICS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is never run")
-        return _OF_STATISTICS[module, name]
-
-
 _SPACES = {"fid": ("mu", "sigma"), "fd_dinov2": ("mu_dinov2", "sigma_dinov2")}
 
 
@@ -183,7 +182,7 @@ def read_statistics(path: epath.Path) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     try:
         with path.open("rb") as file:
-            content = _OfStatistics(file).load()
+            content = _Unpickler(file, _OF_STATISTICS).load()
         for space, names in _SPACES.items():
             for name, key in zip(names, ("mu", "sigma"), strict=True):
                 if space in content:
@@ -220,7 +219,7 @@ class EdmPickle:
         path = epath.Path(path)
         try:
             with path.open("rb") as file:
-                content = _Unpickler(file).load()
+                content = _Unpickler(file, _NAMES).load()
             network = content.get("ema") if isinstance(content, Mapping) else content
             if not isinstance(network, _Module):
                 raise ValueError("it holds no network by the name ema")

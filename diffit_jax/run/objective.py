@@ -269,7 +269,7 @@ class RepresentationObjective(Objective):
         # --- The loss on them.
         tokens_BLC = representation.flat(tokens)
         if isinstance(settings, Dispersive):
-            name, group = "dispersion", _group(experiment, len(tokens_BLC))
+            name, group = "dispersion", settings.group or len(tokens_BLC)
             own_B = representation.dispersive(tokens_BLC, settings.temperature, group)
         else:
             name = "alignment"
@@ -352,15 +352,6 @@ def _noisy_class(
     key_B = _numbered(inputs.own_key_B, 4)
     noise = jax.vmap(lambda key: jax.random.normal(key, class_B11D.shape[1:]))(key_B)
     return process.noised_at(class_B11D, noised.draws["time"], noise)
-
-
-def _group(experiment: Experiment, count: int) -> int:
-    """Return the examples of a group among the `count` of a part of the batch."""
-    settings, training = experiment.representation, experiment.training
-    assert isinstance(settings, Dispersive)
-    group = settings.group or training.batch_size
-    assert not count % group, (count, group)
-    return group
 
 
 DENOISING = Objective()

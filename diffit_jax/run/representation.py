@@ -8,7 +8,6 @@ height and width.
 """
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,9 +27,7 @@ from diffit_jax.interop import dinov2 as interop
 from diffit_jax.models.model import count_multiply_adds
 from diffit_jax.models.pretrained import resizing
 from diffit_jax.models.pretrained.dinov2 import ENCODERS, DINOv2
-from diffit_jax.runtime import checkpoint, parallel
-
-log = logging.getLogger(__name__)
+from diffit_jax.runtime import parallel
 
 ENCODER = "encoder"  # name of its variables among the frozen ones
 FACTOR = 8  # pixels on a latent's side, of images that are estimated or made up
@@ -223,7 +220,6 @@ def load_encoder(settings: REPA, mesh: Mesh) -> Any:
             f"{settings.encoder}, a .pth or hf://facebook/dinov2-…"
         )
     _, variables = interop.load(path, size=settings.encoder, sharding=parallel.replicated(mesh))
-    log.info("encoder %s: weights %s", settings.encoder, checkpoint.fingerprint(variables)[:12])
     wanted = _shapes(encoder_of(settings))
     return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), variables, wanted)
 
@@ -284,9 +280,6 @@ def further_flops(experiment: Experiment) -> float:
     shape = settings.tokens(model, "depth")
     tokens = jax.ShapeDtypeStruct((1, int(np.prod(shape[:-1])), shape[-1]), jnp.float32)
     params = jax.eval_shape(lambda: init_projector(experiment, jax.random.key(0)))
-    if isinstance(settings, REPA) and settings.projector == "conv":
-        rows, columns = settings.grid(model)
-        tokens = tokens.update(shape=(1, rows * columns, shape[-1]))
     added = 3 * _flops(project, params, tokens)
     return added + (encoder_flops(experiment) if isinstance(settings, REPA) else 0.0)
 

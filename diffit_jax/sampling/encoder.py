@@ -24,21 +24,19 @@ class FeatureEncoder(NamedTuple):
 
     Attributes:
       module, variables: of it.
-      grid: rows and columns of its patches.
     """
 
     module: DINOv2
     variables: Any
-    grid: tuple[int, int]
 
-    def identity(self) -> dict[str, Any]:
-        """Return all that features of given images depend on, JSON values by name."""
+    def identity(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """Return all that features of given images on a grid depend on, JSON values by name."""
         return {
             "network": dinov2.name_of(self.module),
             "contents": checkpoint.fingerprint(self.variables),
             "positions": self.module.positions,
             "dtype": np.dtype(self.module.dtype).name,
-            "grid": list(self.grid),
+            "grid": list(grid),
         }
 
 
@@ -94,8 +92,8 @@ class ImageEncoder:
 
         def features_of(image_BHWC: jax.Array) -> jax.Array:
             assert self.features is not None
-            module, _, grid = self.features
-            return encoded(module, variables["encoder"], image_BHWC, grid)
+            grid = self.grid_of(image_BHWC.shape[1:])
+            return encoded(self.features.module, variables["encoder"], image_BHWC, grid)
 
         ways = [image_BHWC, image_BHWC[:, :, ::-1]][: self.orientations]
         wanted = {MOMENTS: moments_of} | ({FEATURES: features_of} if self.features else {})
@@ -109,10 +107,18 @@ class ImageEncoder:
         factor, channels = self.module.factor, self.module.latent_channels
         return self.orientations, image[0] // factor, image[1] // factor, 2 * channels
 
-    def shape_of_features(self) -> tuple[int, int, int]:
-        """Return the shape (orientations, 1 + patches, channels) of the features of an image."""
+    def grid_of(self, image: tuple[int, ...]) -> tuple[int, int]:
+        """Return rows and columns of an image's features: as a network with patches of 2 has them.
+
+        The image is (H, W, C).
+        """
+        _, height, width, _ = self.shape_of(image)
+        return height // 2, width // 2
+
+    def shape_of_features(self, image: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return the shape (orientations, 1 + patches, channels) of those of an image (H, W, C)."""
         assert self.features is not None
-        rows, columns = self.features.grid
+        rows, columns = self.grid_of(image)
         return self.orientations, 1 + rows * columns, self.features.module.width
 
     def identity(self) -> dict[str, Any]:

@@ -338,6 +338,7 @@ def train(
         run.keep_classes(source)
         if ENCODER in frozen:
             print_of = checkpoint.fingerprint(frozen[ENCODER])
+            log.info("the encoder's weights are %s", print_of[:12])
             distributed.on_primary(lambda: workdirs.keep_encoder(workdir, print_of))
         return _train(setup, (source, labels), run, profile_steps, frozen)
 

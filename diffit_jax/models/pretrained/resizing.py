@@ -56,7 +56,6 @@ def antialiased_matrix(size: int, out: int) -> np.ndarray:
     scale = size / out
     stretch = max(scale, 1.0)
     centres = (np.arange(out) + 0.5)[:, None] * scale
-    matrix = np.zeros((out, size))
     low = np.maximum(np.floor(centres - 2 * stretch + 0.5), 0)
     high = np.minimum(np.floor(centres + 2 * stretch + 0.5), size)
     taps = np.arange(size)[None]
