@@ -297,8 +297,9 @@ class ScoreFlags:
                 None,
                 "Of fid, sfid, inception_score, precision, recall and kid; of DINOv2 fd_dinov2, "
                 "precision_dinov2, recall_dinov2, density_dinov2, coverage_dinov2, kd_dinov2, "
-                "mind_dinov2 and fd_infinity_dinov2. Default: all that the reference serves, but "
-                "kid and the last three.",
+                "mind_dinov2, mmd_dinov2, f_score_dinov2, realism_dinov2 and fd_infinity_dinov2. "
+                "Default: all that the reference serves, but kid and what stands behind "
+                "coverage_dinov2.",
             )
             self.labels = flags.DEFINE_string(
                 "labels", None, "Of a network's samples, see diffit sample: random is ADM's rule."

@@ -32,6 +32,9 @@ _TITLES = {
     "coverage_dinov2": "coverage (DINOv2)",
     "kd_dinov2": "KD (DINOv2)",
     "mind_dinov2": "MIND (DINOv2)",
+    "mmd_dinov2": "MMD (DINOv2)",
+    "f_score_dinov2": "F-score (DINOv2)",
+    "realism_dinov2": "realism (DINOv2)",
     "fd_infinity_dinov2": "FD∞ (DINOv2)",
 }
 

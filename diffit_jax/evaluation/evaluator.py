@@ -22,10 +22,11 @@ from diffit_jax.evaluation.measuring import (
     measure,
     protocol_of,
 )
-from diffit_jax.evaluation.reference import Reference
+from diffit_jax.evaluation.reference import METRICS, Reference, space_of
 from diffit_jax.evaluation.scores import (
     distance_at_infinity,
     frechet_distance,
+    gaussian_distance,
     kernel_distance,
     sliced_distance,
 )
@@ -34,8 +35,10 @@ from diffit_jax.runtime import distributed, hub
 # Metrics that need the features of single samples; all but the last, of both sides.
 _OF_IMAGES = frozenset(("precision", "recall", "kid"))
 _MANIFOLDS = tuple(f"{name}_dinov2" for name in neighbours.Manifolds._fields)
-_OF_DINOV2 = frozenset((*_MANIFOLDS, "kd_dinov2", "mind_dinov2"))
 _INFINITY = "fd_infinity_dinov2"
+_OF_DINOV2 = frozenset(
+    name for name, key in METRICS.items() if space_of(name) == "dinov2" and key == "arr_0"
+)
 WITH_DEVIATION = ("kid", "kd_dinov2")  # whose standard deviation is told too, as NAME_std
 
 
@@ -222,15 +225,20 @@ class Evaluator:
     def _of_dinov2(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
         """Return the metrics of DINOv2's features of single images, (m, d) and (n, d)."""
         scores: dict[str, float] = {}
-        if set(_MANIFOLDS) & set(self.metrics):
-            most = neighbours.MOST_POINTS
-            found = neighbours.manifolds(_some(reference, most), _some(samples, most))
+        few = [_some(each, neighbours.MOST_POINTS) for each in (reference, samples)]
+        if {*_MANIFOLDS, "f_score_dinov2"} & set(self.metrics):
+            found = neighbours.manifolds(*few)
             scores |= dict(zip(_MANIFOLDS, found, strict=True))
+            scores["f_score_dinov2"] = found.f_score
+        if "realism_dinov2" in self.metrics:
+            scores["realism_dinov2"] = float(np.median(neighbours.realism(*few)))
         if "kd_dinov2" in self.metrics:
             pair = kernel_distance(samples, reference)
             scores |= dict(zip(("kd_dinov2", "kd_dinov2_std"), pair, strict=True))
         if "mind_dinov2" in self.metrics:
             scores["mind_dinov2"] = sliced_distance(samples, reference)
+        if "mmd_dinov2" in self.metrics:
+            scores["mmd_dinov2"] = gaussian_distance(samples, reference)
         return scores
 
     def _of_images(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:

@@ -190,6 +190,12 @@ class Manifolds(NamedTuple):
     density: float
     coverage: float
 
+    @property
+    def f_score(self) -> float:
+        """The harmonic mean of precision and recall; 0 where both are."""
+        both = self.precision + self.recall
+        return 2 * self.precision * self.recall / both if both else 0.0
+
 
 DINOV2_NEIGHBOURS, MOST_POINTS = 5, 10_000  # of dgm-eval
 
@@ -219,6 +225,35 @@ def manifolds(
         density=float(inside.mean() / neighbours),
         coverage=float(covered.mean()),
     )
+
+
+def realism(
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = DINOV2_NEIGHBOURS
+) -> np.ndarray:
+    """Return how real each sample looks (Kynkäänniemi et al. 2019, equation 3), (n,) float64.
+
+    The largest ratio of a ball's radius to the sample's distance from its centre, over the half of
+    the reference whose balls are small: above 1 inside one of them, bounded at a centre by rounding
+    alone.
+
+    Args:
+      reference: (m, d) features.
+      samples: (n, d) features.
+      neighbours: k, a ball about a feature reaches to its k-th nearest other one.
+
+    Raises:
+      UserError: m is not above `neighbours`.
+    """
+    _check_counts(reference, reference, neighbours, "realism scores")
+    radii_of = _squared_radii(reference, neighbours)
+    small = radii_of < np.median(radii_of)
+    if not small.any():  # all alike
+        small[:] = True
+    ratios = []
+    for part in squared_distances(samples, reference[small]):
+        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0: a ball of one point
+            ratios.append(np.fmax.reduce(radii_of[small] / np.clip(part, 0, None), axis=1))
+    return np.sqrt(np.concatenate(ratios))
 
 
 def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:

@@ -37,10 +37,21 @@ METRICS: Mapping[str, str] = {
     "coverage_dinov2": "arr_0",
     "kd_dinov2": "arr_0",
     "mind_dinov2": "arr_0",
+    "mmd_dinov2": "arr_0",
+    "f_score_dinov2": "arr_0",
+    "realism_dinov2": "arr_0",
     "fd_infinity_dinov2": "mu_dinov2",
 }
 # Those that are computed only where they are asked for.
-ON_DEMAND = ("kid", "kd_dinov2", "mind_dinov2", "fd_infinity_dinov2")
+ON_DEMAND = (
+    "kid",
+    "kd_dinov2",
+    "mind_dinov2",
+    "mmd_dinov2",
+    "f_score_dinov2",
+    "realism_dinov2",
+    "fd_infinity_dinov2",
+)
 SIZES: Mapping[str, int] = {"mu": 2048, "mu_s": 2023, "mu_dinov2": 1024}  # of features
 COVARIANCES: Mapping[str, str] = {"mu": "sigma", "mu_s": "sigma_s", "mu_dinov2": "sigma_dinov2"}
 

@@ -1,4 +1,4 @@
-"""Scores of features: Fréchet distance, Inception Score and Kernel Inception Distance."""
+"""Scores of features: Fréchet distance, Inception Score, and distances by kernels and ranks."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 from scipy.linalg import lapack
 
 from diffit_jax.errors import UserError
+from diffit_jax.evaluation import neighbours
 
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (d,) and covariance (d, d), float64
 BLOCK = 512  # features whose products are taken at once
@@ -186,6 +187,31 @@ def sliced_distance(
         one, other = (np.sort(each @ unit) for each in both)
         total += np.mean((one - other) ** 2)
     return float(3 * dimensions * total / len(units))
+
+
+BANDWIDTH, MMD_SCALE = 10.0, 1_000  # of CMMD
+
+
+def gaussian_distance(samples: np.ndarray, reference: np.ndarray, unit: bool = True) -> float:
+    """Return CMMD's distance (2401.09603): 1,000 times a squared MMD with a Gaussian kernel.
+
+    exp(-‖x - y‖² / 200) over all pairs, those of a feature with itself too.
+
+    Args:
+      samples: (n, d) features.
+      reference: (m, d) features.
+      unit: whether features are divided by their length first, as CMMD's are.
+    """
+    x, y = (np.asarray(each, np.float64) for each in (samples, reference))
+    if unit:
+        x, y = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (x, y))
+
+    def mean_kernel(a: np.ndarray, b: np.ndarray) -> float:
+        parts = neighbours.squared_distances(a, b)
+        total = sum(float(np.exp(part / (-2 * BANDWIDTH**2)).sum()) for part in parts)
+        return total / (len(a) * len(b))
+
+    return MMD_SCALE * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
 
 
 def resampled_distance(

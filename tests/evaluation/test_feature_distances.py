@@ -19,6 +19,7 @@ from diffit_jax.evaluation.scores import (
     Moments,
     distance_at_infinity,
     frechet_distance,
+    gaussian_distance,
     infinity_counts,
     kernel_distance,
     sliced_distance,
@@ -67,11 +68,35 @@ def test_precision_recall_density_and_coverage_are_dgm_evals(k):
         assert value == pytest.approx(DATA[f"dgm/prdc_k{k}/{name}"], rel=EXACT), name
 
 
+@pytest.mark.parametrize("k", [3, 5])
+def test_realism_is_dgm_evals(k):
+    found = neighbours.realism(REAL, FAKE, k)
+    np.testing.assert_allclose(found, DATA[f"dgm/prdc_k{k}/realism"], rtol=1e-6)  # float32 there
+    assert neighbours.realism(REAL, REAL[:1] + 100, k) < 0.1
+    # Copies of small balls' centres are as real as rounding lets them; of equal points none is.
+    assert (neighbours.realism(REAL, REAL, k) > 1e5).sum() == 48
+    assert neighbours.realism(np.ones((8, 2)), np.zeros((1, 2)), k).tolist() == [0]
+
+
+def test_mmd_is_cmmds():
+    of_unit, raw = (
+        gaussian_distance(FAKE, REAL[:80]),
+        gaussian_distance(5 * FAKE, 5 * REAL[:80], False),
+    )
+    assert of_unit == pytest.approx(DATA["cmmd/unit"], abs=1e-3)  # float32 numbers near 1 there
+    assert raw == pytest.approx(DATA["cmmd/raw"], rel=1e-6)
+    assert gaussian_distance(REAL, REAL) == pytest.approx(0, abs=1e-9)
+
+
 def test_torch_fidelity_calls_its_first_input_the_generated_one():
     found = neighbours.manifolds(FAKE, REAL, 3)
     for name in ("precision", "recall"):
         theirs = DATA[f"fidelity/prc_k3_input1_real/{name}"]
         assert getattr(found, name) == pytest.approx(theirs, rel=1e-6)
+    theirs = DATA["fidelity/prc_k3_input1_real/f_score"]
+    assert found.f_score == pytest.approx(theirs, rel=1e-6)
+    apart = neighbours.manifolds(REAL, REAL + 1e3)
+    assert apart.precision == apart.recall == apart.f_score == 0
 
 
 def test_manifolds_are_those_of_brute_force():
@@ -216,6 +241,9 @@ def test_scores_are_those_of_the_features(place, tmp_path):
     for name, value in manifolds._asdict().items():
         assert scores[f"{name}_dinov2"] == value
     assert scores["mind_dinov2"] == sliced_distance(ours, theirs)
+    assert scores["mmd_dinov2"] == gaussian_distance(ours, theirs)
+    assert scores["f_score_dinov2"] == manifolds.f_score
+    assert scores["realism_dinov2"] == np.median(neighbours.realism(theirs, ours))
     assert scores["fd_infinity_dinov2"] < scores["fd_dinov2"]
     said = found["protocol"]["dinov2"]
     assert said["resize"] == "dgm_eval" and said["positions"] == "official" and said["size"] == 64
