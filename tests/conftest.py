@@ -8,7 +8,7 @@ import sys
 import tempfile
 
 from support import warm
-from support.processes import QUICK_TO_COMPILE
+from support.processes import QUICK_TO_COMPILE, compile_quickly
 
 # Tracing makes many small objects; looking for garbage took a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
@@ -33,6 +33,7 @@ if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
 # With several virtual devices on few cores, programs in flight can starve each other's collectives
 # of threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+compile_quickly()
 
 
 @pytest.fixture(scope="session")

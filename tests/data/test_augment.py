@@ -2,6 +2,7 @@
 draws must be."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -39,6 +40,13 @@ def only(*names, probability=1.0):
     return Augmentation(probability, **{name: float(name in names) for name in LABELS})
 
 
+# One program each, and not one for every operation in it.
+apply = jax.jit(augment.apply, static_argnums=0)
+draw = jax.jit(augment.draw, static_argnums=0)
+labels = jax.jit(augment.labels, static_argnums=(0, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def keys(count, seed=0):
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(
         jnp.arange(count)
@@ -63,9 +71,9 @@ def test_the_originals_images_and_labels_from_its_draws(name):
         elif not isinstance(theirs, tuple) and theirs in recorded:
             draws[ours] = jnp.asarray(recorded[theirs], jnp.float32)
     settings, images = only(*draws), recorded["images"]
-    made = jax.jit(lambda images, draws: augment.apply(settings, images, draws))(images, draws)
+    made = apply(settings, images, draws)
     np.testing.assert_allclose(made, recorded["augmented"], rtol=0, atol=2e-5)
-    told = augment.labels(settings, draws, images.shape[1:3])
+    told = labels(settings, draws, images.shape[1:3])
     np.testing.assert_allclose(told, recorded["labels"], rtol=0, atol=2e-6)
 
 
@@ -75,16 +83,16 @@ def test_nothing_selected_changes_nothing(shape):
     images = some_images(3, *shape)
     square = shape[0] == shape[1]
     settings = ALL if square else dataclasses.replace(ALL, quarter_turn=0.0)
-    draws = jax.tree.map(jnp.zeros_like, augment.draw(settings, keys(3)))
-    made = augment.apply(settings, images, draws)
+    draws = jax.tree.map(np.zeros_like, draw(settings, keys(3)))
+    made = apply(settings, images, draws)
     np.testing.assert_allclose(made, images, rtol=0, atol=1e-6)
-    assert not np.any(augment.labels(settings, draws, shape[:2]))
+    assert not np.any(labels(settings, draws, shape[:2]))
 
 
 # One pixel is 8 / 16 of an eighth of the side. 2e-6 was measured.
 def test_shifting_moves_to_the_right_and_down_and_mirrors_at_the_edge():
     images = some_images(1, 16)
-    made = augment.apply(only("shift"), images, {"shift": jnp.array([[0.5, 1.0]])})
+    made = apply(only("shift"), images, {"shift": jnp.array([[0.5, 1.0]])})
     expected = np.pad(images, ((0, 0), (2, 0), (1, 0), (0, 0)), mode="reflect")[:, :16, :16]
     np.testing.assert_allclose(made, expected, rtol=0, atol=1e-5)
 
@@ -97,7 +105,7 @@ def test_extreme_draws_stay_finite():
         "shift": jnp.array([[0.0, 0.0], [0.0, 0.0], [1e4, 0.0], [0.0, -1e4]]),
         "rotation": jnp.array([math.pi, -math.pi, 1.0, 2.0]),
     }
-    made = augment.apply(only("scale", "stretch", "shift", "rotation"), images, draws)
+    made = apply(only("scale", "stretch", "shift", "rotation"), images, draws)
     assert np.isfinite(made).all()
     assert not np.any(made[2:])  # far outside of the mirrored image there is nothing
 
@@ -106,7 +114,7 @@ def test_extreme_draws_stay_finite():
 def test_labels_have_the_probabilities_and_moments_of_the_recipe():
     count, p = 10_000, 0.12
     settings = Augmentation(probability=p)
-    told = np.asarray(augment.labels(settings, augment.draw(settings, keys(count)), (32, 32)))
+    told = np.asarray(labels(settings, draw(settings, keys(count)), (32, 32)))
     assert told.shape == (count, 9) and told.dtype == np.float32
 
     def agrees(values, expected):
@@ -135,7 +143,7 @@ def test_labels_have_the_probabilities_and_moments_of_the_recipe():
 
 @pytest.mark.parametrize("name", LABELS)
 def test_an_operations_draws_stay_when_others_are_switched_on(name):
-    alone, among = augment.draw(only(name), keys(50)), augment.draw(ALL, keys(50))
+    alone, among = draw(only(name), keys(50)), draw(ALL, keys(50))
     for key, value in alone.items():
         np.testing.assert_array_equal(value, among[key])
 

@@ -16,6 +16,7 @@ from support.flow_network import (
     told_network_of,
 )
 from support.mixture import MEANS, SHAPE, SHARES, cumulative, exact_end, ideal_map
+from support.processes import OPTIMISED
 
 from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.flow_map import Evaluations, FlowMap, Span
@@ -57,10 +58,23 @@ def loss_and_gradient(process, golden, network_of, span, **given):
         loss_B, inner_B, terms = process.loss_between(evaluations, span, **given)
         return jnp.mean(loss_B + (0 if inner_B is None else inner_B)), terms
 
-    (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(
+    (value, terms), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         map_parameters(golden, jnp.float64)
     )
     return value, terms, gradient
+
+
+def computed(process, golden, network_of, span, labels, told, given):
+    """Of the recorded network du/dt, its output, and the target, as numpy's arrays."""
+    evaluations = evaluations_of(network_of, map_parameters(golden, jnp.float64))
+
+    def arrays():
+        target = process.target(evaluations, span, labels, **given)
+        slope = process.derivative(evaluations.forward, span, target.tangent_BHWC, told)
+        u = process.between(evaluations.steady, span.z_BHWC, span.t_B, span.r_B, told)
+        return slope, u, target
+
+    return jax.tree.map(np.asarray, jax.jit(arrays)())
 
 
 MEANFLOW_CASES = ("plain", "plain_p0", "plain_p0.5", "cfg", "cfg_kappa", "cfg_interval", "cfg_drop",
@@ -92,13 +106,10 @@ def test_mean_flow_of_the_original(case):
         dropped_B = jnp.asarray((np.arange(3) < (golden["uniform_drop"] < dropout).sum())[ORDER])
         labels = {"label": jnp.asarray(golden["label"][ORDER])}
         given = dict(rows=2, null_label=NULL, dropped_B=dropped_B)
-        evaluations = evaluations_of(map_network_of, map_parameters(golden, jnp.float64))
-        target = process.target(evaluations, span, labels, **given)
         told = {"label": jnp.where(dropped_B, NULL, labels["label"])}
-        slope = process.derivative(evaluations.forward, span, target.tangent_BHWC, told)
-        u = process.between(evaluations.steady, span.z_BHWC, t, r, told)
-        error_B = jnp.sum((u - target.u_BHWC) ** 2, axis=(1, 2, 3))
-        plain_B = jnp.sum((u - span.velocity_BHWC) ** 2, axis=(1, 2, 3))
+        slope, u, target = computed(process, golden, map_network_of, span, labels, told, given)
+        error_B = np.sum((u - target.u_BHWC) ** 2, axis=(1, 2, 3))
+        plain_B = np.sum((u - span.velocity_BHWC) ** 2, axis=(1, 2, 3))
         for ours, name in (
             (target.velocity_BHWC, "v_guided"),
             (slope, "du_dt"),
@@ -140,14 +151,13 @@ def test_improved_mean_flow_of_the_original(case):
         dropped_B = jnp.asarray((np.arange(3) < (golden["uniform_drop"] < dropout).sum())[ORDER])
         labels = {"label": jnp.asarray(golden["label"][ORDER])}
         given = dict(rows=2, null_label=NULL, dropped_B=dropped_B)
-        evaluations = evaluations_of(told_network_of, map_parameters(golden, jnp.float64))
-        target = process.target(evaluations, span, labels, **given)
         conditioning = {"label": jnp.where(dropped_B, NULL, labels["label"]), "guidance": told}
-        slope = process.derivative(evaluations.forward, span, target.tangent_BHWC, conditioning)
-        u, v = process.between(evaluations.steady, span.z_BHWC, t, r, conditioning)
+        slope, (u, v), target = computed(
+            process, golden, told_network_of, span, labels, conditioning, given
+        )
         errors = {
-            "u": jnp.sum((u - target.u_BHWC) ** 2, axis=(1, 2, 3)),
-            "v": jnp.sum((v - target.velocity_BHWC) ** 2, axis=(1, 2, 3)),
+            "u": np.sum((u - target.u_BHWC) ** 2, axis=(1, 2, 3)),
+            "v": np.sum((v - target.velocity_BHWC) ** 2, axis=(1, 2, 3)),
         }
         for ours, name in (
             (span.z_BHWC, "z"),
@@ -198,12 +208,9 @@ def test_decoupled_mean_flow_of_the_original(case):
         dropped_B = jnp.asarray(np.tile(golden["uniform_drop"] < dropout, 2))
         labels = {"label": jnp.asarray(np.tile(golden["label"], 2))}
         given = dict(rows=3, null_label=NULL, dropped_B=dropped_B)
-        evaluations = evaluations_of(map_network_of, map_parameters(golden, jnp.float64))
-        target = process.target(evaluations, span, labels, **given)
         told = {"label": jnp.where(dropped_B, NULL, labels["label"])}
-        slope = process.derivative(evaluations.forward, span, target.tangent_BHWC, told)
-        u = process.between(evaluations.steady, span.z_BHWC, t, r, told)
-        error_B = jnp.sum((u - target.u_BHWC) ** 2, axis=(1, 2, 3))
+        slope, u, target = computed(process, golden, map_network_of, span, labels, told, given)
+        error_B = np.sum((u - target.u_BHWC) ** 2, axis=(1, 2, 3))
         phi_B = 0.3 * t - 0.2 * r
 
         def floored(square_B, size):
@@ -384,16 +391,20 @@ def test_the_exact_map_of_a_mixture_is_its_own_target():
         z = jnp.linspace(-2, 2, 30).reshape(-1, 1, 1, 1)
         t_B = jnp.linspace(0.3, 0.95, 30)
         r_B = t_B * jnp.linspace(0.1, 0.9, 30)
-        velocity = process.between(network, z, t_B, t_B, {})
-        span = Span(z, velocity, t_B, r_B)
-        evaluations = Evaluations(network, network, network)
-        target = process.target(evaluations, span, {}, rows=30)
-        u = process.between(network, z, t_B, r_B, {})
-        np.testing.assert_allclose(target.u_BHWC, u, rtol=0, atol=1e-7)
 
+        @jax.jit
+        def between(z, t_B, r_B):
+            return process.between(network, z, t_B, r_B, {})
+
+        span = Span(z, between(z, t_B, t_B), t_B, r_B)
+        evaluations = Evaluations(network, network, network)
+        target = jax.jit(lambda: process.target(evaluations, span, {}, rows=30).u_BHWC)()
+        np.testing.assert_allclose(target, between(z, t_B, r_B), rtol=0, atol=1e-7)
+
+        @jax.jit
         def jumped(z, t_B, r_B):
             length = (t_B - r_B)[:, None, None, None]
-            return z - length * process.between(network, z, t_B, r_B, {})
+            return z - length * between(z, t_B, r_B)
 
         s_B = r_B / 2
         twice = jumped(jumped(z, t_B, r_B), r_B, s_B)
@@ -453,7 +464,10 @@ def trained(process, updates=4_000, batch=512):
         return (optax.apply_updates(parameters, change), moments), None
 
     start = start, optimizer.init(start)
-    return jax.jit(lambda: jax.lax.scan(update, start, jnp.arange(updates))[0][0])()
+    run = jax.jit(
+        lambda: jax.lax.scan(update, start, jnp.arange(updates))[0][0], compiler_options=OPTIMISED
+    )
+    return run()
 
 
 WIDER = 0.5  # deviation of the mixture that is learnt: soon enough for a test

@@ -255,6 +255,8 @@ def test_windows_are_the_same_in_tiles(height, width, window):
     for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-5 * np.abs(one).max())
     with use_placement(Placement(platform="tpu")):  # attention weights are kept by window
-        _, kept = block.apply(variables, x, time, mutable="intermediates")
+        kept = jax.jit(lambda *given: block.apply(*given, mutable="intermediates")[1])(
+            variables, x, time
+        )
     (weights,) = kept["intermediates"]["transformer"]["attention"]["attention"]
     assert weights.shape == (2, height * width // window**2, 2, window**2, window**2)

@@ -37,24 +37,27 @@ def test_captured_tokens_are_those_of_a_shallower_network(unroll):
     for k in range(model.depth):
         again, tokens = jax.jit(models.as_network(model, variables, capture=k))(*batch)
         np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-5)
-        first = jax.tree.map(lambda leaf, k=k: leaf[: k + 1], variables["params"]["blocks"])
+        first = jax.tree.map(
+            lambda leaf, k=k: np.asarray(leaf)[: k + 1], variables["params"]["blocks"]
+        )
         cut = {**variables, "params": variables["params"] | {"blocks": first}}
         shallow = model.clone(depth=k + 1, scan_unroll=1)
         assert tokens.shape == (2, 16, 16)
-        _, last = models.as_network(shallow, cut, capture=k)(*batch)
+        _, last = jax.jit(models.as_network(shallow, cut, capture=k))(*batch)
         np.testing.assert_allclose(tokens, last, rtol=1e-5, atol=1e-5)
         # And the head makes the shallow network's output of them.
         ours = nn.silu(nn.LayerNorm(1e-6, use_scale=False, use_bias=False).apply({}, tokens))
         final = variables["params"]["final"]
         ours = ours @ final["kernel"] + final["bias"]
         ours = ours.reshape(2, 4, 4, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5).reshape(2, 8, 8, 8)
-        theirs = models.as_network(shallow, cut)(*batch)
+        theirs = jax.jit(models.as_network(shallow, cut))(*batch)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_the_encoder_are_counted_in_order():
     variables, batch = random_variables(IMAGE), inputs(IMAGE)
-    shapes = [models.as_network(IMAGE, variables, capture=k)(*batch)[1].shape for k in range(3)]
+    networks = [models.as_network(IMAGE, variables, capture=k) for k in range(3)]
+    shapes = [jax.eval_shape(network, *batch)[1].shape for network in networks]
     assert shapes == [(2, 8, 8, 8), (2, 8, 8, 8), (2, 4, 4, 16)]
     for model, count in ((IMAGE, 3), (LATENT, 3)):
         for k in (-1, count):
@@ -84,14 +87,17 @@ def test_each_layer_may_have_a_time_token_of_its_own():
             return repeat_block(DiffiTBlock(2, 4, name="blocks"), x, time, 3)[0]
 
     x = jax.random.normal(jax.random.key(3), (2, 1, 16, 16))
-    variables = Stack().init(jax.random.key(0), x, times)
+    variables = jax.jit(Stack().init)(jax.random.key(0), x, times)
+    stack, block = jax.jit(Stack().apply), jax.jit(DiffiTBlock(2, 4).apply)
     alone = x
     for number in range(3):
-        layer = jax.tree.map(lambda leaf, n=number: leaf[n], variables["params"]["blocks"])
-        alone = DiffiTBlock(2, 4).apply({"params": layer}, alone, times[number])
-    np.testing.assert_allclose(Stack().apply(variables, x, times), alone, rtol=1e-5, atol=1e-5)
-    one = Stack().apply(variables, x, times[0])
-    same = Stack().apply(variables, x, jnp.stack([times[0]] * 3))
+        layer = jax.tree.map(
+            lambda leaf, n=number: np.asarray(leaf)[n], variables["params"]["blocks"]
+        )
+        alone = block({"params": layer}, alone, times[number])
+    np.testing.assert_allclose(stack(variables, x, times), alone, rtol=1e-5, atol=1e-5)
+    one = stack(variables, x, times[0])
+    same = stack(variables, x, jnp.stack([times[0]] * 3))
     np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6)
 
 
@@ -104,31 +110,33 @@ def test_an_inner_head_is_a_last_layer_after_some_blocks(capture):
     block beside it. A process sees the outer output alone, as of the plain network."""
     plain, model = LatentDiffiT(8, **SIZES), LatentDiffiT(8, inner_head=2, **SIZES)
     variables, (x, level, _) = random_variables(model), inputs(model)
-    network = models.as_network(model, variables, inner=True, capture=capture)
-    y, inner, *tokens = network(x, level, {})
+
+    def output(model, variables, **more):
+        return jax.jit(models.as_network(model, variables, **more))(x, level, {})
+
+    y, inner, *tokens = output(model, variables, inner=True, capture=capture)
     params = dict(variables["params"])
     head = params.pop("inner_final")
-    first = jax.tree.map(lambda leaf: leaf[:2], params["blocks"])
+    first = jax.tree.map(lambda leaf: np.asarray(leaf)[:2], params["blocks"])
     shallow = {**variables, "params": params | {"blocks": first, "final": head}}
     cut = {**variables, "params": params}
-    expected = models.as_network(plain.clone(depth=2), shallow)(x, level, {})
+    expected = output(plain.clone(depth=2), shallow)
     np.testing.assert_allclose(inner, expected, rtol=1e-4, atol=1e-4)
-    outer = models.as_network(plain, cut, capture=capture)(x, level, {})
+    outer = output(plain, cut, capture=capture)
     outer, theirs = (outer, []) if capture is None else (outer[0], [outer[1]])
     for ours, other in zip([y, *tokens], [outer, *theirs], strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-4)
-    alone = models.as_network(model, variables, capture=capture)(x, level, {})
+    alone = output(model, variables, capture=capture)
     for ours, other in zip(jax.tree.leaves(alone), [y, *tokens], strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-6)
     sigma = jnp.array([0.5, 2.0])
-    denoised, by_inner = EDM().denoise(
-        models.as_network(model, variables, inner=True), x, sigma, {}
-    )
+    denoise = lambda network: jax.jit(lambda x: EDM().denoise(network, x, sigma, {}))(x)
+    denoised, by_inner = denoise(models.as_network(model, variables, inner=True))
     for ours, network in (
         (denoised, models.as_network(plain, cut)),
         (by_inner, models.as_network(plain.clone(depth=2), shallow)),
     ):
-        np.testing.assert_allclose(ours, EDM().denoise(network, x, sigma, {}), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours, denoise(network), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("place", [3, 28])

@@ -44,7 +44,8 @@ def test_networks_drop_only_with_keys(name):
     variables = models.init_variables(model, jax.random.key(0))
     # Fresh last layers are zero.
     variables = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), variables
+        lambda leaf: np.float32(leaf + 0.1 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)),
+        variables,
     )
     x = jax.random.normal(jax.random.key(1), (8, *model.sample_shape))
     level = jnp.linspace(-1, 1, 8)

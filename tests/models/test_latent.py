@@ -155,11 +155,10 @@ def test_guided_evaluation_golden(name, key, guidance):
     network = lambda *i: evaluate(module, variables, *i)
     guided = apply_guidance(guidance, network, lambda sigma: sigma, null_label=10)
     scales = guidance.scales(np.asarray(t) / 1000, np.ones(4))
+    mixed = jax.jit(lambda x, t, y, scale: guided.mixed(x, t, {"label": y}, scale))
+    x, t, y = map(np.asarray, (x, t, y))
     out = np.concatenate(
-        [
-            guided.mixed(x[i : i + 1], t[i : i + 1], {"label": y[i : i + 1]}, scales[i])
-            for i in range(4)
-        ]
+        [mixed(x[i : i + 1], t[i : i + 1], y[i : i + 1], scales[i]) for i in range(4)]
     )
     np.testing.assert_allclose(out, data[key][:4], rtol=0, atol=2e-5)
     if len(data[key]) == 8:  # the unconditional half: the same guided channels, its own others

@@ -74,34 +74,30 @@ def test_blocks_add_no_parameters_and_their_first_ones_do_not_see_the_second_tim
         variables, x = made(model)
         params = variables["params"]
         told = {**LABEL, "end_time": R}
-        ours, tokens = models.as_network(model, variables, capture=2)(x, T, told)
-        embed = TimeToken(16, 3, dtype=jnp.float64)
-        of_t, of_r = (
-            embed.apply({"params": params["time"]}, level, LABEL["label"]) for level in (T, R)
-        )
+        ours, tokens = jax.jit(models.as_network(model, variables, capture=2))(x, T, told)
+        embed = jax.jit(TimeToken(16, 3, dtype=jnp.float64).apply)
+        of_t, of_r = (embed({"params": params["time"]}, level, LABEL["label"]) for level in (T, R))
         patches = x.reshape(2, 4, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(2, 16, 16)
         hidden = patches @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
         hidden = (hidden + variables["constants"]["pos_embed"])[:, None]
-        block = DiffiTBlock(2, 4, dtype=jnp.float64, affine_norm=False)
+        block = jax.jit(DiffiTBlock(2, 4, dtype=jnp.float64, affine_norm=False).apply)
         for number, token in enumerate((of_t, of_r, of_r)):
             layer = jax.tree.map(lambda leaf, n=number: leaf[n], params["blocks"])
-            hidden = block.apply({"params": layer}, hidden, token)
+            hidden = block({"params": layer}, hidden, token)
         np.testing.assert_allclose(tokens, hidden[:, 0], rtol=0, atol=1e-12)
         assert ours.shape == x.shape
         model = MAPS["image, blocks"]
         variables, x = made(model)
         same = [
-            models.as_network(one, variables)(x, T, told)
+            jax.jit(models.as_network(one, variables))(x, T, told)
             for one in (
                 IMAGE.clone(end_time_in="blocks", end_time_from=4),
                 IMAGE.clone(end_time_in="blocks"),
             )
         ]
         np.testing.assert_array_equal(*same)  # five sevenths of five blocks
-        down = [
-            models.as_network(model, variables, capture=2)(x, T, {**LABEL, "end_time": end})[1]
-            for end in (R, T)
-        ]
+        network = jax.jit(models.as_network(model, variables, capture=2))
+        down = [network(x, T, {**LABEL, "end_time": end})[1] for end in (R, T)]
         np.testing.assert_array_equal(*down)
 
 
@@ -138,7 +134,7 @@ def test_qk_norm_as_written(width):
         )
         shapes = jax.eval_shape(lambda: attention.init(jax.random.key(0), x, time))
         params = random_like(shapes, 3)["params"]
-        ours = attention.apply({"params": params}, x, time)
+        ours = jax.jit(attention.apply)({"params": params}, x, time)
         p = {name: np.asarray(value) for name, value in params.items()}
         q, k, v = (
             np.einsum("bnlc,chd->bnhld", x, p["qkv_kernel"][:, n])
@@ -157,12 +153,12 @@ def test_qk_norm_as_written(width):
         expected = np.einsum("bnhld,hdc->bnlc", out, p["out_kernel"]) + p["out_bias"]
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
         # The key's part of time, which cancels without the norm.
-        of_key = jax.grad(lambda p: attention.apply({"params": p}, x, time).sum())(params)
+        of_key = jax.jit(jax.grad(lambda p: attention.apply({"params": p}, x, time).sum()))(params)
         assert np.abs(of_key["time_qkv_kernel"][:, 1]).max() > 1e-3
     assert attention_kernel.channels_first(width) == (width == 8)
-    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x, time))
+    single = jax.tree.map(np.float32, (params, x, time))
     kernel = TMSA(heads, window, qk_norm=True, backend="pallas")
-    by_kernel = kernel.apply({"params": single[0]}, *single[1:])
+    by_kernel = jax.jit(kernel.apply)({"params": single[0]}, *single[1:])
     np.testing.assert_allclose(by_kernel, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
 
 

@@ -94,9 +94,9 @@ def test_a_switch_is_its_formula_and_every_parameter_has_a_gradient(name):
 
 def test_a_gate_and_a_bias_of_time_are_zero_at_first():
     x, time = jnp.ones((1, 1, 4, 8)), jnp.ones((1, 4))
-    adaln = DiffiTBlock(2, 2, time_in="adaln").init(jax.random.key(0), x, time)["params"]
+    adaln = jax.jit(DiffiTBlock(2, 2, time_in="adaln").init)(jax.random.key(0), x, time)["params"]
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(adaln["time_modulation"]))
-    bias = TMSA(2, 2, time_in="bias").init(jax.random.key(0), x, time)["params"]
+    bias = jax.jit(TMSA(2, 2, time_in="bias").init)(jax.random.key(0), x, time)["params"]
     assert not np.any(bias["time_bias_kernel"])
 
 

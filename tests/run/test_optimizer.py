@@ -16,12 +16,12 @@ from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.experiment.sections import Optimizer
 from diffit_jax.models.diffit.latent import LatentDiffiT
-from diffit_jax.run.objective import Objective
+from diffit_jax.run.objective import Objective, objective_of
 from diffit_jax.run.optimizer import decays, learning_rate, make_optimizer
-from diffit_jax.run.state import create_state, open_training_data
+from diffit_jax.run.state import Setup, create_state, open_training_data
 from diffit_jax.runtime import parallel
 from diffit_jax.training import train as loop
-from diffit_jax.training.step import make_train_step, step_metrics
+from diffit_jax.training.step import compile_train_step
 from diffit_jax.training.train import train
 
 PLAIN = dict(learning_rate=0.1, warmup_steps=0)
@@ -132,14 +132,14 @@ def test_long_gradients_are_shortened():
 
 def run_steps(config, batches_of, objective=None):
     """State after one step for each batch, from a fresh one."""
-    experiment, mesh = build(config), parallel.make_mesh()
-    state = create_state(experiment, mesh)
-    step = jax.jit(make_train_step(experiment, objective))
-    collected = step_metrics(experiment, objective).empty()
+    experiment = build(config)
+    setup = Setup(experiment, parallel.make_mesh(), objective or objective_of(experiment))
+    state, step = create_state(setup.experiment, setup.mesh), None
     for batch in batches_of:
-        state, collected = step(
-            state, collected, parallel.put_batch(mesh, batch, len(batch["label"])), {}
-        )
+        batch = parallel.put_batch(setup.mesh, batch, len(batch["label"]))
+        if step is None:
+            step, collected, _ = compile_train_step(setup, state, batch)
+        state, collected = step(state, collected, batch, {})
     return state, {name: float(value) for name, value in collected.compute().items()}
 
 

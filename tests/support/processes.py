@@ -1,5 +1,6 @@
 """What tests need that start several processes on this machine."""
 
+import dataclasses
 import itertools
 import os
 import socket
@@ -19,6 +20,19 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 10):
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
     # One piece of code, not several side by side, is a sixth less work; both cores are busy.
     QUICK_TO_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"
+
+# Of a program that computes for longer than optimised code takes to compile, `jax.jit`'s
+# compiler_options.
+OPTIMISED = {"xla_backend_optimization_level": 2}
+
+
+def compile_quickly():
+    """Leaves optimisation out where the package asks for a little of it too: initialisation takes
+    half of the time to compile."""
+    from diffit_jax import platforms
+
+    cpu = platforms.PLATFORMS["cpu"]
+    platforms.PLATFORMS["cpu"] = dataclasses.replace(cpu, once=None)
 
 
 def free_port():

@@ -107,6 +107,10 @@ def serve(place: str) -> None:
     """Waits for commands as long as the process that started it lives."""
     early = _read_early(dict(os.environ))
     import_what_takes_long()
+    from support.processes import compile_quickly
+
+    compile_quickly()
+    gc.set_threshold(200_000, 20, 100)  # as in the tests' own processes
     gc.freeze()  # a fork that looked through this would copy all of it
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(place)

@@ -186,16 +186,16 @@ def test_a_flow_begins_as_the_network_that_it_is_made_of(latent_run, released, t
     theirs = latent_run[1].ema_variables
     rng = np.random.default_rng(0)
     label = {"label": jnp.array([1, 5, 10])}
+    network = models.as_network(setup.experiment.model, variables)
+    plain = models.as_network(before.model, theirs)
     for sigma in ([0.02, 0.5, 2.0], [8.0, 40.0, 150.0]):
         sigma_B = jnp.float32(sigma)
         x = rng.normal(size=(3, 8, 8, 4)) + np.reshape(sigma, (-1, 1, 1, 1)) * rng.normal(
             size=(3, 8, 8, 4)
         )
         x = jnp.float32(x)
-        ours = process.denoise(
-            models.as_network(setup.experiment.model, variables), x, sigma_B, label
-        )
-        other = before.process.denoise(models.as_network(before.model, theirs), x, sigma_B, label)
+        ours = jax.jit(process.denoise, static_argnums=0)(network, x, sigma_B, label)
+        other = jax.jit(before.process.denoise, static_argnums=0)(plain, x, sigma_B, label)
         np.testing.assert_allclose(ours, other, rtol=0, atol=1e-5 * np.abs(other).max())
     changed = copy.deepcopy(run.config)
     changed["training"] |= {"total_steps": 2, "grid_steps": 0}
