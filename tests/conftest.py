@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     from diffit_jax.training.train import train
 
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, train(small_config(), workdir=workdir)
+    return workdir, train(small_config(training__grid_steps=6), workdir=workdir)
 
 
 @pytest.fixture(scope="session")

@@ -208,7 +208,8 @@ def images(count, seed):
 def place(tmp_path_factory, one_extractor_each):
     folder = tmp_path_factory.mktemp("distances")
     np.savez(folder / "samples.npz", arr_0=images(160, 0), arr_1=np.arange(160) % 3)
-    np.savez(folder / "data.npz", arr_0=images(100, 1))
+    np.savez(folder / "few.npz", arr_0=images(16, 1))
+    np.savez(folder / "data.npz", arr_0=images(48, 1))
     make_reference(
         open_samples(folder / "data.npz"),
         output=folder / "reference.npz",
@@ -220,8 +221,9 @@ def place(tmp_path_factory, one_extractor_each):
 
 def compared(place, output, **how):
     how = {"dinov2": "digits", "batch_per_device": 16, **how}
-    reference = how.pop("reference", place / "reference.npz")
-    return evaluate(place / "samples.npz", comparison=Comparison(reference, **how), output=output)
+    reference, count = how.pop("reference", place / "reference.npz"), how.pop("count", None)
+    comparison = Comparison(reference, **how)
+    return evaluate(place / "samples.npz", comparison=comparison, count=count, output=output)
 
 
 def test_scores_are_those_of_the_features(place, tmp_path):
@@ -251,22 +253,25 @@ def test_scores_are_those_of_the_features(place, tmp_path):
     assert "inception" not in found["protocol"] and "resize" not in found["protocol"]
     text = table(found)
     assert "FD-DINOv2" in text and "dgm_eval (DINOv2)" in text
-    default = compared(place, tmp_path / "d.json")["metrics"]
-    assert list(default) == ALL[:5]
+    reference = Reference.load(place / "reference.npz", extractor.sizes)
+    assert reference.chosen(None, ["dinov2"]) == ALL[:5]
 
 
 def test_both_networks_in_one_pass(place, tmp_path):
     make_reference(
-        open_samples(place / "data.npz"),
+        open_samples(place / "few.npz"),
         output=tmp_path / "both.npz",
         networks=Networks("random", dinov2="digits"),
         batch_per_device=16,
     )
     both = compared(
-        place, tmp_path / "b.json", reference=tmp_path / "both.npz", inception="random",
+        place, tmp_path / "b.json", count=16, reference=tmp_path / "both.npz", inception="random",
         metrics=["fid", "kid", "fd_dinov2", "kd_dinov2"],
     )  # fmt: skip
-    alone = compared(place, tmp_path / "a.json", metrics=["fd_dinov2", "kd_dinov2"])
+    alone = compared(
+        place, tmp_path / "a.json", count=16, reference=tmp_path / "both.npz",
+        metrics=["fd_dinov2", "kd_dinov2"],
+    )  # fmt: skip
     for name, value in alone["metrics"].items():
         assert both["metrics"][name] == pytest.approx(value, rel=1e-6)
     assert both["protocol"]["resize"] == "tf1" and both["metrics"]["fid"] > 0

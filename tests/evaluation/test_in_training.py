@@ -62,7 +62,7 @@ def place(tmp_path_factory):
 
 def watched(place, **settings):
     """A small latent run with an average of another length, evaluated at steps 4 and 6."""
-    config = small_latent_config()
+    config = small_latent_config(training__grid_steps=6)
     config.ema.power_lengths, config.ema.snapshot_steps = (0.1,), 2
     of = dict(
         steps=4,

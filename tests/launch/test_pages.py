@@ -190,10 +190,7 @@ def scratch(tmp_path_factory):
     (folder / "configs" / "own_images.py").unlink()
     (folder / "configs" / "own_images.py").write_text(OWN.format(root=ROOT))
     digits = small_config(
-        data={"name": "digits"},
-        training__total_steps=4,
-        training__checkpoint_steps=2,
-        training__grid_steps=4,
+        data={"name": "digits"}, training__total_steps=4, training__checkpoint_steps=2
     )
     write_config(folder / "configs" / "digits.py", digits)
     model = LatentDiffiT(input_size=8, hidden_size=16, depth=2, num_heads=2)
@@ -210,7 +207,7 @@ def scratch(tmp_path_factory):
     of_features = {"mu": np.zeros(64), "sigma": np.eye(64)}
     edm2 = {"num_images": 1_281_167, "fd_dinov2": of_features}
     (folder / "img512.pkl").write_bytes(pickle.dumps(edm2, protocol=4))
-    images = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3)).astype(np.uint8)
     np.savez(folder / "samples_50000x256x256x3.npz", arr_0=images[:8])
     for name in ("red flowers", "temple"):
         (folder / "pictures" / name).mkdir(parents=True)

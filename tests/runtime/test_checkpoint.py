@@ -232,7 +232,7 @@ def test_a_run_that_blows_up_names_a_checkpoint_that_is_sound(tmp_path, monkeypa
     at_45 = lambda _, update: jnp.where(update == 45, 1e30, 1e-3)
     monkeypatch.setattr("diffit_jax.run.optimizer.learning_rate", at_45)
     monkeypatch.setattr("diffit_jax.training.step.learning_rate", at_45)
-    config = small_config(training__grid_steps=1000, training__keep_checkpoints=5)
+    config = small_config(training__keep_checkpoints=5)
     config.training.update(total_steps=100, log_steps=10, checkpoint_steps=20)
     pattern = r"had no finite gradient; the parameters have blown up.*go on from checkpoint (\d+)"
     with pytest.raises(UserError, match=pattern) as raised:

@@ -100,7 +100,6 @@ def one_late():
 LONG = dict(
     training__total_steps=4000,
     training__checkpoint_steps=20,
-    training__grid_steps=10_000,
     training__log_steps=10,
     # Snapshots of averages at the steps of checkpoints, and a loss beside them.
     ema={"halflife_images": 64, "power_lengths": (0.1,), "snapshot_steps": 20},
@@ -141,7 +140,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     process draws."""
     request = [
         "--seeds",
-        "0-119",
+        "0-59",
         "--batch_per_device",
         "1",
         "--sampler.num_steps",
@@ -154,7 +153,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     pair.processes[1].send_signal(signal.SIGUSR1)
     statuses, texts = pair.wait()
     assert statuses == [75, 75] and all(
-        "of 120 samples are saved beside" in text for text in texts
+        "of 60 samples are saved beside" in text for text in texts
     ), texts
     statuses, texts = Pair(
         tmp_path, workdirs=[latent_run[0]] * 2, command="sample", arguments=request
@@ -162,7 +161,7 @@ def test_sampling_on_two_processes_is_told_by_any_signal_to_any_of_them(latent_r
     assert statuses == [0, 0], texts
     alone = sample(
         latent_run[0],
-        seeds=range(120),
+        seeds=range(60),
         overrides={"sampler.num_steps": 100},
         output=tmp_path / "alone.npz",
     )

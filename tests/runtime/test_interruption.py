@@ -100,10 +100,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 
 
 LONG = dict(
-    training__total_steps=100_000,
-    training__checkpoint_steps=50_000,
-    training__grid_steps=100_000,
-    training__log_steps=20,
+    training__total_steps=100_000, training__checkpoint_steps=50_000, training__log_steps=20
 )
 
 

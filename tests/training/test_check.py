@@ -23,7 +23,7 @@ CURVES = sorted((ROOT / "configs" / "curves").glob("*.json"))
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
     """Of a small run, of three seeds."""
-    config = small_latent_config(training__log_steps=2, training__grid_steps=100)
+    config = small_latent_config(training__log_steps=2)
     losses = {}
     for seed in (0, 1, 2):
         workdir = tmp_path_factory.mktemp("run")

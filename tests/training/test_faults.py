@@ -61,12 +61,9 @@ def test_four_kills_lose_nothing(tmp_path):
     """
     config, seldom = (
         small_latent_config(
-            training__total_steps=400,
-            training__checkpoint_steps=steps,
-            training__grid_steps=10_000,
-            training__log_steps=50,
+            training__total_steps=250, training__checkpoint_steps=steps, training__log_steps=50
         )
-        for steps in (7, 400)
+        for steps in (7, 250)
     )
     whole = start("train", tmp_path, "--workdir", tmp_path / "whole", config=seldom)
     status, errors = finish(whole)
@@ -92,7 +89,7 @@ def test_four_kills_lose_nothing(tmp_path):
         assert found >= newest
         newest = found
         killed.append(newest)
-    assert 0 < newest < 400 and len(set(killed)) > 2, killed
+    assert 0 < newest < 250 and len(set(killed)) > 2, killed
     status, errors = finish(start("train", tmp_path, "--workdir", workdir, config=config))
     assert status == 0 and f"resuming at step {newest}" in errors, errors
     assert_equal_trees(final_state(workdir, config), final_state(tmp_path / "whole", config))
@@ -101,11 +98,7 @@ def test_four_kills_lose_nothing(tmp_path):
 
 
 def test_sigterm_saves_and_says_resume_me(tmp_path):
-    config = small_latent_config(
-        training__total_steps=100_000,
-        training__checkpoint_steps=50_000,
-        training__grid_steps=100_000,
-    )
+    config = small_latent_config(training__total_steps=100_000, training__checkpoint_steps=50_000)
     process = start("train", tmp_path, "--workdir", tmp_path / "run", config=config)
     while not list((tmp_path / "run" / "events").glob("*")) and process.poll() is None:
         time.sleep(0.05)

@@ -30,7 +30,7 @@ from diffit_jax.training.train import train
 def flow_run(tmp_path_factory):
     """(workdir, final state) of a run of six updates."""
     workdir = tmp_path_factory.mktemp("flow")
-    return workdir, train(small_flow_config(training__grid_steps=0), workdir=workdir)
+    return workdir, train(small_flow_config(), workdir=workdir)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,8 @@ def test_what_a_run_says_of_its_clock(flow_run):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flow_run, tmp_path):
-    plain = {"training__grid_steps": 0}
-    train(small_flow_config(training__total_steps=3, **plain), workdir=tmp_path)
-    assert_equal_trees(train(small_flow_config(**plain), workdir=tmp_path), flow_run[1])
+    train(small_flow_config(training__total_steps=3), workdir=tmp_path)
+    assert_equal_trees(train(small_flow_config(), workdir=tmp_path), flow_run[1])
 
 
 SETTINGS = {
@@ -198,7 +197,7 @@ def test_a_flow_begins_as_the_network_that_it_is_made_of(latent_run, released, t
         other = jax.jit(before.process.denoise, static_argnums=0)(plain, x, sigma_B, label)
         np.testing.assert_allclose(ours, other, rtol=0, atol=1e-5 * np.abs(other).max())
     changed = copy.deepcopy(run.config)
-    changed["training"] |= {"total_steps": 2, "grid_steps": 0}
+    changed["training"] |= {"total_steps": 2}
     state = train(changed, workdir=tmp_path / "flow")
     assert int(state.step) == 2
     drawn = sample(tmp_path / "flow", seeds=[0], overrides={"sampler": "heun"})

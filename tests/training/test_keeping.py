@@ -75,10 +75,7 @@ def test_steps_that_are_made_twice_are_shown_once(tmp_path):
 
 def test_sigkill_after_a_checkpoint_loses_no_event_before_it(tmp_path):
     config = small_latent_config(
-        training__log_steps=5,
-        training__checkpoint_steps=10,
-        training__total_steps=100_000,
-        training__grid_steps=100_000,
+        training__log_steps=5, training__checkpoint_steps=10, training__total_steps=100_000
     )
     flags = [
         "--config",

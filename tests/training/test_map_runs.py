@@ -30,7 +30,7 @@ DMF = {
 def made_of_a_flow(**overrides):
     """The config of a map that a trained flow becomes."""
     config = small_flow_config(
-        process=DMF, model__end_time_in="blocks", model__end_time_from=1, training__grid_steps=0,
+        process=DMF, model__end_time_in="blocks", model__end_time_from=1,
         sampling__sampler={"name": "map", "num_steps": 1}, sampling__guidance={"kind": "none"},
     )  # fmt: skip
     for name, value in overrides.items():
@@ -43,7 +43,7 @@ def made_of_a_flow(**overrides):
 def map_run(tmp_path_factory):
     """(workdir, final state) of a run of six updates, of iMF with everything in it."""
     workdir = tmp_path_factory.mktemp("map")
-    return workdir, train(small_map_config(training__grid_steps=0), workdir=workdir)
+    return workdir, train(small_map_config(), workdir=workdir)
 
 
 def test_errors_are_logged_beside_the_loss(map_run, capfd):
@@ -56,9 +56,8 @@ def test_errors_are_logged_beside_the_loss(map_run, capfd):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(map_run, tmp_path):
-    plain = {"training__grid_steps": 0}
-    train(small_map_config(training__total_steps=3, **plain), workdir=tmp_path)
-    assert_equal_trees(train(small_map_config(**plain), workdir=tmp_path), map_run[1])
+    train(small_map_config(training__total_steps=3), workdir=tmp_path)
+    assert_equal_trees(train(small_map_config(), workdir=tmp_path), map_run[1])
 
 
 SETTINGS = {
@@ -134,7 +133,7 @@ def test_experiments_that_cannot_be(config, message):
 def flow_run(tmp_path_factory):
     """(workdir, final state) of a flow with an inner head."""
     workdir = tmp_path_factory.mktemp("flow")
-    return workdir, train(small_flow_config(training__grid_steps=0), workdir=workdir)
+    return workdir, train(small_flow_config(), workdir=workdir)
 
 
 def test_a_map_begins_as_the_flow_that_it_is_made_of(flow_run, tmp_path):
