@@ -64,6 +64,17 @@ def configs():
             yield kind, {**plain, "sampling": {**plain["sampling"], **other}}
 
 
+def cases():
+    """(kind, config, section, name) of every attribute of every config; those of a network once,
+    since it is traced for each value."""
+    seen = set()
+    for kind, config in configs():
+        for section, name in attributes(config):
+            if section != "model" or (kind, name) not in seen:
+                yield kind, config, section, name
+            seen.add((kind, name))
+
+
 def attributes(config):
     """(section, name) of every attribute of a config, its defaults included."""
     yield "", "seed"
@@ -77,7 +88,7 @@ def attributes(config):
 
 @pytest.mark.parametrize(
     ("kind", "config", "section", "name"),
-    [(kind, config, *key) for kind, config in configs() for key in attributes(config)],
+    cases(),
     ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
 def test_any_value_is_taken_or_refused_in_one_line(kind, config, section, name):

@@ -26,6 +26,10 @@ class Plain:
 
     kind: ClassVar[str] = "none"
 
+    def needs_targets(self, update: int) -> bool:
+        """Return whether an update computes what tokens are compared with: never."""
+        return False
+
     def check(self, experiment: Any) -> None:
         """Nothing can be wrong with it, but a network that generates a class token needs REG."""
         if experiment.model.class_token:
@@ -50,6 +54,10 @@ class _OnTokens(limits.Section, name="representation"):
     depth: Count = 8
     weight: Annotated[float, at_least(0)] = 0.5
     stop_step: Annotated[CountOrZero, RESUMABLE] = 0
+
+    def needs_targets(self, update: int) -> bool:
+        """Return whether an update computes what tokens are compared with."""
+        return not self.stop_step or update < self.stop_step
 
     def check(self, experiment: Any) -> None:
         """Raise `UserError` if it does not go with a network or process."""
@@ -245,6 +253,10 @@ class REG(REPA):
     kind: ClassVar[str] = "reg"
 
     class_weight: Annotated[float, at_least(0)] = 0.03
+
+    def needs_targets(self, update: int) -> bool:
+        """Return whether an update computes them: always, the class token is data too."""
+        return True
 
     def check(self, experiment: Any) -> None:
         """Raise `UserError` also if the network has no such class token, or no flow."""

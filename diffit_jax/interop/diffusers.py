@@ -85,12 +85,7 @@ def load(
     names = "|".join(map(re.escape, {*table, *older}))
     with WeightFiles(weights_path, names) as file:
         renamed = {older.get(name, name): name for name in file.shapes}
-        missing = [f"missing {name}" for name in table if name not in renamed]
-        extra = [f"extra {name}" for theirs, name in renamed.items() if theirs not in table]
-        if missing or extra:
-            tensors.refuse(
-                weights_path, _KIND, missing, others=extra, hint=file.hint, remedy=_REMEDY
-            )
+        tensors.match_names(weights_path, _KIND, table, renamed, hint=file.hint, remedy=_REMEDY)
         side = module.factor
         shapes = models.variable_shapes(module, (side, side, module.image_channels))
         leaves = [

@@ -97,11 +97,8 @@ def load(
                 f"{module.width}, {module.depth} blocks, {module.registers} registers), the config "
                 f"asks for {size}: name that file, or change the encoder"
             )
-        expected = set(tensors.names_of(_table(module), module.depth))
-        missing = [f"missing {name}" for name in expected if name not in file.shapes]
-        extra = [f"extra {name}" for name in tensors.in_order(file.shapes.keys() - expected)]
-        if missing or extra:
-            tensors.refuse(weights, _KIND, missing, others=extra, hint=file.hint, remedy=_REMEDY)
+        expected = tensors.names_of(_table(module), module.depth)
+        tensors.match_names(weights, _KIND, expected, file.shapes, hint=file.hint, remedy=_REMEDY)
         leaves = _leaves_of(module)
         tensors.check(weights, _KIND, leaves, file, _REMEDY)
 

@@ -61,10 +61,7 @@ def load(
     weights_file = TorchFile(path) if path.suffix in (".pth", ".pt") else WeightFiles(path, pattern)
     with weights_file as file:
         found = {name for name in file.shapes if not name.endswith("num_batches_tracked")}
-        missing = [f"missing {name}" for name in table if name not in found]
-        extra = [f"extra {name}" for name in tensors.in_order(found - table.keys())]
-        if missing or extra:
-            tensors.refuse(path, _KIND, missing, others=extra, hint=file.hint, remedy=_REMEDY)
+        tensors.match_names(path, _KIND, table, found, hint=file.hint, remedy=_REMEDY)
         module = Inception(width=_width(file))
         shapes = models.variable_shapes(module, (SIDE, SIDE, 3))
         leaves = tensors.leaves_of(table, shapes, 0, {})

@@ -358,15 +358,8 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     of_class = shapes.get("class_embedder.proj.weight", ())
     table = _table(inner_head, qk_norm, bool(of_class))
     known = set(tensors.names_of(table, depth))
-    missing = [f"missing {name}" for name in tensors.in_order(known - shapes.keys())]
-    extra = [
-        f"extra {name}"
-        for name in tensors.in_order(
-            shapes.keys() - known - {_INDEX.format(layer) for layer in range(depth)}
-        )
-    ]
-    if missing or extra:
-        tensors.refuse(path, _KIND, missing, others=extra, hint=file.hint)
+    found = shapes.keys() - {_INDEX.format(layer) for layer in range(depth)}
+    tensors.match_names(path, _KIND, known, found, hint=file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """Return the size that most tensors have: (pattern, rank, their shape → the size)."""

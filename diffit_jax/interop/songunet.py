@@ -167,15 +167,13 @@ def _check_names(
 ) -> None:
     """Refuse tensors that are missing or of another network."""
     known = {name for leaf in leaves for name in leaf.names}
-    missing = [f"missing {name}" for name in tensors.in_order(known - file.shapes.keys())]
     taps = len(FAMILIES[module.family][3])
-    extra = [
-        f"extra {name}"
-        for name in tensors.in_order(file.shapes.keys() - known)
-        if not (name.endswith(_FILTER) and file.shapes[name] == (1, 1, taps, taps))
+    found = [
+        name
+        for name, shape in file.shapes.items()
+        if not (name.endswith(_FILTER) and shape == (1, 1, taps, taps))
     ]
-    if missing or extra:
-        tensors.refuse(path, _KIND, missing, others=extra, hint=file.hint)
+    tensors.match_names(path, _KIND, known, found, hint=file.hint)
 
 
 def leaves_of(module: SongUNet) -> list[Leaf]:

@@ -172,6 +172,23 @@ def check(
         refuse(path, kind, problems, remedy=remedy)
 
 
+def match_names(
+    path: epath.PathLike,
+    kind: str,
+    expected: Iterable[str],
+    found: Iterable[str],
+    *,
+    hint: str = "",
+    remedy: str = RELEASED,
+) -> None:
+    """Raise `UserError` unless a file has the expected tensors and no others, by their names."""
+    expected, found = set(expected), set(found)
+    missing = [f"missing {name}" for name in in_order(expected - found)]
+    extra = [f"extra {name}" for name in in_order(found - expected)]
+    if missing or extra:
+        refuse(path, kind, missing, others=extra, hint=hint, remedy=remedy)
+
+
 def refuse(
     path: epath.PathLike,
     kind: str,

@@ -365,9 +365,11 @@ def objective_of(experiment: Experiment) -> Objective:
     return _OF_MAPS if isinstance(experiment.process, FlowMap) else DENOISING
 
 
-def flops_per_image(experiment: Experiment) -> float:
+def flops_per_image(experiment: Experiment, update: int = 0) -> float:
     """Return the FLOPs of matrix products for an image of an update, without recomputation."""
     objective = objective_of(experiment)
+    if objective is _OF_TOKENS and not experiment.representation.needs_targets(update):
+        objective = DENOISING
     passes = training_flops(experiment.model) / 3 * objective.passes(experiment)
     return passes + objective.further_flops(experiment)
 

@@ -125,7 +125,9 @@ class Watch:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._device, self._devices = parallel.local_device(mesh), mesh.size
         self._batch_size = experiment.training.batch_size
-        self._flops_per_image = flops_per_image(experiment)
+        # By whether targets of a loss on tokens are computed: to count takes a second.
+        self._needs_targets = experiment.representation.needs_targets
+        self._flops_of = functools.cache(lambda _: flops_per_image(experiment, self._step))
         self._peak = peak_flops(self._device)
         self._compilations = Compilations()
         self._overhead_s, self._began = 0.0, time.monotonic()
@@ -174,17 +176,18 @@ class Watch:
         seconds = time.monotonic() - self._start
         rate = (step - self._step) / seconds
         per_chip = rate * self._batch_size / self._devices
+        flops = self._flops_of(self._needs_targets(self._step))
         values = {
             "steps_per_s": rate,
             "images_per_s": rate * self._batch_size,
             "images_per_s_per_chip": per_chip,
-            "tflops_per_s_per_chip": per_chip * self._flops_per_image / 1e12,
+            "tflops_per_s_per_chip": per_chip * flops / 1e12,
             "data_wait_share": self._waited / seconds,
             "compilations": float(self._compilations.count),
             "beside_share": self._overhead_s / max(time.monotonic() - self._began, 1e-9),
         }
         if self._peak:
-            values["mfu"] = per_chip * self._flops_per_image / self._peak
+            values["mfu"] = per_chip * flops / self._peak
         memory = (self._device.memory_stats() or {}).get("peak_bytes_in_use")
         if memory:
             values["device_memory_gb"] = memory / 1e9

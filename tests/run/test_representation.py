@@ -356,6 +356,14 @@ def test_the_encoder_costs_what_its_products_do():
     none = build(config | {"representation": {"kind": "none"}})
     share = flops_per_image(with_encoder) / flops_per_image(none) - 1
     assert 0.075 < share < 0.09
+    settings = {"kind": "repa", "stop_step": 3}
+    ends = build(config | {"representation": settings})
+    assert flops_per_image(ends, 2) == flops_per_image(with_encoder)
+    assert flops_per_image(ends, 3) == flops_per_image(none)
+    config["model"] |= {"class_token": 768}
+    config["process"] = {"name": "flow"}
+    goes_on = build(config | {"representation": settings | {"kind": "reg"}})
+    assert flops_per_image(goes_on, 3) == flops_per_image(goes_on) > flops_per_image(none)
     giga = representation.encoder_flops(with_encoder) / 2e9
     assert giga == pytest.approx(23, rel=0.03)  # multiply-adds at 257 tokens
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import warm
 from support.configs import small_latent_config
 from support.processes import at_question, checkpoints_of, environment, write_config
 
@@ -21,9 +22,10 @@ SLOW = {
 }
 
 
-def start(verb, folder, *flags, **more):
-    """A command in a process of its own, on two devices."""
-    command = [sys.executable, str(ROOT / "launch" / f"{verb}.py"), *map(str, flags)]
+def start(verb, folder, *flags, python=sys.executable, **more):
+    """A command in a process of its own, on two devices; it imports for itself if nothing else is
+    asked for."""
+    command = [python, str(ROOT / "launch" / f"{verb}.py"), *map(str, flags)]
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -110,7 +112,8 @@ def training(tmp_path):
     config = write_config(tmp_path / "config.py", small_latent_config(**LONG))
 
     def begin():
-        process, seen = start("train", tmp_path, "--config", config, "--workdir", "run"), []
+        flags, seen = ("--config", config, "--workdir", "run"), []
+        process = start("train", tmp_path, *flags, python=warm.python())
         for line in process.stderr:
             seen.append(line)
             if line.startswith("train "):
@@ -172,7 +175,8 @@ def test_ctrl_c_while_sampling_says_what_is_kept(latent_run, tmp_path):
         "--output",
         "s.npz",
     )
-    process, parts = start("sample", tmp_path, *flags), tmp_path / "s.npz.parts"
+    process = start("sample", tmp_path, *flags, python=warm.python())
+    parts = tmp_path / "s.npz.parts"
     wait_for(process, (parts / "00000006-00000008.npy").exists)
     process.send_signal(signal.SIGINT)
     status, errors = end(process)
