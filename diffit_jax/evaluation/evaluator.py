@@ -225,13 +225,13 @@ class Evaluator:
     def _of_dinov2(self, reference: np.ndarray, samples: np.ndarray) -> dict[str, float]:
         """Return the metrics of DINOv2's features of single images, (m, d) and (n, d)."""
         scores: dict[str, float] = {}
-        few = [_some(each, neighbours.MOST_POINTS) for each in (reference, samples)]
+        theirs, ours = (_some(each, neighbours.MOST_POINTS) for each in (reference, samples))
         if {*_MANIFOLDS, "f_score_dinov2"} & set(self.metrics):
-            found = neighbours.manifolds(*few)
+            found = neighbours.manifolds(theirs, ours)
             scores |= dict(zip(_MANIFOLDS, found, strict=True))
             scores["f_score_dinov2"] = found.f_score
         if "realism_dinov2" in self.metrics:
-            scores["realism_dinov2"] = float(np.median(neighbours.realism(*few)))
+            scores["realism_dinov2"] = float(np.median(neighbours.realism(theirs, ours)))
         if "kd_dinov2" in self.metrics:
             pair = kernel_distance(samples, reference)
             scores |= dict(zip(("kd_dinov2", "kd_dinov2_std"), pair, strict=True))
