@@ -11,6 +11,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation import classes
 from diffit_jax.evaluation.evaluator import WITH_DEVIATION, Comparison, Evaluator, check_count
 from diffit_jax.evaluation.images import DrawnImages, Images, open_samples
+from diffit_jax.evaluation.reference import METRICS
 from diffit_jax.runtime import backend, distributed, files, hub, parallel
 from diffit_jax.sampling.request import Run, SampleRequest, SamplingOptions, Weights
 
@@ -18,25 +19,6 @@ log = logging.getLogger(__name__)
 
 COUNT = 50_000  # samples of ADM's protocol, where they are drawn
 METRICS_SUFFIX = ".metrics.json"
-_TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-    "fd_dinov2": "FD-DINOv2",
-    "precision_dinov2": "precision (DINOv2)",
-    "recall_dinov2": "recall (DINOv2)",
-    "density_dinov2": "density (DINOv2)",
-    "coverage_dinov2": "coverage (DINOv2)",
-    "kd_dinov2": "KD (DINOv2)",
-    "mind_dinov2": "MIND (DINOv2)",
-    "mmd_dinov2": "MMD (DINOv2)",
-    "f_score_dinov2": "F-score (DINOv2)",
-    "realism_dinov2": "realism (DINOv2)",
-    "fd_infinity_dinov2": "FD∞ (DINOv2)",
-}
 
 
 @backend.reproducible_numerics()
@@ -107,7 +89,7 @@ def evaluate(
         if name in evaluator.metrics and (count or fewest) <= sizes[key]:
             log.warning(
                 "%s of %d samples in %d features is far above that of many: measure more than %d",
-                *(_TITLES[name], count or fewest, sizes[key], sizes[key]),
+                *(METRICS[name].title, count or fewest, sizes[key], sizes[key]),
             )
 
     # --- Measure and compare, one set after the other. What is measured stays until all is:
@@ -171,15 +153,17 @@ def table(scores: Mapping[str, Any]) -> str:
     """Format the scores of `evaluate` as text."""
     metrics, protocol = scores["metrics"], scores["protocol"]
     lines = [
-        f"{_TITLES[name]:20}{value:12.5f}"
+        f"{METRICS[name].title:20}{value:12.5f}"
         + (f" ± {metrics[f'{name}_std']:.5f}" if name in WITH_DEVIATION else "")
         for name, value in metrics.items()
-        if name in _TITLES
+        if name in METRICS
     ]
     reference = epath.Path(protocol["reference"]["path"]).name
     for one in scores.get("sets", ()):
         name = "fid" if "fid" in one["metrics"] else "fd_dinov2"
-        lines.append(f"{_TITLES[name]} of seeds {one['seeds']:20}{one['metrics'][name]:12.5f}")
+        lines.append(
+            f"{METRICS[name].title} of seeds {one['seeds']:20}{one['metrics'][name]:12.5f}"
+        )
     rules = [protocol["resize"]] if "resize" in protocol else []
     rules += [f"{protocol['dinov2']['resize']} (DINOv2)"] if "dinov2" in protocol else []
     lines.append(

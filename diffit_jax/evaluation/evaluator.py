@@ -37,7 +37,9 @@ _OF_IMAGES = frozenset(("precision", "recall", "kid"))
 _MANIFOLDS = tuple(f"{name}_dinov2" for name in neighbours.Manifolds._fields)
 _INFINITY = "fd_infinity_dinov2"
 _OF_DINOV2 = frozenset(
-    name for name, key in METRICS.items() if space_of(name) == "dinov2" and key == "arr_0"
+    name
+    for name, metric in METRICS.items()
+    if space_of(name) == "dinov2" and metric.needs == "arr_0"
 )
 WITH_DEVIATION = ("kid", "kd_dinov2")  # whose standard deviation is told too, as NAME_std
 
@@ -50,7 +52,7 @@ class Comparison:
       reference: npz file of statistics, see `evaluation.reference`; `hf://` too.
       inception: weights of the FID network, see `interop.inception`; "": no metrics of it.
       metrics: names in `METRICS`; None: those that the reference has what it takes for, but
-        `reference.ON_DEMAND`.
+        those on demand.
       resize: how images come to 299 pixels, a name in `inception.RULES`: ADM's, or pytorch-fid's.
       dinov2: weights of DINOv2, see `interop.dinov2`; "": no metrics of it.
       dinov2_resize: how images come to it, a name in `resizing.DISTANCE_RULES`.

@@ -22,36 +22,43 @@ from diffit_jax.runtime import files, npz
 
 log = logging.getLogger(__name__)
 
-# Metric → the key of a reference that it needs; "" is none.
-METRICS: Mapping[str, str] = {
-    "fid": "mu",
-    "sfid": "mu_s",
-    "inception_score": "",
-    "precision": "arr_0",
-    "recall": "arr_0",
-    "kid": "arr_0",
-    "fd_dinov2": "mu_dinov2",
-    "precision_dinov2": "arr_0",
-    "recall_dinov2": "arr_0",
-    "density_dinov2": "arr_0",
-    "coverage_dinov2": "arr_0",
-    "kd_dinov2": "arr_0",
-    "mind_dinov2": "arr_0",
-    "mmd_dinov2": "arr_0",
-    "f_score_dinov2": "arr_0",
-    "realism_dinov2": "arr_0",
-    "fd_infinity_dinov2": "mu_dinov2",
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a metric is called, and what it takes.
+
+    Attributes:
+      title: in tables.
+      needs: the key of a reference; "": none.
+      on_demand: whether it is computed only where it is asked for.
+      more_is_better: whether the best of several samples has the highest value.
+    """
+
+    title: str
+    needs: str
+    on_demand: bool = False
+    more_is_better: bool = False
+
+
+METRICS: Mapping[str, Metric] = {
+    "fid": Metric("FID", "mu"),
+    "sfid": Metric("sFID", "mu_s"),
+    "inception_score": Metric("Inception Score", "", more_is_better=True),
+    "precision": Metric("precision", "arr_0", more_is_better=True),
+    "recall": Metric("recall", "arr_0", more_is_better=True),
+    "kid": Metric("KID", "arr_0", on_demand=True),
+    "fd_dinov2": Metric("FD-DINOv2", "mu_dinov2"),
+    "precision_dinov2": Metric("precision (DINOv2)", "arr_0", more_is_better=True),
+    "recall_dinov2": Metric("recall (DINOv2)", "arr_0", more_is_better=True),
+    "density_dinov2": Metric("density (DINOv2)", "arr_0", more_is_better=True),
+    "coverage_dinov2": Metric("coverage (DINOv2)", "arr_0", more_is_better=True),
+    "kd_dinov2": Metric("KD (DINOv2)", "arr_0", on_demand=True),
+    "mind_dinov2": Metric("MIND (DINOv2)", "arr_0", on_demand=True),
+    "mmd_dinov2": Metric("MMD (DINOv2)", "arr_0", on_demand=True),
+    "f_score_dinov2": Metric("F-score (DINOv2)", "arr_0", on_demand=True, more_is_better=True),
+    "realism_dinov2": Metric("realism (DINOv2)", "arr_0", on_demand=True, more_is_better=True),
+    "fd_infinity_dinov2": Metric("FD∞ (DINOv2)", "mu_dinov2", on_demand=True),
 }
-# Those that are computed only where they are asked for.
-ON_DEMAND = (
-    "kid",
-    "kd_dinov2",
-    "mind_dinov2",
-    "mmd_dinov2",
-    "f_score_dinov2",
-    "realism_dinov2",
-    "fd_infinity_dinov2",
-)
 SIZES: Mapping[str, int] = {"mu": 2048, "mu_s": 2023, "mu_dinov2": 1024}  # of features
 COVARIANCES: Mapping[str, str] = {"mu": "sigma", "mu_s": "sigma_s", "mu_dinov2": "sigma_dinov2"}
 
@@ -134,7 +141,7 @@ class Reference:
     ) -> list[str]:
         """Return the metrics to compute: those asked for, or (None) those that it serves.
 
-        The latter without `ON_DEMAND`.
+        The latter without those on demand.
 
         Args:
           asked: names in `METRICS`.
@@ -154,16 +161,20 @@ class Reference:
                 )
             if not self._serves(name):
                 raise UserError(
-                    f"--reference {self.path} has no {METRICS[name]}, which {name} needs"
+                    f"--reference {self.path} has no {METRICS[name].needs}, which {name} needs"
                     f"{self._on_images(name)}: leave {name} out of --metrics, or use a reference "
                     "that has it"
                 )
         if asked:
             return list(dict.fromkeys(asked))
-        possible = [name for name in METRICS if space_of(name) in spaces and name not in ON_DEMAND]
+        possible = [
+            name
+            for name, metric in METRICS.items()
+            if space_of(name) in spaces and not metric.on_demand
+        ]
         for name in possible:
             if not self._serves(name):
-                needed = f"no {METRICS[name]}{self._on_images(name)}"
+                needed = f"no {METRICS[name].needs}{self._on_images(name)}"
                 log.info("without %s: %s has %s", name, self.path.name, needed)
         found = [name for name in possible if self._serves(name)]
         if not found:
@@ -196,12 +207,12 @@ class Reference:
         }
 
     def _serves(self, metric: str) -> bool:
-        key = METRICS[metric]
+        key = METRICS[metric].needs
         return not key or key in self.statistics or (key == "arr_0" and self.images is not None)
 
     def _on_images(self, metric: str) -> str:
         """Hint for users who mistake the reference's images for the whole data set."""
-        if self.images is None or METRICS[metric] == "arr_0":
+        if self.images is None or METRICS[metric].needs == "arr_0":
             return ""
         return (
             f" (its {self.images.count} images are for precision and recall; statistics are of "

@@ -16,6 +16,7 @@ from diffit_jax.errors import UserError
 from diffit_jax.evaluation.evaluator import Comparison, Evaluator, check_count
 from diffit_jax.evaluation.images import DrawnImages
 from diffit_jax.evaluation.measuring import protocol_of
+from diffit_jax.evaluation.reference import METRICS
 from diffit_jax.experiment import sections
 from diffit_jax.run.state import setup_experiment
 from diffit_jax.runtime import backend, console, distributed, files
@@ -27,10 +28,6 @@ COUNT = 5_000  # samples of each point
 SCALE = "guidance.scale"
 # Keys of a source, not of sampling; each has its weights.
 OF_SOURCE: Mapping[str, type] = {"ema_length": float, "checkpoint": int}
-HIGHER_IS_BETTER = (
-    "inception_score", "precision", "recall",
-    "precision_dinov2", "recall_dinov2", "density_dinov2", "coverage_dinov2",
-)  # fmt: skip
 
 Settings = dict[str, Any]
 
@@ -52,7 +49,7 @@ class Swept:
     @property
     def best(self) -> Mapping[str, Any]:
         """The point with the best score."""
-        sign = -1 if self.metric in HIGHER_IS_BETTER else 1
+        sign = -1 if METRICS[self.metric].more_is_better else 1
         return min(self.points, key=lambda point: sign * point["metrics"][self.metric])
 
     def edges(self) -> list[str]:

@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 from support.golden import GOLDEN
+from support.processes import ROOT
 
 from diffit_jax.errors import UserError
 from diffit_jax.evaluation import measuring, neighbours
@@ -255,6 +257,14 @@ def test_scores_are_those_of_the_features(place, tmp_path):
     assert "FD-DINOv2" in text and "dgm_eval (DINOv2)" in text
     reference = Reference.load(place / "reference.npz", extractor.sizes)
     assert reference.chosen(None, ["dinov2"]) == ALL[:5]
+
+
+@pytest.mark.parametrize(
+    ("path", "names"), [("diffit_jax/cli/shared.py", METRICS), ("configs/EVALUATION.md", ALL)]
+)
+def test_every_metric_is_in_the_flags_help_and_on_the_page(path, names):
+    text = (ROOT / path).read_text()
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_both_networks_in_one_pass(place, tmp_path):
