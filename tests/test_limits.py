@@ -66,11 +66,12 @@ def configs():
 
 def cases():
     """(kind, config, section, name) of every attribute of every config; those of a network once,
-    since it is traced for each value."""
+    since it is traced for each value, but for those that samplers and guidance look at."""
     seen = set()
     for kind, config in configs():
         for section, name in attributes(config):
-            if section != "model" or (kind, name) not in seen:
+            looked_at = name in ("num_classes", "learn_sigma")
+            if section != "model" or looked_at or (kind, name) not in seen:
                 yield kind, config, section, name
             seen.add((kind, name))
 

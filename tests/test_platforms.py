@@ -83,6 +83,16 @@ def test_an_update_left_out_by_a_branch_is_one_left_out_by_a_choice(as_cpu):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_initialisation_is_compiled_as_the_entry_says(as_cpu):
+    """With the option that users have: the same weights, but for rounding."""
+    setup, states = setup_experiment(small_latent_config()), []
+    for once in ({"xla_backend_optimization_level": 1}, None):
+        as_cpu(once=once)
+        states.append(create_state(setup.experiment, setup.mesh))
+    for one, other in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
 def test_slices_and_attention_follow_the_entry(as_cpu):
     mesh = parallel.make_mesh()
     model = build(small_latent_config(model__attention="auto")).model

@@ -35,12 +35,12 @@ from diffit_jax.runtime import distributed, hub
 # Metrics that need the features of single samples; all but the last, of both sides.
 _OF_IMAGES = frozenset(("precision", "recall", "kid"))
 _MANIFOLDS = tuple(f"{name}_dinov2" for name in neighbours.Manifolds._fields)
-_INFINITY = "fd_infinity_dinov2"
 _OF_DINOV2 = frozenset(
     name
     for name, metric in METRICS.items()
     if space_of(name) == "dinov2" and metric.needs == "arr_0"
 )
+_INFINITY = "fd_infinity_dinov2"
 WITH_DEVIATION = ("kid", "kd_dinov2")  # whose standard deviation is told too, as NAME_std
 
 

@@ -233,8 +233,7 @@ def realism(
     """Return how real each sample looks (Kynkäänniemi et al. 2019, equation 3), (n,) float64.
 
     The largest ratio of a ball's radius to the sample's distance from its centre, over the half of
-    the reference whose balls are small: above 1 inside one of them, bounded at a centre by rounding
-    alone.
+    the reference whose balls are small: above 1 inside one of them, very large at a centre.
 
     Args:
       reference: (m, d) features.
@@ -245,14 +244,14 @@ def realism(
       UserError: m is not above `neighbours`.
     """
     _check_counts(reference, reference, neighbours, "realism scores")
-    radii_of = _squared_radii(reference, neighbours)
-    small = radii_of < np.median(radii_of)
+    squared = np.clip(_squared_radii(reference, neighbours), 0, None)
+    small = squared < np.median(squared)
     if not small.any():  # all alike
         small[:] = True
-    ratios = []
-    for part in squared_distances(samples, reference[small]):
-        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0: a ball of one point
-            ratios.append(np.fmax.reduce(radii_of[small] / np.clip(part, 0, None), axis=1))
+    # Distances below the rounding of their squares are that, so that nothing is divided by 0.
+    least = max(1e-12 * float(np.square(reference, dtype=np.float64).sum(1).mean()), 1e-300)
+    parts = squared_distances(samples, reference[small])
+    ratios = [(squared[small] / np.maximum(part, least)).max(axis=1) for part in parts]
     return np.sqrt(np.concatenate(ratios))
 
 

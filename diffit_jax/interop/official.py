@@ -359,7 +359,7 @@ def _infer_module(path: epath.PathLike, file: WeightFiles) -> LatentDiffiT:
     table = _table(inner_head, qk_norm, bool(of_class))
     known = set(tensors.names_of(table, depth))
     found = shapes.keys() - {_INDEX.format(layer) for layer in range(depth)}
-    tensors.match_names(path, _KIND, known, found, hint=file.hint)
+    tensors.match_names(path, _KIND, tensors.in_order(known), found, hint=file.hint)
 
     def vote(*witnesses: tuple[str, int, Callable[[tuple[int, ...]], int]]) -> int:
         """Return the size that most tensors have: (pattern, rank, their shape → the size)."""

@@ -173,7 +173,7 @@ def _check_names(
         for name, shape in file.shapes.items()
         if not (name.endswith(_FILTER) and shape == (1, 1, taps, taps))
     ]
-    tensors.match_names(path, _KIND, known, found, hint=file.hint)
+    tensors.match_names(path, _KIND, tensors.in_order(known), found, hint=file.hint)
 
 
 def leaves_of(module: SongUNet) -> list[Leaf]:

@@ -181,10 +181,13 @@ def match_names(
     hint: str = "",
     remedy: str = RELEASED,
 ) -> None:
-    """Raise `UserError` unless a file has the expected tensors and no others, by their names."""
-    expected, found = set(expected), set(found)
-    missing = [f"missing {name}" for name in in_order(expected - found)]
-    extra = [f"extra {name}" for name in in_order(found - expected)]
+    """Raise `UserError` unless a file has the expected tensors and no others, by their names.
+
+    Missing ones are named in the order in which they are expected.
+    """
+    expected, found = list(expected), set(found)
+    missing = [f"missing {name}" for name in expected if name not in found]
+    extra = [f"extra {name}" for name in in_order(found.difference(expected))]
     if missing or extra:
         refuse(path, kind, missing, others=extra, hint=hint, remedy=remedy)
 

@@ -50,11 +50,11 @@ class Objective:
         """Return those of the terms that are the process's."""
         return process.loss_terms
 
-    def passes(self, experiment: Experiment) -> float:
+    def passes(self, experiment: Experiment, update: int = 0) -> float:
         """Return how many forward passes an example costs; the backward pass is two."""
         return 3
 
-    def further_flops(self, experiment: Experiment) -> float:
+    def further_flops(self, experiment: Experiment, update: int = 0) -> float:
         """Return the FLOPs of matrix products for an example beside those passes."""
         return 0.0
 
@@ -128,7 +128,7 @@ class MapObjective(Objective):
     parts too (`training.accumulation`), which take every n-th example.
     """
 
-    def passes(self, experiment: Experiment) -> float:
+    def passes(self, experiment: Experiment, update: int = 0) -> float:
         """Return 3, and those for guidance and for the derivative: two for each r < t."""
         process: Any = experiment.process
         return 3 + process.velocities + 2 * process.share
@@ -189,13 +189,15 @@ class RepresentationObjective(Objective):
         of_class = (CLASS_LOSS,) if isinstance(settings, REG) else ()
         return (*super().terms(experiment), *own, *of_class)
 
-    def passes(self, experiment: Experiment) -> float:
-        """Return 3, and SRA's teacher up to its block."""
-        return 3 + representation.teacher_share(experiment)
+    def passes(self, experiment: Experiment, update: int = 0) -> float:
+        """Return 3, and SRA's teacher up to its block, until the loss on tokens ends."""
+        targets = experiment.representation.needs_targets(update)
+        return 3 + (representation.teacher_share(experiment) if targets else 0.0)
 
-    def further_flops(self, experiment: Experiment) -> float:
-        """Return those of the projector and the encoder."""
-        return representation.further_flops(experiment)
+    def further_flops(self, experiment: Experiment, update: int = 0) -> float:
+        """Return those of the projector, and of the encoder until the loss on tokens ends."""
+        targets = experiment.representation.needs_targets(update)
+        return representation.further_flops(experiment, targets)
 
     def abstract(self, experiment: Experiment, mesh: Mesh) -> Mapping[str, Any]:
         """Return the encoder's shapes, if its tokens are made in the step."""
@@ -368,10 +370,8 @@ def objective_of(experiment: Experiment) -> Objective:
 def flops_per_image(experiment: Experiment, update: int = 0) -> float:
     """Return the FLOPs of matrix products for an image of an update, without recomputation."""
     objective = objective_of(experiment)
-    if objective is _OF_TOKENS and not experiment.representation.needs_targets(update):
-        objective = DENOISING
-    passes = training_flops(experiment.model) / 3 * objective.passes(experiment)
-    return passes + objective.further_flops(experiment)
+    passes = training_flops(experiment.model) / 3 * objective.passes(experiment, update)
+    return passes + objective.further_flops(experiment, update)
 
 
 class Inputs(NamedTuple):

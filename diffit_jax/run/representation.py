@@ -272,8 +272,11 @@ def encoder_of_features(experiment: Experiment) -> dict[str, str]:
     return {"network": settings.encoder, "positions": settings.positions}
 
 
-def further_flops(experiment: Experiment) -> float:
-    """Return the FLOPs of matrix products that the loss adds for an image of an update."""
+def further_flops(experiment: Experiment, targets: bool = True) -> float:
+    """Return the FLOPs of matrix products that the loss adds for an image of an update.
+
+    `targets`: whether what tokens are compared with is computed, see `needs_targets`.
+    """
     settings, model = experiment.representation, experiment.model
     if not isinstance(settings, REPA | SRA):
         return 0.0
@@ -281,7 +284,7 @@ def further_flops(experiment: Experiment) -> float:
     tokens = jax.ShapeDtypeStruct((1, int(np.prod(shape[:-1])), shape[-1]), jnp.float32)
     params = jax.eval_shape(lambda: init_projector(experiment, jax.random.key(0)))
     added = 3 * _flops(project, params, tokens)
-    return added + (encoder_flops(experiment) if isinstance(settings, REPA) else 0.0)
+    return added + (encoder_flops(experiment) if targets and isinstance(settings, REPA) else 0.0)
 
 
 def encoder_flops(experiment: Experiment) -> float:

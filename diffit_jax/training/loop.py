@@ -168,10 +168,10 @@ class Watch:
 
         Returns:
           `steps_per_s`, `images_per_s`, `images_per_s_per_chip`, `tflops_per_s_per_chip` (of matrix
-          products, three forward passes for each image), `data_wait_share`, `compilations` since
-          the run began its loop, `beside_share` (of the time since then what was no training, but
-          grids and evaluations), and where they are known `mfu` (of the device's dense bfloat16
-          peak) and `device_memory_gb`, the largest so far.
+          products, as of the interval's first batch), `data_wait_share`, `compilations` since the
+          run began its loop, `beside_share` (of the time since then what was no training, but grids
+          and evaluations), and where they are known `mfu` (of the device's dense bfloat16 peak) and
+          `device_memory_gb`, the largest so far.
         """
         seconds = time.monotonic() - self._start
         rate = (step - self._step) / seconds

@@ -39,24 +39,37 @@ def executed(name, **parameters):
     return images, "".join(output.get("text", "") for output in outputs)
 
 
+def cut_off(folder, patch):
+    """No data, no network, and commands that start at once."""
+    patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+    patch.setenv("PYTHON", warm.python())
+    return folder
+
+
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """A folder to write to; no data, no network, and commands that start at once."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("PYTHON", warm.python())
-    return tmp_path
+    """A folder to write to, cut off."""
+    return cut_off(tmp_path, monkeypatch)
 
 
-def test_quickstart(alone):
-    images, _ = executed("quickstart", total_steps=3, workdir=str(alone / "run"))
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """(its images, its run), which the next notebook takes up, as it does by default."""
+    with pytest.MonkeyPatch.context() as patch:
+        run = cut_off(tmp_path_factory.mktemp("quickstart"), patch) / "run"
+        return executed("quickstart", total_steps=3, workdir=str(run))[0], run
+
+
+def test_quickstart(quickstart):
+    images, run = quickstart
     assert len(images) == 2
-    assert (alone / "run" / "checkpoints" / "3").exists()
+    assert (run / "checkpoints" / "3").exists()
 
 
-def test_attention_over_time_of_digits_and_of_random_weights(alone):
-    places = dict(workdir=str(alone / "run"), output=str(alone / "out"))
+def test_attention_over_time_of_digits_and_of_random_weights(quickstart, alone):
+    places = dict(workdir=str(quickstart[1]), output=str(alone / "out"))
     images, said = executed("attention_over_time", total_steps=3, images=2, steps=4, **places)
     assert len(images) == 8 and "Random weights are used instead" in said
     for folder in (alone / "out", alone / "out" / "released"):

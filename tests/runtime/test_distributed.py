@@ -110,7 +110,8 @@ LONG = dict(
 def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
     """Only the second process is told; both save the same step and end with the status that means:
     run me again."""
-    pair = Pair(tmp_path, small_latent_config(**LONG))
+    long = LONG | dict(training__grid_steps=10_000)  # and at the end
+    pair = Pair(tmp_path, small_latent_config(**long))
     pair.wait_for(tmp_path / "run" / "checkpoints" / "20")
     pair.processes[1].send_signal(signal.SIGTERM)
     statuses, texts = pair.wait()
@@ -123,11 +124,12 @@ def test_sigterm_to_one_saves_both_and_the_run_goes_on(tmp_path):
     )
     assert "starting at step 0" in texts[0] and "starting" not in texts[1]  # one speaks
 
-    again = Pair(tmp_path, small_latent_config(**LONG | dict(training__total_steps=saved + 3)))
+    again = Pair(tmp_path, small_latent_config(**long | dict(training__total_steps=saved + 3)))
     statuses, texts = again.wait()
     assert statuses == [0, 0] and f"resuming at step {saved} of {saved + 3}" in texts[0], texts
     assert checkpoints_of(tmp_path / "run")[-1] == saved + 3
     assert (tmp_path / "run" / "ema_snapshots" / str(saved + 3)).exists()
+    assert (tmp_path / "run" / "grids" / f"{saved + 3:08d}.png").exists()
     assert f"step {saved + 3}: held-out loss ema" in texts[0]
     assert (
         json.loads((tmp_path / "run" / "config.json").read_text())["training"]["total_steps"]

@@ -255,7 +255,9 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     it had been one mesh."""
     whole = train(small_latent_config(), workdir=tmp_path / "whole")
     train(
-        small_latent_config(mesh={"data": 1, "fsdp": 2}, training__total_steps=3),
+        small_latent_config(
+            mesh={"data": 1, "fsdp": 2}, training__total_steps=3, training__grid_steps=3
+        ),
         workdir=tmp_path / "run",
     )
     state = train(small_latent_config(training__accumulation=2), workdir=tmp_path / "run")

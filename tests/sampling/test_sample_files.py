@@ -379,7 +379,7 @@ def test_a_run_whose_averages_are_not_finite(tmp_path, monkeypatch):
     from diffit_jax.run import state as train_state
     from diffit_jax.training import train as train_verb
 
-    config = small_config(training__total_steps=4)
+    config = small_config(training__total_steps=4, training__grid_steps=4)
     # A checkpoint of a version that did not look.
     monkeypatch.setattr(train_state, "all_finite", lambda _: True)
 

@@ -5,6 +5,7 @@ import itertools
 import os
 import socket
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,9 +29,12 @@ OPTIMISED = {"xla_backend_optimization_level": 2}
 
 def compile_quickly():
     """Leaves optimisation out where the package asks for a little of it too: initialisation takes
-    half of the time to compile."""
+    half of the time to compile. Its last bits differ then, so not where commands import for
+    themselves."""
     from diffit_jax import platforms
 
+    if warm.python() == sys.executable:
+        return
     cpu = platforms.PLATFORMS["cpu"]
     platforms.PLATFORMS["cpu"] = dataclasses.replace(cpu, once=None)
 

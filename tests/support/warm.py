@@ -17,6 +17,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 _SOCKET = "DIFFIT_JAX_WARM"
@@ -74,6 +75,9 @@ def ask(arguments: list[str]) -> None:
     place = os.environ.get(_SOCKET, "")
     kept = f"{place}.environment"
     fresh = not arguments or not (arguments[0].endswith(".py") or arguments[0] == "-m")
+    deadline = time.monotonic() + 60  # at the beginning of a suite the server still imports
+    while not fresh and not os.path.exists(kept) and time.monotonic() < deadline:
+        time.sleep(0.1)
     if not fresh and os.path.exists(kept):
         with open(kept) as file:
             fresh = json.load(file) != _read_early(dict(os.environ))

@@ -235,7 +235,8 @@ def save_then_jump(*arguments):  # which is done when the clock jumps
     offset[0] = next(jumps, 0.0)
 
 verb.save_state = save_then_jump
-verb.train(small_latent_config(training__checkpoint_minutes=10.0), workdir={workdir!r})
+config = small_latent_config(training__checkpoint_minutes=10.0, training__log_steps=1)
+verb.train(config, workdir={workdir!r})
 """
 
 

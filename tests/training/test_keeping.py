@@ -161,7 +161,8 @@ def test_a_grid_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog, monkeyp
         )
 
     monkeypatch.setattr(train_verb.Sampler, "draw_batch", full)
-    assert int(train(small_latent_config(), workdir=tmp_path / "other").step) == 6
+    config = small_latent_config(training__grid_steps=6)
+    assert int(train(config, workdir=tmp_path / "other").step) == 6
     assert (
         "00000006.png could not be drawn: memory ran out (" in caplog.text
         and "fewer training.grid_images" in caplog.text

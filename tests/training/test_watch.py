@@ -6,12 +6,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from support.configs import small_config, small_latent_config
+from support.configs import small_config, small_latent_config, small_token_config
 
 from diffit_jax.data.sources import batches
 from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit.image import ImageDiffiT
 from diffit_jax.models.model import traced_multiply_adds
+from diffit_jax.run.objective import flops_per_image
 from diffit_jax.run.state import create_state, open_training_data, setup_experiment
 from diffit_jax.runtime import parallel
 from diffit_jax.training.loop import Compilations, Watch
@@ -59,6 +60,21 @@ def test_report(monkeypatch):
     )
     clock[0] += 1
     assert watch.report(31)["steps_per_s"] == 1
+
+
+def test_an_encoder_counts_until_its_loss_ends(monkeypatch):
+    experiment = build(small_token_config("repa", representation__stop_step=30))
+    clock, watch = [0.0], Watch(experiment, parallel.make_mesh())
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watch.start(10)
+    found = []
+    for step in (20, 30, 40, 50):
+        clock[0] += 1
+        values = watch.report(step)
+        found.append(values["tflops_per_s_per_chip"] * 1e12 / values["images_per_s_per_chip"])
+    expected = [flops_per_image(experiment, update) for update in (10, 20, 30, 40)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert expected[0] == expected[1] > expected[2] == expected[3]
 
 
 @pytest.mark.parametrize("config", [small_config(), small_latent_config(training__accumulation=2)])
