@@ -171,7 +171,7 @@ def get_config(argument):
             config.model.update(channels=(8,), num_blocks=(1,), head_width=8, time_width=16)
         else:
             config.model.update(hidden_size=16, depth=1, num_heads=2)
-        config.training.update(batch_size=4, total_steps=2, grid_images=1)
+        config.training.update(batch_size=8, total_steps=2, grid_images=1)
         config.sampling.sampler.num_steps = 2
     return config
 """
@@ -250,7 +250,11 @@ def stood_in(text):
     return text
 
 
-def run(line, folder, devices=1, timeout=300):
+# Lines hold on any number: DIFFIT_JAX_PAGES_DEVICES=8 bash tests/run.sh tests/launch/test_pages.py
+DEVICES = int(os.environ.get("DIFFIT_JAX_PAGES_DEVICES", "1"))
+
+
+def run(line, folder, devices=DEVICES, timeout=300):
     """A line in a shell, with the environment's Python under its usual name."""
     line = stood_in(line)
     bin = with_python(folder / "bin")
