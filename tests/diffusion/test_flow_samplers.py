@@ -2,6 +2,8 @@
 
 Float32 bounds are those of the golden data (originals to 4e-7 of float64 formulas)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,7 +180,7 @@ def test_steps_in_time_are_the_better_grid():
     assert in_time < 0.5 * on_edms_levels and in_time < along_the_path
 
 
-QUICK = {"compiler_options": OPTIMISED}
+optimised = functools.partial(jax.jit, compiler_options=OPTIMISED)
 SDE_CASES = {
     "sigma": dict(),
     "linear, heun": dict(diffusion="linear", solver="heun"),
@@ -201,7 +203,7 @@ def test_stochastic_samples_are_of_the_mixture(name, case):
     flow, sampler, count = FLOWS[name], SDE(200, **SDE_CASES[case]), 20_000
     noise = samplers.seeded_noise(jnp.arange(2, dtype=jnp.uint32), (100, 100, 1))
     evaluate = sampler.model_fn(flow, ideal_network(flow))
-    draw = jax.jit(lambda: sampler.draw(flow, unguided(evaluate), noise, {}).samples, **QUICK)
+    draw = optimised(lambda: sampler.draw(flow, unguided(evaluate), noise, {}).samples)
     share = np.mean(np.asarray(draw()).reshape(-1, 1) <= [-1.0, -0.5, 0.2, 0.6, 0.9], axis=0)
     exact = cumulative(np.array([-1.0, -0.5, 0.2, 0.6, 0.9]))
     bound = 4 * np.sqrt(exact * (1 - exact) / count) + 0.01
@@ -214,7 +216,7 @@ def test_churn_along_a_flow_samples_the_mixture():
     sampler.check(flow)
     noise = samplers.seeded_noise(jnp.arange(2, dtype=jnp.uint32), (100, 100, 1))
     evaluate = sampler.model_fn(flow, ideal_network(flow))
-    draw = jax.jit(lambda: sampler.draw(flow, unguided(evaluate), noise, {}).samples, **QUICK)
+    draw = optimised(lambda: sampler.draw(flow, unguided(evaluate), noise, {}).samples)
     share = np.mean(np.asarray(draw()).reshape(-1, 1) <= [-1.0, -0.5, 0.2, 0.6, 0.9], axis=0)
     exact = cumulative(np.array([-1.0, -0.5, 0.2, 0.6, 0.9]))
     assert np.all(np.abs(share - exact) < 4 * np.sqrt(exact * (1 - exact) / count) + 0.01)

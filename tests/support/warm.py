@@ -74,7 +74,7 @@ def ask(arguments: list[str]) -> None:
     """Runs `python ARGUMENTS` through the server, and ends as that does."""
     place = os.environ.get(_SOCKET, "")
     kept = f"{place}.environment"
-    fresh = not arguments or not (arguments[0].endswith(".py") or arguments[0] == "-m")
+    fresh = not (place and arguments and (arguments[0].endswith(".py") or arguments[0] == "-m"))
     deadline = time.monotonic() + 60  # at the beginning of a suite the server still imports
     while not fresh and not os.path.exists(kept) and time.monotonic() < deadline:
         time.sleep(0.1)
