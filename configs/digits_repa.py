@@ -1,8 +1,8 @@
 """Losses on tokens, on 8×8 handwritten digits: the network of `digits_latent_flow`.
 
-`--config configs/digits_repa.py` is REPA, `:reg`, `:sra`, `:dispersive` or `:none` after the name
-another loss, or none. The encoder stands in for DINOv2: it is small, and was trained on digits'
-labels (tests/studies/digits_encoder.py). Figures: configs/RECIPES.md.
+`--config configs/digits_repa.py` is REPA, `:reg`, `:sra`, `:self_flow`, `:dispersive` or `:none`
+after the name another loss, or none. The encoder stands in for DINOv2: it is small, and was trained
+on digits' labels (tests/studies/digits_encoder.py). Figures: configs/RECIPES.md.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffit_jax.errors import UserError
 
-KINDS = ("repa", "reg", "sra", "dispersive", "none")
+KINDS = ("repa", "reg", "sra", "self_flow", "dispersive", "none")
 
 
 def get_config(kind: str = "repa") -> ConfigDict:
@@ -25,7 +25,7 @@ def get_config(kind: str = "repa") -> ConfigDict:
         settings |= dict(depth=1)  # of four blocks, as 8 of 28
     if kind in ("repa", "reg"):
         settings |= dict(encoder="digits", encoder_dtype="float32", projector_width=256)
-    if kind == "sra":
+    if kind in ("sra", "self_flow"):
         settings |= dict(teacher_depth=3)
     if kind == "dispersive":
         settings |= dict(group=32)

@@ -70,6 +70,14 @@ class _OnTokens(limits.Section, name="representation"):
             Plain().check(experiment)
         self.tokens(experiment.model, "depth")
 
+    def grid(self, model: Model) -> tuple[int, int]:
+        """Return rows and columns of the network's tokens."""
+        shape = self.tokens(model, "depth")
+        if len(shape) == 3:
+            return shape[0], shape[1]
+        side = round((shape[0] - bool(model.class_token)) ** 0.5)
+        return side, side
+
     def tokens(self, model: Model, key: str) -> tuple[int, ...]:
         """Return the shape of an example's tokens behind a block: (L, C), or (H, W, C).
 
@@ -133,32 +141,29 @@ class Dispersive(_OnTokens):
 
 
 @dataclasses.dataclass(frozen=True)
-class SRA(_OnTokens):
-    """Self-representation alignment (2505.02831): the average at less noise is the teacher.
+class SelfAligned(_OnTokens):
+    """Base class of losses whose teacher is the average of the network, at less noise.
 
-    It sees the same noise and label at t' = max(t - U(0, max_shift), 0).
+    It sees the same noise and label.
 
     Attributes:
       teacher_depth: behind how many blocks its tokens are taken: 20 of 28, or 8 of 12 (B/2).
-      max_shift: how much less its time is, at most.
-      distance: "smooth_l1" (beta 0.05; the paper's, with weight 0.2), "cosine" over channels,
-        "cosine_over_tokens", which its released code computes (with weight 0.5), "l1" or "l2".
+      distance: between projected tokens and the teacher's: "smooth_l1" (beta 0.05), "cosine" over
+        channels, "cosine_over_tokens", "l1" or "l2".
     """
 
-    kind: ClassVar[str] = "sra"
+    kind: ClassVar[str]
 
-    weight: Annotated[float, at_least(0)] = 0.2
     teacher_depth: Count = 20
-    max_shift: Annotated[float, fraction()] = 0.2
-    distance: Annotated[str, one_of(*DISTANCES)] = "smooth_l1"
+    distance: Annotated[str, one_of(*DISTANCES)] = "cosine"
 
     def check(self, experiment: Any) -> None:
         """Raise `UserError` also without times, or if tokens of both blocks do not match."""
         super().check(experiment)
         if not isinstance(experiment.process, Flow):
             raise UserError(
-                "config key representation.kind is sra, whose teacher sees an earlier time: set "
-                "process.name to flow"
+                f"config key representation.kind is {self.kind}, whose teacher sees an earlier "
+                "time: set process.name to flow"
             )
         if self.teacher_depth < self.depth:
             raise UserError(
@@ -172,6 +177,72 @@ class SRA(_OnTokens):
                 f"config key representation.teacher_depth is {self.teacher_depth}, where tokens "
                 f"are {theirs}, behind depth {self.depth} {ours}: choose blocks of one stage"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class SRA(SelfAligned):
+    """Self-representation alignment (2505.02831): the teacher's time is a little earlier.
+
+    It is t' = max(t - U(0, max_shift), 0).
+
+    Attributes:
+      max_shift: how much less its time is, at most.
+      distance: the paper has "smooth_l1" and weight 0.2; its released code "cosine_over_tokens" and
+        0.5.
+    """
+
+    kind: ClassVar[str] = "sra"
+
+    weight: Annotated[float, at_least(0)] = 0.2
+    distance: Annotated[str, one_of(*DISTANCES)] = "smooth_l1"
+    max_shift: Annotated[float, fraction()] = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfFlow(SelfAligned):
+    """Self-Flow (2603.06507): tokens of one picture have two times, the teacher's all the earlier.
+
+    The network is told each token's time, and its loss is of each token's velocity. Drawing, and
+    the loss on held-out examples, have one time as ever. latent_diffit takes two.
+
+    Attributes:
+      second_share: of the tokens that have the second time, drawn anew for every example; the
+        paper's ImageNet has a quarter.
+      second_is: the second time is "drawn" as the first one is, so that a token's times are
+        distributed as without this loss (the paper); or "later": of two that are drawn so, the one
+        with more noise.
+    """
+
+    kind: ClassVar[str] = "self_flow"
+
+    second_share: Annotated[float, fraction()] = 0.25
+    second_is: Annotated[str, one_of("drawn", "later")] = "drawn"
+
+    def check(self, experiment: Any) -> None:
+        """Raise `UserError` also for networks without two times, or if no token would have one."""
+        super().check(experiment)
+        model, process = experiment.model, experiment.process
+        if not model.takes_two_levels:
+            raise UserError(
+                "config key representation.kind is self_flow, which tells tokens of one picture "
+                "two times: latent_diffit takes them, but with model.slim_tmsa or time_in 'token'"
+            )
+        if process.prediction != "velocity":
+            raise UserError(
+                "config key representation.kind is self_flow, whose loss is of velocities: set "
+                "process.prediction to velocity"
+            )
+        rows, columns = self.grid(model)
+        if not 0 < self.second_count(model) < rows * columns:
+            raise UserError(
+                f"config key representation.second_share is {self.second_share}, which of "
+                f"{rows * columns} tokens leaves none to one of both times: choose a share between"
+            )
+
+    def second_count(self, model: Model) -> int:
+        """Return how many tokens have the second time."""
+        rows, columns = self.grid(model)
+        return round(self.second_share * rows * columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,14 +301,6 @@ class REPA(_OnTokens):
         """Channels of the encoder's tokens."""
         return ENCODERS[self.encoder].width
 
-    def grid(self, model: Model) -> tuple[int, int]:
-        """Return rows and columns of the network's tokens, which the encoder's have to match."""
-        shape = self.tokens(model, "depth")
-        if len(shape) == 3:
-            return shape[0], shape[1]
-        side = round((shape[0] - bool(model.class_token)) ** 0.5)
-        return side, side
-
 
 @dataclasses.dataclass(frozen=True)
 class REG(REPA):
@@ -285,5 +348,12 @@ class REG(REPA):
             )
 
 
-Representation = Plain | Dispersive | SRA | REPA
-REPRESENTATIONS = {"none": Plain, "repa": REPA, "reg": REG, "dispersive": Dispersive, "sra": SRA}
+Representation = Plain | Dispersive | SRA | SelfFlow | REPA
+REPRESENTATIONS = {
+    "none": Plain,
+    "repa": REPA,
+    "reg": REG,
+    "dispersive": Dispersive,
+    "sra": SRA,
+    "self_flow": SelfFlow,
+}

@@ -31,8 +31,8 @@ from diffit_jax.interop import tensors
 from diffit_jax.interop.parametrisation import to_released
 from diffit_jax.interop.tensors import Leaf
 from diffit_jax.interop.weight_files import DIGEST, NO_DIGEST, WeightFiles
-from diffit_jax.models.diffit.attention import relative_position_index
 from diffit_jax.models.diffit.latent import LatentDiffiT
+from diffit_jax.models.diffit.windows import relative_position_index
 from diffit_jax.runtime import files
 from diffit_jax.runtime.console import Progress
 

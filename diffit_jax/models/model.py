@@ -79,6 +79,11 @@ class Model(nn.Module, kw_only=True):
         return False
 
     @property
+    def takes_two_levels(self) -> bool:
+        """Whether tokens of one sample may have two noise levels, see `LatentDiffiT`."""
+        return False
+
+    @property
     def class_token(self) -> Any:
         """Width of the class token that is generated beside the sample (REG); 0: none is."""
         return 0

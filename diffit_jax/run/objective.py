@@ -6,6 +6,7 @@ process's own loss; of a flow map that is the flow's.
 Shape suffixes: B batch.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,15 @@ from diffit_jax.diffusion.flow import Flow
 from diffit_jax.diffusion.flow_map import Evaluations, FlowMap
 from diffit_jax.diffusion.types import Noised
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.experiment.representation import REG, REPA, SRA, Dispersive, Plain
+from diffit_jax.experiment.representation import (
+    REG,
+    REPA,
+    SRA,
+    Dispersive,
+    Plain,
+    SelfAligned,
+    SelfFlow,
+)
 from diffit_jax.models.model import CLASS, IMAGE, training_flops
 from diffit_jax.models.placement import divisible
 from diffit_jax.run import representation
@@ -180,17 +189,17 @@ class RepresentationObjective(Objective):
     Outside of training it is the process's loss alone.
     """
 
-    uses = (AVERAGE,)  # SRA's teacher, which so takes no memory of its own
+    uses = (AVERAGE,)  # a teacher that so takes no memory of its own
 
     def terms(self, experiment: Experiment) -> tuple[str, ...]:
         """Return the names of what it reports: also the loss on tokens, before its weight."""
         settings = experiment.representation
-        own = ("alignment",) if isinstance(settings, REPA | SRA) else ("dispersion",)
+        own = ("alignment",) if isinstance(settings, REPA | SelfAligned) else ("dispersion",)
         of_class = (CLASS_LOSS,) if isinstance(settings, REG) else ()
         return (*super().terms(experiment), *own, *of_class)
 
     def passes(self, experiment: Experiment, update: int = 0) -> float:
-        """Return 3, and SRA's teacher up to its block, until the loss on tokens ends."""
+        """Return 3, and the average's up to its block, until the loss on tokens ends."""
         targets = experiment.representation.needs_targets(update)
         return 3 + (representation.teacher_share(experiment) if targets else 0.0)
 
@@ -236,15 +245,19 @@ class RepresentationObjective(Objective):
         assert not isinstance(settings, Plain)
         inputs = inputs_of(experiment, examples, key_B, frozen, training=training)
         noised = process.noise(inputs.x_BHWC, inputs.key_B)
+        mixed = None
+        if isinstance(settings, SelfFlow):
+            keys = (_numbered(inputs.own_key_B, number) for number in (6, 7))
+            mixed = representation.mixed(experiment, inputs.x_BHWC, noised, *keys)
         goes_on = jnp.bool_(True) if not settings.stop_step else update < settings.stop_step
 
         # --- What its tokens are compared with: zeros, not computed, when that has ended.
         target: Any = None
         of_class = None
-        if isinstance(settings, SRA):
-            target = _unless_ended(
-                goes_on, settings, self._teacher(experiment, frozen, inputs, noised)
-            )
+        if isinstance(settings, SelfAligned):
+            earlier_B = mixed.earlier_B if mixed else _a_little_earlier(experiment, inputs, noised)
+            compute = self._teacher(experiment, frozen, inputs, noised, earlier_B)
+            target = _unless_ended(goes_on, settings, compute)
         elif isinstance(settings, REG):  # whose class token goes on
             target = jax.lax.stop_gradient(self._encoder(experiment, frozen, examples, inputs)())
             of_class = _noisy_class(experiment, target[:, :1, None], inputs, noised)
@@ -258,15 +271,19 @@ class RepresentationObjective(Objective):
         # --- The network once, with its tokens.
         with_inner = model.has_inner_head
         network = models.as_network(model, variables, capture=settings.depth - 1, inner=with_inner)
-        seen: Any = (
-            noised.x_BHWC if of_class is None else {IMAGE: noised.x_BHWC, CLASS: of_class.x_BHWC}
-        )
-        y, *inner, tokens = network(seen, noised.level_B, inputs.conditioning)
-        loss_B, terms = process.loss_of(noised, y if of_class is None else y[IMAGE])
+        seen: Any = noised.x_BHWC
+        level_B, conditioning = noised.level_B, inputs.conditioning
+        loss_of = functools.partial(process.loss_of, noised)
+        if of_class is not None:
+            seen = {IMAGE: noised.x_BHWC, CLASS: of_class.x_BHWC}
+        elif mixed is not None:
+            seen, level_B = mixed.x_BHWC, mixed.first.level_B
+            conditioning = {**conditioning, **mixed.told}
+            loss_of = functools.partial(mixed.loss_of, process)
+        y, *inner, tokens = network(seen, level_B, conditioning)
+        loss_B, terms = loss_of(y if of_class is None else y[IMAGE])
         if inner:
-            loss_B, terms = _with_inner(
-                experiment, loss_B, terms, process.loss_of(noised, inner[0])[0]
-            )
+            loss_B, terms = _with_inner(experiment, loss_B, terms, loss_of(inner[0])[0])
 
         # --- The loss on them.
         tokens_BLC = representation.flat(tokens)
@@ -276,7 +293,7 @@ class RepresentationObjective(Objective):
         else:
             name = "alignment"
             projected = representation.project(variables["objective"], tokens_BLC)
-            if isinstance(settings, SRA):
+            if isinstance(settings, SelfAligned):
                 own_B = representation.DISTANCES[settings.distance](projected, target)
             else:
                 own_B = representation.alignment(target, projected)
@@ -310,18 +327,18 @@ class RepresentationObjective(Objective):
         return compute
 
     def _teacher(
-        self, experiment: Experiment, frozen: Mapping[str, Any], inputs: "Inputs", noised: Noised
+        self,
+        experiment: Experiment,
+        frozen: Mapping[str, Any],
+        inputs: "Inputs",
+        noised: Noised,
+        earlier_B: jax.Array,
     ) -> Callable[[], jax.Array]:
-        """Return the function that makes the average's tokens at less noise, (B, L, C)."""
+        """Return the function that makes the average's tokens at earlier times, (B, L, C)."""
         settings, process = experiment.representation, experiment.process
-        assert isinstance(settings, SRA)
+        assert isinstance(settings, SelfAligned)
         assert isinstance(process, Flow)
-        shift_B = jax.vmap(jax.random.uniform)(_numbered(inputs.own_key_B, 5))
-        earlier_B = noised.draws["time"] - settings.max_shift * shift_B
-        lowest = process.interval(training=True)[0]
-        less = process.noised_at(
-            inputs.x_BHWC, jnp.maximum(earlier_B, lowest), noised.draws["noise"]
-        )
+        less = process.noised_at(inputs.x_BHWC, earlier_B, noised.draws["noise"])
         known = {k: v for k, v in inputs.conditioning.items() if k != "dropout_key"}
         capture = settings.teacher_depth - 1
         teacher = models.as_network(experiment.model, frozen[AVERAGE], capture=capture)
@@ -331,6 +348,16 @@ class RepresentationObjective(Objective):
             return representation.flat(tokens).astype(jnp.float32)
 
         return compute
+
+
+def _a_little_earlier(experiment: Experiment, inputs: "Inputs", noised: Noised) -> jax.Array:
+    """Return the times (B,) of SRA's teacher."""
+    settings, process = experiment.representation, experiment.process
+    assert isinstance(settings, SRA)
+    assert isinstance(process, Flow)
+    shift_B = jax.vmap(jax.random.uniform)(_numbered(inputs.own_key_B, 5))
+    earlier_B = noised.draws["time"] - settings.max_shift * shift_B
+    return jnp.maximum(earlier_B, process.interval(training=True)[0])
 
 
 def _unless_ended(goes_on: jax.Array, settings: Any, compute: Callable[[], jax.Array]) -> jax.Array:

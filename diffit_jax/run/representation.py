@@ -10,7 +10,7 @@ height and width.
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ from jax.sharding import Mesh
 
 from diffit_jax import models
 from diffit_jax.data.records import FEATURES, IMAGE, ArraySpec
+from diffit_jax.diffusion.flow import Flow
+from diffit_jax.diffusion.types import Noised, Process
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import Experiment
-from diffit_jax.experiment.representation import REPA, SRA
+from diffit_jax.experiment.representation import REPA, SelfAligned, SelfFlow
 from diffit_jax.experiment.spaces import PixelSpace
 from diffit_jax.interop import dinov2 as interop
 from diffit_jax.models.model import count_multiply_adds
@@ -118,6 +120,91 @@ DISTANCES: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+# --- Two times in a picture
+
+
+class Mixed(NamedTuple):
+    """Noisy data some of whose tokens have a second time (Self-Flow).
+
+    Attributes:
+      first, second: of all tokens at either time, with the same noise.
+      second_BL: (B, L) bool, tokens that have the second.
+      pixels_BHW1: (B, H, W, 1), the same of what they are made of.
+    """
+
+    first: Noised
+    second: Noised
+    second_BL: jax.Array
+    pixels_BHW1: jax.Array
+
+    @property
+    def x_BHWC(self) -> jax.Array:
+        """What the network sees, (B, H, W, C)."""
+        return jnp.where(self.pixels_BHW1, self.second.x_BHWC, self.first.x_BHWC)
+
+    @property
+    def told(self) -> dict[str, jax.Array]:
+        """What it is told of the second time, beside the first as its noise level."""
+        return {"second_level": self.second.level_B, "has_second": self.second_BL}
+
+    @property
+    def earlier_B(self) -> jax.Array:
+        """The earlier of both times, (B,)."""
+        return jnp.minimum(self.first.draws["time"], self.second.draws["time"])
+
+    def loss_of(
+        self, process: Process, y_BHWC: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Compute the process's loss, (B,) with terms: each pixel's is that of its own time.
+
+        Args:
+          process: that predicts velocities.
+          y_BHWC: output of the network.
+        """
+        # What is put in the place of the others' outputs adds nothing to the mean.
+        y_BHWC = y_BHWC[..., : self.first.target_BHWC.shape[-1]]
+        parts = (
+            process.loss_of(noised, jnp.where(pixels, y_BHWC, noised.target_BHWC))
+            for noised, pixels in ((self.first, ~self.pixels_BHW1), (self.second, self.pixels_BHW1))
+        )
+        return jax.tree.map(jnp.add, *parts)
+
+
+def mixed(
+    experiment: Experiment,
+    x_BHWC: jax.Array,
+    noised: Noised,
+    time_key_B: jax.Array,
+    mask_key_B: jax.Array,
+) -> Mixed:
+    """Give some tokens of each example, (B, H, W, C), a second time.
+
+    Args:
+      experiment: of Self-Flow.
+      x_BHWC: clean data.
+      noised: them at a first time.
+      time_key_B: (B,) keys of the second time.
+      mask_key_B: (B,) keys of which tokens have it.
+    """
+    settings, process, model = experiment.representation, experiment.process, experiment.model
+    assert isinstance(settings, SelfFlow)
+    assert isinstance(process, Flow)
+    rows, columns = settings.grid(model)
+    count = settings.second_count(model)
+    second_BL = jax.vmap(lambda key: jax.random.permutation(key, rows * columns) < count)(
+        mask_key_B
+    )
+    patch = x_BHWC.shape[1] // rows
+    of_rows = second_BL.reshape(-1, rows, columns, 1).repeat(patch, axis=1)
+    first_B, second_B = noised.draws["time"], jax.vmap(process.draw_time)(time_key_B)
+    if settings.second_is == "later":
+        first_B, second_B = jnp.minimum(first_B, second_B), jnp.maximum(first_B, second_B)
+    first, second = (
+        process.noised_at(x_BHWC, time_B, noised.draws["noise"]) for time_B in (first_B, second_B)
+    )
+    return Mixed(first, second, second_BL, of_rows.repeat(patch, axis=2))
+
+
 # --- Projectors
 
 
@@ -127,10 +214,10 @@ def init_projector(experiment: Experiment, key: jax.Array) -> dict[str, Any]:
     Xavier-uniform kernels and zero biases, float32.
     """
     settings = experiment.representation
-    if not isinstance(settings, REPA | SRA):
+    if not isinstance(settings, REPA | SelfAligned):
         return {}
     channels = settings.tokens(experiment.model, "depth")[-1]
-    if isinstance(settings, SRA):
+    if isinstance(settings, SelfAligned):
         widths = [channels, 2 * channels, channels]
     elif settings.projector == "conv":
         init = jax.nn.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3)
@@ -278,7 +365,7 @@ def further_flops(experiment: Experiment, targets: bool = True) -> float:
     `targets`: whether what tokens are compared with is computed, see `needs_targets`.
     """
     settings, model = experiment.representation, experiment.model
-    if not isinstance(settings, REPA | SRA):
+    if not isinstance(settings, REPA | SelfAligned):
         return 0.0
     shape = settings.tokens(model, "depth")
     tokens = jax.ShapeDtypeStruct((1, int(np.prod(shape[:-1])), shape[-1]), jnp.float32)
@@ -303,7 +390,7 @@ def _flops(function: Callable, *arguments: Any) -> float:
 
 
 def teacher_share(experiment: Experiment) -> float:
-    """Return which share of a forward pass SRA's teacher takes."""
+    """Return which share of a forward pass the average takes, where it is the teacher."""
     settings = experiment.representation
     blocks = getattr(experiment.model, "blocks", 0)
-    return settings.teacher_depth / blocks if isinstance(settings, SRA) and blocks else 0.0
+    return settings.teacher_depth / blocks if isinstance(settings, SelfAligned) and blocks else 0.0

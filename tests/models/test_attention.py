@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from diffit_jax.errors import UserError
-from diffit_jax.models.diffit.attention import (
-    TMSA,
-    dense_tile,
-    merge,
-    partition,
-    relative_position_index,
-)
+from diffit_jax.models.diffit.attention import TMSA, TwoTimes
 from diffit_jax.models.diffit.blocks import DiffiTResBlock
+from diffit_jax.models.diffit.windows import dense_tile, merge, partition, relative_position_index
 from diffit_jax.models.placement import Placement, use_placement
 
 WINDOW, HEADS, CHANNELS, TIME = 3, 2, 8, 6
@@ -30,11 +25,10 @@ def tmsa_as_written(params, x_BNLC, time_BT, window, heads):
         for n in range(windows):
             x = np.asarray(x_BNLC[b, n], np.float64)
             spatial = np.einsum("lc,cihd->ilhd", x, p["qkv_kernel"]) + p["qkv_bias"][:, None]
-            time = (
-                np.einsum("t,tihd->ihd", np.asarray(time_BT[b], np.float64), p["time_qkv_kernel"])
-                + p["time_qkv_bias"]
-            )
-            q, k, v = spatial + time[:, None]
+            # One time token of all tokens, (T,), or one of each, (L, T).
+            time_LT = np.atleast_2d(np.asarray(time_BT[b], np.float64))
+            time = np.einsum("lt,tihd->ilhd", time_LT, p["time_qkv_kernel"])
+            q, k, v = spatial + time + p["time_qkv_bias"][:, None]
             heads_out = np.zeros((tokens, heads, width))
             for h in range(heads):
                 for i in range(tokens):
@@ -73,6 +67,30 @@ def test_cheap_form_equals_equations_as_written(case):
     # float32 rounding of sums over at most 9 terms of order 1; measured 1e-6.
     np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5)
     assert np.abs(reference).max() > 1
+
+
+def two_times(tokens):
+    """Two time tokens of two images, which tokens have the second, and each token's own."""
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(2, 2, TIME)).astype(np.float32)
+    has_second = rng.random((2, tokens)) < 0.4
+    each = np.where(has_second[..., None], second[:, None], first[:, None])
+    return TwoTimes(*(jnp.asarray(x) for x in (first, second, has_second))), each
+
+
+def test_tokens_of_two_times_follow_the_equations_as_written(case):
+    """Eq. 3-6 with each token's own time token; keys have their share of it, which matters."""
+    module, params, x, _ = case
+    x = x[:, :1]
+    times, each = two_times(WINDOW**2)
+    attend = jax.jit(lambda params, times: module.apply({"params": params}, x, times))
+    reference = tmsa_as_written(params, x, each, WINDOW, HEADS)
+    np.testing.assert_allclose(attend(params, times), reference, rtol=0, atol=1e-5)
+    shareless = params | {"time_qkv_kernel": params["time_qkv_kernel"].at[:, 1].set(0)}
+    assert np.abs(attend(shareless, times) - reference).max() > 0.1
+    both_first = times._replace(second_BT=times.first_BT)
+    of_one = module.apply({"params": params}, x, times.first_BT)
+    np.testing.assert_allclose(attend(params, both_first), of_one, rtol=0, atol=1e-5)
 
 
 def test_key_time_projection_never_matters(case):

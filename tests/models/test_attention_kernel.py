@@ -16,12 +16,8 @@ from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
 from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
-from diffit_jax.models.diffit.attention import (
-    BACKENDS,
-    TMSA,
-    choose_backend,
-    relative_position_index,
-)
+from diffit_jax.models.diffit.attention import BACKENDS, TMSA, TwoTimes, choose_backend
+from diffit_jax.models.diffit.windows import relative_position_index
 from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.models.placement import Placement, use_placement
 from diffit_jax.preflight import compiler
@@ -285,6 +281,25 @@ def test_network_on_two_devices(shape, remat):
             jax.tree_util.keystr(path)
         )
     assert np.abs(gradient["blocks"]["attention"]["relative_position_bias"]).max() > 0
+
+
+def test_tokens_of_two_times():
+    """By the kernel, which wants channels first here, as by XLA."""
+    assert attention_kernel.channels_first(8)
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(2, 1, 256, 8)), jnp.float32)
+    first, second = draw.normal(size=(2, 2, 6)).astype(np.float32)
+    times = TwoTimes(first, second, jnp.asarray(draw.random((2, 256)) < 0.3))
+    module = TMSA(1, 16)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32),
+        jax.eval_shape(module.init, jax.random.key(0), x, first)["params"],
+    )
+    found = [
+        jax.jit(module.clone(backend=backend).apply)({"params": params}, x, times)
+        for backend in ("xla", "pallas")
+    ]
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5 * np.abs(found[0]).max())
 
 
 def test_flops_are_the_same_for_kernel_and_xla():

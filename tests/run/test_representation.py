@@ -1,4 +1,4 @@
-"""Losses on a network's tokens: REPA, iREPA, REG, SRA and the dispersive loss."""
+"""Losses on a network's tokens: REPA, iREPA, REG, SRA, Self-Flow and the dispersive loss."""
 
 import json
 
@@ -186,7 +186,8 @@ def test_equal_tokens_have_finite_gradients():
 # --- In training
 
 
-@pytest.mark.parametrize("kind", ["reg", "sra"])  # REG is REPA with one more token
+# REG is REPA with one more token, Self-Flow SRA with one more time.
+@pytest.mark.parametrize("kind", ["reg", "self_flow"])
 def test_an_interrupted_run_ends_as_one_that_was_not(kind, tmp_path, monkeypatch):
     """Bit for bit, with a stop step on the way; the encoder is in no checkpoint."""
     config = small_token_config(kind, training__total_steps=4, representation__stop_step=3)
@@ -240,7 +241,7 @@ def plain_loss():
     return value
 
 
-@pytest.mark.parametrize("kind", ["repa", "reg", "sra", "dispersive"])
+@pytest.mark.parametrize("kind", ["repa", "reg", "sra", "self_flow", "dispersive"])
 def test_the_loss_is_the_process_s_and_weighted_terms(kind, plain_loss):
     config = small_token_config(kind, representation__stop_step=3)
     (value, terms, gradient), (stopped, _, later) = losses_of(config, 0, 3)
@@ -252,7 +253,7 @@ def test_the_loss_is_the_process_s_and_weighted_terms(kind, plain_loss):
         without = value - added
         assert 0.5 < float(without) < 3  # a velocity's variance
         assert float(terms["class_token"].mean()) > 0.5
-    else:
+    else:  # a fresh network's output is 0, so that Self-Flow's two times change no velocity
         np.testing.assert_allclose(value - added, plain_loss, rtol=1e-5)
     assert jax.tree.leaves(gradient)
     if kind == "reg":
@@ -263,9 +264,15 @@ def test_the_loss_is_the_process_s_and_weighted_terms(kind, plain_loss):
             np.testing.assert_array_equal(leaf, 0)
 
 
-def test_the_teacher_at_the_same_time_is_the_average():
-    """Without a shift and with the average the network itself, SRA compares two blocks' tokens."""
-    config = small_token_config("sra", representation__max_shift=0.0)
+@pytest.mark.parametrize("kind", ["sra", "self_flow"])
+def test_the_teacher_is_the_average(kind):
+    """Before the first update the network itself: a loss compares tokens of two of its blocks.
+
+    In SRA, here without a shift, both see the same; in Self-Flow the teacher sees the earlier time.
+    """
+    config = small_token_config(kind)
+    if kind == "sra":
+        config.representation.max_shift = 0.0
     setup = setup_experiment(config)
     experiment = setup.experiment
     state = create_state(experiment, setup.mesh, setup.objective)
@@ -276,14 +283,24 @@ def test_the_teacher_at_the_same_time_is_the_average():
     inputs = inputs_of(experiment, examples, keys, {}, training=True)
     noised = experiment.process.noise(inputs.x_BHWC, inputs.key_B)
     variables = {"params": state.params, "constants": state.constants}
+    seen, less, told = noised.x_BHWC, noised, {}
+    if kind == "self_flow":
+        numbered = (jax.vmap(lambda k, n=n: jax.random.fold_in(k, n))(keys) for n in (6, 7))
+        mixed = representation.mixed(experiment, inputs.x_BHWC, noised, *numbered)
+        seen, told = mixed.x_BHWC, mixed.told
+        times = jnp.minimum(noised.draws["time"], told["second_level"])
+        less = experiment.process.noised_at(inputs.x_BHWC, times, noised.draws["noise"])
 
-    def tokens_after(block):
+    def tokens_after(block, x_BHWC, level_B, told):
         network = models.as_network(experiment.model, variables, capture=block)
-        return jax.jit(network)(noised.x_BHWC, noised.level_B, inputs.conditioning)[1]
+        return jax.jit(network)(x_BHWC, level_B, {**inputs.conditioning, **told})[1]
 
-    tokens = [tokens_after(block) for block in (0, 1)]
-    student = representation.project(state.objective["params"], tokens[0])
-    wanted = representation.DISTANCES["smooth_l1"](student, tokens[1])
+    student = tokens_after(0, seen, noised.level_B, told)
+    teacher = tokens_after(1, less.x_BHWC, less.level_B, {})
+    student = representation.project(state.objective["params"], student)
+    distance = experiment.representation.distance
+    assert distance == {"sra": "smooth_l1", "self_flow": "cosine"}[kind]
+    wanted = representation.DISTANCES[distance](student, teacher)
     np.testing.assert_allclose(terms["alignment"], wanted, rtol=1e-4, atol=1e-6)
 
 

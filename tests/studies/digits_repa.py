@@ -1,4 +1,4 @@
-"""Losses on tokens on digits: none, dispersive, SRA, REPA and REG, over three seeds.
+"""Losses on tokens on digits: none, dispersive, SRA, Self-Flow, REPA and REG, three seeds.
 
     python tests/studies/digits_repa.py FOLDER [SEED …]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from on_digits import measured, print_table, trained
 
-KINDS = ("none", "dispersive", "sra", "repa", "reg")
+KINDS = ("none", "dispersive", "sra", "self_flow", "repa", "reg")
 UPDATES = (500, 1_000, 1_500)
 
 

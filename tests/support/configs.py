@@ -132,7 +132,7 @@ def small_token_config(kind: str, **overrides) -> ConfigDict:
         settings["depth"] = 1
     if kind in ("repa", "reg"):
         settings |= {"encoder": "digits", "projector_width": 32}
-    if kind == "sra":
+    if kind in ("sra", "self_flow"):
         settings["teacher_depth"] = 2
     if kind == "dispersive":
         settings["group"] = 4

@@ -17,6 +17,8 @@ equations above):
   * The weights of a row sum to one, so whatever is the same for every value passes straight
     through: TMSA = softmax((q_s + q_t) k_sᵀ / √D + bias) v_s + v_t.
 
+Where tokens of one image have different times (`TwoTimes`) neither holds, and neither is used.
+
 The same module is attention without time in it, or with time in its position bias alone: the
 paper's Table 6 compares them.
 """
@@ -30,12 +32,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax import platforms
 from diffit_jax.errors import UserError
 from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
+from diffit_jax.models.diffit.windows import Tile, relative_position_index, tile_index
 from diffit_jax.models.placement import (
     FSDP,
     TENSOR,
@@ -46,79 +48,6 @@ from diffit_jax.models.placement import (
     per_shard,
     platform,
 )
-
-
-def relative_position_index(window: int) -> np.ndarray:
-    """Return the row of the bias table for each pair of tokens of a window.
-
-    Args:
-      window: side w of the square window, L = w² tokens in row-major order.
-
-    Returns:
-      (L, L) int32, `[query, key] = (r_q - r_k + w - 1)(2w - 1) + (c_q - c_k + w - 1)`, in [0, (2w -
-      1)²).
-    """
-    row, column = np.divmod(np.arange(window * window), window)
-    row_offset = row[:, None] - row[None, :] + window - 1
-    column_offset = column[:, None] - column[None, :] + window - 1
-    return (row_offset * (2 * window - 1) + column_offset).astype(np.int32)
-
-
-# Tokens that are computed together: (rows, columns) of pixels, whole windows each way, row by row.
-Tile = tuple[int, int]
-
-_LANES = 128  # of a TPU's vector unit; arrays are padded to multiples of it
-
-
-def dense_tile(height: int, width: int, window: int) -> Tile:
-    """Return the tile in which a TPU computes windows together, masked to themselves.
-
-    Windows of 16 tokens by themselves would fill an eighth of a TPU's lanes. A tile has at most 128
-    tokens, unless a window has more, and is as wide as the image where it can be: then tokens stay
-    in the order in which memory has them.
-    """
-
-    def largest(length: int, others: int) -> int:
-        sides = range(window, length + 1, window)
-        fitting = [side for side in sides if length % side == 0 and side * others <= _LANES]
-        return max(fitting, default=window)
-
-    columns = largest(width, window)
-    return largest(height, columns) if columns == width else window, columns
-
-
-def partition(x_BHWC: jax.Array, tile: Tile) -> jax.Array:
-    """Cut images into non-overlapping tiles, (B, height, width, C) → (B, N, L, C).
-
-    Tiles and tokens are both row-major.
-    """
-    batch, height, width, channels = x_BHWC.shape
-    rows, columns = tile
-    x = x_BHWC.reshape(batch, height // rows, rows, width // columns, columns, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns, channels)
-
-
-def merge(x_BNLC: jax.Array, height: int, width: int, tile: Tile) -> jax.Array:
-    """Invert `partition`: (B, N, L, C) → (B, height, width, C)."""
-    batch, _, _, channels = x_BNLC.shape
-    rows, columns = tile
-    x = x_BNLC.reshape(batch, height // rows, width // columns, rows, columns, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
-
-
-def tile_index(tile: Tile, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `relative_position_index` of a tile, and which tokens share a window.
-
-    Returns:
-      (L, L) int32 rows of the bias table, 0 between windows; (L, L) bool, whether two tokens are in
-      the same window.
-    """
-    row, column = np.divmod(np.arange(tile[0] * tile[1]), tile[1])
-    of_window = (row // window) * tile[1] + column // window
-    shared = of_window[:, None] == of_window[None, :]
-    token = (row % window) * window + column % window
-    index = relative_position_index(window)[token[:, None], token[None, :]]
-    return np.where(shared, index, 0), shared
 
 
 def _xavier_to_heads(scale: float = 1.0):
@@ -318,6 +247,44 @@ def keeps_weights(module: nn.Module) -> bool:
     return any(module.is_mutable_collection(name) for name in ("intermediates", "statistics"))
 
 
+class TwoTimes(NamedTuple):
+    """Time tokens of an image whose tokens have two noise levels, in the place of one.
+
+    Attributes:
+      first_BT, second_BT: (B, T) of either level.
+      second_BL: (B, L) bool, which of the L tokens have the second.
+    """
+
+    first_BT: jax.Array
+    second_BT: jax.Array
+    second_BL: jax.Array
+
+
+# A time token (B, T) for all tokens, or two.
+Time = jax.Array | TwoTimes
+
+
+def of_each_token(
+    function: Callable[[jax.Array], jax.Array], time_BT: Time, axis: int
+) -> jax.Array:
+    """Apply a function to the time token that each token has.
+
+    Args:
+      function: (B, T) → an array with B first and 1 along `axis`.
+      time_BT: of all tokens, or two of them.
+      axis: that counts tokens, from 1 or from -1.
+
+    Returns:
+      Its result; of two times with L in the place of that 1.
+    """
+    if not isinstance(time_BT, TwoTimes):
+        return function(time_BT)
+    first, second = function(time_BT.first_BT), function(time_BT.second_BT)
+    shape = [1] * first.ndim
+    shape[0], shape[axis] = time_BT.second_BL.shape
+    return jnp.where(time_BT.second_BL.reshape(shape), second, first)
+
+
 class TMSA(nn.Module):
     """Time-dependent self-attention among the tokens of each window.
 
@@ -362,8 +329,11 @@ class TMSA(nn.Module):
     qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x_BNLC: jax.Array, time_BT: jax.Array) -> jax.Array:
-        """Map tokens (B, N, L + E, C) and the time token (B, T) to (B, N, L + E, C), in `dtype`."""
+    def __call__(self, x_BNLC: jax.Array, time_BT: Time) -> jax.Array:
+        """Map tokens (B, N, L + E, C) and the time token (B, T) to (B, N, L + E, C), in `dtype`.
+
+        Of two times in an image N is 1, E is 0, and the parametrisation is not the slim one.
+        """
         channels = x_BNLC.shape[-1]
         if channels % self.num_heads:
             raise UserError(
@@ -371,7 +341,10 @@ class TMSA(nn.Module):
                 "or the head width"
             )
         head_width = channels // self.num_heads
-        spatial, time = self._input_projections(channels, time_BT.shape[-1])
+        differs = isinstance(time_BT, TwoTimes)  # from token to token
+        width = (time_BT.first_BT if differs else time_BT).shape[-1]
+        spatial, time = self._input_projections(channels, width)
+        differs = differs and time is not None
         bias_table = self._bias_table(time_BT)
         x_BNLC = x_BNLC.astype(self.dtype)
         spatial_kernel = spatial.kernel.ready(self.dtype)
@@ -383,36 +356,48 @@ class TMSA(nn.Module):
         head = "dl" if tokens_last else "ld"
         scale = head_width**-0.5 * (attention_kernel.LOG2_E if backend == "pallas" else 1)
 
-        def same_for_all_tokens(index: int) -> jax.Array:
-            if time is None or time_kernel is None:
-                of_head = spatial.bias[index].astype(self.dtype)[None]
-            else:
-                time_part = time_BT.astype(self.dtype)
-                projected = jnp.einsum("bt,thd->bhd", time_part, time_kernel[:, index])
-                of_head = projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
-            return jnp.expand_dims(of_head, (1, 4 if tokens_last else 3))
+        def of_time(index: int) -> jax.Array:
+            """Return what time adds, the same for all tokens that have it, with both biases."""
+
+            def of_all(time_BT: jax.Array) -> jax.Array:
+                if time is None or time_kernel is None:
+                    of_head = spatial.bias[index].astype(self.dtype)[None]
+                else:
+                    time_part = time_BT.astype(self.dtype)
+                    projected = jnp.einsum("bt,thd->bhd", time_part, time_kernel[:, index])
+                    biases = (time.bias[index] + spatial.bias[index]).astype(self.dtype)
+                    of_head = projected + biases
+                return jnp.expand_dims(of_head, (1, 4 if tokens_last else 3))
+
+            if not differs:
+                return of_all(time_BT.first_BT if isinstance(time_BT, TwoTimes) else time_BT)
+            return of_each_token(of_all, time_BT, 4 if tokens_last else 3)
 
         # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
-        # bias: both would cancel in the softmax (top of this file), unless keys are normalised.
+        # bias: both would cancel in the softmax (top of this file), unless keys are normalised or
+        # have different times.
         q, k, v = (
             jnp.einsum(f"bnlc,chd->bnh{head}", x_BNLC, spatial_kernel[:, index])
             for index in range(3)
         )
         # Eq. 3 and 5, the part of the time token, with both biases.
-        q_time, v_time = same_for_all_tokens(query), same_for_all_tokens(value)
+        q_time, v_time = of_time(query), of_time(value)
         q = q + q_time
+        if self.qk_norm or differs:
+            k = k + of_time(1)
         if self.qk_norm:
-            q, k = (
-                self._normed(q, "q_scale", head),
-                self._normed(k + same_for_all_tokens(1), "k_scale", head),
-            )
+            q, k = self._normed(q, "q_scale", head), self._normed(k, "k_scale", head)
+        if differs:
+            v = v + v_time
         q, k, v = (checkpoint_name(x, "qkv") for x in (q * scale, k, v))
-        if self.is_mutable_collection("statistics"):
+        if self.is_mutable_collection("statistics") and not isinstance(time_BT, TwoTimes):
             self._measure((q, k, v), time_BT, time, bias_table)
 
-        # Eq. 6. The weights of a row sum to one, so that the time's share of the values, the same
-        # for every token, is added behind them.
-        out = self._attend(q, k, v, bias_table, backend) + v_time
+        # Eq. 6. The weights of a row sum to one, so that the time's share of the values, if it is
+        # the same for every token, is added behind them.
+        out = self._attend(q, k, v, bias_table, backend)
+        if not differs:
+            out = out + v_time
         return self._project_out(out, head, channels)
 
     def _normed(self, x: jax.Array, name: str, head: str) -> jax.Array:
@@ -498,7 +483,7 @@ class TMSA(nn.Module):
         for name, value in statistics(attended).items():
             self.put_variable("statistics", name, value)
 
-    def _bias_table(self, time_BT: jax.Array) -> jax.Array:
+    def _bias_table(self, time_BT: Time) -> jax.Array:
         """Make the position bias: (offsets, H) float32, with time in it (B, offsets, H)."""
         shape = ((2 * self.window - 1) ** 2, self.num_heads)
         if not self.position_bias:
@@ -508,6 +493,7 @@ class TMSA(nn.Module):
         table = param(self, name, init, shape, (None, TENSOR), decays=False).value
         if self.time_in != "bias":
             return table
+        assert not isinstance(time_BT, TwoTimes)
         kernel = param(
             self,
             "time_bias_kernel",

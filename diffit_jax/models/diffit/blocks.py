@@ -18,14 +18,13 @@ from diffit_jax import platforms
 from diffit_jax.errors import UserError
 from diffit_jax.models.diffit.attention import (
     TMSA,
-    Tile,
+    Time,
     choose_backend,
-    dense_tile,
     keeps_weights,
-    merge,
-    partition,
+    of_each_token,
     xla_only,
 )
+from diffit_jax.models.diffit.windows import Tile, dense_tile, merge, partition
 from diffit_jax.models.placement import (
     FSDP,
     TENSOR,
@@ -152,16 +151,18 @@ class DiffiTBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BNLC: jax.Array, time_BT: jax.Array, dropout_key_B: jax.Array | None = None
+        self, x_BNLC: jax.Array, time_BT: Time, dropout_key_B: jax.Array | None = None
     ) -> jax.Array:
         """Map tokens (B, N, L + E, C) and the time token (B, T) to (B, N, L + E, C), Eq. 7-8.
 
-        Dropout acts only if `dropout_key_B`, (B,) keys, are given.
+        Two times in an image go with N = 1 and E = 0. Dropout acts only if `dropout_key_B`, (B,)
+        keys, are given.
         """
         channels = x_BNLC.shape[-1]
 
         def from_time(width: int, name: str, init: Callable = XAVIER) -> jax.Array:
-            return Dense(width, self.dtype, init, name=name)(time_BT)[:, None, None]
+            dense = Dense(width, self.dtype, init, name=name)
+            return of_each_token(lambda token_BT: dense(token_BT)[:, None, None], time_BT, 2)
 
         affine = self.affine_norm and self.time_in != "adaln"
         into_attention = out_of_attention = into_mlp = out_of_mlp = _unchanged
@@ -350,7 +351,7 @@ REMAT_POLICIES = {
 def repeat_block(
     block: nn.Module,
     x: Any,
-    time_BT: jax.Array,
+    time_BT: Time,
     num_blocks: int,
     *,
     unroll: int = 1,
@@ -364,7 +365,8 @@ def repeat_block(
       block: module that maps (x, time_BT, dropout_key_B) to what is like x. Its parameters get a
         leading axis of `num_blocks`.
       x: input of the first copy, (B, …) or a pair of such.
-      time_BT: (B, T) time token, the same for every copy, or (num_blocks, B, T), one for each.
+      time_BT: (B, T) time token, the same for every copy, or (num_blocks, B, T), one for each; or
+        two times.
       num_blocks: how many copies.
       unroll: copies per iteration of the scan. 1 keeps the compiled program small; `num_blocks`
         shows the compiler all of them at once, which is faster for a small network on a CPU.
@@ -376,7 +378,7 @@ def repeat_block(
       The output of the last copy, shaped like x, and those of the copies captured, by number.
     """
 
-    def run(block: nn.Module, x: Any, time_BT: jax.Array, key_B: jax.Array | None) -> Any:
+    def run(block: nn.Module, x: Any, time_BT: Time, key_B: jax.Array | None) -> Any:
         return jax.tree.map(placed, block(jax.tree.map(placed, x), time_BT, key_B))
 
     if remat != "none":
@@ -384,7 +386,8 @@ def repeat_block(
         # they could.
         run = nn.remat(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
 
-    time_axis = 0 if time_BT.ndim == 3 else nn.broadcast
+    times_of_blocks = time_BT if isinstance(time_BT, jax.Array) and time_BT.ndim == 3 else None
+    time_axis = nn.broadcast if times_of_blocks is None else 0
     keys_NB = None
     if dropout_key_B is not None:
         keys_NB = jax.vmap(
@@ -408,7 +411,7 @@ def repeat_block(
             scan = nn.map_variables(
                 scan, "params", lambda tree: jax.tree.map(lambda leaf: leaf[copies], tree)
             )
-            times = time_BT[copies] if time_axis == 0 else time_BT
+            times = time_BT if times_of_blocks is None else times_of_blocks[copies]
             keys = None if keys_NB is None else keys_NB[copies]
         return scan(block, x, times, keys)[0]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.limits import LATER, Count, CountOrZero, Side, Width
-from diffit_jax.models.diffit.attention import choose_backend, xla_only
+from diffit_jax.models.diffit.attention import TwoTimes, choose_backend, xla_only
 from diffit_jax.models.diffit.blocks import (
     DiffiTBlock,
     check_capture,
@@ -114,6 +114,12 @@ class LatentDiffiT(TimeConditioned):
         return self.depth
 
     @property
+    def takes_two_levels(self) -> bool:
+        """Whether tokens of one latent may have two noise levels, in training."""
+        reduced = self.slim_tmsa or self.time_in == "token"
+        return not (reduced or self.is_map or self.class_token)
+
+    @property
     def grid(self) -> int:
         """Tokens along each side; attention sees the whole grid."""
         return self.input_size // self.patch_size
@@ -196,7 +202,8 @@ class LatentDiffiT(TimeConditioned):
             as it is.
           conditioning: `label`: (B,) int in [0, num_classes], the last one meaning "no label", as
             does an absent key. `dropout_key`: (B,) keys, in training. Of a flow map `end_time` and
-            `guidance`, see `TimeConditioned`.
+            `guidance`, see `TimeConditioned`. `second_level`: (B,) another noise level, which the
+            tokens of `has_second`, (B, L) bool, have.
           capture: number of a block, from 0, whose tokens are wanted too.
 
         Returns:
@@ -219,9 +226,16 @@ class LatentDiffiT(TimeConditioned):
             embedding=self.time_embedding,
             name="time",
         )
-        time_BT = self.time_token(embed, noise_level_B, label_B, conditioning)
-        if self.time_in == "adaln":
-            time_BT = nn.silu(time_BT)  # DiT's; all else takes the token as it is
+
+        def time_of(level_B: jax.Array) -> jax.Array:
+            token = self.time_token(embed, level_B, label_B, conditioning)
+            return nn.silu(token) if self.time_in == "adaln" else token  # DiT's; others as it is
+
+        time_BT: Any = time_of(noise_level_B)
+        if "second_level" in conditioning:
+            assert self.takes_two_levels
+            second_BT = time_of(conditioning["second_level"])
+            time_BT = TwoTimes(time_BT, second_BT, conditioning["has_second"])
 
         # Tokens are in row-major order, and so are the pixels of a patch, channels last.
         x = (
