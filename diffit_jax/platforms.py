@@ -36,7 +36,7 @@ class Platform:
     """Decisions for a kind of device.
 
     Attributes:
-      auto_attention: what `attention: auto` means, in `attention.BACKENDS`.
+      auto_attention: what `attention: auto` means, in `backends.BACKENDS`.
       auto_reason: why, for people.
       own_attention: whether "auto" takes XLA's attention with a backward pass of our own.
       attentions: ways to compute attention that a matrix of benchmarks tries.

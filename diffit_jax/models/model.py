@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from diffit_jax import limits, platforms
 from diffit_jax.limits import RESUMABLE, Count, CountOrZero, Dtype, fraction, one_of
 from diffit_jax.models import placement
-from diffit_jax.models.diffit.attention import BACKENDS, Statistics, measured_by
+from diffit_jax.models.diffit.attention import Statistics, measured_by
 from diffit_jax.models.diffit.attention import forward_mode as forward_mode_of_attention
+from diffit_jax.models.diffit.backends import BACKENDS
 from diffit_jax.models.diffit.blocks import REMAT_POLICIES
 
 # Of samples with a class token: a dict of both, (B, H, W, C) and (B, 1, 1, D).
@@ -37,7 +38,7 @@ class Model(nn.Module, kw_only=True):
         the full depth is almost twice as fast for a small network on a CPU.
       remat: what the backward pass keeps of a block, a name in `REMAT_POLICIES`: "none" keeps
         everything.
-      attention: how attention is computed, a name in `attention.BACKENDS`.
+      attention: how attention is computed, a name in `backends.BACKENDS`.
       dtype: dtype of the matrix products of the blocks; parameters, softmax, normalisation and the
         last layer are float32.
     """
@@ -123,7 +124,7 @@ class Model(nn.Module, kw_only=True):
         """Choose how attention is computed on a platform ("tpu", "gpu" or "cpu").
 
         Returns:
-          A name in `attention.BACKENDS`, and why the configured one does not serve, "" if it does.
+          A name in `backends.BACKENDS`, and why the configured one does not serve, "" if it does.
         """
         return "xla", ""
 

@@ -29,9 +29,9 @@ class Placement:
       activation: an activation whose leading axis is the batch → the same, constrained.
       weight: (axes of a parameter, its value) → the same, whole, as far as the product that follows
         needs it. A stacked parameter comes as one of its layers.
-      per_shard: a function of arrays (B, H, …), (B, H, …), (B, H, …), (…, H) → the same function,
-        computed by every device for its own examples and heads. For what the compiler cannot divide
-        by itself.
+      per_shard: a function of arrays (B, H, …) and a last one (…, H) → the same function, computed
+        by every device for its own examples and heads. For what the compiler cannot divide by
+        itself.
       platform: "tpu", "cpu" …; None: that of jax's default device.
       cores: of a chip that share a program.
       batch_shards: parts into which the batch of an activation is divided.

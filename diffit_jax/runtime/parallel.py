@@ -266,10 +266,13 @@ def placement(mesh: Mesh, whole_weights: bool = False) -> Iterator[None]:
     examples_heads = PartitionSpec((DATA, FSDP), TENSOR)
 
     def per_shard(function: Callable) -> Callable:
-        specs = (examples_heads,) * 3 + (PartitionSpec(None, TENSOR),)
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False
-        )
+        def run(*arrays: jax.Array) -> Any:
+            specs = (examples_heads,) * (len(arrays) - 1) + (PartitionSpec(None, TENSOR),)
+            return jax.shard_map(
+                function, mesh=mesh, in_specs=specs, out_specs=examples_heads, check_vma=False
+            )(*arrays)
+
+        return run
 
     def kept_whole(_: Axes, weight: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(weight)

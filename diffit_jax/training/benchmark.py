@@ -297,7 +297,7 @@ def matrix(
       steps: updates to time, of each.
       sweep: values by names in `KNOWN`; none stand for the usual ones. `batch`: images per update,
         over all devices; half the config's, its own, twice it. `remat`: names in `REMAT_POLICIES`;
-        all. `attention`: names in `attention.BACKENDS`; those of this platform, see `platforms`.
+        all. `attention`: names in `backends.BACKENDS`; those of this platform, see `platforms`.
       fewer_devices: as many devices as the batch divides over, rather than an error.
       show: called with each line of the table when it is known, and at the end with the best.
 

@@ -15,8 +15,9 @@ from support.counts import multiply_adds
 from diffit_jax import models
 from diffit_jax.errors import UserError
 from diffit_jax.experiment.config import build
-from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
-from diffit_jax.models.diffit.attention import BACKENDS, TMSA, TwoTimes, choose_backend
+from diffit_jax.models.diffit import attention_kernel, attention_outside, attention_tangent_kernel
+from diffit_jax.models.diffit.attention import TMSA, TwoTimes
+from diffit_jax.models.diffit.backends import BACKENDS, choose_backend
 from diffit_jax.models.diffit.windows import relative_position_index
 from diffit_jax.models.model import traced_multiply_adds
 from diffit_jax.models.placement import Placement, use_placement
@@ -43,17 +44,23 @@ def inputs(window, width, batch, heads, dtype=np.float32, seed=0):
 
 
 def exact(q, k, v, table, gradient, window):
-    """softmax(ln 2 · q kᵀ + bias) v as it is written, and all gradients, in float64."""
+    """softmax(ln 2 · q kᵀ + bias) v as it is written, and all gradients, in float64.
+
+    Without a bias for tokens outside the grid, which follow those of the window.
+    """
     q, k, v, table, gradient = (np.asarray(x, np.float64) for x in (q, k, v, table, gradient))
     index = relative_position_index(window)
-    logits = np.log(2) * q @ k.swapaxes(2, 3) + table[index].transpose(2, 0, 1)
+    outside = (0, q.shape[2] - window**2)
+    bias = np.pad(table[index].transpose(2, 0, 1), ((0, 0), outside, outside))
+    logits = np.log(2) * q @ k.swapaxes(2, 3) + bias
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     of_weights = gradient @ v.swapaxes(2, 3)
     of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
     of_table = np.zeros_like(table)
     for head in range(table.shape[1]):
-        np.add.at(of_table[:, head], index, of_logits[:, head].sum(0))
+        of_bias = of_logits[:, head, : window**2, : window**2].sum(0)
+        np.add.at(of_table[:, head], index, of_bias)
     of_q, of_k = np.log(2) * of_logits @ k, np.log(2) * of_logits.swapaxes(2, 3) @ q
     return weights @ v, of_q, of_k, weights.swapaxes(2, 3) @ gradient, of_table
 
@@ -101,6 +108,47 @@ def test_forward_and_all_gradients(window, width, batch, heads, cores):
     """float32 within 1e-6 (measured 3e-7 to 9e-7, XLA's own attention 4e-7 to 7e-7)."""
     arrays = inputs(window, width, batch, heads)
     assert max(errors(window, cores, *arrays)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "size", "dtype", "bound"),
+    [
+        (72, 1, 1, np.float32, 1e-6),
+        (128, 5, 1, np.float32, 1e-6),  # channels last
+        (8, 2, 30, np.float32, 1e-5),  # logits outside of 50, whose rounding is that of the weights
+        (72, 3, 1, jnp.bfloat16, 4e-3),
+    ],
+)
+def test_tokens_outside_the_grid(width, count, size, dtype, bound):
+    """Beside the kernel: the output and all gradients (float32: measured 2e-7 to 7e-7)."""
+    window = 16
+    first = attention_kernel.channels_first(width)
+    draw = np.random.default_rng(count)
+    q, k, v, gradient = (
+        jnp.asarray(draw.standard_normal((2, 2, 256 + count, width)) * width**-0.25, dtype)
+        for _ in range(4)
+    )
+    k = k.at[:, :, 256:].multiply(size)
+    table = jnp.asarray(draw.standard_normal((31**2, 2)), jnp.float32)
+
+    def laid_out(x):
+        return x.swapaxes(2, 3) if first else x
+
+    @jax.jit
+    def attend(q, k, v, table):
+        parts = [[laid_out(x[:, :, :256]), laid_out(x[:, :, 256:])] for x in (q, k, v)]
+        strip = attention_kernel.bias_strip(table, window)
+        target = attention_kernel.Target(1, interpret=True)
+        found = attention_outside.attention(*zip(*parts, strict=True), strip, target)
+        return jnp.concatenate([laid_out(x) for x in found], axis=2)
+
+    out, pullback = jax.vjp(attend, q, k, v, table)
+    ours = [np.asarray(x, np.float64) for x in (out, *pullback(gradient))]
+    theirs = exact(q, k, v, table, gradient, window)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
+        rest = np.linalg.norm((a - b)[..., 256:, :])  # of those outside too
+        assert a is ours[-1] or rest <= bound * np.linalg.norm(b[..., 256:, :])
 
 
 @pytest.mark.parametrize(("window", "width"), [(16, 72), (32, 72), (16, 64), (32, 128)])
@@ -283,14 +331,19 @@ def test_network_on_two_devices(shape, remat):
     assert np.abs(gradient["blocks"]["attention"]["relative_position_bias"]).max() > 0
 
 
-def test_tokens_of_two_times():
-    """By the kernel, which wants channels first here, as by XLA."""
+@pytest.mark.parametrize("kind", ["two times", "outside"])
+def test_what_else_a_layer_has(kind):
+    """Tokens of two times, or outside the grid: by the kernel, channels first, as by XLA."""
     assert attention_kernel.channels_first(8)
     draw = np.random.default_rng(0)
-    x = jnp.asarray(draw.normal(size=(2, 1, 256, 8)), jnp.float32)
     first, second = draw.normal(size=(2, 2, 6)).astype(np.float32)
-    times = TwoTimes(first, second, jnp.asarray(draw.random((2, 256)) < 0.3))
+    times = first
     module = TMSA(1, 16)
+    if kind == "two times":
+        times = TwoTimes(first, second, jnp.asarray(draw.random((2, 256)) < 0.3))
+    else:
+        module = TMSA(1, 16, extra_tokens=3, qk_norm=True)
+    x = jnp.asarray(draw.normal(size=(2, 1, 256 + module.extra_tokens, 8)), jnp.float32)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32),
         jax.eval_shape(module.init, jax.random.key(0), x, first)["params"],

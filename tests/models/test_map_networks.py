@@ -181,8 +181,8 @@ def test_qk_norm_as_written(width):
         (IMAGE.clone(end_time_in="tokens"), "a window of the whole grid, latent_diffit's"),
         (LATENT.clone(qk_norm=True, slim_tmsa=True), "model.slim_tmsa leaves out the key's share"),
         (
-            LATENT.clone(end_time_in="tokens", attention="pallas"),
-            "model.attention is 'pallas', but model.end_time_in is 'tokens'",
+            LATENT.clone(end_time_in="tokens", attention="cudnn"),
+            "model.attention is 'cudnn', but model.end_time_in is 'tokens'",
         ),
     ],
 )

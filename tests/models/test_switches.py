@@ -109,7 +109,7 @@ def test_a_gate_and_a_bias_of_time_are_zero_at_first():
         (small_latent_config, dict(model__time_in="add", model__slim_tmsa=True), "slim_tmsa"),
         (
             small_latent_config,
-            dict(model__time_in="token", model__attention="pallas"),
+            dict(model__time_in="token", model__attention="cudnn"),
             "tokens outside the grid",
         ),
         (

@@ -36,7 +36,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax import platforms
 from diffit_jax.errors import UserError
-from diffit_jax.models.diffit import attention_kernel, attention_tangent_kernel
+from diffit_jax.models.diffit import attention_kernel, attention_outside, attention_tangent_kernel
+from diffit_jax.models.diffit.backends import choose_backend, xla_only
 from diffit_jax.models.diffit.windows import Tile, relative_position_index, tile_index
 from diffit_jax.models.placement import (
     FSDP,
@@ -60,77 +61,12 @@ def _xavier_to_heads(scale: float = 1.0):
     )
 
 
-# How attention is computed. "auto" is the kernel on TPUs, where it serves the window and compiles,
-# and XLA elsewhere.
-BACKENDS = ("auto", "xla", "pallas", "cudnn")
-
-
-def choose_backend(
-    wanted: str,
-    platform: str,
-    window: int,
-    head_width: int,
-    dtype: jnp.dtype,
-    *,
-    obstacle: str = "",
-) -> tuple[str, str]:
-    """Choose how attention is computed on a platform.
-
-    Args:
-      wanted: a name in `BACKENDS`.
-      platform: "tpu", "gpu" or "cpu".
-      window: side of the window.
-      head_width: channels of a head.
-      dtype: of the matrix products.
-      obstacle: why no kernel can do what a network asks of it, "" if one can: `xla_only`.
-
-    Returns:
-      ("xla", "pallas" or "cudnn"; why it is not the one wanted, "" if it is). The kernel runs on
-      other platforms than TPUs only if it is asked for by name, emulated and slow.
-    """
-    here = platforms.of(platform)
-    if wanted in ("auto", "pallas"):
-        if wanted == "auto" and here.auto_attention != "pallas":
-            return here.auto_attention, ""
-        if obstacle:
-            return "xla", obstacle
-        reason = attention_kernel.supports(window)
-        if reason:
-            sides = [side for side in range(1, 65) if not attention_kernel.supports(side)]
-            served = " and ".join(f"{side} x {side}" for side in sides)
-            return "xla", f"the kernel serves windows of {served} tokens, and not this: {reason}"
-        refusal = attention_kernel.refusal() if wanted == "auto" else ""
-        return (
-            ("xla", f"the kernel does not compile here: {refusal}") if refusal else ("pallas", "")
-        )
-    if wanted == "cudnn" and obstacle:
-        return "xla", obstacle
-    if wanted == "cudnn" and (
-        not here.has_cudnn or jnp.dtype(dtype) != jnp.bfloat16 or head_width % 8 or head_width > 128
-    ):
-        return (
-            "xla",
-            "cuDNN serves bfloat16 on GPUs, and heads of up to 128 channels in multiples of 8",
-        )
-    return wanted, ""
-
-
-def xla_only(time_in: str) -> str:
-    """Say why no kernel computes attention with time in this place, "" if one can."""
-    return {
-        "bias": "a position bias for each example is added by XLA alone",
-        "token": "tokens outside the grid are attended to by XLA alone",
-    }.get(time_in, "")
-
-
 def _softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, *, window: int, backend: str
 ) -> jax.Array:
     """Compute softmax(q kᵀ + bias) v by the TPU kernel or cuDNN. The table's heads come last."""
     if backend == "pallas":
-        strip = attention_kernel.bias_strip(table, window)
-        interpret = not platforms.of(platform()).compiles_kernel
-        target = attention_kernel.Target(cores(), interpret)
+        strip, target = attention_kernel.bias_strip(table, window), _target()
         kernel = attention_tangent_kernel if _forward_mode.get() else attention_kernel
         return kernel.attention(q, k, v, strip, target)
     bias_HLL = table[relative_position_index(window)].transpose(2, 0, 1).astype(q.dtype)
@@ -138,6 +74,22 @@ def _softmax_attention(
     return jax.nn.dot_product_attention(
         q, k, v, bias_HLL[None], scale=1.0, implementation="cudnn"
     ).transpose(0, 2, 1, 3)
+
+
+def _outside_attention(*arrays: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """Compute attention by the TPU kernel with tokens outside the grid.
+
+    Queries, keys and values of the window, those outside, and the table.
+    """
+    q, k, v, q_outside, k_outside, v_outside, table = arrays
+    strip = attention_kernel.bias_strip(table, window)
+    outside = q_outside, k_outside, v_outside
+    return attention_outside.attention((q, k, v), outside, strip, _target())
+
+
+def _target() -> attention_kernel.Target:
+    """Return what the kernel is compiled for."""
+    return attention_kernel.Target(cores(), not platforms.of(platform()).compiles_kernel)
 
 
 @jax.custom_vjp
@@ -302,7 +254,7 @@ class TMSA(nn.Module):
       dtype: dtype of the matrix products; parameters, logits and softmax are float32 (at least).
       slim: whether `time_qv_kernel`, `time_qv_bias` and `qv_bias` (without the key's share) take
         the place of `time_qkv_kernel`, `time_qkv_bias` and `qkv_bias`.
-      backend: how attention is computed, a name in `BACKENDS`. Attention weights are kept
+      backend: how attention is computed, a name in `backends.BACKENDS`. Attention weights are kept
         ("intermediates") with XLA only, which is therefore used when they are asked for.
       tile: tokens that are computed together, if they are of several windows (`dense_tile`).
       time_in: "tmsa": Eq. 3-6. "bias": x_t adds `time_bias_kernel` x_t to the bias table, a number
@@ -348,7 +300,6 @@ class TMSA(nn.Module):
         bias_table = self._bias_table(time_BT)
         x_BNLC = x_BNLC.astype(self.dtype)
         spatial_kernel = spatial.kernel.ready(self.dtype)
-        time_kernel = time.kernel.ready(self.dtype) if time else None
         query, value = 0, len(spatial.bias) - 1  # a slim time projection has no key between
         backend = self._backend(head_width)
         # The kernel may want the tokens last, and computes its softmax in powers of two.
@@ -356,55 +307,78 @@ class TMSA(nn.Module):
         head = "dl" if tokens_last else "ld"
         scale = head_width**-0.5 * (attention_kernel.LOG2_E if backend == "pallas" else 1)
 
-        def of_time(index: int) -> jax.Array:
-            """Return what time adds, the same for all tokens that have it, with both biases."""
+        of_time = self._time_shares(spatial, time, 4 if tokens_last else 3)
 
-            def of_all(time_BT: jax.Array) -> jax.Array:
-                if time is None or time_kernel is None:
-                    of_head = spatial.bias[index].astype(self.dtype)[None]
-                else:
-                    time_part = time_BT.astype(self.dtype)
-                    projected = jnp.einsum("bt,thd->bhd", time_part, time_kernel[:, index])
-                    biases = (time.bias[index] + spatial.bias[index]).astype(self.dtype)
-                    of_head = projected + biases
-                return jnp.expand_dims(of_head, (1, 4 if tokens_last else 3))
-
-            if not differs:
-                return of_all(time_BT.first_BT if isinstance(time_BT, TwoTimes) else time_BT)
-            return of_each_token(of_all, time_BT, 4 if tokens_last else 3)
-
-        # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
-        # bias: both would cancel in the softmax (top of this file), unless keys are normalised or
-        # have different times.
-        q, k, v = (
-            jnp.einsum(f"bnlc,chd->bnh{head}", x_BNLC, spatial_kernel[:, index])
-            for index in range(3)
-        )
         # Eq. 3 and 5, the part of the time token, with both biases.
-        q_time, v_time = of_time(query), of_time(value)
-        q = q + q_time
-        if self.qk_norm or differs:
-            k = k + of_time(1)
-        if self.qk_norm:
-            q, k = self._normed(q, "q_scale", head), self._normed(k, "k_scale", head)
-        if differs:
-            v = v + v_time
-        q, k, v = (checkpoint_name(x, "qkv") for x in (q * scale, k, v))
+        q_time, v_time = of_time(query, time_BT), of_time(value, time_BT)
+        k_time = of_time(1, time_BT) if self.qk_norm or differs else None
+        scales = self._scales(head_width) if self.qk_norm else None
+
+        def projected(x_BNLC: jax.Array) -> tuple[jax.Array, ...]:
+            # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and
+            # no bias: both would cancel in the softmax (top of this file), unless keys are
+            # normalised or have different times.
+            q, k, v = (
+                jnp.einsum(f"bnlc,chd->bnh{head}", x_BNLC, spatial_kernel[:, index])
+                for index in range(3)
+            )
+            q = q + q_time
+            if k_time is not None:
+                k = k + k_time
+            if scales is not None:
+                q, k = (self._normed(*each, head) for each in zip((q, k), scales, strict=True))
+            if differs:
+                v = v + v_time
+            return tuple(checkpoint_name(x, "qkv") for x in (q * scale, k, v))
+
+        # A kernel takes the tokens of the grid by themselves.
+        parts = [x_BNLC]
+        if backend == "pallas" and self.extra_tokens:
+            parts = jnp.split(x_BNLC, [self.window**2], axis=2)
+        qkv = [projected(part) for part in parts]
         if self.is_mutable_collection("statistics") and not isinstance(time_BT, TwoTimes):
-            self._measure((q, k, v), time_BT, time, bias_table)
+            self._measure(qkv[0], time_BT, time, bias_table)
 
         # Eq. 6. The weights of a row sum to one, so that the time's share of the values, if it is
         # the same for every token, is added behind them.
-        out = self._attend(q, k, v, bias_table, backend)
+        outs = self._attend(qkv, bias_table, backend)
         if not differs:
-            out = out + v_time
-        return self._project_out(out, head, channels)
+            outs = [out + v_time for out in outs]
+        return self._project_out(outs, head, channels)
 
-    def _normed(self, x: jax.Array, name: str, head: str) -> jax.Array:
+    def _time_shares(
+        self, spatial: "_Projection", time: "_Projection | None", axis: int
+    ) -> Callable[[int, Time], jax.Array]:
+        """Return (number of a projection, time) → what is added to it, with both biases.
+
+        It has five axes: examples, one, heads, and tokens at `axis` 3 or 4, channels at the other.
+        """
+        kernel = time.kernel.ready(self.dtype) if time else None
+
+        def of_all(index: int, time_BT: jax.Array) -> jax.Array:
+            if time is None or kernel is None:
+                of_head = spatial.bias[index].astype(self.dtype)[None]
+            else:
+                projected = jnp.einsum("bt,thd->bhd", time_BT.astype(self.dtype), kernel[:, index])
+                of_head = projected + (time.bias[index] + spatial.bias[index]).astype(self.dtype)
+            return jnp.expand_dims(of_head, (1, axis))
+
+        def of_time(index: int, time_BT: Time) -> jax.Array:
+            if time is None and isinstance(time_BT, TwoTimes):
+                time_BT = time_BT.first_BT  # neither has a share
+            return of_each_token(functools.partial(of_all, index), time_BT, axis)
+
+        return of_time
+
+    def _scales(self, head_width: int) -> tuple[jax.Array, jax.Array]:
+        """Make the factors of normalised queries and keys, (D,) each."""
+        ones, shape = nn.initializers.ones_init(), (head_width,)
+        q_scale = param(self, "q_scale", ones, shape, decays=False).value
+        return q_scale, param(self, "k_scale", ones, shape, decays=False).value
+
+    def _normed(self, x: jax.Array, factor: jax.Array, head: str) -> jax.Array:
         """Divide by the root mean square of each head's channels, where `head` has its "d"."""
         axis, exact = head.index("d") - 2, at_least_float32(self.dtype)
-        ones, shape = nn.initializers.ones_init(), (x.shape[axis],)
-        factor = param(self, name, ones, shape, decays=False).value
         x_exact = x.astype(exact)
         size = jax.lax.rsqrt(jnp.mean(x_exact**2, axis, keepdims=True) + 1e-6)
         factor = factor[:, None] if axis == -2 else factor
@@ -444,7 +418,7 @@ class TMSA(nn.Module):
 
     def _measure(
         self,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        qkv: tuple[jax.Array, ...],
         time_BT: jax.Array,
         time: "_Projection | None",
         bias_table: jax.Array,
@@ -510,30 +484,37 @@ class TMSA(nn.Module):
         if keeps_weights(self):
             return "xla"
         asked = self.backend, platform(), self.window, head_width, self.dtype
-        reason = xla_only("token") if self.extra_tokens else xla_only(self.time_in)
-        chosen = choose_backend(*asked, obstacle=reason)[0]
-        backwards_only = chosen == "cudnn" or attention_tangent_kernel.refusal()
+        outside = self.extra_tokens > 0
+        obstacle = xla_only(self.backend, self.time_in, outside)
+        chosen = choose_backend(*asked, obstacle=obstacle)[0]
+        backwards_only = chosen == "cudnn" or outside or attention_tangent_kernel.refusal()
         return "xla" if _forward_mode.get() and backwards_only else chosen
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, bias_table: jax.Array, backend: str
-    ) -> jax.Array:
+        self, qkv: list[tuple[jax.Array, ...]], bias_table: jax.Array, backend: str
+    ) -> list[jax.Array]:
         """Compute softmax(q kᵀ + bias) v by XLA, a kernel or cuDNN: the only branch.
 
         Queries, keys and values are (B, N, H, L, D), with a kernel that wants it (B, N, H, D, L).
+        There are those of all tokens, or of the grid's and of the others.
         """
+        q, k, v = qkv[0]
         if backend == "xla":
             bias = self._bias(bias_table)
             kept = keeps_weights(self) or bias_table.ndim == 3 or _forward_mode.get()
             if self.backend == "auto" and platforms.of(platform()).own_attention and not kept:
-                return _reverse_attention(q, k, v, bias)
+                return [_reverse_attention(q, k, v, bias)]
             weights = nn.softmax(_logits(q, k) + bias)
             # Kept only when the caller asks for "intermediates".
             self.sow("intermediates", "attention", weights)
-            return jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v)
+            return [jnp.einsum("bnhqk,bnhkd->bnhqd", weights.astype(self.dtype), v)]
+        windows = [x.reshape(-1, *x.shape[2:]) for part in qkv for x in part]
+        if len(qkv) == 2:
+            attend = functools.partial(_outside_attention, window=self.window)
+            outs = per_shard(attend)(*windows, bias_table)
+            return [out.reshape(part[0].shape) for out, part in zip(outs, qkv, strict=True)]
         attend = functools.partial(_softmax_attention, window=self.window, backend=backend)
-        windows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-        return per_shard(attend)(*windows, bias_table).reshape(q.shape)
+        return [per_shard(attend)(*windows, bias_table).reshape(q.shape)]
 
     def _bias(self, table: jax.Array) -> jax.Array:
         """Look the bias of each pair of tokens up: (offsets, H) → (H, L + E, L + E).
@@ -551,10 +532,10 @@ class TMSA(nn.Module):
             bias_LLH = jnp.pad(bias_LLH, (outside, outside, (0, 0)))
         return bias_LLH.transpose(2, 0, 1)
 
-    def _project_out(self, out: jax.Array, head: str, channels: int) -> jax.Array:
-        """Join the heads, (B, N, H, …), by the output projection: (B, N, L, C).
+    def _project_out(self, outs: list[jax.Array], head: str, channels: int) -> jax.Array:
+        """Join the heads, (B, N, H, …), by the output projection: (B, N, L + E, C).
 
-        `head` names the last two axes, "ld" or "dl".
+        `head` names the last two axes, "ld" or "dl", of the outputs of all tokens or parts of them.
         """
         heads, head_width = self.num_heads, channels // self.num_heads
         kernel = param(
@@ -568,7 +549,9 @@ class TMSA(nn.Module):
         ).ready(self.dtype)
         zeros = nn.initializers.zeros_init()
         bias = param(self, "out_bias", zeros, (channels,), decays=False).value
-        return jnp.einsum(f"bnh{head},hdc->bnlc", out, kernel) + bias.astype(self.dtype)
+        parts = [jnp.einsum(f"bnh{head},hdc->bnlc", out, kernel) for out in outs]
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+        return whole + bias.astype(self.dtype)
 
 
 class _Projection(NamedTuple):

@@ -16,14 +16,8 @@ from jax.extend.random import threefry_2x32
 
 from diffit_jax import platforms
 from diffit_jax.errors import UserError
-from diffit_jax.models.diffit.attention import (
-    TMSA,
-    Time,
-    choose_backend,
-    keeps_weights,
-    of_each_token,
-    xla_only,
-)
+from diffit_jax.models.diffit.attention import TMSA, Time, keeps_weights, of_each_token
+from diffit_jax.models.diffit.backends import choose_backend, xla_only
 from diffit_jax.models.diffit.windows import Tile, dense_tile, merge, partition
 from diffit_jax.models.placement import (
     FSDP,
@@ -258,7 +252,7 @@ class DiffiTResBlock(nn.Module):
         tile = (self.window, self.window)
         width_of_head = channels // self.num_heads
         asked = self.attention, platform(), self.window, width_of_head, self.dtype
-        chosen = choose_backend(*asked, obstacle=xla_only(self.time_in))[0]
+        chosen = choose_backend(*asked, obstacle=xla_only(self.attention, self.time_in))[0]
         dense = platforms.of(platform()).dense_tiles and chosen == "xla"
         dense = dense and not keeps_weights(self)
         if dense and extra_BNEC is None:  # such a token belongs to one window

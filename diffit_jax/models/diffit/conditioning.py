@@ -15,7 +15,7 @@ import numpy as np
 
 from diffit_jax.errors import UserError
 from diffit_jax.limits import LATER, CountOrZero, one_of
-from diffit_jax.models.diffit.attention import xla_only
+from diffit_jax.models.diffit.backends import xla_only
 from diffit_jax.models.model import Model
 from diffit_jax.models.placement import FSDP, Dense, Embed, at_least_float32, param
 
@@ -77,15 +77,16 @@ class TimeConditioned(Model, kw_only=True):
 
     def check_sizes(self) -> None:
         """Raise `UserError` if an attention is asked for that cannot take time in there."""
-        reason, key = xla_only(self.time_in), f"model.time_in is {self.time_in!r}"
-        if self.own_tokens:
+        reason = xla_only(self.attention, self.time_in, bool(self.own_tokens))
+        key = f"model.time_in is {self.time_in!r}"
+        if self.own_tokens and not xla_only(self.attention, self.time_in):
             asked = self.end_time_in == "tokens"
             key = f"model.{'end_time_in' if asked else 'guidance_in'} is 'tokens'"
-            reason = xla_only("token")
         if reason and self.attention not in ("auto", "xla"):
+            other = "" if self.time_in == "bias" else ", pallas"
             raise UserError(
                 f"config key model.attention is {self.attention!r}, but {key}: {reason}; set "
-                "model.attention to auto or xla"
+                f"model.attention to auto{other} or xla"
             )
         if self.end_time_in == "blocks" and self.blocks == 1:
             raise UserError(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.limits import LATER, Count, CountOrZero, Side, Width, at_least, one_of
-from diffit_jax.models.diffit.attention import choose_backend, xla_only
+from diffit_jax.models.diffit.backends import choose_backend, xla_only
 from diffit_jax.models.diffit.blocks import (
     XAVIER,
     DiffiTResBlock,
@@ -125,7 +125,7 @@ class ImageDiffiT(TimeConditioned):
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for the largest window, see `Model.attention_backend`."""
         asked = self.attention, platform, max(self.windows), self.head_width, self.dtype
-        return choose_backend(*asked, obstacle=xla_only(self.time_in))
+        return choose_backend(*asked, obstacle=xla_only(self.attention, self.time_in))
 
     def check_sizes(self) -> None:
         """Raise `UserError` if the sizes, or the switches, do not fit together."""

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from diffit_jax.errors import UserError
 from diffit_jax.limits import LATER, Count, CountOrZero, Side, Width
-from diffit_jax.models.diffit.attention import TwoTimes, choose_backend, xla_only
+from diffit_jax.models.diffit.attention import TwoTimes
+from diffit_jax.models.diffit.backends import choose_backend, xla_only
 from diffit_jax.models.diffit.blocks import (
     DiffiTBlock,
     check_capture,
@@ -132,8 +133,8 @@ class LatentDiffiT(TimeConditioned):
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for a window of all tokens, see `Model.attention_backend`."""
         asked = self.attention, platform, self.grid, self.heads[1], self.dtype
-        time_in = "token" if self.own_tokens or self.class_token else self.time_in
-        return choose_backend(*asked, obstacle=xla_only(time_in))
+        outside = bool(self.own_tokens or self.class_token)
+        return choose_backend(*asked, obstacle=xla_only(self.attention, self.time_in, outside))
 
     def check_sizes(self) -> None:
         """Raise `UserError` if the sizes, or the switches, do not fit together."""
@@ -160,10 +161,11 @@ class LatentDiffiT(TimeConditioned):
                 f"config keys model.class_token and model.{other} do not go together: set either "
                 f"to {'0' if self.inner_head else 'none, or class_token to 0'}"
             )
-        if self.class_token and self.attention not in ("auto", "xla"):
+        reason = xla_only(self.attention, self.time_in, bool(self.class_token))
+        if reason and self.class_token:
             raise UserError(
                 f"config key model.attention is {self.attention!r}, but model.class_token is a "
-                f"token: {xla_only('token')}; set model.attention to auto or xla"
+                f"token: {reason}; set model.attention to auto, xla or pallas"
             )
         if self.time_in == "bias":
             offsets = (2 * self.grid - 1) ** 2

@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffit_jax.errors import UserError
 from diffit_jax.limits import Count, CountOrZero, Side, Width, at_least, one_of
-from diffit_jax.models.diffit.attention import TMSA, choose_backend
+from diffit_jax.models.diffit.attention import TMSA
+from diffit_jax.models.diffit.backends import choose_backend
 from diffit_jax.models.diffit.blocks import (
     REMAT_POLICIES,
     check_capture,
