@@ -90,8 +90,8 @@ def _of_window(
     return _forward(window, outside, strip, target)[0]
 
 
-def _over_channels(x: jax.Array, dl: str) -> jax.Array:
-    """Lay numbers of tokens (B, H, 1, L) out to be multiplied with channels."""
+def _turned(x: jax.Array, dl: str) -> jax.Array:
+    """Lay numbers of tokens, (B, H, 1, L), out as arrays of the window are, or back."""
     return x if dl == "dl" else x.swapaxes(2, 3)
 
 
@@ -104,7 +104,7 @@ def _forward(window, outside, strip, target):
     sums = jnp.exp2(log_sums - largest) + jnp.exp2(logits - largest).sum(axis=2, keepdims=True)
     whole = largest + jnp.log2(sums)  # log₂ of the sums of all
     weights = jnp.exp2(logits - whole).astype(v.dtype)
-    share = _over_channels(jnp.exp2(log_sums - whole), dl)
+    share = _turned(jnp.exp2(log_sums - whole), dl)
     out = out * share + _times(f"bhel,bh{de}->bh{dl}", weights, v_outside)
     out = checkpoint_name(out.astype(q.dtype), "attention")
     whole = checkpoint_name(whole, "attention")
@@ -115,9 +115,8 @@ def _backward(target: Target, saved: Any, gradient: jax.Array):
     (q, k, v), (k_outside, v_outside), strip, out, whole = saved
     dl, de = _letters(q, strip, target)
     of_q, of_k, of_v, of_strip = one._backward(target, (q, k, v, strip, out, whole), gradient)
-    axis = dl.index("d") + 2
-    means = jnp.sum(out.astype(jnp.float32) * gradient, axis=axis, keepdims=True)
-    means = means if axis == 2 else means.swapaxes(2, 3)
+    products = out.astype(jnp.float32) * gradient
+    means = _turned(jnp.sum(products, axis=dl.index("d") + 2, keepdims=True), dl)
     weights = jnp.exp2(_times(f"bh{dl},bh{de}->bhel", q, k_outside) - whole)
     of_weights = _times(f"bh{dl},bh{de}->bhel", gradient, v_outside)
     of_logits = (weights * (of_weights - means) * _LN_2).astype(q.dtype)

@@ -75,13 +75,21 @@ class TimeConditioned(Model, kw_only=True):
         names = ("duration",) if self.end_time_in == "tokens" else ()
         return names + (tuple(TOKENS)[1:] if self.guidance_in == "tokens" else ())
 
-    def check_sizes(self) -> None:
-        """Raise `UserError` if an attention is asked for that cannot take time in there."""
-        reason = xla_only(self.attention, self.time_in, bool(self.own_tokens))
-        key = f"model.time_in is {self.time_in!r}"
-        if self.own_tokens and not xla_only(self.attention, self.time_in):
+    @property
+    def adds_tokens(self) -> str:
+        """Which key has tokens outside the grid but for time's, in words; "": none."""
+        if self.class_token:
+            return "model.class_token is a token"
+        if self.own_tokens:
             asked = self.end_time_in == "tokens"
-            key = f"model.{'end_time_in' if asked else 'guidance_in'} is 'tokens'"
+            return f"model.{'end_time_in' if asked else 'guidance_in'} is 'tokens'"
+        return ""
+
+    def check_sizes(self) -> None:
+        """Raise `UserError` if an attention is asked for that cannot take time, or tokens, in."""
+        of_time = xla_only(self.attention, self.time_in)
+        key = f"model.time_in is {self.time_in!r}" if of_time else self.adds_tokens
+        reason = of_time or xla_only(self.attention, self.time_in, bool(self.adds_tokens))
         if reason and self.attention not in ("auto", "xla"):
             other = "" if self.time_in == "bias" else ", pallas"
             raise UserError(

@@ -133,8 +133,8 @@ class LatentDiffiT(TimeConditioned):
     def attention_backend(self, platform: str) -> tuple[str, str]:
         """Choose the backend for a window of all tokens, see `Model.attention_backend`."""
         asked = self.attention, platform, self.grid, self.heads[1], self.dtype
-        outside = bool(self.own_tokens or self.class_token)
-        return choose_backend(*asked, obstacle=xla_only(self.attention, self.time_in, outside))
+        obstacle = xla_only(self.attention, self.time_in, bool(self.adds_tokens))
+        return choose_backend(*asked, obstacle=obstacle)
 
     def check_sizes(self) -> None:
         """Raise `UserError` if the sizes, or the switches, do not fit together."""
@@ -160,12 +160,6 @@ class LatentDiffiT(TimeConditioned):
             raise UserError(
                 f"config keys model.class_token and model.{other} do not go together: set either "
                 f"to {'0' if self.inner_head else 'none, or class_token to 0'}"
-            )
-        reason = xla_only(self.attention, self.time_in, bool(self.class_token))
-        if reason and self.class_token:
-            raise UserError(
-                f"config key model.attention is {self.attention!r}, but model.class_token is a "
-                f"token: {reason}; set model.attention to auto, xla or pallas"
             )
         if self.time_in == "bias":
             offsets = (2 * self.grid - 1) ** 2
