@@ -309,19 +309,26 @@ class TMSA(nn.Module):
 
         of_time = self._time_shares(spatial, time, 4 if tokens_last else 3)
 
+        # A kernel takes the tokens of the grid by themselves.
+        parts = [x_BNLC]
+        if backend == "pallas" and self.extra_tokens:
+            parts = jnp.split(x_BNLC, [self.window**2], axis=2)
+        # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and no
+        # bias: both would cancel in the softmax (top of this file), unless keys are normalised or
+        # have different times.
+        spatial_parts = [
+            [
+                jnp.einsum(f"bnlc,chd->bnh{head}", part, spatial_kernel[:, index])
+                for index in range(3)
+            ]
+            for part in parts
+        ]
         # Eq. 3 and 5, the part of the time token, with both biases.
         q_time, v_time = of_time(query, time_BT), of_time(value, time_BT)
         k_time = of_time(1, time_BT) if self.qk_norm or differs else None
         scales = self._scales(head_width) if self.qk_norm else None
 
-        def projected(x_BNLC: jax.Array) -> tuple[jax.Array, ...]:
-            # Eq. 3-5, the spatial part of all three. The key gets no share of the time token, and
-            # no bias: both would cancel in the softmax (top of this file), unless keys are
-            # normalised or have different times.
-            q, k, v = (
-                jnp.einsum(f"bnlc,chd->bnh{head}", x_BNLC, spatial_kernel[:, index])
-                for index in range(3)
-            )
+        def with_time(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
             q = q + q_time
             if k_time is not None:
                 k = k + k_time
@@ -331,11 +338,7 @@ class TMSA(nn.Module):
                 v = v + v_time
             return tuple(checkpoint_name(x, "qkv") for x in (q * scale, k, v))
 
-        # A kernel takes the tokens of the grid by themselves.
-        parts = [x_BNLC]
-        if backend == "pallas" and self.extra_tokens:
-            parts = jnp.split(x_BNLC, [self.window**2], axis=2)
-        qkv = [projected(part) for part in parts]
+        qkv = [with_time(*part) for part in spatial_parts]
         if self.is_mutable_collection("statistics") and not isinstance(time_BT, TwoTimes):
             self._measure(qkv[0], time_BT, time, bias_table)
 
